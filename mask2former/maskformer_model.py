@@ -1,0 +1,285 @@
+"""The meta-architecture: image → backbone → head → criterion (training) or post-processing.
+
+Shape letters: B batch, Q queries, K classes, T targets of an image, H W pixels.
+"""
+
+from collections.abc import Collection
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.data import Metadata, MetadataCatalog
+from detectron2.modeling import META_ARCH_REGISTRY, Backbone, build_backbone, build_sem_seg_head
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.structures import ImageList, Instances
+from detectron2.utils.memory import retry_if_cuda_oom
+from torch import Tensor, nn
+
+from .modeling.criterion import SetCriterion
+from .modeling.matcher import HungarianMatcher
+from .modeling.postprocessing import instance_inference, panoptic_inference, semantic_inference
+
+
+@META_ARCH_REGISTRY.register()
+class MaskFormer(nn.Module):
+    """Mask classification for semantic, instance and panoptic segmentation.
+
+    Args:
+        backbone: gives multi-scale features.
+        sem_seg_head: predicts from them, see `MaskFormerHead`.
+        criterion: the losses and, in ``weight_dict``, their weights.
+        num_queries: Q.
+        object_mask_threshold: class probability above which a query counts in panoptic inference.
+        overlap_threshold: part of its mask that a panoptic segment must have won.
+        metadata: of the data set; panoptic inference takes its thing classes from it.
+        size_divisibility: images are padded to a multiple; negative: what the backbone asks for.
+        sem_seg_postprocess_before_inference: resize masks to the output size before inference
+            instead of resizing the semantic result.
+        pixel_mean: per channel, in the order of the input's channels.
+        pixel_std: likewise.
+        semantic_on: give ``sem_seg``.
+        panoptic_on: give ``panoptic_seg``; instances are then of thing classes only.
+        instance_on: give ``instances``.
+        test_topk_per_image: instances per image.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        backbone: Backbone,
+        sem_seg_head: nn.Module,
+        criterion: nn.Module,
+        num_queries: int,
+        object_mask_threshold: float,
+        overlap_threshold: float,
+        metadata: Metadata,
+        size_divisibility: int,
+        sem_seg_postprocess_before_inference: bool,
+        pixel_mean: tuple[float, ...],
+        pixel_std: tuple[float, ...],
+        semantic_on: bool,
+        panoptic_on: bool,
+        instance_on: bool,
+        test_topk_per_image: int,
+    ):
+        super().__init__()
+        if (panoptic_on or instance_on) and not sem_seg_postprocess_before_inference:
+            raise ValueError(
+                "panoptic and instance inference need sem_seg_postprocess_before_inference=True"
+            )
+        self.backbone = backbone
+        self.sem_seg_head = sem_seg_head
+        self.criterion = criterion
+        self.num_queries = num_queries
+        self.overlap_threshold = overlap_threshold
+        self.object_mask_threshold = object_mask_threshold
+        self.metadata = metadata
+        self.size_divisibility = (
+            size_divisibility if size_divisibility >= 0 else backbone.size_divisibility
+        )
+        self.sem_seg_postprocess_before_inference = sem_seg_postprocess_before_inference
+        self.register_buffer("pixel_mean", torch.tensor(pixel_mean).view(-1, 1, 1), False)
+        self.register_buffer("pixel_std", torch.tensor(pixel_std).view(-1, 1, 1), False)
+        self.semantic_on = semantic_on
+        self.instance_on = instance_on
+        self.panoptic_on = panoptic_on
+        self.test_topk_per_image = test_topk_per_image
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        backbone = build_backbone(cfg)
+        sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
+        model = cfg.MODEL.MASK_FORMER
+        if not cfg.DATASETS.TRAIN:
+            raise ValueError(
+                "DATASETS.TRAIN is empty: the model takes its class metadata from the first "
+                "training set, in inference too"
+            )
+
+        matcher = HungarianMatcher(
+            cost_class=model.CLASS_WEIGHT,
+            cost_mask=model.MASK_WEIGHT,
+            cost_dice=model.DICE_WEIGHT,
+            num_points=model.TRAIN_NUM_POINTS,
+        )
+        weights = {
+            "loss_ce": model.CLASS_WEIGHT,
+            "loss_mask": model.MASK_WEIGHT,
+            "loss_dice": model.DICE_WEIGHT,
+        }
+        weight_dict = dict(weights)
+        if model.DEEP_SUPERVISION:
+            for layer in range(model.DEC_LAYERS - 1):
+                weight_dict.update({f"{k}_{layer}": weight for k, weight in weights.items()})
+        criterion = SetCriterion(
+            sem_seg_head.num_classes,
+            matcher=matcher,
+            weight_dict=weight_dict,
+            eos_coef=model.NO_OBJECT_WEIGHT,
+            losses=["labels", "masks"],
+            num_points=model.TRAIN_NUM_POINTS,
+            oversample_ratio=model.OVERSAMPLE_RATIO,
+            importance_sample_ratio=model.IMPORTANCE_SAMPLE_RATIO,
+        )
+        test = model.TEST
+        return {
+            "backbone": backbone,
+            "sem_seg_head": sem_seg_head,
+            "criterion": criterion,
+            "num_queries": model.NUM_OBJECT_QUERIES,
+            "object_mask_threshold": test.OBJECT_MASK_THRESHOLD,
+            "overlap_threshold": test.OVERLAP_THRESHOLD,
+            "metadata": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]),
+            "size_divisibility": model.SIZE_DIVISIBILITY,
+            "sem_seg_postprocess_before_inference": (
+                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE
+                or test.PANOPTIC_ON
+                or test.INSTANCE_ON
+            ),
+            "pixel_mean": cfg.MODEL.PIXEL_MEAN,
+            "pixel_std": cfg.MODEL.PIXEL_STD,
+            "semantic_on": test.SEMANTIC_ON,
+            "instance_on": test.INSTANCE_ON,
+            "panoptic_on": test.PANOPTIC_ON,
+            "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+        }
+
+    @property
+    def device(self) -> torch.device:
+        return self.pixel_mean.device
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
+        """Losses in training, predictions otherwise.
+
+        Args:
+            batched_inputs: for each image a dict with ``image`` (3, H, W) in the range of the
+                pixel mean; in training ``instances`` with ``gt_classes`` (T,) and ``gt_masks``
+                (T, H, W); in inference optionally ``height`` and ``width`` of the wanted output.
+
+        Returns:
+            In training the weighted losses by name. Otherwise for each image a dict with, as
+            turned on, ``sem_seg`` (K, H, W) scores, ``panoptic_seg`` a pair of (H, W) int32 ids
+            and segment dicts, ``instances`` as `instance_inference` gives them.
+        """
+        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [(x - self.pixel_mean) / self.pixel_std for x in images]
+        images = ImageList.from_tensors(images, self.size_divisibility)
+        if self.training and not all("instances" in x for x in batched_inputs):
+            raise ValueError(
+                "a training input has no 'instances': INPUT.DATASET_MAPPER_NAME must name a mapper "
+                "that makes targets"
+            )
+
+        outputs = self.sem_seg_head(self.backbone(images.tensor))
+        if self.training:
+            return self._losses(outputs, batched_inputs, images)
+        return self._predictions(outputs, batched_inputs, images)
+
+    def _losses(
+        self, outputs: dict[str, Any], batched_inputs: list[dict[str, Any]], images: ImageList
+    ) -> dict[str, Tensor]:
+        """Losses times their weights; those without a weight are not wanted."""
+        instances = [x["instances"].to(self.device) for x in batched_inputs]
+        targets = self.prepare_targets(instances, images)
+        weight_dict = self.criterion.weight_dict
+        if "loss_ce_0" not in weight_dict and "aux_outputs" in outputs:
+            # No deep supervision: do not compute what would only be thrown away.
+            outputs.pop("aux_outputs")
+        losses = self.criterion(outputs, targets)
+        return {k: loss * weight_dict[k] for k, loss in losses.items() if k in weight_dict}
+
+    def _predictions(
+        self, outputs: dict[str, Any], batched_inputs: list[dict[str, Any]], images: ImageList
+    ) -> list[dict[str, Any]]:
+        mask_cls_results = outputs["pred_logits"]
+        mask_pred_results = F.interpolate(
+            outputs["pred_masks"],
+            size=images.tensor.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
+        )
+        del outputs
+        results = []
+        for mask_cls, mask_pred, inputs, image_size in zip(
+            mask_cls_results, mask_pred_results, batched_inputs, images.image_sizes, strict=True
+        ):
+            size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
+            result: dict[str, Any] = {}
+            results.append(result)
+            if self.sem_seg_postprocess_before_inference:
+                mask_pred = retry_if_cuda_oom(sem_seg_postprocess)(mask_pred, image_size, *size)
+                mask_cls = mask_cls.to(mask_pred)
+            if self.semantic_on:
+                sem_seg = retry_if_cuda_oom(self.semantic_inference)(mask_cls, mask_pred)
+                if not self.sem_seg_postprocess_before_inference:
+                    sem_seg = retry_if_cuda_oom(sem_seg_postprocess)(sem_seg, image_size, *size)
+                result["sem_seg"] = sem_seg
+            if self.panoptic_on:
+                result["panoptic_seg"] = retry_if_cuda_oom(self.panoptic_inference)(
+                    mask_cls, mask_pred
+                )
+            if self.instance_on:
+                result["instances"] = retry_if_cuda_oom(self.instance_inference)(
+                    mask_cls, mask_pred
+                )
+        return results
+
+    def prepare_targets(
+        self, targets: list[Instances], images: ImageList
+    ) -> list[dict[str, Tensor]]:
+        """Pad target masks to the size of the padded batch.
+
+        Returns:
+            For each image ``labels`` (T,) int64 and ``masks`` (T, H, W) of the masks' own dtype.
+        """
+        height, width = images.tensor.shape[-2:]
+        prepared = []
+        for instances in targets:
+            masks = instances.gt_masks
+            pad = (0, width - masks.shape[2], 0, height - masks.shape[1])
+            if min(pad) < 0:
+                raise ValueError(
+                    f"target masks of {tuple(masks.shape[1:])} pixels do not fit the batch of "
+                    f"{(height, width)}"
+                )
+            prepared.append({"labels": instances.gt_classes, "masks": F.pad(masks, pad)})
+        return prepared
+
+    def _thing_ids(self) -> Collection[int]:
+        """Contiguous ids of the thing classes."""
+        mapping = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
+        if mapping is None:
+            raise ValueError(
+                f"data set {self.metadata.get('name')!r} has no thing_dataset_id_to_contiguous_id "
+                "in its metadata, so that things cannot be told from stuff: turn off "
+                "MODEL.MASK_FORMER.TEST.PANOPTIC_ON, or name the data set the model was trained "
+                "on in DATASETS.TRAIN"
+            )
+        return set(mapping.values())
+
+    def semantic_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Tensor:
+        """(Q, K+1) and (Q, H, W) logits → (K, H, W) scores, see `postprocessing`."""
+        return semantic_inference(mask_cls, mask_pred)
+
+    def panoptic_inference(
+        self, mask_cls: Tensor, mask_pred: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(Q, K+1) and (Q, H, W) logits → (H, W) ids and segments, see `postprocessing`."""
+        return panoptic_inference(
+            mask_cls,
+            mask_pred,
+            self._thing_ids(),
+            self.object_mask_threshold,
+            self.overlap_threshold,
+        )
+
+    def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Instances:
+        """(Q, K+1) and (Q, H, W) logits → Instances, see `postprocessing`."""
+        return instance_inference(
+            mask_cls,
+            mask_pred,
+            self.test_topk_per_image,
+            self._thing_ids() if self.panoptic_on else None,
+        )

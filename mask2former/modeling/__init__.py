@@ -1,0 +1,29 @@
+"""The parts of the model, in the order in which data flows through them.
+
+B batch, Q queries, K classes, C channels, H W padded image size:
+
+    images (B, 3, H, W)
+      → backbone/                 res2 … res5, strides 4, 8, 16, 32
+      → pixel_decoder/            per-pixel embedding (B, C, H/4, W/4) and three scales
+                                  (B, C, H/32, W/32), (B, C, H/16, W/16), (B, C, H/8, W/8)
+      → transformer_decoder/      class logits (B, Q, K+1) and mask logits (B, Q, H/4, W/4), the
+                                  latter as factors (mask_predictions.py), after every layer
+      → matcher.py, criterion.py  training: losses on sampled points (mask_losses.py)
+      → postprocessing.py         inference: semantic, panoptic, instances
+
+meta_arch/mask_former_head.py joins pixel and transformer decoder; ../maskformer_model.py is the
+whole. Importing this package registers everything with Detectron2.
+"""
+
+from . import backbone, meta_arch, pixel_decoder, transformer_decoder
+from .criterion import SetCriterion
+from .matcher import HungarianMatcher
+
+__all__ = [
+    "HungarianMatcher",
+    "SetCriterion",
+    "backbone",
+    "meta_arch",
+    "pixel_decoder",
+    "transformer_decoder",
+]

@@ -1,0 +1,5 @@
+"""Backbones of this package: importing it registers them with Detectron2."""
+
+from .swin import D2SwinTransformer, SwinTransformer
+
+__all__ = ["D2SwinTransformer", "SwinTransformer"]

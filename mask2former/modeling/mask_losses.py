@@ -1,0 +1,80 @@
+"""Mask losses on sampled points: binary cross-entropy and dice, matched and pairwise.
+
+The matched forms train (paper, equation 3); the pairwise forms are matching costs.
+
+Shape letters: N matched masks, Q predicted masks, T target masks, P points.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def dice_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
+    """Dice loss of matched masks, with one added to both sides of the fraction.
+
+    Args:
+        inputs: (N, P) logits.
+        targets: (N, P) in [0, 1].
+        num_masks: divisor of the sum over masks.
+
+    Returns:
+        Scalar.
+    """
+    inputs = inputs.sigmoid().flatten(1)
+    numerator = 2 * (inputs * targets).sum(-1)
+    denominator = inputs.sum(-1) + targets.sum(-1)
+    return (1 - (numerator + 1) / (denominator + 1)).sum() / num_masks
+
+
+def sigmoid_ce_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
+    """Binary cross-entropy of matched masks, averaged over points. Arguments as `dice_loss`."""
+    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    return loss.mean(1).sum() / num_masks
+
+
+def batch_dice_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Dice loss of every prediction with every target.
+
+    Args:
+        inputs: (Q, P) logits.
+        targets: (T, P) in [0, 1].
+
+    Returns:
+        (Q, T).
+    """
+    inputs = inputs.sigmoid().flatten(1)
+    numerator = 2 * inputs @ targets.T
+    denominator = inputs.sum(-1)[:, None] + targets.sum(-1)[None, :]
+    return 1 - (numerator + 1) / (denominator + 1)
+
+
+def batch_sigmoid_ce_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of every prediction with every target, averaged over points.
+
+    Per point it is softplus(x) - x·t, so that one matrix product covers all pairs. Arguments and
+    result as `batch_dice_loss`.
+    """
+    num_points = inputs.shape[1]
+    return (F.softplus(inputs).sum(-1)[:, None] - inputs @ targets.T) / num_points
+
+
+# The original release compiled these with TorchScript; other projects import the names.
+dice_loss_jit = dice_loss
+sigmoid_ce_loss_jit = sigmoid_ce_loss
+batch_dice_loss_jit = batch_dice_loss
+batch_sigmoid_ce_loss_jit = batch_sigmoid_ce_loss
+
+
+def calculate_uncertainty(logits: Tensor) -> Tensor:
+    """Uncertainty of mask logits: highest, 0, where the probability is one half.
+
+    Args:
+        logits: (N, 1, P).
+
+    Returns:
+        (N, 1, P), at most 0.
+    """
+    if logits.shape[1] != 1:
+        raise ValueError(f"expected class-agnostic logits (N, 1, P), got {tuple(logits.shape)}")
+    return -logits.abs()

@@ -1,0 +1,146 @@
+"""Mask predictions as factors: logits = ⟨embedding, feature⟩, multiplied out only when asked for.
+
+The decoder predicts, for every query and layer, an embedding; its mask logits are the inner
+product with the per-pixel features (paper, section 3.1). Full-size masks of every layer are by far
+the largest tensors of the model and most are never needed: matching looks at K points, the loss at
+matched queries, inference at the last layer. The decoder therefore hands on the factors.
+
+Shape letters: B batch, Q queries, C mask channels, H W size of the 1/4-resolution features,
+N selected masks, P points.
+"""
+
+from collections.abc import ItemsView, Iterator, ValuesView
+from typing import Any
+
+import torch
+from detectron2.projects.point_rend.point_features import point_sample
+from torch import Tensor
+
+
+class MaskLogits:
+    """Mask logits of one prediction layer, as the two factors of their product.
+
+    Args:
+        embed: (B, Q, C) one embedding per query.
+        features: (B, C, H, W) per-pixel features, shared by all layers.
+    """
+
+    def __init__(self, embed: Tensor, features: Tensor):
+        self.embed = embed
+        self.features = features
+        self._full: Tensor | None = None
+
+    @property
+    def shape(self) -> torch.Size:
+        """(B, Q, H, W), without computing the masks."""
+        return torch.Size((*self.embed.shape[:2], *self.features.shape[-2:]))
+
+    def full(self) -> Tensor:
+        """All masks, (B, Q, H, W) logits; computed at the first call and kept."""
+        if self._full is None:
+            self._full = torch.einsum("bqc,bchw->bqhw", self.embed, self.features)
+        return self._full
+
+    def select(self, queries: list[Tensor]) -> Tensor:
+        """Masks of chosen queries.
+
+        Args:
+            queries: for each image the int64 indices of its queries.
+
+        Returns:
+            (N, H, W) logits, image by image in the given order.
+        """
+        if self._full is not None:
+            return _select_dense(self._full, queries)
+        height, width = self.features.shape[-2:]
+        masks = [
+            embed[index] @ features.flatten(1)
+            for embed, features, index in zip(self.embed, self.features, queries, strict=True)
+        ]
+        return torch.cat(masks).view(-1, height, width)
+
+    def at_points(self, image: int, points: Tensor) -> Tensor:
+        """Logits of every query of one image at points; sampling commutes with the product.
+
+        Args:
+            image: index in the batch.
+            points: (P, 2) x and y in [0, 1].
+
+        Returns:
+            (Q, P) float32 logits.
+        """
+        features = self.features[image : image + 1].float()
+        sampled = point_sample(features, points[None], align_corners=False)[0]  # (C, P)
+        return self.embed[image].float() @ sampled
+
+
+class DenseMaskLogits:
+    """The interface of `MaskLogits` over masks that exist already, (B, Q, H, W) logits."""
+
+    def __init__(self, masks: Tensor):
+        self._masks = masks
+        self.shape = masks.shape
+
+    def full(self) -> Tensor:
+        return self._masks
+
+    def select(self, queries: list[Tensor]) -> Tensor:
+        return _select_dense(self._masks, queries)
+
+    def at_points(self, image: int, points: Tensor) -> Tensor:
+        masks = self._masks[image][:, None].float()
+        points = points[None].expand(len(masks), -1, -1)
+        return point_sample(masks, points, align_corners=False)[:, 0]
+
+
+def _select_dense(masks: Tensor, queries: list[Tensor]) -> Tensor:
+    return torch.cat([m[index] for m, index in zip(masks, queries, strict=True)])
+
+
+class MaskPredictions(dict):
+    """The decoder's output dict. ``["pred_masks"]`` is a (B, Q, H, W) tensor as published.
+
+    It is stored as `MaskLogits` and multiplied out when read by key or by iteration; code that can
+    work on the factors takes them from `mask_logits`.
+    """
+
+    def __getitem__(self, key: str) -> Any:
+        value = super().__getitem__(key)
+        return value.full() if isinstance(value, MaskLogits) else value
+
+    def __iter__(self) -> Iterator[str]:
+        # Overridden, though it changes nothing, so that dict(x) and {**x} read through __getitem__.
+        return super().__iter__()
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default
+
+    def items(self) -> ItemsView[str, Any]:
+        return ItemsView(self)
+
+    def values(self) -> ValuesView[Any]:
+        return ValuesView(self)
+
+    def pop(self, key: str, *default: Any) -> Any:
+        value = super().pop(key, *default)
+        return value.full() if isinstance(value, MaskLogits) else value
+
+    def copy(self) -> "MaskPredictions":
+        duplicate = MaskPredictions()
+        for key in self:
+            duplicate[key] = super().__getitem__(key)
+        return duplicate
+
+    @property
+    def mask_logits(self) -> MaskLogits | Tensor:
+        """``pred_masks`` as stored: factors, or a tensor where a subclass put one."""
+        return super().__getitem__("pred_masks")
+
+
+def mask_logits_of(outputs: dict[str, Any]) -> MaskLogits | DenseMaskLogits:
+    """The mask logits of one prediction layer, whichever way ``outputs`` stores them."""
+    if isinstance(outputs, MaskPredictions):
+        masks = outputs.mask_logits
+    else:
+        masks = outputs["pred_masks"]
+    return masks if isinstance(masks, MaskLogits) else DenseMaskLogits(masks)

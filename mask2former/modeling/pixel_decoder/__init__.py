@@ -1,0 +1,11 @@
+"""From backbone features to per-pixel embeddings and the scales the decoder attends to."""
+
+from .fpn import BasePixelDecoder, TransformerEncoderPixelDecoder, build_pixel_decoder
+from .msdeformattn import MSDeformAttnPixelDecoder
+
+__all__ = [
+    "BasePixelDecoder",
+    "MSDeformAttnPixelDecoder",
+    "TransformerEncoderPixelDecoder",
+    "build_pixel_decoder",
+]

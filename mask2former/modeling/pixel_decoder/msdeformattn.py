@@ -1,0 +1,354 @@
+"""Pixel decoder: multi-scale deformable attention encoder with an FPN level above it.
+
+Six layers of deformable self-attention over the 1/32, 1/16 and 1/8 features (paper, section 3.2.1
+and appendix); the 1/8 result, upsampled and added to the 1/4 backbone feature, gives the per-pixel
+embedding.
+
+Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of all levels, L levels.
+"""
+
+import functools
+import math
+
+import fvcore.nn.weight_init as weight_init
+import torch
+import torch.nn.functional as F
+from detectron2.config import CfgNode, configurable
+from detectron2.layers import Conv2d, ShapeSpec, get_norm
+from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
+from torch import Tensor, nn
+
+from ...ops import MSDeformAttn
+from ..transformer_decoder.mask2former_transformer_decoder import _get_activation_fn
+from ..transformer_decoder.position_encoding import PositionEmbeddingSine
+
+Shapes = tuple[tuple[int, int], ...]
+
+
+@functools.lru_cache(maxsize=32)
+def _reference_points(shapes: Shapes, device: torch.device) -> Tensor:
+    """Centres of all values of all levels, x and y in (0, 1): (1, S, L, 2)."""
+    # A tensor made in inference mode could not be used for training afterwards.
+    with torch.inference_mode(False), torch.no_grad():
+        centres = []
+        for height, width in shapes:
+            y, x = torch.meshgrid(
+                torch.linspace(0.5, height - 0.5, height, device=device) / height,
+                torch.linspace(0.5, width - 0.5, width, device=device) / width,
+                indexing="ij",
+            )
+            centres.append(torch.stack((x, y), -1).flatten(0, 1))
+        return torch.cat(centres)[None, :, None].expand(-1, -1, len(shapes), -1)
+
+
+class MSDeformAttnTransformerEncoderLayer(nn.Module):
+    """Deformable self-attention and feed-forward, each with residual connection and layer norm.
+
+    Args:
+        d_model: channels C.
+        d_ffn: hidden width of the feed-forward network.
+        dropout: probability.
+        activation: "relu", "gelu" or "glu".
+        n_levels: levels L.
+        n_heads: heads.
+        n_points: points per level and head.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        d_ffn: int = 1024,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        n_levels: int = 4,
+        n_heads: int = 8,
+        n_points: int = 4,
+    ):
+        super().__init__()
+        self.self_attn = MSDeformAttn(d_model, n_levels, n_heads, n_points)
+        self.dropout1 = nn.Dropout(dropout)
+        self.norm1 = nn.LayerNorm(d_model)
+        self.linear1 = nn.Linear(d_model, d_ffn)
+        self.activation = _get_activation_fn(activation)
+        self.dropout2 = nn.Dropout(dropout)
+        self.linear2 = nn.Linear(d_ffn, d_model)
+        self.dropout3 = nn.Dropout(dropout)
+        self.norm2 = nn.LayerNorm(d_model)
+
+    def forward(
+        self,
+        src: Tensor,
+        pos: Tensor | None,
+        reference_points: Tensor,
+        spatial_shapes: Shapes,
+        level_start_index: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """``src`` and ``pos`` (B, S, C), ``reference_points`` (1 or B, S, L, 2) → (B, S, C)."""
+        query = src if pos is None else src + pos
+        attended = self.self_attn(
+            query, reference_points, src, spatial_shapes, level_start_index, padding_mask
+        )
+        src = self.norm1(src + self.dropout1(attended))
+        hidden = self.dropout2(self.activation(self.linear1(src)))
+        return self.norm2(src + self.dropout3(self.linear2(hidden)))
+
+
+class MSDeformAttnTransformerEncoder(nn.Module):
+    """A stack of independent copies of a layer."""
+
+    def __init__(self, layers: list[MSDeformAttnTransformerEncoderLayer]):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+        self.num_layers = len(layers)
+
+    def forward(self, src: Tensor, spatial_shapes: Shapes, pos: Tensor | None = None) -> Tensor:
+        """``src`` and ``pos`` (B, S, C) → (B, S, C)."""
+        reference_points = _reference_points(spatial_shapes, src.device)
+        for layer in self.layers:
+            src = layer(src, pos, reference_points, spatial_shapes)
+        return src
+
+
+class MSDeformAttnTransformerEncoderOnly(nn.Module):
+    """Flatten the levels, add level embeddings, encode.
+
+    Args:
+        d_model: channels C.
+        nhead: heads.
+        num_encoder_layers: number of layers.
+        dim_feedforward: hidden width of the feed-forward networks.
+        dropout: probability.
+        activation: "relu", "gelu" or "glu".
+        num_feature_levels: levels L.
+        enc_n_points: points per level and head.
+    """
+
+    def __init__(
+        self,
+        d_model: int = 256,
+        nhead: int = 8,
+        num_encoder_layers: int = 6,
+        dim_feedforward: int = 1024,
+        dropout: float = 0.1,
+        activation: str = "relu",
+        num_feature_levels: int = 4,
+        enc_n_points: int = 4,
+    ):
+        super().__init__()
+        self.d_model = d_model
+        self.nhead = nhead
+        layer = (d_model, dim_feedforward, dropout, activation, num_feature_levels, nhead)
+        self.encoder = MSDeformAttnTransformerEncoder(
+            [
+                MSDeformAttnTransformerEncoderLayer(*layer, n_points=enc_n_points)
+                for _ in range(num_encoder_layers)
+            ]
+        )
+        self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
+        for parameter in self.parameters():
+            if parameter.dim() > 1:
+                nn.init.xavier_uniform_(parameter)
+        for module in self.modules():
+            if isinstance(module, MSDeformAttn):
+                module._reset_parameters()
+        nn.init.normal_(self.level_embed)
+
+    def forward(
+        self, srcs: list[Tensor], pos_embeds: list[Tensor]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Encode L levels.
+
+        Args:
+            srcs: for each level (B, C, H, W).
+            pos_embeds: likewise.
+
+        Returns:
+            memory (B, S, C); level sizes (L, 2) and the start of each level (L,), int64 on the
+            host.
+        """
+        shapes: Shapes = tuple((src.shape[2], src.shape[3]) for src in srcs)
+        flat = torch.cat([src.flatten(2).transpose(1, 2) for src in srcs], 1)
+        pos = torch.cat(
+            [
+                pos_embed.flatten(2).transpose(1, 2) + self.level_embed[level]
+                for level, pos_embed in enumerate(pos_embeds)
+            ],
+            1,
+        )
+        memory = self.encoder(flat, shapes, pos)
+        spatial_shapes = torch.tensor(shapes, dtype=torch.int64)
+        sizes = spatial_shapes.prod(1)
+        return memory, spatial_shapes, sizes.cumsum(0) - sizes
+
+
+@SEM_SEG_HEADS_REGISTRY.register()
+class MSDeformAttnPixelDecoder(nn.Module):
+    """The pixel decoder of Mask2Former.
+
+    Args:
+        input_shape: channels and stride of the backbone features.
+        transformer_dropout: probability in the encoder.
+        transformer_nheads: heads of the encoder.
+        transformer_dim_feedforward: hidden width of its feed-forward networks.
+        transformer_enc_layers: number of encoder layers.
+        conv_dim: channels C of the encoder and of the FPN levels.
+        mask_dim: channels of the per-pixel embedding.
+        norm: normalisation of the FPN convolutions, a name of `detectron2.layers.get_norm`.
+        transformer_in_features: backbone features that the encoder works on.
+        common_stride: stride of the per-pixel embedding.
+        transformer_num_points: points per level and head.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        input_shape: dict[str, ShapeSpec],
+        *,
+        transformer_dropout: float,
+        transformer_nheads: int,
+        transformer_dim_feedforward: int,
+        transformer_enc_layers: int,
+        conv_dim: int,
+        mask_dim: int,
+        norm: str | None = None,
+        transformer_in_features: list[str],
+        common_stride: int,
+        transformer_num_points: int = 4,
+    ):
+        super().__init__()
+        by_stride = sorted(input_shape.items(), key=lambda item: item[1].stride)
+        self.in_features = [name for name, _ in by_stride]  # from fine to coarse
+        self.feature_strides = [shape.stride for _, shape in by_stride]
+        self.feature_channels = [shape.channels for _, shape in by_stride]
+        missing = sorted(set(transformer_in_features) - set(self.in_features))
+        if missing:
+            raise ValueError(
+                "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES names "
+                f"{missing}, which are not among the head's input features {self.in_features}"
+            )
+        encoded = [(k, v) for k, v in by_stride if k in transformer_in_features]
+        self.transformer_in_features = [name for name, _ in encoded]
+        self.transformer_feature_strides = [shape.stride for _, shape in encoded]
+        self.transformer_num_feature_levels = len(encoded)
+
+        # From coarse to fine, 1/32 first.
+        self.input_proj = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(shape.channels, conv_dim, kernel_size=1), nn.GroupNorm(32, conv_dim)
+            )
+            for _, shape in reversed(encoded)
+        )
+        for projection in self.input_proj:
+            nn.init.xavier_uniform_(projection[0].weight, gain=1)
+            nn.init.zeros_(projection[0].bias)
+
+        self.transformer = MSDeformAttnTransformerEncoderOnly(
+            d_model=conv_dim,
+            dropout=transformer_dropout,
+            nhead=transformer_nheads,
+            dim_feedforward=transformer_dim_feedforward,
+            num_encoder_layers=transformer_enc_layers,
+            num_feature_levels=self.transformer_num_feature_levels,
+            enc_n_points=transformer_num_points,
+        )
+        self.pe_layer = PositionEmbeddingSine(conv_dim // 2, normalize=True)
+
+        self.mask_dim = mask_dim
+        self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=1)
+        weight_init.c2_xavier_fill(self.mask_features)
+
+        self.maskformer_num_feature_levels = 3
+        self.common_stride = common_stride
+        finest = min(self.transformer_feature_strides)
+        self.num_fpn_levels = int(math.log2(finest) - math.log2(common_stride))
+        lateral_convs, output_convs = [], []
+        for index, channels in enumerate(self.feature_channels[: self.num_fpn_levels]):
+            lateral = Conv2d(
+                channels, conv_dim, kernel_size=1, bias=norm == "", norm=get_norm(norm, conv_dim)
+            )
+            output = Conv2d(
+                conv_dim,
+                conv_dim,
+                kernel_size=3,
+                padding=1,
+                bias=norm == "",
+                norm=get_norm(norm, conv_dim),
+                activation=F.relu,
+            )
+            weight_init.c2_xavier_fill(lateral)
+            weight_init.c2_xavier_fill(output)
+            self.add_module(f"adapter_{index + 1}", lateral)
+            self.add_module(f"layer_{index + 1}", output)
+            lateral_convs.append(lateral)
+            output_convs.append(output)
+        # From coarse to fine, the order in which they run.
+        self.lateral_convs = lateral_convs[::-1]
+        self.output_convs = output_convs[::-1]
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
+        head = cfg.MODEL.SEM_SEG_HEAD
+        return {
+            "input_shape": {k: v for k, v in input_shape.items() if k in head.IN_FEATURES},
+            "conv_dim": head.CONVS_DIM,
+            "mask_dim": head.MASK_DIM,
+            "norm": head.NORM,
+            "transformer_dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
+            "transformer_nheads": cfg.MODEL.MASK_FORMER.NHEADS,
+            # Published width: MASK_FORMER.DIM_FEEDFORWARD is the transformer decoder's.
+            "transformer_dim_feedforward": 1024,
+            "transformer_enc_layers": head.TRANSFORMER_ENC_LAYERS,
+            "transformer_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
+            "common_stride": head.COMMON_STRIDE,
+            "transformer_num_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
+        }
+
+    def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Encode backbone features; in fp32, whatever autocast is in force around it.
+
+        Args:
+            features: ``{name: (B, C_in, H, W)}``.
+
+        Returns:
+            per-pixel embedding (B, mask_dim, H/4, W/4); the coarsest encoded level; the three
+            levels for the transformer decoder from 1/32 to 1/8, each (B, C, H, W).
+        """
+        device = features[self.transformer_in_features[0]].device
+        with torch.autocast(device_type=device.type, enabled=False):
+            return self._forward_features(features)
+
+    def _forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
+        srcs, pos = [], []
+        for projection, name in zip(
+            self.input_proj, reversed(self.transformer_in_features), strict=True
+        ):
+            feature = _at_least_float(features[name])
+            srcs.append(projection(feature))
+            pos.append(self.pe_layer(feature))
+        memory, spatial_shapes, _ = self.transformer(srcs, pos)
+
+        shapes = spatial_shapes.tolist()
+        levels = memory.split([height * width for height, width in shapes], dim=1)
+        out = [
+            level.transpose(1, 2).unflatten(2, shape)
+            for level, shape in zip(levels, shapes, strict=True)
+        ]
+        fpn_features = reversed(self.in_features[: self.num_fpn_levels])
+        for lateral, output, name in zip(
+            self.lateral_convs, self.output_convs, fpn_features, strict=True
+        ):
+            current = lateral(_at_least_float(features[name]))
+            upsampled = F.interpolate(
+                out[-1], size=current.shape[-2:], mode="bilinear", align_corners=False
+            )
+            out.append(output(current + upsampled))
+        return self.mask_features(out[-1]), out[0], out[: self.maskformer_num_feature_levels]
+
+
+def _at_least_float(x: Tensor) -> Tensor:
+    """Half precision features of an autocast backbone → float32; float64 stays."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x

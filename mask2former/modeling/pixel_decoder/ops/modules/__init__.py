@@ -1,0 +1,5 @@
+"""Published import path of the deformable attention module."""
+
+from .....ops import MSDeformAttn
+
+__all__ = ["MSDeformAttn"]

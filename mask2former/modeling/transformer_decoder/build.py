@@ -1,0 +1,36 @@
+"""The registry of transformer decoders and the function that builds the configured one."""
+
+from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
+from torch import nn
+
+TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
+TRANSFORMER_DECODER_REGISTRY.__doc__ = """
+Registry of transformer decoders: modules that turn pixel decoder features into query predictions.
+
+A registered class (or function) is called as `decoder(cfg, in_channels, mask_classification)`.
+Other projects register theirs here and name it in `MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME`.
+"""
+
+
+def build_transformer_decoder(
+    cfg: CfgNode, in_channels: int, mask_classification: bool = True
+) -> nn.Module:
+    """Build the decoder named by `MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME`.
+
+    Args:
+        cfg: the full config.
+        in_channels: channels of the feature maps the decoder attends to.
+        mask_classification: whether the decoder predicts a class for each query as well.
+
+    Raises:
+        ValueError: no decoder is registered under that name.
+    """
+    name = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME
+    if name not in TRANSFORMER_DECODER_REGISTRY:
+        known = ", ".join(sorted(key for key, _ in TRANSFORMER_DECODER_REGISTRY))
+        raise ValueError(
+            f"MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME is {name!r}, which is not registered. "
+            f"Known transformer decoders: {known or 'none (import the module that registers it)'}."
+        )
+    return TRANSFORMER_DECODER_REGISTRY.get(name)(cfg, in_channels, mask_classification)
