@@ -9,7 +9,6 @@ Each stage's map has half the height and width and twice the channels of the one
 Shape letters: B batch, C channels of the first stage, H W height and width of the current map.
 """
 
-import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +19,7 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
+from ...utils.registry import register_unless_taken
 from .swin_layers import (
     BasicLayer,
     Mlp,
@@ -125,6 +125,187 @@ class SwinTransformer(nn.Module):
         if ape:
             height, width = (
                 size // patch
+                for size, patch in zip(pair(pretrain_img_size), pair(patch_size), strict=True)
+            )
+            if min(height, width) < 1:
+                raise ValueError(
+                    f"pretrain_img_size (MODEL.SWIN.PRETRAIN_IMG_SIZE) is {pretrain_img_size}, "
+                    f"smaller than a patch of {patch_size} pixels."
+                )
+            self.absolute_pos_embed = nn.Parameter(torch.zeros(1, embed_dim, height, width))
+            nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
+        self.pos_drop = nn.Dropout(drop_rate)
+
+        # On the CPU also where modules are made on another (or no) device.
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
+        self.layers = nn.ModuleList(
+            BasicLayer(
+                dim=self.num_features[i],
+                depth=depths[i],
+                num_heads=num_heads[i],
+                window_size=window_size,
+                drop_path=rates[i].tolist(),
+                norm_layer=norm_layer,
+                downsample=PatchMerging if i < self.num_layers - 1 else None,
+                use_checkpoint=use_checkpoint,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop=drop_rate,
+                attn_drop=attn_drop_rate,
+            )
+            for i in range(self.num_layers)
+        )
+        for i in out_indices:
+            self.add_module(f"norm{i}", norm_layer(self.num_features[i]))
+        self._freeze_stages()
+
+    def init_weights(self) -> None:
+        """Draw the weights as the Swin paper's code does, for training from scratch.
+
+        Linear layers: truncated normal with standard deviation 0.02, biases 0; norms: identities.
+        """
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.trunc_normal_(module.weight, std=0.02)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.LayerNorm):
+                nn.init.ones_(module.weight)
+                nn.init.zeros_(module.bias)
+
+    def _freeze_stages(self) -> None:
+        frozen: list[nn.Module] = []
+        if self.frozen_stages >= 0:
+            frozen.append(self.patch_embed)
+        if self.frozen_stages >= 1 and self.ape:
+            self.absolute_pos_embed.requires_grad_(False)
+        if self.frozen_stages >= 2:
+            frozen += [self.pos_drop, *self.layers[: self.frozen_stages - 1]]
+        for module in frozen:
+            module.eval().requires_grad_(False)
+
+    def train(self, mode: bool = True) -> "SwinTransformer":
+        """Switch to training (or evaluation) mode; frozen parts stay in evaluation mode."""
+        super().train(mode)
+        self._freeze_stages()
+        return self
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the features of a batch of images.
+
+        Args:
+            x: (B, in_chans, H, W), normalised; any height and width.
+
+        Returns:
+            "res2" (stage 0), "res3", … of the stages in ``out_indices``: (B, C · 2**i, ·, ·),
+            rounded up where the image does not divide by the stride.
+        """
+        x = self.patch_embed(x)  # (B, C, H, W)
+        height, width = x.shape[2:]
+        if self.ape:
+            x = x + F.interpolate(self.absolute_pos_embed, size=(height, width), mode="bicubic")
+        x = self.pos_drop(x.flatten(2).transpose(1, 2))  # (B, H·W, C)
+
+        features = {}
+        for i, layer in enumerate(self.layers):
+            out, out_height, out_width, x, height, width = layer(x, height, width)
+            if i in self.out_indices:
+                out = getattr(self, f"norm{i}")(out)
+                out = out.view(-1, out_height, out_width, self.num_features[i])
+                features[f"res{i + 2}"] = out.permute(0, 3, 1, 2).contiguous()
+        return features
+
+
+@register_unless_taken(BACKBONE_REGISTRY)
+class D2SwinTransformer(SwinTransformer, Backbone):
+    """`SwinTransformer` as a Detectron2 backbone, made from a config or from keyword arguments.
+
+    Args:
+        out_features: names of the maps to return, of "res2", "res3", …
+        swin_arguments: keyword arguments of `SwinTransformer`.
+    """
+
+    @configurable
+    def __init__(
+        self,
+        *,
+        out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        **swin_arguments: Any,
+    ):
+        super().__init__(**swin_arguments)
+        known = [f"res{i + 2}" for i in self.out_indices]
+        if not out_features or not set(out_features) <= set(known):
+            raise ValueError(
+                f"out_features (MODEL.SWIN.OUT_FEATURES) is {list(out_features)}, but this Swin "
+                f"can return {known}: give one or more of these."
+            )
+        patch_height, patch_width = self.patch_embed.patch_size
+        if patch_height != patch_width:
+            raise ValueError(
+                f"patch_size (MODEL.SWIN.PATCH_SIZE) is {(patch_height, patch_width)}: a "
+                "Detectron2 backbone has one stride for both axes, so patches must be square."
+            )
+        self._out_features = list(out_features)
+        self._out_feature_strides = {
+            f"res{i + 2}": patch_height * 2**i for i in range(self.num_layers)
+        }
+        self._out_feature_channels = {
+            f"res{i + 2}": channels for i, channels in enumerate(self.num_features)
+        }
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
+        """Arguments from `MODEL.SWIN`; images have the channels of ``input_shape`` (else 3)."""
+        swin = cfg.MODEL.SWIN
+        return {
+            "out_features": swin.OUT_FEATURES,
+            "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
+            "patch_size": swin.PATCH_SIZE,
+            "in_chans": 3 if input_shape is None else input_shape.channels,
+            "embed_dim": swin.EMBED_DIM,
+            "depths": swin.DEPTHS,
+            "num_heads": swin.NUM_HEADS,
+            "window_size": swin.WINDOW_SIZE,
+            "mlp_ratio": swin.MLP_RATIO,
+            "qkv_bias": swin.QKV_BIAS,
+            "qk_scale": swin.QK_SCALE,
+            "drop_rate": swin.DROP_RATE,
+            "attn_drop_rate": swin.ATTN_DROP_RATE,
+            "drop_path_rate": swin.DROP_PATH_RATE,
+            "ape": swin.APE,
+            "patch_norm": swin.PATCH_NORM,
+            "use_checkpoint": swin.USE_CHECKPOINT,
+        }
+
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
+        """Compute the maps named by ``out_features``, see `SwinTransformer.forward`."""
+        assert x.dim() == 4, f"expected images of shape (B, C, H, W), got {tuple(x.shape)}"
+        features = super().forward(x)
+        return {name: map_ for name, map_ in features.items() if name in self._out_features}
+
+    @property
+    def size_divisibility(self) -> int:
+        """Images are padded to multiples of this, the largest stride of the published models."""
+        return 32
+
+
+def _check_sizes(
+    patch_size: int | tuple[int, int], embed_dim: int, window_size: int, mlp_ratio: float
+) -> None:
+    """Reject sizes that are not positive."""
+    for key, value in (("window_size", window_size), ("embed_dim", embed_dim)):
+        if value < 1:
+            raise ValueError(f"{key} (MODEL.SWIN.{key.upper()}) is {value}: it must be positive.")
+    if min(pair(patch_size)) < 1:
+        raise ValueError(
+            f"patch_size (MODEL.SWIN.PATCH_SIZE) is {patch_size}: it must be positive."
+        )
+    if mlp_ratio * embed_dim < 1:
+        raise ValueError(
+            f"mlp_ratio (MODEL.SWIN.MLP_RATIO) is {mlp_ratio}: the feed-forward networks would "
+            "have no hidden channel."
+        )
 
 
 def _check_stages(
@@ -166,12 +347,3 @@ def _check_rates(**rates: float) -> None:
         if not 0 <= rate < 1:
             raise ValueError(f"{key} (MODEL.SWIN.{key.upper()}) is {rate}: it must be in [0, 1).")
 
-
-# Several projects register a backbone of this name; two of them in one process is no error.
-if D2SwinTransformer.__name__ in BACKBONE_REGISTRY:
-    logging.getLogger(__name__).warning(
-        "MODEL.BACKBONE.NAME 'D2SwinTransformer' already belongs to %s and still does.",
-        BACKBONE_REGISTRY.get(D2SwinTransformer.__name__).__module__,
-    )
-else:
-    BACKBONE_REGISTRY.register(D2SwinTransformer)

@@ -7,11 +7,12 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ...utils.registry import register_unless_taken
 from ..pixel_decoder.fpn import build_pixel_decoder
 from ..transformer_decoder.build import build_transformer_decoder
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
+@register_unless_taken(SEM_SEG_HEADS_REGISTRY)
 class MaskFormerHead(nn.Module):
     """Backbone features → query predictions.
 

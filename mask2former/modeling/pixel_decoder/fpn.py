@@ -18,6 +18,7 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ...utils.registry import register_unless_taken
 from ..transformer_decoder.position_encoding import PositionEmbeddingSine
 from ..transformer_decoder.transformer import TransformerEncoder, TransformerEncoderLayer
 
@@ -51,7 +52,7 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.M
     return pixel_decoder
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
+@register_unless_taken(SEM_SEG_HEADS_REGISTRY)
 class BasePixelDecoder(nn.Module):
     """A feature pyramid: 1x1 lateral and 3x3 output convolutions, nearest-neighbour upsampling.
 
@@ -233,7 +234,7 @@ class TransformerEncoderOnly(nn.Module):
         return memory.permute(1, 2, 0).reshape(src.shape)
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
+@register_unless_taken(SEM_SEG_HEADS_REGISTRY)
 class TransformerEncoderPixelDecoder(BasePixelDecoder):
     """`BasePixelDecoder` with a transformer encoder on the coarsest backbone feature.
 

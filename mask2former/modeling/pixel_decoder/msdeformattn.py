@@ -19,6 +19,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
+from ...utils.registry import register_unless_taken
 from ..transformer_decoder.mask2former_transformer_decoder import _get_activation_fn
 from ..transformer_decoder.position_encoding import PositionEmbeddingSine
 
@@ -185,7 +186,7 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
         return memory, spatial_shapes, sizes.cumsum(0) - sizes
 
 
-@SEM_SEG_HEADS_REGISTRY.register()
+@register_unless_taken(SEM_SEG_HEADS_REGISTRY)
 class MSDeformAttnPixelDecoder(nn.Module):
     """The pixel decoder of Mask2Former.
 

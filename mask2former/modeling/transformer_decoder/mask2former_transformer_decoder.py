@@ -112,13 +112,15 @@ def _attend(
 class _ResidualLayer(nn.Module):
     """A sub-layer with dropout, residual connection and layer norm, before or after it."""
 
-    def __init__(self, d_model: int, dropout: float, normalize_before: bool):
-        super().__init__()
+    def _finish(self, d_model: int, dropout: float, normalize_before: bool) -> None:
+        """Add the common parts and initialise.
+
+        Called last: optimiser states of checkpoints number parameters in the published order,
+        in which the norm follows the sub-layer.
+        """
         self.norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
         self.normalize_before = normalize_before
-
-    def _reset_parameters(self) -> None:
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -151,10 +153,10 @@ class SelfAttentionLayer(_ResidualLayer):
         activation: str = "relu",
         normalize_before: bool = False,
     ):
-        super().__init__(d_model, dropout, normalize_before)
+        super().__init__()
         self.self_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout)
         self.activation = _get_activation_fn(activation)
-        self._reset_parameters()
+        self._finish(d_model, dropout, normalize_before)
 
     def _attention(
         self,
@@ -202,10 +204,10 @@ class CrossAttentionLayer(_ResidualLayer):
         activation: str = "relu",
         normalize_before: bool = False,
     ):
-        super().__init__(d_model, dropout, normalize_before)
+        super().__init__()
         self.multihead_attn = nn.MultiheadAttention(d_model, nhead, dropout=dropout)
         self.activation = _get_activation_fn(activation)
-        self._reset_parameters()
+        self._finish(d_model, dropout, normalize_before)
 
     def _attention(
         self,
@@ -282,11 +284,11 @@ class FFNLayer(_ResidualLayer):
         activation: str = "relu",
         normalize_before: bool = False,
     ):
-        super().__init__(d_model, dropout, normalize_before)
+        super().__init__()
         self.linear1 = nn.Linear(d_model, dim_feedforward)
         self.linear2 = nn.Linear(dim_feedforward, d_model)
         self.activation = _get_activation_fn(activation)
-        self._reset_parameters()
+        self._finish(d_model, dropout, normalize_before)
 
     def _network(self, x: Tensor) -> Tensor:
         return self.dropout(self.linear2(self.dropout(self.activation(self.linear1(x)))))

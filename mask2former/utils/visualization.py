@@ -1,0 +1,159 @@
+"""Draws what a model predicted, and the annotation it is compared with, on images.
+
+Used by tools/demo.py and tools/quickstart.py. H, W: image size in pixels. Images are RGB, uint8.
+"""
+
+import os
+from collections.abc import Sequence
+
+import cv2
+import numpy as np
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import Metadata
+from detectron2.structures import Instances
+from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
+from panopticapi.utils import rgb2id
+from PIL import Image, ImageDraw, ImageFont
+
+from .files import atomic_write
+from .seeding import isolated_rng
+
+TASKS = ("panoptic", "instance", "semantic")
+_OUTPUTS = {"panoptic": "panoptic_seg", "instance": "instances", "semantic": "sem_seg"}
+
+
+def enabled_tasks(cfg: CfgNode) -> list[str]:
+    """Returns the tasks whose outputs the config's inference computes, in the order of TASKS."""
+    test = cfg.MODEL.MASK_FORMER.TEST
+    return [task for task in TASKS if test[f"{task.upper()}_ON"]]
+
+
+def draw_prediction(
+    image: np.ndarray,
+    outputs: dict,
+    metadata: Metadata,
+    task: str,
+    *,
+    confidence_threshold: float = 0.5,
+    scale: float = 1.0,
+) -> np.ndarray:
+    """Draws one kind of output on the image it was predicted for.
+
+    Args:
+        image: (H, W, 3).
+        outputs: the model's outputs for this image, at its size.
+        metadata: class names and colours.
+        task: one of TASKS.
+        confidence_threshold: draw instances with at least this score; other tasks have none.
+        scale: magnification of the result.
+
+    Returns:
+        The drawing, (scale * H, scale * W, 3). The same input gives the same colours.
+
+    Raises:
+        ValueError: the model did not compute this output.
+    """
+    if task not in TASKS or _OUTPUTS[task] not in outputs:
+        raise ValueError(f"no output for task {task!r}; the model returned {sorted(outputs)}")
+    with isolated_rng(0):  # the visualizer jitters colours
+        return _draw(
+            Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE),
+            outputs[_OUTPUTS[task]],
+            task,
+            confidence_threshold,
+        ).get_image()
+
+
+def _draw(visualizer: Visualizer, output, task: str, confidence_threshold: float) -> VisImage:
+    if task == "panoptic":
+        panoptic_map, segments_info = output
+        return visualizer.draw_panoptic_seg(panoptic_map.cpu(), segments_info)
+    if task == "semantic":
+        return visualizer.draw_sem_seg(output.argmax(dim=0).cpu())
+    output = output.to("cpu")
+    output = output[output.scores >= confidence_threshold]
+    # Without the boxes, which inference leaves empty: labels are then placed at the masks.
+    drawn = Instances(
+        output.image_size,
+        scores=output.scores,
+        pred_classes=output.pred_classes,
+        pred_masks=output.pred_masks > 0.5,
+    )
+    return visualizer.draw_instance_predictions(drawn)
+
+
+def draw_panoptic_truth(
+    image: np.ndarray, dataset_dict: dict, metadata: Metadata, *, scale: float = 1.0
+) -> np.ndarray:
+    """Draws the panoptic annotation of an image.
+
+    Args:
+        image: (H, W, 3).
+        dataset_dict: an element of a panoptic data set: `pan_seg_file_name` and `segments_info`.
+        metadata: class names and colours.
+        scale: magnification of the result.
+
+    Returns:
+        The drawing, (scale * H, scale * W, 3).
+    """
+    with Image.open(dataset_dict["pan_seg_file_name"]) as file:
+        panoptic_map = rgb2id(np.asarray(file.convert("RGB")))
+    with isolated_rng(0):
+        visualizer = Visualizer(image, metadata, scale=scale)
+        panoptic_map = torch.as_tensor(panoptic_map.astype(np.int64))
+        drawn = visualizer.draw_panoptic_seg(panoptic_map, dataset_dict["segments_info"])
+    return drawn.get_image()
+
+
+def contact_sheet(
+    rows: Sequence[Sequence[np.ndarray]],
+    path: str | os.PathLike,
+    titles: Sequence[str] = (),
+    *,
+    margin: int = 8,
+) -> None:
+    """Writes a table of images as one PNG, each column as wide as its widest image.
+
+    Args:
+        rows: images of any size, (H, W, 3); the same number in each row.
+        path: file to write, whole or not at all.
+        titles: one for each column, or none.
+        margin: pixels between images.
+
+    Raises:
+        ValueError: no images, or rows or titles that do not agree in number.
+    """
+    lengths = {len(row) for row in rows}
+    if len(lengths) != 1 or lengths == {0}:
+        raise ValueError(f"rows need the same number of images, not {sorted(lengths)}")
+    if titles and {len(titles)} != lengths:
+        raise ValueError(f"{len(titles)} titles for {lengths.pop()} columns")
+    widths = [max(image.shape[1] for image in column) for column in zip(*rows, strict=True)]
+    heights = [max(image.shape[0] for image in row) for row in rows]
+    header = 24 if titles else 0
+    size = (
+        sum(widths) + margin * (len(widths) + 1),
+        sum(heights) + margin * (len(heights) + 1) + header,
+    )
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=18)
+    y = margin + header
+    for row, height in zip(rows, heights, strict=True):
+        x = margin
+        for image, width in zip(row, widths, strict=True):
+            sheet.paste(Image.fromarray(image), (x, y))
+            x += width + margin
+        y += height + margin
+    x = margin
+    for title, width in zip(titles, widths, strict=False):
+        draw.text((x, margin // 2), title, fill="black", font=font)
+        x += width + margin
+    with atomic_write(os.fspath(path), "wb") as file:
+        sheet.save(file, format="PNG")
+
+
+def magnify(image: np.ndarray, scale: float) -> np.ndarray:
+    """Returns the image at `scale` times its size, as drawings of that scale are."""
+    size = (int(image.shape[1] * scale), int(image.shape[0] * scale))
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)

@@ -1,0 +1,265 @@
+"""Defaults, recipes, and the errors of `load_config` and `check_config`."""
+
+import json
+from pathlib import Path
+
+import pytest
+from detectron2.config import CfgNode, get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
+
+from mask2former.config import add_maskformer2_config, check_config, load_config
+
+ROOT = Path(__file__).parents[1]
+CONTRACTS = Path(__file__).parent / "contracts"
+CONFIGS = ROOT / "configs"
+R50_PANOPTIC = CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
+
+_recipes = json.loads((CONTRACTS / "recipes.json").read_text())
+# Recipes of data sets whose configs do not exist yet are left out by their folder.
+RECIPES = {
+    path: _recipes["all"] | differences
+    for path, differences in _recipes["recipes"].items()
+    if path.startswith("coco/")
+}
+
+
+def flatten(node, prefix=""):
+    leaves = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            leaves |= flatten(value, f"{prefix}{key}.")
+        else:
+            leaves[prefix + key] = list(value) if isinstance(value, tuple) else value
+    return leaves
+
+
+def deeplab_cfg():
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    return cfg
+
+
+def default_cfg():
+    cfg = deeplab_cfg()
+    add_maskformer2_config(cfg)
+    return cfg
+
+
+@pytest.fixture
+def cfg():
+    return load_config(str(R50_PANOPTIC))
+
+
+def write(folder, text, name="config.yaml"):
+    path = folder / name
+    path.write_text(text)
+    return str(path)
+
+
+def test_defaults_are_the_published_ones():
+    before, after = flatten(deeplab_cfg()), flatten(default_cfg())
+    assert before.keys() <= after.keys()
+    changed = {k: v for k, v in after.items() if k not in before or before[k] != v}
+    published = json.loads((CONTRACTS / "defaults.json").read_text())
+    assert changed == published
+    # 1 == 1.0 == True, but a config tells their types apart.
+    types = {k: type(v) for k, v in changed.items()}
+    assert types == {k: type(v) for k, v in published.items()}
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_recipe_resolves_to_the_published_values(path):
+    defaults = flatten(default_cfg())
+    resolved = flatten(load_config(str(CONFIGS / path)))  # load_config checks it as well
+    assert {k: v for k, v in resolved.items() if v != defaults[k]} == RECIPES[path]
+
+
+@pytest.mark.parametrize("path", RECIPES)
+def test_recipe_opens_with_its_command(path):
+    command = f"#   tools/train_net.py --config-file configs/{path} --num-gpus 8"
+    assert (CONFIGS / path).read_text().splitlines()[1] == command
+
+
+def test_all_coco_recipes_are_published_ones():
+    files = {str(p.relative_to(CONFIGS)) for p in CONFIGS.glob("coco/**/maskformer2_*.yaml")}
+    assert files == RECIPES.keys()
+    assert len(files) == 14
+
+
+def test_base_files_give_data_and_schedule_but_no_model():
+    folder = CONFIGS / "coco"
+    panoptic = load_config(
+        str(folder / "panoptic-segmentation/Base-COCO-PanopticSegmentation.yaml")
+    )
+    assert panoptic.MODEL.META_ARCHITECTURE == "GeneralizedRCNN"
+    assert panoptic.DATASETS.TRAIN == ("coco_2017_train_panoptic",)
+    assert panoptic.SOLVER.MAX_ITER == 368750
+    instance = load_config(
+        str(folder / "instance-segmentation/Base-COCO-InstanceSegmentation.yaml")
+    )
+    assert instance.DATASETS.TRAIN == ("coco_2017_train",)
+    assert instance.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME == "BasePixelDecoder"
+
+
+def test_opts_override_the_file():
+    cfg = load_config(str(R50_PANOPTIC), ["SOLVER.IMS_PER_BATCH", "2", "MODEL.DEVICE", "cpu"])
+    assert (cfg.SOLVER.IMS_PER_BATCH, cfg.MODEL.DEVICE) == (2, "cpu")
+    assert not cfg.is_frozen()
+
+
+def test_computed_values_of_published_configs_load(tmp_path):
+    path = write(
+        tmp_path,
+        "VERSION: 2\nINPUT:\n  MIN_SIZE_TRAIN: "
+        '!!python/object/apply:eval ["[int(x * 0.1 * 512) for x in range(5, 8)]"]\n',
+    )
+    assert load_config(path).INPUT.MIN_SIZE_TRAIN == (256, 307, 358)
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(FileNotFoundError, match="nowhere.yaml"):
+        load_config(str(tmp_path / "nowhere.yaml"))
+    path = write(tmp_path, "_BASE_: absent_base.yaml\n")
+    with pytest.raises(FileNotFoundError, match="absent_base.yaml"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("text", ["", "# only a comment\n", "- a\n- list\n"])
+def test_file_that_is_no_mapping(tmp_path, text):
+    path = write(tmp_path, text)
+    with pytest.raises(ValueError, match="config.yaml.*KEY: VALUE"):
+        load_config(path)
+
+
+def test_unknown_key_in_file(tmp_path):
+    path = write(tmp_path, "MODEL:\n  MASK_FORMER:\n    NUM_OBJECT_QUERY: 3\n")
+    with pytest.raises(ValueError, match=r"config\.yaml.*NUM_OBJECT_QUERY.*NUM_OBJECT_QUERIES"):
+        load_config(path)
+
+
+def test_unknown_section_and_value_in_place_of_section(tmp_path):
+    path = write(tmp_path, "MODEL:\n  SWINN:\n    APE: True\n")
+    with pytest.raises(ValueError, match=r"MODEL\.SWINN\.APE.*MODEL\.SWIN\.APE"):
+        load_config(path)
+    path = write(tmp_path, "VERSION: 2\nMODEL:\n  SWIN: 3\n")
+    with pytest.raises(ValueError, match=r"config\.yaml.*MODEL\.SWIN to 3, but that is a section"):
+        load_config(path)
+
+
+def test_wrong_type_in_file(tmp_path):
+    path = write(tmp_path, "VERSION: 2\nMODEL:\n  MASK_FORMER:\n    NHEADS: many\n")
+    with pytest.raises(ValueError, match=r"config\.yaml.*MODEL\.MASK_FORMER\.NHEADS"):
+        load_config(path)
+
+
+def test_bad_opts():
+    path = str(R50_PANOPTIC)
+    with pytest.raises(ValueError, match="pairs KEY VALUE, but got 3 items"):
+        load_config(path, ["MODEL.DEVICE", "cpu", "SOLVER.MAX_ITER"])
+    with pytest.raises(ValueError, match=r"command line.*SOLVER\.MAX_ITERS.*SOLVER\.MAX_ITER or"):
+        load_config(path, ["SOLVER.MAX_ITERS", "3"])
+    with pytest.raises(ValueError, match=r"SOLVER\.MAX_ITER='soon'"):
+        load_config(path, ["SOLVER.MAX_ITER", "soon"])
+    # The check comes after the overrides.
+    with pytest.raises(ValueError, match=r"SOLVER\.OPTIMIZER is 'ADAM'"):
+        load_config(path, ["SOLVER.OPTIMIZER", "ADAM"])
+
+
+TEST = "MODEL.MASK_FORMER.TEST"
+REJECTED = [
+    ("INPUT.DATASET_MAPPER_NAME", "coco_panoptic", "allowed: 'coco_instance_lsj', "),
+    ("INPUT.FORMAT", "L", "allowed: 'RGB', 'BGR'"),
+    ("INPUT.RANDOM_FLIP", "diagonal", "'horizontal', 'vertical', 'none'"),
+    ("INPUT.CROP.TYPE", "square", "'relative_range', 'relative', 'absolute'"),
+    ("INPUT.IMAGE_SIZE", 0, "at least 1"),
+    ("INPUT.SIZE_DIVISIBILITY", 0, "-1 .off. or at least 1"),
+    ("INPUT.MIN_SCALE", 0.0, "0 < MIN_SCALE <= MAX_SCALE"),
+    ("INPUT.MIN_SCALE", 2.5, "MIN_SCALE is 2.5 and INPUT.MAX_SCALE is 2.0"),
+    ("SOLVER.OPTIMIZER", "adamw", "allowed: 'ADAMW', 'SGD'"),
+    ("SOLVER.BACKBONE_MULTIPLIER", -0.1, "at least 0"),
+    ("SOLVER.WEIGHT_DECAY_EMBED", -1.0, "at least 0"),
+    ("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "model", "'value', 'norm', 'full_model'"),
+    ("MODEL.MASK_FORMER.CLASS_WEIGHT", -2.0, "at least 0"),
+    ("MODEL.MASK_FORMER.DICE_WEIGHT", float("nan"), "at least 0"),
+    ("MODEL.MASK_FORMER.MASK_WEIGHT", -5.0, "at least 0"),
+    ("MODEL.MASK_FORMER.NO_OBJECT_WEIGHT", -0.1, "at least 0"),
+    (f"{TEST}.OBJECT_MASK_THRESHOLD", 1.1, "0 to 1"),
+    (f"{TEST}.OVERLAP_THRESHOLD", -0.1, "0 to 1"),
+    ("MODEL.MASK_FORMER.DROPOUT", 1.5, "0 to 1"),
+    ("MODEL.MASK_FORMER.HIDDEN_DIM", 252, "multiples of MODEL.MASK_FORMER.NHEADS, which is 8"),
+    ("MODEL.MASK_FORMER.NHEADS", 0, "at least 1"),
+    ("MODEL.MASK_FORMER.NHEADS", None, "at least 1"),
+    ("MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", 0, "at least 1"),
+    ("MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 0, "at least 1"),
+    ("MODEL.MASK_FORMER.OVERSAMPLE_RATIO", 0.9, "at least 1"),
+    ("MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", 1.01, "0 to 1"),
+    ("MODEL.MASK_FORMER.DEC_LAYERS", 1, "at least 2"),
+    ("MODEL.MASK_FORMER.ENC_LAYERS", 6, "does not read; allowed: 0"),
+    ("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5", "'multi_scale_pixel_decoder'"),
+    ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 0, "at least 1"),
+    ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 100, "multiples of MODEL.MASK_FORMER.NHEADS"),
+    ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS", 4, "8 .the default. or 8"),
+    ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS", 0, "at least 1"),
+    ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res6"], "res2.*res5"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "allowed"), REJECTED)
+def test_rejected_value(cfg, key, value, allowed):
+    cfg.merge_from_list([key, value])
+    with pytest.raises(ValueError, match=allowed) as error:
+        check_config(cfg)
+    assert key in str(error.value)
+    if value is not None:
+        assert str(value) in str(error.value)
+
+
+def test_no_task_is_rejected(cfg):
+    cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = False
+    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    check_config(cfg)  # instances remain
+    cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    with pytest.raises(ValueError, match="all False"):
+        check_config(cfg)
+
+
+def test_bounds_themselves_are_accepted(cfg):
+    cfg.MODEL.MASK_FORMER.DEC_LAYERS = 2
+    cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 1
+    cfg.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 1.0
+    cfg.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.0
+    cfg.MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD = 1.0
+    cfg.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT = 0.0
+    cfg.INPUT.MIN_SCALE = cfg.INPUT.MAX_SCALE = 1.0
+    check_config(cfg)
+
+
+def test_number_of_heads_may_be_written_twice(cfg):
+    cfg.MODEL.MASK_FORMER.NHEADS = 4
+    check_config(cfg)  # the other key still has its default
+    cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 4
+    check_config(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 2
+    with pytest.raises(ValueError, match="NHEADS = 4 heads"):
+        check_config(cfg)
+
+
+def test_keys_of_the_other_decoder_are_accepted_with_it(cfg):
+    cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = "StandardTransformerDecoder"
+    cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "res5"
+    cfg.MODEL.MASK_FORMER.ENC_LAYERS = 6
+    cfg.MODEL.MASK_FORMER.DEC_LAYERS = 1
+    check_config(cfg)
+
+
+def test_other_projects_are_left_alone(cfg):
+    cfg.MODEL.MASK_FORMER.OF_ANOTHER_PROJECT = 3
+    cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = "AnotherDecoder"
+    cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "AnotherPixelDecoder"
+    cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 3
+    cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "anything"
+    check_config(cfg)
+    cfg.INPUT.DATASET_MAPPER_NAME = "another_mapper"
+    cfg.SOLVER.OPTIMIZER = "LION"
+    cfg.MODEL.META_ARCHITECTURE = "AnotherArchitecture"
+    check_config(cfg)
