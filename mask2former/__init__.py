@@ -3,10 +3,29 @@
 Importing the package registers its models, backbones and data sets with Detectron2.
 """
 
-from . import modeling
+from . import data, modeling
 from .config import add_maskformer2_config
+from .data.dataset_mappers import (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
+)
+from .evaluation import InstanceSegEvaluator
 from .maskformer_model import MaskFormer
 
 __version__ = "0.1.0"
 
-__all__ = ["MaskFormer", "add_maskformer2_config", "modeling"]
+__all__ = [
+    "COCOInstanceNewBaselineDatasetMapper",
+    "COCOPanopticNewBaselineDatasetMapper",
+    "InstanceSegEvaluator",
+    "MaskFormer",
+    "MaskFormerInstanceDatasetMapper",
+    "MaskFormerPanopticDatasetMapper",
+    "MaskFormerSemanticDatasetMapper",
+    "add_maskformer2_config",
+    "data",
+    "modeling",
+]

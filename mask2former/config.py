@@ -318,8 +318,8 @@ def _check_msdeformattn(cfg: CfgNode) -> None:
 
 def _check_masked_decoder(cfg: CfgNode) -> None:
     mask_former = cfg.MODEL.MASK_FORMER
-    # One prediction comes before the first layer, so 1 would mean a decoder without layers.
-    _require_range(cfg, "MODEL.MASK_FORMER.DEC_LAYERS", low=2)
+    # One prediction comes before the first layer: 1 is a decoder without layers.
+    _require_range(cfg, "MODEL.MASK_FORMER.DEC_LAYERS", low=1)
     if mask_former.ENC_LAYERS != 0:
         raise ValueError(
             f"MODEL.MASK_FORMER.ENC_LAYERS is {mask_former.ENC_LAYERS}, which {_MASKED_DECODER} "

@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from .modeling.criterion import SetCriterion
 from .modeling.matcher import HungarianMatcher
 from .modeling.postprocessing import instance_inference, panoptic_inference, semantic_inference
+from .utils.registry import register_unless_taken
 
 
-@META_ARCH_REGISTRY.register()
+@register_unless_taken(META_ARCH_REGISTRY)
 class MaskFormer(nn.Module):
     """Mask classification for semantic, instance and panoptic segmentation.
 
@@ -65,9 +66,9 @@ class MaskFormer(nn.Module):
         test_topk_per_image: int,
     ):
         super().__init__()
-        if (panoptic_on or instance_on) and not sem_seg_postprocess_before_inference:
+        if not semantic_on and not sem_seg_postprocess_before_inference:
             raise ValueError(
-                "panoptic and instance inference need sem_seg_postprocess_before_inference=True"
+                "without semantic inference sem_seg_postprocess_before_inference must be True"
             )
         self.backbone = backbone
         self.sem_seg_head = sem_seg_head
@@ -184,9 +185,9 @@ class MaskFormer(nn.Module):
         instances = [x["instances"].to(self.device) for x in batched_inputs]
         targets = self.prepare_targets(instances, images)
         weight_dict = self.criterion.weight_dict
-        if "loss_ce_0" not in weight_dict and "aux_outputs" in outputs:
+        if not any(name.rpartition("_")[2].isdigit() for name in weight_dict):
             # No deep supervision: do not compute what would only be thrown away.
-            outputs.pop("aux_outputs")
+            outputs.pop("aux_outputs", None)
         losses = self.criterion(outputs, targets)
         return {k: loss * weight_dict[k] for k, loss in losses.items() if k in weight_dict}
 

@@ -193,7 +193,7 @@ REJECTED = [
     ("MODEL.MASK_FORMER.TRAIN_NUM_POINTS", 0, "at least 1"),
     ("MODEL.MASK_FORMER.OVERSAMPLE_RATIO", 0.9, "at least 1"),
     ("MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", 1.01, "0 to 1"),
-    ("MODEL.MASK_FORMER.DEC_LAYERS", 1, "at least 2"),
+    ("MODEL.MASK_FORMER.DEC_LAYERS", 0, "at least 1"),
     ("MODEL.MASK_FORMER.ENC_LAYERS", 6, "does not read; allowed: 0"),
     ("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5", "'multi_scale_pixel_decoder'"),
     ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 0, "at least 1"),

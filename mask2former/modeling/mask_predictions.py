@@ -37,7 +37,11 @@ class MaskLogits:
 
     def full(self) -> Tensor:
         """All masks, (B, Q, H, W) logits; computed at the first call and kept."""
-        if self._full is None:
+        trainable = torch.is_grad_enabled() and (
+            self.embed.requires_grad or self.features.requires_grad
+        )
+        # What a matcher read under no_grad must not serve the loss: it has no gradient.
+        if self._full is None or (trainable and not self._full.requires_grad):
             self._full = torch.einsum("bqc,bchw->bqhw", self.embed, self.features)
         return self._full
 
@@ -51,7 +55,7 @@ class MaskLogits:
             (N, H, W) logits, image by image in the given order.
         """
         if self._full is not None:
-            return _select_dense(self._full, queries)
+            return _select_dense(self.full(), queries)
         height, width = self.features.shape[-2:]
         masks = [
             embed[index] @ features.flatten(1)
@@ -69,6 +73,9 @@ class MaskLogits:
         Returns:
             (Q, P) float32 logits.
         """
+        if self._full is not None:
+            # Read and perhaps edited by a subclass: matching and loss must see the same masks.
+            return DenseMaskLogits(self.full()).at_points(image, points)
         features = self.features[image : image + 1].float()
         sampled = point_sample(features, points[None], align_corners=False)[0]  # (C, P)
         return self.embed[image].float() @ sampled
@@ -124,6 +131,14 @@ class MaskPredictions(dict):
     def pop(self, key: str, *default: Any) -> Any:
         value = super().pop(key, *default)
         return value.full() if isinstance(value, MaskLogits) else value
+
+    def popitem(self) -> tuple[str, Any]:
+        key = next(reversed(self))
+        return key, self.pop(key)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        super().setdefault(key, default)
+        return self[key]
 
     def copy(self) -> "MaskPredictions":
         duplicate = MaskPredictions()

@@ -56,6 +56,36 @@ def _check(
         )
 
 
+def _check_fused(
+    shapes: list[tuple[int, int]], reference: Tensor, offsets: Tensor, logits: Tensor
+) -> None:
+    """Raise ValueError where what `ms_deform_attn_fused` adds to `_check` does not fit together."""
+    levels = len(shapes)
+    if offsets.dim() != 6 or offsets.shape[3] != levels or offsets.shape[-1] != 2:
+        raise ValueError(
+            f"sampling offsets must be (B, Q, M, {levels}, P, 2) with {levels} levels, got "
+            f"{tuple(offsets.shape)}"
+        )
+    batch, num_queries, num_heads, _, num_points, _ = offsets.shape
+    if reference.shape[-1] not in (2, 4):
+        raise ValueError(
+            "reference points must end in 2 (x, y) or 4 (x, y, width, height), got "
+            f"{tuple(reference.shape)}"
+        )
+    sizes = [(size, num_queries, levels) for size in (batch, 1)]
+    if reference.dim() != 4 or tuple(reference.shape[:3]) not in sizes:
+        raise ValueError(
+            f"reference points are {tuple(reference.shape)}; with sampling offsets "
+            f"{tuple(offsets.shape)} they must begin with {sizes[0]} or {sizes[1]}"
+        )
+    expected = (batch, num_queries, num_heads, levels * num_points)
+    if tuple(logits.shape) != expected:
+        raise ValueError(
+            f"attention logits are {tuple(logits.shape)}; with sampling offsets "
+            f"{tuple(offsets.shape)} they must be {expected}"
+        )
+
+
 def ms_deform_attn(
     value: Tensor,
     spatial_shapes: SpatialShapes,
@@ -105,20 +135,16 @@ def ms_deform_attn_fused(
         ValueError: the shapes do not fit together.
     """
     shapes = _host_shapes(spatial_shapes)
+    _check_fused(shapes, reference_points, sampling_offsets, attention_logits)
     num_points = sampling_offsets.shape[4]
     reference = reference_points[:, :, None, :, None, :]  # (B, Q, 1, L, 1, 2 or 4)
     if reference_points.shape[-1] == 2:
         width_height = [(width, height) for height, width in shapes]
         size = torch.tensor(width_height, device=value.device, dtype=sampling_offsets.dtype)
         locations = reference + sampling_offsets / size[:, None, :]
-    elif reference_points.shape[-1] == 4:
+    else:
         half_box = reference[..., 2:] * 0.5
         locations = reference[..., :2] + sampling_offsets / num_points * half_box
-    else:
-        raise ValueError(
-            "reference points must end in 2 (x, y) or 4 (x, y, width, height), got "
-            f"{tuple(reference_points.shape)}"
-        )
     weights = attention_logits.softmax(-1).unflatten(-1, (len(shapes), num_points))
     _check(value, shapes, locations, weights)
     return _pytorch_formulation(value, shapes, locations, weights)

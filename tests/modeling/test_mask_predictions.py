@@ -103,7 +103,7 @@ READERS = {
     "key": lambda x: x["pred_masks"],
     "get": lambda x: x.get("pred_masks"),
     "get with default": lambda x: x.get("pred_masks", None),
-    "items": lambda x: {k: v for k, v in x.items()}["pred_masks"],  # noqa: C416
+    "items": lambda x: {k: v for k, v in x.items()}["pred_masks"],
     "items of a filter": lambda x: {k: v for k, v in x.items() if k != "aux_outputs"}["pred_masks"],
     "dict": lambda x: dict(x)["pred_masks"],
     "double star": lambda x: {**x}["pred_masks"],
@@ -183,8 +183,27 @@ def test_mask_logits_of(outputs, dense):
 
 def test_gradient_flows_to_both_factors(factors):
     embed, features = (x.requires_grad_() for x in factors)
-    MaskLogits(embed, features).select([torch.tensor([1]), torch.tensor([], dtype=int)]).sum().backward()
+    MaskLogits(embed, features).select(
+        [torch.tensor([1]), torch.tensor([], dtype=int)]
+    ).sum().backward()
     # d/d embed of the sum of one mask is the sum of the features over pixels.
     torch.testing.assert_close(embed.grad[0, 1], features.detach()[0].sum((1, 2)))
     assert not embed.grad[0, [0, 2, 3]].any() and not embed.grad[1].any()
     assert features.grad[0].any() and not features.grad[1].any()
+
+
+def test_masks_read_without_gradients_still_train_afterwards():
+    embed = torch.randn(1, 2, 3, requires_grad=True)
+    outputs = MaskPredictions(pred_masks=MaskLogits(embed, torch.randn(1, 3, 4, 4)))
+    with torch.no_grad():  # as a matcher of another project does
+        assert not outputs["pred_masks"].requires_grad
+    assert outputs["pred_masks"].requires_grad
+    assert outputs.mask_logits.select([torch.tensor([1])]).requires_grad
+
+
+def test_an_edit_of_the_masks_is_seen_by_matching_and_loss():
+    logits = MaskLogits(torch.randn(1, 2, 3), torch.randn(1, 3, 4, 4))
+    outputs = MaskPredictions(pred_masks=logits)
+    outputs["pred_masks"][:, 0] = 7.0
+    torch.testing.assert_close(logits.select([torch.tensor([0])]), torch.full((1, 4, 4), 7.0))
+    torch.testing.assert_close(logits.at_points(0, torch.tensor([[0.5, 0.5]]))[0], torch.tensor([7.0]))

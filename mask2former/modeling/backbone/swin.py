@@ -346,4 +346,3 @@ def _check_rates(**rates: float) -> None:
     for key, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(f"{key} (MODEL.SWIN.{key.upper()}) is {rate}: it must be in [0, 1).")
-

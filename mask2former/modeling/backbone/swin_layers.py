@@ -195,14 +195,16 @@ class WindowAttention(nn.Module):
         bias = bias.to(q.dtype)
         if mask is not None:
             bias = bias.repeat(num_windows // mask.shape[0], 1, 1, 1)  # (B·V, A, N, N)
-        x = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=bias,
-            dropout_p=self.attn_drop if self.training else 0.0,
-            scale=self.scale,
-        )
+        attn_drop = self.attn_drop if self.training else 0.0
+        if q.is_cpu and bias.requires_grad:
+            # No fused CPU kernel gives the bias a gradient, and what runs instead is slower than
+            # this: a training step of the whole backbone takes a third longer.
+            logits = (q * self.scale) @ k.transpose(2, 3) + bias  # (B·V, A, N, N)
+            x = F.dropout(logits.softmax(3), attn_drop) @ v
+        else:
+            x = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=bias, dropout_p=attn_drop, scale=self.scale
+            )
         x = x.transpose(1, 2).reshape(num_windows, num_tokens, self.dim)
         return self.proj_drop(self.proj(x))
 
@@ -398,9 +400,7 @@ class BasicLayer(nn.Module):
         if key in self._masks and not torch.compiler.is_compiling():
             self._masks.move_to_end(key)
             return self._masks[key]
-        # A tensor made in inference mode could not be used for training afterwards.
-        with torch.inference_mode(False), torch.no_grad():
-            mask = _shifted_window_mask(height, width, self.window_size, self.shift_size, device)
+        mask = _shifted_window_mask(height, width, self.window_size, self.shift_size, device)
         if not torch.compiler.is_compiling():
             self._masks[key] = mask
             if len(self._masks) > _MAX_CACHED_MASKS:

@@ -7,6 +7,7 @@ embedding.
 Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of all levels, L levels.
 """
 
+import copy
 import functools
 import math
 
@@ -105,7 +106,10 @@ class MSDeformAttnTransformerEncoder(nn.Module):
 
     def forward(self, src: Tensor, spatial_shapes: Shapes, pos: Tensor | None = None) -> Tensor:
         """``src`` and ``pos`` (B, S, C) → (B, S, C)."""
-        reference_points = _reference_points(spatial_shapes, src.device)
+        # The cache must not keep the fake tensors that torch.export traces with.
+        compiling = torch.compiler.is_compiling()
+        compute = _reference_points.__wrapped__ if compiling else _reference_points
+        reference_points = compute(spatial_shapes, src.device)
         for layer in self.layers:
             src = layer(src, pos, reference_points, spatial_shapes)
         return src
@@ -139,12 +143,12 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
         super().__init__()
         self.d_model = d_model
         self.nhead = nhead
-        layer = (d_model, dim_feedforward, dropout, activation, num_feature_levels, nhead)
+        layer = MSDeformAttnTransformerEncoderLayer(
+            d_model, dim_feedforward, dropout, activation, num_feature_levels, nhead, enc_n_points
+        )
+        # Copies, as published, so that a seed gives the published initial weights.
         self.encoder = MSDeformAttnTransformerEncoder(
-            [
-                MSDeformAttnTransformerEncoderLayer(*layer, n_points=enc_n_points)
-                for _ in range(num_encoder_layers)
-            ]
+            [copy.deepcopy(layer) for _ in range(num_encoder_layers)]
         )
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         self._reset_parameters()

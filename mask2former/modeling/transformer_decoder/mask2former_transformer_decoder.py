@@ -121,6 +121,9 @@ class _ResidualLayer(nn.Module):
         self.norm = nn.LayerNorm(d_model)
         self.dropout = nn.Dropout(dropout)
         self.normalize_before = normalize_before
+        self._reset_parameters()
+
+    def _reset_parameters(self) -> None:
         for parameter in self.parameters():
             if parameter.dim() > 1:
                 nn.init.xavier_uniform_(parameter)
@@ -365,15 +368,18 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.num_layers = dec_layers
         # "No dropout": the paper found it unnecessary (section 3.2.2).
         layer = {"dropout": 0.0, "normalize_before": pre_norm}
-        self.transformer_self_attention_layers = nn.ModuleList(
-            SelfAttentionLayer(hidden_dim, nheads, **layer) for _ in range(dec_layers)
-        )
-        self.transformer_cross_attention_layers = nn.ModuleList(
-            CrossAttentionLayer(hidden_dim, nheads, **layer) for _ in range(dec_layers)
-        )
-        self.transformer_ffn_layers = nn.ModuleList(
-            FFNLayer(hidden_dim, dim_feedforward, **layer) for _ in range(dec_layers)
-        )
+        self.transformer_self_attention_layers = nn.ModuleList()
+        self.transformer_cross_attention_layers = nn.ModuleList()
+        self.transformer_ffn_layers = nn.ModuleList()
+        # Layer by layer, so that a seed gives the published initial weights.
+        for _ in range(dec_layers):
+            self.transformer_self_attention_layers.append(
+                SelfAttentionLayer(hidden_dim, nheads, **layer)
+            )
+            self.transformer_cross_attention_layers.append(
+                CrossAttentionLayer(hidden_dim, nheads, **layer)
+            )
+            self.transformer_ffn_layers.append(FFNLayer(hidden_dim, dim_feedforward, **layer))
         self.decoder_norm = nn.LayerNorm(hidden_dim)
 
         self.num_queries = num_queries
@@ -395,10 +401,10 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, in_channels: int, mask_classification: bool) -> dict:
-        if cfg.MODEL.MASK_FORMER.DEC_LAYERS < 2:
+        if cfg.MODEL.MASK_FORMER.DEC_LAYERS < 1:
             raise ValueError(
                 f"MODEL.MASK_FORMER.DEC_LAYERS={cfg.MODEL.MASK_FORMER.DEC_LAYERS} must be at least "
-                "2: it counts the prediction from the queries and one for each layer"
+                "1: it counts the prediction from the queries and one for each layer"
             )
         return {
             "in_channels": in_channels,

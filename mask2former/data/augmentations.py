@@ -1,0 +1,79 @@
+"""Which augmentations the mappers apply, in which order.
+
+The order matters twice: for the result, and for the random numbers, which are drawn in this order.
+"""
+
+from detectron2.config import CfgNode
+from detectron2.data import transforms as T
+from detectron2.projects.point_rend import ColorAugSSDTransform
+
+__all__ = ["ColorAugSSDTransform", "build_resize_crop_gen", "build_transform_gen"]
+
+
+def build_resize_crop_gen(cfg: CfgNode, *, limit_category_area: bool) -> list:
+    """Resize the shortest edge, crop, jitter the colours, flip: for the mask_former_* mappers.
+
+    Reads `INPUT.{MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, CROP, COLOR_AUG_SSD,
+    FORMAT}` and `MODEL.SEM_SEG_HEAD.IGNORE_VALUE`.
+
+    Args:
+        cfg: the config.
+        limit_category_area: draw crops again in which one category covers more than
+            `INPUT.CROP.SINGLE_CATEGORY_MAX_AREA` of the labelled pixels; needs semantic labels.
+
+    Returns:
+        Detectron2 augmentations and transforms.
+    """
+    crop = cfg.INPUT.CROP
+    augmentations = [
+        T.ResizeShortestEdge(
+            cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
+        )
+    ]
+    if crop.ENABLED and limit_category_area:
+        augmentations.append(
+            T.RandomCrop_CategoryAreaConstraint(
+                crop.TYPE,
+                crop.SIZE,
+                crop.SINGLE_CATEGORY_MAX_AREA,
+                cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE,
+            )
+        )
+    elif crop.ENABLED:
+        augmentations.append(T.RandomCrop(crop.TYPE, crop.SIZE))
+    if cfg.INPUT.COLOR_AUG_SSD:
+        augmentations.append(ColorAugSSDTransform(img_format=cfg.INPUT.FORMAT))
+    augmentations.append(T.RandomFlip())
+    return augmentations
+
+
+def build_transform_gen(cfg: CfgNode, is_train: bool) -> list:
+    """Large-scale jittering (paper, section 4.1): flip, rescale, crop or pad to a fixed square.
+
+    Reads `INPUT.{RANDOM_FLIP, MIN_SCALE, MAX_SCALE, IMAGE_SIZE}`.
+
+    Args:
+        cfg: the config.
+        is_train: must be True, there is no jittering at test time.
+
+    Returns:
+        Detectron2 augmentations.
+
+    Raises:
+        ValueError: `is_train` is False, or INPUT.RANDOM_FLIP is unknown.
+    """
+    if not is_train:
+        raise ValueError("Large-scale jittering is for training; evaluate with DatasetMapper.")
+    flip, side = cfg.INPUT.RANDOM_FLIP, cfg.INPUT.IMAGE_SIZE
+    if flip not in ("horizontal", "vertical", "none"):
+        raise ValueError(f"INPUT.RANDOM_FLIP is {flip!r}; allowed: horizontal, vertical, none.")
+    augmentations = []
+    if flip != "none":
+        augmentations.append(
+            T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
+        )
+    augmentations += [
+        T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side),
+        T.FixedSizeCrop((side, side)),
+    ]
+    return augmentations

@@ -1,0 +1,227 @@
+"""Registers COCO panoptic with semantic labels: `coco_2017_{train,val}_panoptic_with_sem_seg`.
+
+The semantic labels are PNGs of all 133 classes, in `coco/panoptic_semseg_{train,val}2017`. That
+folder may be absent: then the records have no `sem_seg_file_name`.
+
+`load_coco_panoptic_json` and `register_coco_panoptic_annos_sem_seg` serve any data set in the COCO
+panoptic format.
+"""
+
+import json
+import os
+from functools import partial
+from typing import Any
+
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
+from detectron2.utils.file_io import PathManager
+
+# Detectron2's name of the split → panoptic PNGs, their JSON, semantic PNGs, images, instance JSON.
+_SPLITS = {
+    "coco_2017_train_panoptic": (
+        "coco/panoptic_train2017",
+        "coco/annotations/panoptic_train2017.json",
+        "coco/panoptic_semseg_train2017",
+        "coco/train2017",
+        "coco/annotations/instances_train2017.json",
+    ),
+    "coco_2017_val_panoptic": (
+        "coco/panoptic_val2017",
+        "coco/annotations/panoptic_val2017.json",
+        "coco/panoptic_semseg_val2017",
+        "coco/val2017",
+        "coco/annotations/instances_val2017.json",
+    ),
+    "coco_2017_val_100_panoptic": (
+        "coco/panoptic_val2017_100",
+        "coco/annotations/panoptic_val2017_100.json",
+        "coco/panoptic_semseg_val2017_100",
+        "coco/val2017",
+        "coco/annotations/instances_val2017_100.json",
+    ),
+}
+
+
+def get_metadata() -> dict[str, Any]:
+    """COCO panoptic's class names, colours (RGB) and maps from COCO's to contiguous ids.
+
+    The 80 things have the contiguous ids 0 to 79, the other classes 80 to 132. The "stuff" entries
+    list all 133, because the semantic task predicts things too.
+    """
+    things = [category for category in COCO_CATEGORIES if category["isthing"]]
+    assert COCO_CATEGORIES[: len(things)] == things, "things come first"
+    return {
+        "thing_classes": [category["name"] for category in things],
+        "thing_colors": [category["color"] for category in things],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(things)},
+        "stuff_classes": [category["name"] for category in COCO_CATEGORIES],
+        "stuff_colors": [category["color"] for category in COCO_CATEGORIES],
+        "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(COCO_CATEGORIES)},
+    }
+
+
+def load_coco_panoptic_json(
+    json_file: str,
+    image_dir: str,
+    gt_dir: str,
+    semseg_dir: str | None,
+    meta: dict[str, Any],
+) -> list[dict]:
+    """Load a data set in the COCO panoptic format.
+
+    Args:
+        json_file: panoptic JSON.
+        image_dir: folder of the images, named as the JSON's `images` say (without: as the PNGs,
+            with the extension .jpg).
+        gt_dir: folder of the panoptic PNGs.
+        semseg_dir: folder of semantic PNGs of the same names, or None; it may be absent.
+        meta: with `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
+
+    Returns:
+        Records with `file_name`, `image_id`, `pan_seg_file_name`, `sem_seg_file_name` (if the
+        folder exists) and `segments_info` with contiguous category ids and `isthing`.
+
+    Raises:
+        FileNotFoundError: the JSON, a folder, or a file of the first image does not exist.
+        ValueError: the JSON has no annotations, or a category id that `meta` does not know.
+    """
+    if not PathManager.isfile(json_file):
+        raise FileNotFoundError(f"Panoptic JSON {json_file} does not exist.{_where_to_look()}")
+    for folder, what in ((image_dir, "images"), (gt_dir, "panoptic PNGs")):
+        if not PathManager.isdir(folder):
+            raise FileNotFoundError(
+                f"Folder {folder} of the {what} of {json_file} does not exist.{_where_to_look()}"
+            )
+    with PathManager.open(json_file) as file:
+        content = json.load(file)
+    if not content.get("annotations"):
+        raise ValueError(f"{json_file} has no annotations: no images in this split.")
+
+    with_sem_seg = semseg_dir is not None and PathManager.isdir(semseg_dir)
+    image_files = {image["id"]: image["file_name"] for image in content.get("images", [])}
+    records = []
+    for annotation in content["annotations"]:
+        png = annotation["file_name"]
+        image = image_files.get(annotation["image_id"], os.path.splitext(png)[0] + ".jpg")
+        record = {
+            "file_name": os.path.join(image_dir, image),
+            "image_id": int(annotation["image_id"]),
+            "pan_seg_file_name": os.path.join(gt_dir, png),
+            "segments_info": [
+                _with_contiguous_id(segment, meta, f"{json_file}, {png}")
+                for segment in annotation["segments_info"]
+            ],
+        }
+        if with_sem_seg:
+            record["sem_seg_file_name"] = os.path.join(semseg_dir, png)
+        records.append(record)
+
+    for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name"):
+        if key in records[0] and not PathManager.isfile(records[0][key]):
+            raise FileNotFoundError(f"{records[0][key]}, named by {json_file}, does not exist.")
+    return records
+
+
+def _where_to_look() -> str:
+    return " Set DETECTRON2_DATASETS to the folder that holds the data sets (default: datasets)."
+
+
+def _with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
+    category_id = segment["category_id"]
+    things = meta["thing_dataset_id_to_contiguous_id"]
+    stuff = meta["stuff_dataset_id_to_contiguous_id"]
+    is_thing = category_id in things
+    if not is_thing and category_id not in stuff:
+        raise ValueError(
+            f"{where}: segment {segment['id']} has category_id {category_id}, which is not one of "
+            "the data set's categories."
+        )
+    contiguous_id = things[category_id] if is_thing else stuff[category_id]
+    return segment | {"category_id": contiguous_id, "isthing": is_thing}
+
+
+def register_coco_panoptic_annos_sem_seg(
+    name: str,
+    metadata: dict[str, Any],
+    image_root: str,
+    panoptic_root: str,
+    panoptic_json: str,
+    sem_seg_root: str | None,
+    instances_json: str | None,
+) -> None:
+    """Register a data set in the COCO panoptic format, with semantic labels.
+
+    A name that is registered already is left alone.
+
+    Args:
+        name: under which to register.
+        metadata: as `get_metadata` returns it.
+        image_root: folder of the images.
+        panoptic_root: folder of the panoptic PNGs.
+        panoptic_json: panoptic JSON.
+        sem_seg_root: folder of semantic PNGs with contiguous labels, 255 where there is none; may
+            be None or absent.
+        instances_json: COCO instance JSON of the same images, for AP.
+    """
+    if name in DatasetCatalog:
+        return
+    DatasetCatalog.register(
+        name,
+        partial(
+            load_coco_panoptic_json,
+            panoptic_json,
+            image_root,
+            panoptic_root,
+            sem_seg_root,
+            metadata,
+        ),
+    )
+    MetadataCatalog.get(name).set(
+        sem_seg_root=sem_seg_root,
+        panoptic_root=panoptic_root,
+        image_root=image_root,
+        panoptic_json=panoptic_json,
+        json_file=instances_json,
+        evaluator_type="coco_panoptic_seg",
+        ignore_label=255,
+        label_divisor=1000,
+        **metadata,
+    )
+
+
+def _list_only_things(name: str, metadata: dict[str, Any]) -> None:
+    """Make `thing_classes` of Detectron2's own COCO panoptic names the 80 things.
+
+    It lists all 133 classes there, which its COCO evaluator of instances refuses.
+    """
+    catalogued = MetadataCatalog.get(name)
+    for key in ("thing_classes", "thing_colors"):
+        if catalogued.get(key) != metadata[key]:
+            # Metadata can be set once only.
+            if key in catalogued.as_dict():
+                delattr(catalogued, key)
+            catalogued.set(**{key: metadata[key]})
+
+
+def register_all_coco_panoptic_annos_sem_seg(root: str) -> None:
+    """Register the names above for COCO in `root`/coco. May be called again."""
+    metadata = get_metadata()
+    for prefix, paths in _SPLITS.items():
+        panoptic_root, panoptic_json, sem_seg_root, image_root, instances_json = (
+            os.path.join(root, path) for path in paths
+        )
+        _list_only_things(prefix, metadata)
+        register_coco_panoptic_annos_sem_seg(
+            f"{prefix}_with_sem_seg",
+            metadata,
+            image_root,
+            panoptic_root,
+            panoptic_json,
+            sem_seg_root,
+            instances_json,
+        )
+
+
+register_all_coco_panoptic_annos_sem_seg(
+    os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
+)

@@ -1,0 +1,249 @@
+"""The trainer: Detectron2's `DefaultTrainer` with Mask2Former's parts and exact resuming.
+
+    build_train_loader → build_model → build_optimizer, build_lr_scheduler → hooks → test
+
+A run that is killed and resumed gives the same losses as one that never stopped. Nothing random
+survives an iteration: the order and augmentation of samples depend on the run's seed and their
+position (`data/loader.py`), and what the model draws on the seed, the iteration and the worker.
+"""
+
+import json
+import logging
+import math
+import weakref
+from collections import OrderedDict
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine.defaults import create_ddp_model
+from detectron2.engine.train_loop import HookBase
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.projects.deeplab import build_lr_scheduler
+from detectron2.utils import comm
+from detectron2.utils.logger import setup_logger
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.data import DataLoader
+
+from .checkpoint import Mask2FormerCheckpointer
+from .config import check_config
+from .data.dataset_mappers import build_mapper
+from .data.loader import (
+    ResumableBatchSampler,
+    build_test_loader,
+    build_train_loader,
+    check_batch_size,
+)
+from .evaluation import build_evaluator
+from .optimizer import build_optimizer
+from .utils.files import atomic_write
+from .utils.seeding import MODEL, seed_all
+
+_logger = logging.getLogger(__name__)
+
+
+class IterationSeed(HookBase):
+    """Seeds what the model draws in an iteration from the run's seed, the iteration, the worker."""
+
+    def before_step(self) -> None:
+        seed_all(self.trainer.seed, MODEL, self.trainer.iter, comm.get_rank())
+
+
+class MetricWindow(HookBase):
+    """Keeps the last values of smoothed metrics in checkpoints.
+
+    Detectron2 writes medians over the last 20 iterations; so the first lines after a resume need
+    values from before it.
+    """
+
+    _NUM_ITERATIONS = 20
+
+    def __init__(self) -> None:
+        self._restored: dict[str, list[tuple[float, int]]] = {}
+
+    def state_dict(self) -> dict:
+        storage = self.trainer.storage
+        hints = storage.smoothing_hints()
+        return {
+            name: history.values()[-storage.count_samples(name, self._NUM_ITERATIONS) :]
+            for name, history in storage.histories().items()
+            # A restored metric has no hint before it is put again.
+            if hints.get(name, True)
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._restored = state_dict
+
+    def before_train(self) -> None:
+        for name, values in self._restored.items():
+            for value, iteration in values:
+                self.trainer.storage.histories()[name].update(value, iteration)
+
+
+class Trainer(DefaultTrainer):
+    """Trains and evaluates what a config describes.
+
+    Attributes:
+        seed: of the run: SEED of the config, or drawn once, logged and kept in checkpoints.
+    """
+
+    def __init__(self, cfg: CfgNode) -> None:
+        """
+        Args:
+            cfg: the config, see `mask2former.config.load_config`.
+
+        Raises:
+            ValueError: the config asks for something impossible, see the message.
+        """
+        # DefaultTrainer's own constructor would give device ids to a distributed model on the CPU,
+        # demand a GPU for mixed precision, and load checkpoints that may run code.
+        TrainerBase.__init__(self)
+        if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
+            setup_logger()
+            setup_logger(name="mask2former")
+        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        check_config(cfg)
+        check_device(cfg)
+        check_batch_size(cfg)
+        self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
+        self._has_own_seed = cfg.SEED >= 0
+        cfg.defrost()
+        cfg.SEED = self.seed
+        cfg.freeze()
+        self._log_schedule(cfg)
+
+        model = self.build_model(cfg)
+        optimizer = self.build_optimizer(cfg, model)
+        data_loader = self.build_train_loader(cfg)
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        if comm.get_world_size() > 1:
+            device_ids = [comm.get_local_rank()] if on_gpu else None
+            model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
+        if cfg.SOLVER.AMP.ENABLED and not on_gpu:
+            _logger.warning(
+                f"SOLVER.AMP.ENABLED is ignored on MODEL.DEVICE {cfg.MODEL.DEVICE}: mixed "
+                "precision training needs a CUDA GPU. Training in float32."
+            )
+        trainer_type = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
+        self._trainer = trainer_type(model, data_loader, optimizer)
+        self.scheduler = self.build_lr_scheduler(cfg, optimizer)
+        self.checkpointer = Mask2FormerCheckpointer(
+            model, cfg.OUTPUT_DIR, partial_init=True, trainer=weakref.proxy(self)
+        )
+        self.start_iter = 0
+        self.max_iter = cfg.SOLVER.MAX_ITER
+        self.cfg = cfg
+        self.register_hooks(self.build_hooks())
+
+    def _log_schedule(self, cfg: CfgNode) -> None:
+        total, num_workers = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        _logger.info(
+            f"Effective batch size {total} = {num_workers} process(es) x {total // num_workers} "
+            f"images, base learning rate {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations, "
+            f"seed {self.seed}"
+        )
+
+    def build_hooks(self) -> list[HookBase | None]:
+        return [*super().build_hooks(), IterationSeed(), MetricWindow()]
+
+    def train(self) -> OrderedDict | None:
+        """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does."""
+        batch_sampler = getattr(self.data_loader, "batch_sampler", None)
+        if isinstance(batch_sampler, ResumableBatchSampler):
+            batch_sampler.seek(self.seed, self.start_iter)
+        elif self.start_iter > 0:
+            _logger.warning(
+                "The training loader is not of mask2former.data.loader: after resuming, samples "
+                "come in another order than in an uninterrupted run."
+            )
+        return super().train()
+
+    def state_dict(self) -> dict[str, Any]:
+        return super().state_dict() | {"seed": self.seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        super().load_state_dict(state_dict)
+        # Checkpoints of other trainers have none.
+        seed = state_dict.get("seed", self.seed)
+        if seed != self.seed and self._has_own_seed:
+            _logger.warning(
+                f"The run to resume had seed {seed}, but SEED is {self.seed}: it continues with "
+                "other random numbers."
+            )
+        elif seed != self.seed:
+            _logger.info(f"Continuing with the seed of the run to resume, {seed}")
+            self.seed = seed
+
+    @classmethod
+    def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:
+        return build_optimizer(cfg, model)
+
+    @classmethod
+    def build_lr_scheduler(cls, cfg: CfgNode, optimizer: Optimizer) -> LRScheduler:
+        return build_lr_scheduler(cfg, optimizer)
+
+    @classmethod
+    def build_train_loader(cls, cfg: CfgNode) -> DataLoader:
+        return build_train_loader(cfg, build_mapper(cfg, is_train=True))
+
+    @classmethod
+    def build_test_loader(cls, cfg: CfgNode, dataset_name: str) -> DataLoader:
+        return build_test_loader(cfg, dataset_name)
+
+    @classmethod
+    def build_evaluator(
+        cls, cfg: CfgNode, dataset_name: str, output_folder: str | None = None
+    ) -> DatasetEvaluator:
+        return build_evaluator(cfg, dataset_name, output_folder)
+
+    @classmethod
+    def test(
+        cls,
+        cfg: CfgNode,
+        model: nn.Module,
+        evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
+    ) -> dict:
+        """Evaluate on DATASETS.TEST; the results are also written to OUTPUT_DIR/evaluation.json.
+
+        Args:
+            cfg: the config.
+            model: with the weights to evaluate.
+            evaluators: one for each data set; by default those of `build_evaluator`.
+
+        Returns:
+            {data set: {task: {metric: value}}}, without the outer level if there is one data set.
+        """
+        results = super().test(cfg, model, evaluators)
+        if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
+            names = cfg.DATASETS.TEST
+            write_results(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
+        return results
+
+
+def write_results(output_dir: str, results: Mapping[str, Mapping]) -> None:
+    """Write `evaluation.json`: {data set: {task: {metric: value}}}, null where undefined."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {key: plain(item) for key, item in value.items()}
+        return float(value) if math.isfinite(value) else None
+
+    with atomic_write(f"{output_dir}/evaluation.json") as file:
+        json.dump(plain(results), file, indent=1)
+
+
+def check_device(cfg: CfgNode) -> None:
+    """Check that the device exists on this machine.
+
+    Raises:
+        ValueError: MODEL.DEVICE asks for a GPU where there is none.
+    """
+    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable CUDA GPU; add "
+            "`MODEL.DEVICE cpu` to the command to run on the CPU."
+        )

@@ -1,0 +1,84 @@
+"""Fixtures that several test files use: a small model's config, and inputs for it."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.data import MetadataCatalog
+from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.structures import Instances
+
+from mask2former import add_maskformer2_config
+
+# Classes 0 and 1 are things, class 2 is stuff.
+TINY_METADATA = "tests_tiny_panoptic"
+TINY_NUM_CLASSES = 3
+
+
+@pytest.fixture
+def tiny_cfg() -> CfgNode:
+    """Config of a Mask2Former that runs in milliseconds: ResNet-18, 64 channels, 7 queries."""
+    metadata = MetadataCatalog.get(TINY_METADATA)
+    metadata.thing_dataset_id_to_contiguous_id = {5: 0, 9: 1}
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    add_maskformer2_config(cfg)
+    cfg.DATASETS.TRAIN = (TINY_METADATA,)
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.MODEL.META_ARCHITECTURE = "MaskFormer"
+    cfg.MODEL.WEIGHTS = ""
+    cfg.MODEL.BACKBONE.NAME = "build_resnet_backbone"
+    cfg.MODEL.BACKBONE.FREEZE_AT = 0
+    cfg.MODEL.RESNETS.DEPTH = 18
+    cfg.MODEL.RESNETS.RES2_OUT_CHANNELS = 64
+    cfg.MODEL.RESNETS.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    cfg.MODEL.RESNETS.STRIDE_IN_1X1 = False
+    head = cfg.MODEL.SEM_SEG_HEAD
+    head.NAME = "MaskFormerHead"
+    head.PIXEL_DECODER_NAME = "MSDeformAttnPixelDecoder"
+    head.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    head.NUM_CLASSES = TINY_NUM_CLASSES
+    head.CONVS_DIM = 64
+    head.MASK_DIM = 32
+    head.NORM = "GN"
+    head.TRANSFORMER_ENC_LAYERS = 2
+    model = cfg.MODEL.MASK_FORMER
+    model.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
+    model.TRANSFORMER_IN_FEATURE = "multi_scale_pixel_decoder"
+    model.HIDDEN_DIM = 64
+    model.NHEADS = 4
+    model.DIM_FEEDFORWARD = 128
+    model.DEC_LAYERS = 5
+    model.DROPOUT = 0.0
+    model.NUM_OBJECT_QUERIES = 7
+    model.TRAIN_NUM_POINTS = 64
+    model.CLASS_WEIGHT = 2.0
+    model.MASK_WEIGHT = 5.0
+    model.DICE_WEIGHT = 5.0
+    model.TEST.PANOPTIC_ON = True
+    model.TEST.INSTANCE_ON = True
+    model.TEST.SEMANTIC_ON = True
+    cfg.TEST.DETECTIONS_PER_IMAGE = 5
+    return cfg
+
+
+@pytest.fixture
+def make_input() -> Callable[..., dict[str, Any]]:
+    """Function (height, width, labels, seed=0, **extra) → one training input of the model."""
+
+    def make(
+        height: int, width: int, labels: list[int], seed: int = 0, **extra: Any
+    ) -> dict[str, Any]:
+        generator = torch.Generator().manual_seed(seed)
+        instances = Instances((height, width))
+        instances.gt_classes = torch.tensor(labels, dtype=torch.int64)
+        # Disjoint vertical stripes, one per label.
+        column = torch.arange(width) * max(len(labels), 1) // width
+        masks = column[None] == torch.arange(len(labels))[:, None]  # (T, W)
+        instances.gt_masks = masks[:, None].repeat(1, height, 1)
+        image = torch.randint(0, 256, (3, height, width), generator=generator, dtype=torch.uint8)
+        return {"image": image, "instances": instances, **extra}
+
+    return make

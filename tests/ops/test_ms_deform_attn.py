@@ -1,0 +1,303 @@
+"""The op against a naive loop, numbers worked by hand, float64 gradients and bad shapes.
+
+Shape letters as in the module: B batch, S values, Q queries, M heads, D channels, L levels,
+P points.
+"""
+
+import importlib
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mask2former.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
+
+SHAPES = [(3, 4), (2, 1), (1, 1)]  # the last level is a single pixel
+
+
+def naive(value: Tensor, shapes: list, locations: Tensor, weights: Tensor) -> Tensor:
+    """The definition, point by point, in Python floats."""
+    batch, _, heads, dim = value.shape
+    queries, points = locations.shape[1], locations.shape[4]
+    out = torch.zeros(batch, queries, heads, dim, dtype=torch.float64)
+    starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
+    for b in range(batch):
+        for q in range(queries):
+            for m in range(heads):
+                for level, (height, width) in enumerate(shapes):
+                    for p in range(points):
+                        x, y = locations[b, q, m, level, p].tolist()
+                        x, y = x * width - 0.5, y * height - 0.5
+                        weight = weights[b, q, m, level, p].item()
+                        for row in (math.floor(y), math.floor(y) + 1):
+                            for column in (math.floor(x), math.floor(x) + 1):
+                                if not (0 <= row < height and 0 <= column < width):
+                                    continue
+                                share = (1 - abs(y - row)) * (1 - abs(x - column))
+                                index = starts[level] + row * width + column
+                                out[b, q, m] += weight * share * value[b, index, m].double()
+    return out.flatten(2)
+
+
+def random_inputs(
+    batch: int = 2, queries: int = 5, shapes: list | None = None, dtype=torch.float64, points=2
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Values, locations from well outside to well inside, and normalised weights."""
+    shapes = SHAPES if shapes is None else shapes
+    heads, dim, levels = 2, 3, len(shapes)
+    generator = torch.Generator().manual_seed(0)
+    total = sum(h * w for h, w in shapes)
+    value = torch.randn(batch, total, heads, dim, generator=generator, dtype=dtype)
+    size = (batch, queries, heads, levels, points)
+    locations = torch.rand(*size, 2, generator=generator, dtype=dtype) * 1.6 - 0.3
+    weights = torch.rand(size, generator=generator, dtype=dtype).flatten(3).softmax(-1)
+    return value, locations, weights.view(size)
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "expected"),
+    [
+        (0.25, 0.25, 1.0),  # centre of the first pixel
+        (0.5, 0.5, 2.5),  # middle of all four
+        (0.5, 0.25, 1.5),  # between the two of the first row
+        (0.0, 0.0, 0.25),  # corner: a quarter of the pixel, three quarters of outside
+        (1.0, 0.25, 1.0),  # right border: half of 2
+        (1.25, 0.75, 0.0),  # one pixel beyond the last column
+        (-3.0, 0.5, 0.0),
+        (0.5, 7.0, 0.0),
+    ],
+)
+def test_bilinear_by_hand(x, y, expected):
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
+    locations = torch.tensor([x, y]).view(1, 1, 1, 1, 1, 2)
+    out = ms_deform_attn(value, [(2, 2)], locations, torch.ones(1, 1, 1, 1, 1))
+    assert out.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_levels_heads_and_weights_by_hand():
+    # Level 0 is one pixel, level 1 two in a row; head 0 holds 1, 2, 3 and head 1 ten times that.
+    value = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]).view(1, 3, 2, 1)
+    locations = torch.tensor([[0.5, 0.5], [0.75, 0.5]]).view(1, 1, 1, 2, 1, 2)
+    weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).view(1, 1, 2, 2, 1)
+    out = ms_deform_attn(value, [(1, 1), (1, 2)], locations.expand(1, 1, 2, 2, 1, 2), weights)
+    # Head 0: 0.25·1 + 0.75·3; head 1: 1·10 + 0·30.
+    torch.testing.assert_close(out, torch.tensor([[[2.5, 10.0]]]))
+
+
+@pytest.mark.parametrize("shapes", [SHAPES, [(5, 3)], [(1, 1)], [(1, 6), (6, 1)]])
+def test_naive_loop(shapes):
+    value, locations, weights = random_inputs(shapes=shapes)
+    out = ms_deform_attn(value, shapes, locations, weights)
+    torch.testing.assert_close(out, naive(value, shapes, locations, weights))
+
+
+def test_odd_batch():
+    """No batch size needs to divide another (the original's im2col_step)."""
+    value, locations, weights = random_inputs(batch=33, queries=1)
+    out = ms_deform_attn(value, SHAPES, locations, weights)
+    torch.testing.assert_close(out, naive(value, SHAPES, locations, weights))
+
+
+def test_shapes_as_tensor():
+    inputs = random_inputs()
+    expected = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    out = ms_deform_attn(inputs[0], torch.tensor(SHAPES), *inputs[1:])
+    assert torch.equal(out, expected)
+
+
+def test_non_contiguous():
+    inputs = random_inputs()
+    expected = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    strided = [x.transpose(0, 1).contiguous().transpose(0, 1) for x in inputs]
+    assert not any(x.is_contiguous() for x in strided)
+    out = ms_deform_attn(strided[0], SHAPES, *strided[1:])
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+    assert out.is_contiguous()
+
+
+@pytest.mark.parametrize(("batch", "queries"), [(0, 5), (2, 0), (0, 0)])
+def test_empty(batch, queries):
+    inputs = [x.requires_grad_() for x in random_inputs(batch=batch, queries=queries)]
+    out = ms_deform_attn(inputs[0], SHAPES, *inputs[1:])
+    assert out.shape == (batch, queries, 6)
+    out.sum().backward()
+    assert all(x.grad is not None and not x.grad.any() for x in inputs)
+
+
+def test_empty_level_contributes_nothing():
+    value, locations, weights = random_inputs(shapes=[(2, 3)])
+    expected = ms_deform_attn(value, [(2, 3)], locations, weights)
+    locations = torch.cat([locations, locations], dim=3)
+    weights = torch.cat([weights, weights], dim=3)
+    out = ms_deform_attn(value, [(2, 3), (0, 4)], locations, weights)
+    torch.testing.assert_close(out, expected)
+
+
+def test_gradcheck():
+    inputs = [x.requires_grad_() for x in random_inputs(batch=1, queries=2)]
+    assert torch.autograd.gradcheck(
+        lambda value, *rest: ms_deform_attn(value, SHAPES, *rest), inputs, fast_mode=False
+    )
+
+
+def test_gradcheck_fused():
+    value, reference, offsets, logits = fused_inputs(batch=1, queries=2)
+    inputs = [x.requires_grad_() for x in (value, reference, offsets, logits)]
+    assert torch.autograd.gradcheck(
+        lambda value, *rest: ms_deform_attn_fused(value, SHAPES, *rest), inputs, fast_mode=False
+    )
+
+
+def fused_inputs(batch=2, queries=5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    value, locations, weights = random_inputs(batch, queries)
+    generator = torch.Generator().manual_seed(1)
+    reference = torch.rand(batch, queries, len(SHAPES), 2, generator=generator).double()
+    offsets = torch.randn(locations.shape, generator=generator).double()
+    logits = torch.randn(weights.flatten(3).shape, generator=generator).double()
+    return value, reference, offsets, logits
+
+
+@pytest.mark.parametrize("reference_batch", [1, 2])
+def test_fused_equals_classic(reference_batch):
+    value, reference, offsets, logits = fused_inputs()
+    reference = reference[:reference_batch]
+    # A pixel is 1 / width by 1 / height of its level.
+    locations = offsets.clone()
+    for level, (height, width) in enumerate(SHAPES):
+        locations[..., level, :, 0] /= width
+        locations[..., level, :, 1] /= height
+    locations += reference[:, :, None, :, None]
+    weights = logits.exp() / logits.exp().sum(-1, keepdim=True)
+    expected = ms_deform_attn(value, SHAPES, locations, weights.view(offsets.shape[:-1]))
+    out = ms_deform_attn_fused(value, SHAPES, reference, offsets, logits)
+    torch.testing.assert_close(out, expected)
+
+
+def test_fused_reference_boxes_by_hand():
+    # Box around (0.5, 0.5), 0.5 wide and 1 high, two points: an offset of (1, -2) is
+    # (1 / 2) · (0.5 / 2) = 0.125 to the right and (2 / 2) · (1 / 2) = 0.5 up: (0.625, 0).
+    value = torch.tensor([1.0, 2.0, 3.0, 4.0]).view(1, 4, 1, 1)
+    reference = torch.tensor([0.5, 0.5, 0.5, 1.0]).view(1, 1, 1, 4)
+    offsets = torch.tensor([[1.0, -2.0], [0.0, 0.0]]).view(1, 1, 1, 1, 2, 2)
+    logits = torch.tensor([100.0, 0.0]).view(1, 1, 1, 2)
+    out = ms_deform_attn_fused(value, [(2, 2)], reference, offsets, logits)
+    # In pixels x = 0.75, y = -0.5: half outside, the rest 0.25·1 + 0.75·2.
+    assert out.item() == pytest.approx(0.875, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, s, x, w: (v[0], s, x, w), r"value must be \(B, S, M, D\)"),
+        (lambda v, s, x, w: (v, s, x[..., :1], w), r"sampling locations must be"),
+        (lambda v, s, x, w: (v, s, x[0], w), r"sampling locations must be"),
+        (lambda v, s, x, w: (v, s, x[:1], w[:1]), r"sampling locations are \(1, 5, 2, 3, 2, 2\)"),
+        (lambda v, s, x, w: (v, s, x[:, :, :1], w), r"must be \(2, 5, 2, 3, 2, 2\)"),
+        (lambda v, s, x, w: (v, s, x[:, :, :, :2], w), r"3 levels they must be"),
+        (lambda v, s, x, w: (v, s, x, w[..., :1]), r"attention weights are \(2, 5, 2, 3, 1\)"),
+        (lambda v, s, x, w: (v, s, x, w.flatten(3)), r"attention weights are \(2, 5, 2, 6\)"),
+        (lambda v, s, x, w: (v[:, 1:], s, x, w), r"hold 15 locations, but value has 14"),
+    ],
+)
+def test_wrong_shapes(change, message):
+    value, locations, weights = random_inputs()
+    value, shapes, locations, weights = change(value, SHAPES, locations, weights)
+    with pytest.raises(ValueError, match=message):
+        ms_deform_attn(value, shapes, locations, weights)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda v, r, o, a: (v, r[..., :1], o, a), "must end in 2"),
+        (lambda v, r, o, a: (v, r[0], o, a), "reference points"),
+        (lambda v, r, o, a: (v, r[:, :, :2], o, a), "reference points"),
+        (lambda v, r, o, a: (v, r[:, :3], o, a), "reference points"),
+        (lambda v, r, o, a: (v, r, o[:, :, :, :1], a), "sampling offsets"),
+        (lambda v, r, o, a: (v, r, o[..., 0], a), "sampling offsets"),
+        (lambda v, r, o, a: (v, r, o, a[..., :5]), "attention logits"),
+        (lambda v, r, o, a: (v, r, o, a[:, :2]), "attention logits"),
+        (lambda v, r, o, a: (v[:, 1:], r, o, a), "hold 15 locations, but value has 14"),
+    ],
+)
+def test_fused_wrong_shapes(change, message):
+    value, *rest = change(*fused_inputs())
+    with pytest.raises(ValueError, match=message):
+        ms_deform_attn_fused(value, SHAPES, *rest)
+
+
+def test_published_import_paths():
+    modules = importlib.import_module("mask2former.modeling.pixel_decoder.ops.modules")
+    functions = importlib.import_module("mask2former.modeling.pixel_decoder.ops.functions")
+    assert modules.MSDeformAttn is MSDeformAttn
+    value, locations, weights = random_inputs()
+    out = functions.MSDeformAttnFunction.apply(
+        value, torch.tensor(SHAPES), torch.tensor([0, 12, 14]), locations, weights, 128
+    )
+    assert torch.equal(out, ms_deform_attn(value, SHAPES, locations, weights))
+
+
+def test_module_starts_from_a_star_of_points():
+    module = MSDeformAttn(d_model=16, n_levels=2, n_heads=8, n_points=3)
+    bias = module.sampling_offsets.bias.detach().view(8, 2, 3, 2)
+    assert not module.sampling_offsets.weight.any()
+    assert not module.attention_weights.weight.any() and not module.attention_weights.bias.any()
+    # Head m looks in the direction m · 45°, scaled so that the larger coordinate is 1.
+    directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
+    for head, direction in enumerate(directions):
+        for level in range(2):
+            for point in range(3):
+                expected = torch.tensor(direction, dtype=torch.float32) * (point + 1)
+                torch.testing.assert_close(bias[head, level, point], expected, atol=1e-5, rtol=0)
+
+
+def test_module_names_and_bad_arguments():
+    module = MSDeformAttn()
+    assert (module.d_model, module.n_levels, module.n_heads, module.n_points) == (256, 4, 8, 4)
+    names = ["sampling_offsets", "attention_weights", "value_proj", "output_proj"]
+    keys = [f"{name}.{kind}" for name in names for kind in ("weight", "bias")]
+    assert list(module.state_dict()) == keys
+    with pytest.raises(ValueError, match="d_model=10 is not divisible by n_heads=4"):
+        MSDeformAttn(d_model=10, n_heads=4)
+    with pytest.raises(ValueError, match="got 1 spatial shapes for 4 levels"):
+        module(torch.zeros(1, 1, 256), torch.zeros(1, 1, 4, 2), torch.zeros(1, 1, 256), [(1, 1)])
+
+
+def module_and_inputs() -> tuple[MSDeformAttn, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    module = MSDeformAttn(d_model=12, n_levels=3, n_heads=2, n_points=2).double()
+    for parameter in module.parameters():  # also those that start at zero
+        torch.nn.init.normal_(parameter, std=0.5)
+    query, memory = torch.randn(2, 5, 12).double(), torch.randn(2, 15, 12).double()
+    return module, query, torch.rand(1, 5, 3, 2).double(), memory
+
+
+def test_module_padding_mask_zeroes_values():
+    module, query, reference, memory = module_and_inputs()
+    padding = torch.zeros(2, 15, dtype=torch.bool)
+    padding[0, 3:9] = True
+    padding[1, 14] = True
+    out = module(query, reference, memory, torch.tensor(SHAPES), None, padding)
+    # Padding acts after the value projection, so that its bias is gone as well.
+    value = module.value_proj(memory) * ~padding[..., None]
+    expected = ms_deform_attn_fused(
+        value.view(2, 15, 2, 6),
+        SHAPES,
+        reference,
+        module.sampling_offsets(query).view(2, 5, 2, 3, 2, 2),
+        module.attention_weights(query).view(2, 5, 2, 6),
+    )
+    torch.testing.assert_close(out, module.output_proj(expected))
+    assert not torch.allclose(out, module(query, reference, memory, SHAPES))
+    nothing = torch.zeros_like(padding)
+    torch.testing.assert_close(
+        module(query, reference, memory, SHAPES, None, nothing),
+        module(query, reference, memory, SHAPES),
+    )
+
+
+def test_module_gradients_reach_every_parameter():
+    module, query, reference, memory = module_and_inputs()
+    module(query, reference, memory, SHAPES).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in module.parameters())

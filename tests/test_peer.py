@@ -1,0 +1,399 @@
+"""Peer test: the `transformers` package's Mask2Former, with the same random weights, agrees.
+
+It is an independent implementation of the same published model, so that a mistake would have to be
+made twice to go unnoticed. Models are small; every parameter is random, those that start at zero
+or one (sampling offsets, norms, embeddings) included.
+
+Shape letters: B batch, Q queries, K classes, M heads, L locations of a scale.
+"""
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.layers import FrozenBatchNorm2d
+from detectron2.modeling import build_model
+from detectron2.structures import Instances
+from torch import nn
+
+from mask2former.config import load_config
+from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
+from mask2former.ops import MSDeformAttn
+
+transformers = pytest.importorskip(
+    "transformers", reason="the peer implementation is in the transformers package"
+)
+
+TOLERANCE = 1e-4
+NUM_CLASSES = 5
+NUM_QUERIES = 12
+NUM_PREDICTIONS = 10
+NUM_HEADS = 4
+# The ResNet model has projections between pixel and transformer decoder, the Swin model none.
+HIDDEN_DIM = {"swin": 64, "resnet": 48}
+CONFIGS = Path(__file__).parents[1] / "configs"
+
+# Our names → the peer's, applied one after the other.
+_HEAD_RENAMES = [
+    (r"^sem_seg_head\.pixel_decoder\.", "model.pixel_level_module.decoder."),
+    (r"\.decoder\.transformer\.", ".decoder."),
+    (r"\.decoder\.mask_features\.", ".decoder.mask_projection."),
+    (r"\.(adapter|layer)_1\.norm\.", r".\1_1.1."),
+    (r"\.(adapter|layer)_1\.weight", r".\1_1.0.weight"),
+    (r"(\.decoder\.encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
+    (r"(\.decoder\.encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
+    (r"^sem_seg_head\.predictor\.class_embed\.", "class_predictor."),
+    (r"^sem_seg_head\.predictor\.", "model.transformer_module."),
+    (r"\.transformer_self_attention_layers\.(\d+)\.norm", r".layers.\1.self_attn_layer_norm"),
+    (r"\.transformer_cross_attention_layers\.(\d+)\.norm", r".layers.\1.cross_attn_layer_norm"),
+    (r"\.transformer_ffn_layers\.(\d+)\.norm", r".layers.\1.final_layer_norm"),
+    (r"\.transformer_(?:self_attention|cross_attention|ffn)_layers\.", ".layers."),
+    (r"\.transformer_module\.layers\.", ".transformer_module.decoder.layers."),
+    (r"\.multihead_attn\.", ".cross_attn."),
+    (r"\.linear([12])\.", r".fc\1."),
+    (r"\.decoder_norm\.", ".decoder.layernorm."),
+    (r"\.query_feat\.", ".queries_features."),
+    (r"\.query_embed\.", ".queries_embedder."),
+    (r"\.input_proj\.", ".input_projections."),
+    (r"\.mask_embed\.layers\.(\d)\.", r".decoder.mask_predictor.mask_embedder.\1.0."),
+]
+_RESNET_RENAMES = [
+    (r"^backbone\.stem\.conv1\.", "backbone.embedder.embedder."),
+    (r"^backbone\.res(\d)\.", lambda m: f"backbone.encoder.stages.{int(m[1]) - 2}.layers."),
+    (r"\.conv(\d)\.", lambda m: f".layer.{int(m[1]) - 1}."),
+    (r"^(backbone\..*)\.norm\.", r"\1.normalization."),
+    (r"^(backbone\..*\.(?:embedder|\d|shortcut))\.weight$", r"\1.convolution.weight"),
+]
+_SWIN_RENAMES = [
+    (r"^backbone\.patch_embed\.proj\.", "backbone.swin.embeddings.patch_embeddings.projection."),
+    (r"^backbone\.patch_embed\.norm\.", "backbone.swin.embeddings.norm."),
+    (r"^backbone\.norm(\d)\.", lambda m: f"backbone.hidden_states_norms.stage{int(m[1]) + 1}."),
+    (r"^backbone\.layers\.", "backbone.swin.encoder.layers."),
+    (r"(\.blocks\.\d+)\.norm1\.", r"\1.layernorm_before."),
+    (r"(\.blocks\.\d+)\.norm2\.", r"\1.layernorm_after."),
+    (r"\.attn\.proj\.", ".attention.o_proj."),
+    (r"\.attn\.(relative_position_bias_table)", r".attention.relative_position_bias.\1"),
+    (r"\.attn\.", ".attention."),
+]
+
+
+def _to_peer(tensors: dict[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
+    """The same tensors (parameters or their gradients) under the peer's names."""
+    renames = _HEAD_RENAMES + (_SWIN_RENAMES if backbone == "swin" else _RESNET_RENAMES)
+    renames.append((r"^backbone\.", "model.pixel_level_module.encoder."))
+    result = {}
+    for name, tensor in tensors.items():
+        # Kept in our state dict only: it follows from the window size.
+        if name.endswith("relative_position_index"):
+            continue
+        for pattern, replacement in renames:
+            name = re.sub(pattern, replacement, name)
+        # One matrix for queries, keys and values is three in the peer.
+        fused = re.fullmatch(r"(.*\.self_attn\.)in_proj_(.*)|(.*\.)qkv\.(.*)", name)
+        if fused is None:
+            result[name] = tensor
+            continue
+        prefix, suffix = (part for part in fused.groups() if part is not None)
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
+            result[f"{prefix}{letter}_proj.{suffix}"] = part
+    return result
+
+
+def _randomise(model: nn.Module, seed: int) -> None:
+    """Give every parameter a random value, such that activations stay of order one."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(tensor: torch.Tensor, std: float) -> None:
+        tensor.normal_(0, std, generator=generator)
+
+    def affine(norm: nn.Module) -> None:
+        norm.weight.uniform_(0.5, 1.5, generator=generator)
+        normal(norm.bias, 0.2)
+
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Conv2d):
+                normal(module.weight, module.weight[0].numel() ** -0.5)
+                if module.bias is not None:
+                    normal(module.bias, 0.2)
+            elif isinstance(module, nn.LayerNorm | nn.GroupNorm):
+                affine(module)
+            elif isinstance(module, FrozenBatchNorm2d):
+                affine(module)
+                normal(module.running_mean, 0.2)
+                module.running_var.uniform_(0.3, 0.7, generator=generator)
+            elif isinstance(module, nn.Embedding):
+                normal(module.weight, 1)
+            elif isinstance(module, nn.MultiheadAttention):
+                normal(module.in_proj_weight, module.embed_dim**-0.5)
+                normal(module.in_proj_bias, 0.2)
+        for name, parameter in model.named_parameters():
+            if name.endswith(("level_embed", "relative_position_bias_table")):
+                normal(parameter, 1)
+        for module in model.modules():
+            if isinstance(module, MSDeformAttn):
+                # In pixels: some samples lie outside the map.
+                normal(module.sampling_offsets.bias, 3)
+        # The features before it are positive. Without their mean, masks are neither all foreground
+        # nor all background.
+        mask_features = model.sem_seg_head.pixel_decoder.mask_features
+        mask_features.weight -= mask_features.weight.mean(1, keepdim=True)
+        mask_features.bias.zero_()
+
+
+def _our_model(backbone: str, pre_norm: bool) -> nn.Module:
+    """The published recipe's model on the CPU, with fewer layers and narrower ones."""
+    recipe = "swin/maskformer2_swin_tiny" if backbone == "swin" else "maskformer2_R50"
+    overrides = {
+        "MODEL.DEVICE": "cpu",
+        "MODEL.WEIGHTS": "",
+        "MODEL.SWIN.EMBED_DIM": 16,
+        "MODEL.SWIN.DEPTHS": [2, 2, 2, 2],
+        "MODEL.SWIN.NUM_HEADS": [1, 2, 4, 8],
+        "MODEL.SWIN.WINDOW_SIZE": 5,
+        "MODEL.SWIN.DROP_PATH_RATE": 0.0,
+        "MODEL.RESNETS.STEM_OUT_CHANNELS": 16,
+        "MODEL.RESNETS.RES2_OUT_CHANNELS": 32,
+        "MODEL.RESNETS.WIDTH_PER_GROUP": 8,
+        "MODEL.SEM_SEG_HEAD.NUM_CLASSES": NUM_CLASSES,
+        "MODEL.SEM_SEG_HEAD.CONVS_DIM": 64,
+        "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+        "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": 2,
+        "MODEL.MASK_FORMER.HIDDEN_DIM": HIDDEN_DIM[backbone],
+        "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": NUM_QUERIES,
+        "MODEL.MASK_FORMER.NHEADS": NUM_HEADS,
+        "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 96,
+        "MODEL.MASK_FORMER.PRE_NORM": pre_norm,
+        "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 200,
+    }
+    path = CONFIGS / "coco" / "panoptic-segmentation" / f"{recipe}_bs16_50ep.yaml"
+    return build_model(load_config(str(path), [x for item in overrides.items() for x in item]))
+
+
+def _peer_model(backbone: str, pre_norm: bool) -> nn.Module:
+    """The peer's model of the same architecture; its defaults are the published recipe's."""
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    if backbone == "swin":
+        backbone_config = transformers.SwinConfig(
+            embed_dim=16,
+            depths=[2, 2, 2, 2],
+            num_heads=[1, 2, 4, 8],
+            window_size=5,
+            drop_path_rate=0.0,
+            out_features=stages,
+        )
+    else:
+        backbone_config = transformers.ResNetConfig(
+            embedding_size=16, hidden_sizes=[32, 64, 128, 256], out_features=stages
+        )
+    config = transformers.Mask2FormerConfig(
+        backbone_config=backbone_config,
+        feature_size=64,
+        mask_feature_size=32,
+        hidden_dim=HIDDEN_DIM[backbone],
+        encoder_layers=2,
+        num_attention_heads=NUM_HEADS,
+        dim_feedforward=96,
+        pre_norm=pre_norm,
+        num_queries=NUM_QUERIES,
+        num_labels=NUM_CLASSES,
+        train_num_points=200,
+    )
+    return transformers.Mask2FormerForUniversalSegmentation(config)
+
+
+def _pair(backbone: str, seed: int = 0, pre_norm: bool = False) -> tuple[nn.Module, nn.Module]:
+    """Our model and the peer's with the same random weights, both in evaluation mode."""
+    ours, peer = _our_model(backbone, pre_norm), _peer_model(backbone, pre_norm)
+    _randomise(ours, seed)
+    result = peer.load_state_dict(_to_peer(ours.state_dict(), backbone), strict=False)
+    assert result.unexpected_keys == []
+    # What has no counterpart is not used: a norm after Swin's last stage, and counters.
+    unused = ("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias", "num_batches_tracked")
+    assert [k for k in result.missing_keys if not k.endswith(unused)] == []
+    return ours.eval(), peer.eval()
+
+
+def _record_attention_masks(ours: nn.Module, peer: nn.Module) -> tuple[list, list]:
+    """Lists that fill with the mask of every cross-attention, (B, Q, L), True where blocked."""
+    our_masks, peer_masks = [], []
+    for layer in ours.sem_seg_head.predictor.transformer_cross_attention_layers:
+        layer.register_forward_pre_hook(
+            lambda _, args, kwargs: our_masks.append(kwargs["memory_mask"][:, 0]), with_kwargs=True
+        )
+    for layer in peer.model.transformer_module.decoder.layers:
+        layer.register_forward_pre_hook(
+            # (B·M, Q, L): the same for all heads.
+            lambda _, args, kwargs: peer_masks.append(
+                kwargs["encoder_attention_mask"][::NUM_HEADS]
+            ),
+            with_kwargs=True,
+        )
+    return our_masks, peer_masks
+
+
+def _assert_close(ours: torch.Tensor, peer: torch.Tensor) -> None:
+    torch.testing.assert_close(ours, peer, atol=TOLERANCE, rtol=0)
+
+
+def _targets(height: int, width: int, seed: int, counts=(4, 2)) -> list[dict[str, torch.Tensor]]:
+    """Rectangles with random classes, for each image as many as ``counts`` says."""
+    generator = torch.Generator().manual_seed(seed)
+    targets = []
+    for count in counts:
+        masks = torch.zeros(count, height, width)
+        for mask in masks:
+            top, left = (int(torch.randint(n // 2, (), generator=generator)) for n in mask.shape)
+            mask[top : top + height // 2, left : left + width // 3] = 1
+        labels = torch.randint(NUM_CLASSES, (count,), generator=generator)
+        targets.append({"labels": labels, "masks": masks})
+    return targets
+
+
+@pytest.mark.parametrize(
+    ("backbone", "size", "pre_norm"),
+    [
+        ("swin", (96, 128), False),
+        # Odd maps: 25 x 33, 13 x 17, 7 x 9, 4 x 5.
+        ("swin", (100, 132), True),
+        ("resnet", (96, 128), True),
+        ("resnet", (100, 132), False),
+    ],
+)
+def test_all_predictions_and_attention_masks(backbone, size, pre_norm):
+    ours, peer = _pair(backbone, pre_norm=pre_norm)
+    our_masks, peer_masks = _record_attention_masks(ours, peer)
+    images = torch.randn(2, 3, *size, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        outputs = ours.sem_seg_head(ours.backbone(images))
+        expected = peer(pixel_values=images, output_auxiliary_logits=True)
+
+    ours_by_layer = [*outputs["aux_outputs"], outputs]
+    peer_by_layer = [*expected.auxiliary_logits, expected]
+    assert len(ours_by_layer) == len(peer_by_layer) == NUM_PREDICTIONS
+    for prediction, other in zip(ours_by_layer, peer_by_layer, strict=True):
+        # Not so small that everything would be close.
+        assert other["masks_queries_logits"].std() > 0.3
+        assert other["class_queries_logits"].std() > 0.3
+        _assert_close(prediction["pred_logits"], other["class_queries_logits"])
+        _assert_close(prediction["pred_masks"], other["masks_queries_logits"])
+
+    assert len(our_masks) == len(peer_masks) == NUM_PREDICTIONS - 1
+    for mask, other in zip(our_masks, peer_masks, strict=True):
+        assert torch.equal(mask, other)
+    blocked_somewhere = torch.stack([mask.any(-1).float() for mask in our_masks])
+    assert blocked_somewhere.mean() > 0.5
+
+
+def test_queries_with_empty_masks_attend_everywhere():
+    ours, peer = _pair("swin", seed=2)
+    our_masks, peer_masks = _record_attention_masks(ours, peer)
+    generator = torch.Generator().manual_seed(3)
+    sizes = [(3, 4), (6, 8), (12, 16)]
+    features = [torch.randn(2, 64, *size, generator=generator) for size in sizes]
+    mask_features = torch.randn(2, 32, 24, 32, generator=generator)
+    # One dominant channel: masks are all foreground or all background.
+    mask_features[:, 0] = 100
+    before = []
+    peer.model.transformer_module.decoder.mask_predictor.register_forward_hook(
+        lambda _, args, output: before.append(output[1])
+    )
+    with torch.no_grad():
+        outputs = ours.sem_seg_head.predictor(features, mask_features)
+        expected = peer.model.transformer_module(features, mask_features)
+    empty = torch.stack([mask.all(-1).float().mean() for mask in before])
+    assert (empty > 0).any() and (empty < 1).any()
+    for mask, other in zip(our_masks, peer_masks, strict=True):
+        assert torch.equal(mask, other)
+        assert not mask.all(-1).any()
+    # Masks are in the hundreds here.
+    torch.testing.assert_close(
+        outputs["pred_masks"], expected.masks_queries_logits[-1], atol=1e-3, rtol=1e-5
+    )
+
+
+@pytest.mark.parametrize("as_factors", [True, False])
+@pytest.mark.parametrize("counts", [(4, 2), (0, 3), (0, 0), (NUM_QUERIES + 2, 1)])
+def test_losses_at_the_same_points(as_factors, counts):
+    """Both draw points in the same order, so that a seed gives both the same points."""
+    ours, peer = _our_model("swin", False).criterion, _peer_model("swin", False).criterion
+    generator = torch.Generator().manual_seed(4)
+    features = torch.randn(2, 8, 24, 32, generator=generator)
+    layers = [
+        (
+            torch.randn(2, NUM_QUERIES, NUM_CLASSES + 1, generator=generator),
+            torch.randn(2, NUM_QUERIES, 8, generator=generator),
+        )
+        for _ in range(3)
+    ]
+    predictions, others = [], []
+    for logits, embed in layers:
+        masks = MaskLogits(embed, features)
+        others.append({"class_queries_logits": logits, "masks_queries_logits": masks.full()})
+        predictions.append(
+            MaskPredictions(pred_logits=logits, pred_masks=MaskLogits(embed, features))
+            if as_factors
+            else {"pred_logits": logits, "pred_masks": masks.full()}
+        )
+    predictions[-1]["aux_outputs"] = predictions[:-1]
+    targets = _targets(96, 128, seed=5, counts=counts)
+
+    torch.manual_seed(6)
+    losses = ours(predictions[-1], targets)
+    torch.manual_seed(6)
+    expected = peer(
+        **others[-1],
+        mask_labels=[t["masks"] for t in targets],
+        class_labels=[t["labels"] for t in targets],
+        auxiliary_predictions=others[:-1],
+    )
+    expected = {k.replace("cross_entropy", "ce"): v for k, v in expected.items()}
+    assert losses.keys() == expected.keys()
+    assert len(losses) == 9
+    for name, loss in losses.items():
+        has_masks = sum(counts) > 0
+        assert (loss > 0.05) == (has_masks or "loss_ce" in name)
+        torch.testing.assert_close(loss, expected[name], atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("backbone", ["swin", "resnet"])
+def test_training_step_has_the_same_loss_and_gradients(backbone):
+    ours, peer = _pair(backbone, seed=7)
+    ours.train()
+    generator = torch.Generator().manual_seed(8)
+    images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator)
+    targets = _targets(96, 128, seed=9)
+    batched_inputs = []
+    for image, target in zip(images, targets, strict=True):
+        instances = Instances((96, 128))
+        instances.gt_classes = target["labels"]
+        instances.gt_masks = target["masks"].bool()
+        batched_inputs.append({"image": image, "instances": instances})
+
+    torch.manual_seed(10)
+    losses = ours(batched_inputs)
+    torch.manual_seed(10)
+    expected = peer(
+        pixel_values=(images - ours.pixel_mean) / ours.pixel_std,
+        mask_labels=[t["masks"] for t in targets],
+        class_labels=[t["labels"] for t in targets],
+    )
+    assert len(losses) == 3 * NUM_PREDICTIONS
+    total = sum(losses.values())
+    torch.testing.assert_close(total, expected.loss, atol=TOLERANCE, rtol=1e-5)
+
+    total.backward()
+    expected.loss.backward()
+    gradients = _to_peer({k: p.grad for k, p in ours.named_parameters()}, backbone)
+    peer_gradients = {k: p.grad for k, p in peer.named_parameters() if p.grad is not None}
+    if backbone == "resnet":  # There the norms are frozen in ours only.
+        peer_gradients = {k: g for k, g in peer_gradients.items() if "normalization" not in k}
+    assert gradients.keys() == peer_gradients.keys()
+    for name, gradient in gradients.items():
+        scale = peer_gradients[name].abs().max()
+        # The key bias of an attention has no effect, up to rounding.
+        assert scale > 1e-5 or "k_proj.bias" in name, name
+        torch.testing.assert_close(
+            gradient, peer_gradients[name], atol=float(1e-3 * scale + 1e-5), rtol=0, msg=name
+        )
