@@ -1,0 +1,223 @@
+"""`tools/train_net.py` as a user runs it, with a very small model on very few Shapes."""
+
+import importlib.util
+import json
+import logging
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.engine import default_argument_parser
+
+from mask2former.data.datasets.register_shapes import register_all_shapes
+
+ROOT = Path(__file__).resolve().parents[2]
+PROGRAM = ROOT / "tools" / "train_net.py"
+CONFIG = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
+OPTIONS = {
+    "MODEL.DEVICE": "cpu",
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.NHEADS": 4,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 4096,
+    "INPUT.IMAGE_SIZE": 64,
+    "INPUT.MIN_SIZE_TEST": 64,
+    "DATALOADER.NUM_WORKERS": 1,
+    "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.MAX_ITER": 8,
+    "SOLVER.CHECKPOINT_PERIOD": 2,
+}
+
+
+def load_program():
+    spec = importlib.util.spec_from_file_location("train_net", PROGRAM)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+train_net = load_program()
+
+
+@pytest.fixture(autouse=True)
+def restore_loggers():
+    """The program sets up loggers for its output folder; other tests should not write there."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers
+
+
+def forget_shapes():
+    for name in [name for name in DatasetCatalog.list() if name.startswith("shapes_")]:
+        DatasetCatalog.remove(name)
+        MetadataCatalog.remove(name)
+
+
+@pytest.fixture(scope="module")
+def data_root(tmp_path_factory):
+    """Writes the data set, and points the registered names to it."""
+    root = tmp_path_factory.mktemp("datasets")
+    command = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
+    command += ["--output", str(root / "shapes"), "--size", "64"]
+    command += ["--num-train", "24", "--num-val", "4"]
+    subprocess.run(command, check=True, capture_output=True)
+    forget_shapes()
+    register_all_shapes(str(root))
+    yield root
+    forget_shapes()
+    register_all_shapes(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
+
+
+def arguments(output_dir, *flags, **overrides):
+    options = OPTIONS | {"OUTPUT_DIR": str(output_dir)}
+    options |= {key.replace("__", "."): value for key, value in overrides.items()}
+    pairs = [str(item) for pair in options.items() for item in pair]
+    return ["--config-file", str(CONFIG), *flags, *pairs]
+
+
+def run(output_dir, *flags, **overrides):
+    """In this process, which saves the seconds that imports take."""
+    args = arguments(output_dir, *flags, **overrides)
+    return train_net.main(default_argument_parser().parse_args(args))
+
+
+def program(root, *args, launcher=()):
+    """A process of its own."""
+    environment = {
+        "PYTHONPATH": str(ROOT),
+        "OMP_NUM_THREADS": "1",
+        "DETECTRON2_DATASETS": str(root),
+    }
+    return subprocess.Popen(
+        [sys.executable, *launcher, str(PROGRAM), *args],
+        env=os.environ | environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def losses(output_dir):
+    """The medians over the whole run, from metrics.json."""
+    rows = map(json.loads, (output_dir / "metrics.json").read_text().splitlines())
+    (row,) = [row for row in rows if row["iteration"] == OPTIONS["SOLVER.MAX_ITER"] - 1]
+    return {key: value for key, value in row.items() if "loss" in key}
+
+
+@pytest.fixture(scope="module")
+def whole(data_root, tmp_path_factory):
+    """The folder of a run that nothing interrupted, evaluated at its end."""
+    output_dir = tmp_path_factory.mktemp("whole")
+    run(output_dir)
+    return output_dir
+
+
+def test_training_writes_checkpoints_metrics_and_results(whole):
+    assert (whole / "model_final.pth").is_file()
+    assert (whole / "last_checkpoint").read_text() == "model_final.pth"
+    assert "Effective batch size 4 = 1 process(es) x 4 images" in (whole / "log.txt").read_text()
+    results = json.loads((whole / "evaluation.json").read_text())["shapes_val_panoptic"]
+    assert {"PQ", "PQ_th", "PQ_st"} <= set(results["panoptic_seg"])
+    assert "AP" in results["segm"]
+    assert "mIoU" in results["sem_seg"]
+    # Ten predictions in the published models, four in this one: three losses each, and their sum.
+    assert len(losses(whole)) == 4 * 3 + 1
+
+
+def test_evaluation_alone_repeats_the_results(whole, data_root, tmp_path):
+    weights = str(whole / "model_final.pth")
+    run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights)
+    evaluated = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluated == json.loads((whole / "evaluation.json").read_text())
+
+
+def test_resume_after_kill_gives_the_same_losses(whole, data_root, tmp_path):
+    process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"))
+    marker = tmp_path / "last_checkpoint"
+    while not marker.exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert marker.read_text() != "model_final.pth"
+    run(tmp_path, "--resume", DATASETS__TEST="()", DATALOADER__NUM_WORKERS=0)
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_two_processes_train_like_one(whole, data_root, tmp_path):
+    """Medians of the losses of 8 steps, within 2 % (their sum) and 6 % (each).
+
+    They cannot be equal: each process samples points for its own masks, and normalises the
+    classification loss over its own images. Another order of the samples differs by more.
+    """
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"), launcher=launcher)
+    output, _ = process.communicate()
+    assert process.returncode == 0, output
+    assert "Effective batch size 4 = 2 process(es) x 2 images" in output
+    expected, found = losses(whole), losses(tmp_path)
+    assert set(found) == set(expected)
+    for name, value in expected.items():
+        assert found[name] == pytest.approx(value, rel=0.02 if name == "total_loss" else 0.06), name
+
+
+def test_checkpoint_of_another_architecture(whole, data_root, tmp_path):
+    weights = str(whole / "model_final.pth")
+    with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*MaskFormer with ResNet"):
+        run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__DEC_LAYERS=5)
+    with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*of another shape"):
+        run(tmp_path, MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__NUM_OBJECT_QUERIES=31)
+
+
+def test_fine_tuning_to_other_classes(whole, data_root, tmp_path):
+    """From panoptic to instance segmentation: 6 classes instead of 10."""
+    run(
+        tmp_path,
+        MODEL__WEIGHTS=str(whole / "model_final.pth"),
+        MODEL__SEM_SEG_HEAD__NUM_CLASSES=6,
+        MODEL__MASK_FORMER__TEST__PANOPTIC_ON=False,
+        DATASETS__TRAIN="('shapes_train',)",
+        DATASETS__TEST="('shapes_val',)",
+        INPUT__DATASET_MAPPER_NAME="coco_instance_lsj",
+        SOLVER__MAX_ITER=1,
+    )
+    assert "Fine-tuning to other classes" in (tmp_path / "log.txt").read_text()
+    results = json.loads((tmp_path / "evaluation.json").read_text())
+    assert set(results["shapes_val"]) == {"segm"}
+
+
+def test_mistakes_on_the_command_line(tmp_path, data_root):
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
+        run(tmp_path, "--eval-only")
+    with pytest.raises(ValueError, match="SOLVER.BASE_RL.*SOLVER.BASE_LR"):
+        run(tmp_path, SOLVER__BASE_RL=1)
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.yaml"):
+        train_net.setup(default_argument_parser().parse_args(["--config-file", "nowhere.yaml"]))
+    with pytest.raises(ValueError, match="shapes_trian.*did you mean shapes_train"):
+        run(tmp_path, DATASETS__TRAIN="('shapes_trian_panoptic',)")
+    with pytest.raises(ValueError, match="Nothing to evaluate on 'shapes_val_sem_seg'"):
+        run(
+            tmp_path,
+            DATASETS__TEST="('shapes_val_sem_seg',)",
+            MODEL__MASK_FORMER__TEST__SEMANTIC_ON=False,
+            SOLVER__MAX_ITER=1,
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_no_gpu(tmp_path):
+    with pytest.raises(ValueError, match="add `MODEL.DEVICE cpu` to the command"):
+        run(tmp_path, MODEL__DEVICE="cuda")

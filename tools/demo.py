@@ -1,0 +1,181 @@
+#!/usr/bin/env python
+"""Draw a model's predictions on images.
+
+    python tools/demo.py --config-file configs/... --input a.jpg b.jpg --output drawings \
+        --opts MODEL.WEIGHTS model_final.pth
+
+--input takes image files, folders and glob patterns. --output is a folder, which receives a PNG
+named after each image, or, for one drawing, a file. Without a GPU add `MODEL.DEVICE cpu` to --opts.
+"""
+
+import argparse
+import glob
+import sys
+from pathlib import Path
+
+from detectron2.data.detection_utils import read_image
+from PIL import Image
+from tqdm import tqdm
+
+import mask2former  # noqa: F401  registers models and data sets
+from mask2former.config import load_config
+from mask2former.predictor import Predictor
+from mask2former.utils.files import atomic_write
+from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
+
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+
+
+def find_images(patterns: list[str]) -> list[Path]:
+    """Returns the image files that the patterns name, in order and each once.
+
+    Args:
+        patterns: files, folders (their images, not those of subfolders) or glob patterns.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing.
+    """
+    images: dict[Path, None] = {}
+    for pattern in patterns:
+        path = Path(pattern).expanduser()
+        if path.is_dir():
+            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+        elif path.is_file():
+            found = [path]
+        else:
+            found = [p for p in map(Path, sorted(glob.glob(str(path)))) if p.is_file()]
+        if not found:
+            raise FileNotFoundError(f"--input {pattern}: no image file there")
+        images |= dict.fromkeys(found)
+    return list(images)
+
+
+def choose_tasks(requested: str | None, enabled: list[str]) -> list[str]:
+    """Returns the tasks to draw.
+
+    Args:
+        requested: a task, "all", or None for the first one that is enabled.
+        enabled: tasks the config turns on.
+
+    Raises:
+        ValueError: the requested task is off.
+    """
+    if requested == "all":
+        return enabled
+    if requested is None:
+        return enabled[:1]
+    if requested not in enabled:
+        raise ValueError(
+            f"--task {requested}, but the config turns on {', '.join(enabled)} only: "
+            f"add MODEL.MASK_FORMER.TEST.{requested.upper()}_ON True to --opts"
+        )
+    return [requested]
+
+
+def plan_outputs(
+    images: list[Path], tasks: list[str], output: Path
+) -> dict[tuple[Path, str], Path]:
+    """Returns the file to write for each (image, task).
+
+    Raises:
+        ValueError: a file would be written twice, or over an input.
+    """
+    if output.suffix.lower() == ".png" and not output.is_dir():
+        if len(images) * len(tasks) > 1:
+            raise ValueError(
+                f"--output {output} is one file, but there are {len(images) * len(tasks)} "
+                "drawings: name a folder"
+            )
+        planned = {(images[0], tasks[0]): output}
+    else:
+        if output.exists() and not output.is_dir():
+            raise ValueError(f"--output {output} is a file, but neither a folder nor a .png")
+        many = len(tasks) > 1
+        planned = {
+            (image, task): output / f"{image.stem}{f'_{task}' if many else ''}.png"
+            for image in images
+            for task in tasks
+        }
+    inputs = {image.resolve() for image in images}
+    sources: dict[Path, Path] = {}
+    for (image, _), path in planned.items():
+        if path.resolve() in inputs:
+            raise ValueError(f"{path} would be overwritten, but it is an input: change --output")
+        if path in sources:
+            raise ValueError(f"{sources[path]} and {image} would both be drawn to {path}")
+        sources[path] = image
+    return planned
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Draw a model's predictions on images.")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the model")
+    parser.add_argument("--input", required=True, nargs="+", help="images, folders or globs")
+    parser.add_argument("--output", required=True, type=Path, help="folder, or a .png file")
+    parser.add_argument(
+        "--task", choices=[*TASKS, "all"], help="what to draw (default: the first one turned on)"
+    )
+    parser.add_argument(
+        "--confidence-threshold",
+        type=float,
+        default=0.5,
+        help="least score of the instances drawn (default: 0.5)",
+    )
+    parser.add_argument(
+        "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
+    )
+    args = parser.parse_args(argv)
+    if not 0 <= args.confidence_threshold <= 1:
+        parser.error(f"--confidence-threshold is {args.confidence_threshold}, not in 0 to 1")
+    return args
+
+
+def draw_all(
+    predictor: Predictor, planned: dict[tuple[Path, str], Path], confidence_threshold: float
+) -> dict[Path, str]:
+    """Writes all drawings; returns the images that could not be read, with the reason."""
+    tasks_of: dict[Path, list[str]] = {}
+    for image, task in planned:
+        tasks_of.setdefault(image, []).append(task)
+    failed = {}
+    for path, tasks in tqdm(tasks_of.items(), desc="images", unit="image"):
+        try:
+            bgr = read_image(str(path), format="BGR")
+        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            failed[path] = str(error)
+            continue
+        outputs = predictor(bgr)
+        for task in tasks:
+            drawing = draw_prediction(
+                bgr[:, :, ::-1],
+                outputs,
+                predictor.metadata,
+                task,
+                confidence_threshold=confidence_threshold,
+            )
+            target = planned[path, task]
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_write(str(target), "wb") as file:
+                Image.fromarray(drawing).save(file, format="PNG")
+    return failed
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        cfg = load_config(args.config_file, args.opts)
+        tasks = choose_tasks(args.task, enabled_tasks(cfg))
+        planned = plan_outputs(find_images(args.input), tasks, args.output)
+        predictor = Predictor(cfg)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    failed = draw_all(predictor, planned, args.confidence_threshold)
+    written = [path for (image, _), path in planned.items() if image not in failed]
+    print(f"wrote {len(written)} drawings to {args.output}")
+    if failed:
+        lines = "".join(f"\n  {path}: {reason}" for path, reason in failed.items())
+        sys.exit(f"error: {len(failed)} images could not be read:{lines}")
+
+
+if __name__ == "__main__":
+    main()

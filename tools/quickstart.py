@@ -1,0 +1,170 @@
+#!/usr/bin/env python
+"""See one model learn panoptic, instance and semantic segmentation, in minutes and on any machine.
+
+    python tools/quickstart.py [--output output/quickstart] [--fresh] [KEY VALUE ...]
+
+Prepares the Shapes data set where it is missing, trains a small model with tools/train_net.py,
+prints its PQ, AP and mIoU on held-out images and draws some of them on a contact sheet. A finished
+run is used again, an interrupted one continues; --fresh starts over.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.detection_utils import read_image
+from tqdm import tqdm
+
+import mask2former.data.datasets  # noqa: F401  registers Shapes
+from mask2former.config import load_config
+from mask2former.predictor import Predictor
+from mask2former.utils.visualization import (
+    contact_sheet,
+    draw_panoptic_truth,
+    draw_prediction,
+    enabled_tasks,
+    magnify,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
+# task → (name of the metric, evaluator's task, evaluator's metric)
+METRICS = {
+    "panoptic": ("PQ", "panoptic_seg", "PQ"),
+    "instance": ("AP", "segm", "AP"),
+    "semantic": ("mIoU", "sem_seg", "mIoU"),
+}
+SCALE = 2.5  # of the drawings; class names do not fit into small images
+
+
+def prepare_data() -> None:
+    """Writes the Shapes data set unless it is there."""
+    data = Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))) / "shapes"
+    if not (data / "annotations").is_dir():
+        script = ROOT / "datasets/prepare_shapes.py"
+        subprocess.run([sys.executable, str(script), "--output", str(data)], check=True)
+
+
+def clear_run(output: Path) -> None:
+    """Deletes an earlier run.
+
+    Raises:
+        ValueError: the folder is not the output of a run.
+    """
+    if not output.exists():
+        return
+    if not (output / "config.yaml").is_file():
+        raise ValueError(f"{output} has no config.yaml, so it is no training run: not deleted")
+    shutil.rmtree(output)
+
+
+def check_same_config(output: Path, cfg: CfgNode) -> None:
+    """Checks that the run in `output`, if any, was started with `cfg`.
+
+    Raises:
+        ValueError: its config differs.
+    """
+    file = output / "config.yaml"
+    if not file.is_file():
+        return
+    # Both through YAML, which has no tuples. A run may move to another machine or folder.
+    now, recorded = (_flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), file.read_text()))
+    keys = sorted((now | recorded).keys() - {"MODEL.DEVICE", "OUTPUT_DIR"})
+    changed = [key for key in keys if now.get(key) != recorded.get(key)]
+    if changed:
+        raise ValueError(
+            f"{output} holds a run with other values of {', '.join(changed)}: add --fresh to "
+            "replace it, or choose another --output"
+        )
+
+
+def _flatten(node: CfgNode, prefix: str = "") -> dict:
+    flat = {}
+    for key, value in node.items():
+        if isinstance(value, CfgNode):
+            flat |= _flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def train(output: Path, opts: list[str]) -> None:
+    """Runs tools/train_net.py until there is a final model and its evaluation."""
+    command = [sys.executable, "-u", str(ROOT / "tools/train_net.py"), "--config-file", str(CONFIG)]
+    final = output / "model_final.pth"
+    if final.is_file() and (output / "evaluation.json").is_file():
+        print(f"{output} holds a finished run: not trained again (--fresh starts over)")
+        return
+    if final.is_file():  # interrupted in the evaluation
+        command += ["--eval-only"]
+    subprocess.run([*command, "--resume", *opts], check=True)
+
+
+def results_table(results: dict, tasks: list[str]) -> str:
+    """Returns a line for each task with its metric in percent.
+
+    Args:
+        results: {evaluator's task: {metric: value}}.
+        tasks: those to list.
+    """
+    lines = [f"{'task':<10} {'metric':<6} {'value':>6}"]
+    for task in tasks:
+        name, evaluator_task, metric = METRICS[task]
+        lines.append(f"{task:<10} {name:<6} {results[evaluator_task][metric]:>6.1f}")
+    return "\n".join(lines)
+
+
+def draw_contact_sheet(cfg: CfgNode, num_images: int) -> Path:
+    """Draws the first test images, their truth and each prediction; returns the file."""
+    predictor = Predictor(cfg)
+    name, tasks = cfg.DATASETS.TEST[0], enabled_tasks(cfg)
+    metadata, rows = MetadataCatalog.get(name), []
+    for record in tqdm(DatasetCatalog.get(name)[:num_images], desc="drawing", unit="image"):
+        image = read_image(record["file_name"], format="BGR")
+        outputs, image = predictor(image), image[:, :, ::-1]
+        drawings = [draw_prediction(image, outputs, metadata, task, scale=SCALE) for task in tasks]
+        truth = draw_panoptic_truth(image, record, metadata, scale=SCALE)
+        rows.append([magnify(image, SCALE), truth, *drawings])
+    path = Path(cfg.OUTPUT_DIR) / "contact_sheet.png"
+    contact_sheet(rows, path, ["image", "truth", *tasks])
+    return path
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description="Train and show a small model on Shapes.")
+    parser.add_argument("--output", type=Path, default=Path("output/quickstart"), help="run folder")
+    parser.add_argument("--fresh", action="store_true", help="delete an earlier run there first")
+    parser.add_argument("--num-images", type=int, default=8, help="images on the contact sheet")
+    parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
+    args = parser.parse_args(argv)
+    if args.num_images < 1:
+        parser.error(f"--num-images must be at least 1, not {args.num_images}")
+
+    device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
+    opts = [*device, *args.opts, "OUTPUT_DIR", str(args.output)]
+    try:
+        cfg = load_config(str(CONFIG), opts)
+        if args.fresh:
+            clear_run(args.output)
+        check_same_config(args.output, cfg)
+        prepare_data()
+        train(args.output, opts)
+    except ValueError as error:
+        sys.exit(f"error: {error}")
+    except subprocess.CalledProcessError as error:
+        sys.exit(f"error: {' '.join(error.cmd[:3])} ended with status {error.returncode}")
+    cfg.MODEL.WEIGHTS = str(args.output / "model_final.pth")
+    path = draw_contact_sheet(cfg, args.num_images)
+    results = json.loads((args.output / "evaluation.json").read_text())[cfg.DATASETS.TEST[0]]
+    print(f"\n{results_table(results, enabled_tasks(cfg))}\n\ncontact sheet: {path.absolute()}")
+
+
+if __name__ == "__main__":
+    main()
