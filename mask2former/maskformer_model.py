@@ -135,9 +135,7 @@ class MaskFormer(nn.Module):
             "metadata": MetadataCatalog.get(cfg.DATASETS.TRAIN[0]),
             "size_divisibility": model.SIZE_DIVISIBILITY,
             "sem_seg_postprocess_before_inference": (
-                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE
-                or test.PANOPTIC_ON
-                or test.INSTANCE_ON
+                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
             ),
             "pixel_mean": cfg.MODEL.PIXEL_MEAN,
             "pixel_std": cfg.MODEL.PIXEL_STD,

@@ -5,7 +5,6 @@ The matched forms train (paper, equation 3); the pairwise forms are matching cos
 Shape letters: N matched masks, Q predicted masks, T target masks, P points.
 """
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 

@@ -206,4 +206,6 @@ def test_an_edit_of_the_masks_is_seen_by_matching_and_loss():
     outputs = MaskPredictions(pred_masks=logits)
     outputs["pred_masks"][:, 0] = 7.0
     torch.testing.assert_close(logits.select([torch.tensor([0])]), torch.full((1, 4, 4), 7.0))
-    torch.testing.assert_close(logits.at_points(0, torch.tensor([[0.5, 0.5]]))[0], torch.tensor([7.0]))
+    torch.testing.assert_close(
+        logits.at_points(0, torch.tensor([[0.5, 0.5]]))[0], torch.tensor([7.0])
+    )

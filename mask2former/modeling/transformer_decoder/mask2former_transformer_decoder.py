@@ -306,7 +306,7 @@ class FFNLayer(_ResidualLayer):
 
 
 class MLP(nn.Module):
-    """Linear layers with ReLU between them: input_dim → hidden_dim (num_layers - 1) → output_dim."""
+    """Linear layers with ReLU between them; all but the last are hidden_dim wide."""
 
     def __init__(self, input_dim: int, hidden_dim: int, output_dim: int, num_layers: int):
         super().__init__()

@@ -127,6 +127,8 @@ def test_used_in_inference_mode_first():
     decoder, given = build(), features(96, 160)
     with torch.inference_mode():
         decoder.forward_features(given)
+        points = _reference_points(((7, 9),), torch.device("cpu"))
+    assert not points.is_inference()
     sum(x.sum() for x in decoder.forward_features(given)[2]).backward()
     assert decoder.input_proj[0][0].weight.grad.any()
 

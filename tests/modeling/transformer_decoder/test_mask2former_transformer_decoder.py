@@ -291,8 +291,10 @@ def test_attention_is_blocked_where_the_mask_is_background():
     assert columns[..., 3:].all() and not columns[..., :3].any()
     # A logit of exactly 0 is a probability of one half: not blocked.
     seen.clear()
-    decoder(scales, torch.zeros(B, 6, 16, 24))
-    assert not any(mask.any() for mask in seen)
+    decoder(scales, features.clamp(max=0))
+    assert not any(mask[0].any() for mask in seen)
+    columns = seen[1][1].view(Q, 4, 6)
+    assert columns[..., 3:].all() and not columns[..., :3].any()
 
 
 def test_published_attention_mask_is_per_head():

@@ -1,0 +1,427 @@
+"""The whole model, small, from a config: training, inference, precision, copies.
+
+Shape letters: B batch, Q queries, K classes, T targets, H W pixels.
+"""
+
+import copy
+import itertools
+import pickle
+
+import pytest
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
+from detectron2.structures import ImageList, Instances
+from torch import Tensor, nn
+
+from mask2former import MaskFormer
+from mask2former.modeling.criterion import SetCriterion
+from mask2former.modeling.mask_predictions import MaskLogits
+from mask2former.modeling.matcher import HungarianMatcher
+from mask2former.modeling.meta_arch import MaskFormerHead
+
+NAMES = ["loss_ce", "loss_mask", "loss_dice"]
+
+
+def build(cfg, **changes) -> MaskFormer:
+    for key, value in changes.items():
+        setattr(cfg.MODEL.MASK_FORMER, key, value)
+    torch.manual_seed(0)
+    return build_model(cfg)
+
+
+def make_images(model: MaskFormer, *sizes: tuple[int, int]) -> ImageList:
+    return ImageList.from_tensors([torch.zeros(3, *size) for size in sizes], 32)
+
+
+@pytest.fixture
+def batch(make_input) -> list[dict]:
+    return [make_input(64, 96, [0, 2, 1], seed=1), make_input(50, 70, [2], seed=2)]
+
+
+def test_from_config(tiny_cfg):
+    tiny_cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY = 64
+    model = build(tiny_cfg)
+    assert isinstance(model, MaskFormer) and isinstance(model.sem_seg_head, MaskFormerHead)
+    assert model.size_divisibility == 64
+    assert model.num_queries == 7 and model.test_topk_per_image == 5
+    assert model.criterion.weight_dict == {
+        "loss_ce": 2.0,
+        "loss_mask": 5.0,
+        "loss_dice": 5.0,
+        **{f"loss_ce_{i}": 2.0 for i in range(4)},
+        **{f"loss_mask_{i}": 5.0 for i in range(4)},
+        **{f"loss_dice_{i}": 5.0 for i in range(4)},
+    }
+    assert model.sem_seg_head.num_classes == 3
+    matcher = model.criterion.matcher
+    assert (matcher.cost_class, matcher.cost_mask, matcher.cost_dice) == (2.0, 5.0, 5.0)
+    assert matcher.num_points == model.criterion.num_points == 64
+
+
+def test_negative_size_divisibility_is_the_backbones(tiny_cfg):
+    model = build(tiny_cfg, SIZE_DIVISIBILITY=-1)
+    assert model.size_divisibility == model.backbone.size_divisibility
+
+
+def test_training_losses(tiny_cfg, batch):
+    losses = build(tiny_cfg)(batch)
+    expected = [*NAMES, *(f"{name}_{layer}" for layer in range(4) for name in NAMES)]
+    assert list(losses) == expected
+    assert all(loss.dim() == 0 and torch.isfinite(loss) and loss > 0 for loss in losses.values())
+
+
+def test_losses_are_weighted(tiny_cfg, batch):
+    losses = []
+    for weight in (1.0, 4.0):
+        model = build(tiny_cfg)
+        model.criterion.weight_dict = dict.fromkeys(model.criterion.weight_dict, weight)
+        torch.manual_seed(1)
+        losses.append(model(batch))
+    for name in losses[0]:
+        torch.testing.assert_close(losses[1][name], 4 * losses[0][name])
+
+
+def test_training_reduces_the_loss(tiny_cfg, make_input):
+    tiny_cfg.MODEL.BACKBONE.FREEZE_AT = 5  # to be quick
+    model = build(tiny_cfg, DEC_LAYERS=2)
+    batch = [make_input(32, 64, [0, 2])]
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    history = []
+    for _ in range(12):
+        loss = sum(model(batch).values())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        history.append(loss.item())
+    assert history[-1] < 0.6 * history[0]
+
+
+def test_every_parameter_gets_a_gradient(tiny_cfg, batch):
+    model = build(tiny_cfg)
+    for name, parameter in model.named_parameters():
+        # At first these are zero and the level embedding, which enters through them, is without
+        # effect.
+        if "sampling_offsets.weight" in name or "attention_weights.weight" in name:
+            nn.init.normal_(parameter, std=0.1)
+    sum(model(batch).values()).backward()
+    missing = [k for k, p in model.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not missing
+
+
+def test_no_full_masks_in_training(tiny_cfg, batch, monkeypatch):
+    def fail(self):
+        raise AssertionError("full-size masks of all queries were computed")
+
+    monkeypatch.setattr(MaskLogits, "full", fail)
+    sum(build(tiny_cfg)(batch).values()).backward()
+
+
+def test_no_ground_truth_in_the_whole_batch(tiny_cfg, make_input):
+    model = build(tiny_cfg)
+    losses = model([make_input(64, 96, []), make_input(64, 64, [])])
+    for name, loss in losses.items():
+        assert torch.isfinite(loss)
+        assert (loss > 0) == name.startswith("loss_ce")
+    sum(losses.values()).backward()
+    # Zeros where there is nothing to learn, but a gradient for every parameter: distributed
+    # training waits for it.
+    assert all(p.grad is not None for p in model.parameters())
+
+
+def test_without_deep_supervision(tiny_cfg, batch, monkeypatch):
+    model = build(tiny_cfg, DEEP_SUPERVISION=False)
+    calls = []
+    forward = HungarianMatcher.forward
+    monkeypatch.setattr(
+        HungarianMatcher, "forward", lambda *args: calls.append(1) or forward(*args)
+    )
+    assert list(model(batch)) == NAMES
+    assert len(calls) == 1
+
+
+def test_deep_supervision_of_masks_alone(tiny_cfg, batch):
+    """A criterion without class loss, as class-agnostic projects have it."""
+    model = build(tiny_cfg)
+    weights = {k: v for k, v in model.criterion.weight_dict.items() if "loss_ce" not in k}
+    model.criterion = SetCriterion(
+        3, model.criterion.matcher, weights, 0.1, ["masks"], 64, 3.0, 0.75
+    )
+    assert set(model(batch)) == set(weights)
+
+
+def test_losses_without_a_weight_are_dropped(tiny_cfg, batch):
+    model = build(tiny_cfg)
+    del model.criterion.weight_dict["loss_dice_2"]
+    losses = model(batch)
+    assert "loss_dice_2" not in losses and "loss_mask_2" in losses
+
+
+def test_training_needs_instances(tiny_cfg, batch):
+    del batch[1]["instances"]
+    with pytest.raises(ValueError, match="has no 'instances'.*DATASET_MAPPER_NAME"):
+        build(tiny_cfg)(batch)
+
+
+def test_prepare_targets_pads_below_and_right(tiny_cfg):
+    model = build(tiny_cfg)
+    instances = Instances((2, 3))
+    instances.gt_classes = torch.tensor([2, 0])
+    instances.gt_masks = torch.ones(2, 2, 3, dtype=torch.bool)
+    empty = Instances((5, 4))
+    empty.gt_classes = torch.empty(0, dtype=torch.int64)
+    empty.gt_masks = torch.empty(0, 5, 4, dtype=torch.bool)
+    targets = model.prepare_targets([instances, empty], make_images(model, (2, 3), (5, 4)))
+    assert [set(t) for t in targets] == [{"labels", "masks"}] * 2
+    assert targets[0]["labels"].tolist() == [2, 0]
+    masks = targets[0]["masks"]
+    assert masks.shape == (2, 32, 32) and masks.dtype == torch.bool
+    assert masks[:, :2, :3].all() and masks.sum() == 2 * 2 * 3
+    assert targets[1]["masks"].shape == (0, 32, 32)
+    with pytest.raises(ValueError, match=r"masks of \(2, 3\) pixels do not fit.*\(1, 3\)"):
+        small = ImageList.from_tensors([torch.zeros(3, 1, 3)], 0)
+        model.prepare_targets([instances], small)
+
+
+def test_overridden_prepare_targets_is_used(tiny_cfg, batch):
+    class Subclass(MaskFormer):
+        def prepare_targets(self, targets, images):
+            self.seen = [len(t) for t in targets], images.tensor.shape
+            return super().prepare_targets(targets, images)
+
+    model = Subclass(tiny_cfg)
+    model(batch)
+    assert model.seen == ([3, 1], (2, 3, 64, 96))
+
+
+def images_only(batch: list[dict]) -> list[dict]:
+    return [{"image": x["image"]} for x in batch]
+
+
+def test_inference_of_different_sizes(tiny_cfg, batch):
+    model = build(tiny_cfg).eval()
+    inputs = images_only(batch)
+    inputs[0].update(height=120, width=33)
+    with torch.no_grad():
+        results = model(inputs)
+    assert len(results) == 2
+    for result, size in zip(results, [(120, 33), (50, 70)], strict=True):
+        assert set(result) == {"sem_seg", "panoptic_seg", "instances"}
+        assert result["sem_seg"].shape == (3, *size)
+        ids, segments = result["panoptic_seg"]
+        assert ids.shape == size and ids.dtype == torch.int32
+        assert set(ids.unique().tolist()) - {0} == {s["id"] for s in segments}
+        assert result["instances"].image_size == size
+        assert result["instances"].pred_masks.shape[1:] == size
+        # Things only, as panoptic inference is on.
+        assert set(result["instances"].pred_classes.tolist()) <= {0, 1}
+
+
+def test_padding_does_not_change_a_prediction_much(tiny_cfg, batch):
+    """The image is cut out of the padded batch before it is resized."""
+    model = build(tiny_cfg).eval()
+    inputs = images_only(batch)
+    with torch.no_grad():
+        together = model(inputs)[0]["sem_seg"]
+        alone = model(inputs[:1])[0]["sem_seg"]
+    torch.testing.assert_close(together, alone, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=3))[1:])
+def test_heads_on_and_off(tiny_cfg, batch, switches):
+    semantic, panoptic, instance = switches
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.SEMANTIC_ON, test.PANOPTIC_ON, test.INSTANCE_ON = semantic, panoptic, instance
+    with torch.no_grad():
+        [result] = build(tiny_cfg).eval()(images_only(batch)[:1])
+    expected = {"sem_seg": semantic, "panoptic_seg": panoptic, "instances": instance}
+    assert set(result) == {name for name, on in expected.items() if on}
+
+
+def test_all_classes_are_instances_without_panoptic(tiny_cfg, batch):
+    tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 1000
+    with torch.no_grad():
+        [result] = build(tiny_cfg).eval()(images_only(batch)[:1])
+    assert len(result["instances"]) == 7 * 3
+    assert set(result["instances"].pred_classes.tolist()) == {0, 1, 2}
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_semantic_only(tiny_cfg, batch, before):
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = False
+    test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = before
+    model = build(tiny_cfg).eval()
+    assert model.sem_seg_postprocess_before_inference == before
+    inputs = [{**images_only(batch)[0], "height": 100, "width": 200}]
+    calls = []
+    model.semantic_inference = lambda cls, masks: (
+        calls.append(tuple(masks.shape)) or MaskFormer.semantic_inference(model, cls, masks)
+    )
+    with torch.no_grad():
+        [result] = model(inputs)
+    assert result["sem_seg"].shape == (3, 100, 200)
+    # Masks are combined at the output's size, or at the padded input's and then resized.
+    assert calls == [(7, 100, 200) if before else (7, 64, 96)]
+
+
+def test_last_prediction_is_the_one_used(tiny_cfg, batch):
+    model = build(tiny_cfg).eval()
+    with torch.no_grad():
+        [result] = model(images_only(batch)[:1])
+        image = (batch[0]["image"] - model.pixel_mean) / model.pixel_std
+        outputs = model.sem_seg_head(model.backbone(image[None]))
+    masks = nn.functional.interpolate(
+        outputs["pred_masks"], (64, 96), mode="bilinear", align_corners=False
+    )
+    expected = model.semantic_inference(outputs["pred_logits"][0], masks[0])
+    torch.testing.assert_close(result["sem_seg"], expected)
+
+
+def test_panoptic_needs_thing_ids(tiny_cfg, batch):
+    tiny_cfg.DATASETS.TRAIN = ("tests_tiny_without_things",)
+    MetadataCatalog.get("tests_tiny_without_things")
+    model = build(tiny_cfg).eval()
+    with (
+        torch.no_grad(),
+        pytest.raises(ValueError, match="'tests_tiny_without_things' has no thing_dataset_id"),
+    ):
+        model(images_only(batch))
+    tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    with torch.no_grad():
+        assert len(build(tiny_cfg).eval()(images_only(batch))) == 2
+
+
+def test_bad_configs(tiny_cfg):
+    tiny_cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "res7"
+    with pytest.raises(ValueError, match="TRANSFORMER_IN_FEATURE='res7' is not one of"):
+        build(tiny_cfg)
+    tiny_cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "multi_scale_pixel_decoder"
+    tiny_cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res6"]
+    with pytest.raises(ValueError, match=r"IN_FEATURES names \['res6'\]"):
+        build(tiny_cfg)
+    tiny_cfg.DATASETS.TRAIN = ()
+    tiny_cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    with pytest.raises(ValueError, match="DATASETS.TRAIN is empty"):
+        build(tiny_cfg)
+
+
+def test_keyword_construction(tiny_cfg, batch):
+    """A config never asks for it, but keywords may: panoptic masks that are not resized."""
+    arguments = MaskFormer.from_config(tiny_cfg)
+    assert arguments["sem_seg_postprocess_before_inference"]
+    arguments["sem_seg_postprocess_before_inference"] = False
+    inputs = [{**images_only(batch)[1], "height": 100, "width": 140}]
+    with torch.no_grad():
+        [result] = MaskFormer(**arguments).eval()(inputs)
+    assert result["sem_seg"].shape == (3, 100, 140)
+    assert result["panoptic_seg"][0].shape == (64, 96)  # the padded input, as published
+    arguments["semantic_on"] = False
+    with pytest.raises(ValueError, match="sem_seg_postprocess_before_inference must be True"):
+        MaskFormer(**arguments)
+
+
+def test_double(tiny_cfg, batch):
+    model = build(tiny_cfg).eval()
+    with torch.no_grad():
+        expected = model(images_only(batch))
+        results = model.double()(images_only(batch))
+    for result, single in zip(results, expected, strict=True):
+        assert result["sem_seg"].dtype == torch.float64
+        torch.testing.assert_close(
+            result["sem_seg"].float(), single["sem_seg"], atol=1e-3, rtol=1e-3
+        )
+
+
+def test_autocast_training_step(tiny_cfg, make_input):
+    model = build(tiny_cfg)
+    batch = [make_input(32, 64, [0, 2]), make_input(32, 32, [])]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses = model(batch)
+    sum(losses.values()).backward()
+    assert all(torch.isfinite(loss) for loss in losses.values())
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    torch.manual_seed(0)
+    full = sum(build(tiny_cfg)(batch).values())
+    assert sum(losses.values()).item() == pytest.approx(full.item(), rel=0.2)
+
+
+def test_autocast_inference(tiny_cfg, batch):
+    model = build(tiny_cfg).eval()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        for result in model(images_only(batch)):
+            assert torch.isfinite(result["sem_seg"]).all()
+            assert torch.isfinite(result["instances"].scores).all()
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+def test_copies(tiny_cfg, batch, duplicate):
+    model = build(tiny_cfg).eval()
+    with torch.inference_mode():
+        expected = model(images_only(batch))[0]["sem_seg"]
+    other = duplicate(model)
+    with torch.no_grad():
+        for parameter in model.parameters():  # the copy shares nothing
+            parameter.zero_()
+        assert torch.equal(other(images_only(batch))[0]["sem_seg"], expected)
+    other.train()
+    sum(other(batch).values()).backward()
+
+
+def test_state_dict_holds_no_caches(tiny_cfg, batch):
+    model = build(tiny_cfg)
+    before = list(model.state_dict())
+    model(batch)
+    assert list(model.state_dict()) == before
+    assert not [k for k in before if "cache" in k or "pe_layer" in k or "pixel_mean" in k]
+    assert "criterion.empty_weight" in before
+    named = {k for k, _ in model.named_parameters()} | {k for k, _ in model.named_buffers()}
+    assert set(before) == named - {"pixel_mean", "pixel_std"}
+
+
+def test_head_renames_the_pixel_decoder_of_old_checkpoints(tiny_cfg):
+    model = build(tiny_cfg)
+    state = dict(model.state_dict())  # without a version
+    old = {k.replace("sem_seg_head.pixel_decoder.", "sem_seg_head."): v for k, v in state.items()}
+    assert set(old) != set(state)
+    other = build(tiny_cfg)
+    nn.init.zeros_(other.sem_seg_head.pixel_decoder.mask_features.weight)
+    assert other.load_state_dict(old).missing_keys == []
+    for name, value in other.state_dict().items():
+        assert torch.equal(value, state[name]), name
+    # Names of today load as well where the version is missing.
+    other.load_state_dict(state)
+
+
+def test_head_hands_the_configured_feature_to_the_decoder():
+    class PixelDecoder(nn.Module):
+        def forward_features(self, features):
+            return "embedding", "encoded", ["scales"]
+
+    class Decoder(nn.Module):
+        def forward(self, x, mask_features, mask=None):
+            return {"x": x, "mask_features": mask_features}
+
+    expected = {
+        "multi_scale_pixel_decoder": ["scales"],
+        "transformer_encoder": "encoded",
+        "pixel_embedding": "embedding",
+        "res5": "five",
+    }
+    for name, feature in expected.items():
+        head = MaskFormerHead(
+            {},
+            num_classes=3,
+            pixel_decoder=PixelDecoder(),
+            transformer_predictor=Decoder(),
+            transformer_in_feature=name,
+        )
+        outputs = head({"res5": "five"})
+        assert outputs == {"x": feature, "mask_features": "embedding"}
+
+
+def test_device_follows_the_buffers(tiny_cfg):
+    model = build(tiny_cfg)
+    assert model.device == torch.device("cpu")
+    assert isinstance(model.pixel_mean, Tensor) and model.pixel_mean.shape == (3, 1, 1)
