@@ -1,4 +1,8 @@
-"""Starting processes: one, several spawned by Detectron2's launcher, or those torchrun made."""
+"""The training program: arguments → processes → training or evaluation.
+
+Processes are one, several spawned by Detectron2's launcher, or those torchrun made. A script of
+your own registers its data sets and calls `run`.
+"""
 
 import argparse
 import os
@@ -9,12 +13,14 @@ import detectron2.engine
 import torch
 import torch.distributed as dist
 from detectron2.config import CfgNode
-from detectron2.engine import default_setup
+from detectron2.engine import default_argument_parser, default_setup
+from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
+from .checkpoint import Mask2FormerCheckpointer
 from .config import load_config
-from .trainer import check_device
+from .trainer import Trainer, check_device
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
@@ -34,6 +40,38 @@ def setup(args: argparse.Namespace) -> CfgNode:
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     return cfg
+
+
+def main(args: argparse.Namespace) -> dict | None:
+    """Train, or with `--eval-only` evaluate, in this process.
+
+    Args:
+        args: of Detectron2's `default_argument_parser`.
+
+    Returns:
+        The evaluation results, on the main process: {task: {metric: value}}, by data set if there
+        are several.
+    """
+    cfg = setup(args)
+    if args.eval_only:
+        model = Trainer.build_model(cfg)
+        checkpointer = Mask2FormerCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        results = Trainer.test(cfg, model)
+        if comm.is_main_process():
+            verify_results(cfg, results)
+        return results
+
+    trainer = Trainer(cfg)
+    trainer.resume_or_load(resume=args.resume)
+    return trainer.train()
+
+
+def run(main: Callable[[argparse.Namespace], Any] = main) -> None:
+    """Read the command line and run `main` in every process of the job."""
+    args = default_argument_parser().parse_args()
+    print("Command Line Args:", args)
+    launch(main, args)
 
 
 def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:

@@ -37,6 +37,7 @@ from .data.loader import (
     build_test_loader,
     build_train_loader,
     check_batch_size,
+    check_dataset_names,
 )
 from .evaluation import build_evaluator
 from .optimizer import build_optimizer
@@ -109,6 +110,8 @@ class Trainer(DefaultTrainer):
         check_config(cfg)
         check_device(cfg)
         check_batch_size(cfg)
+        # Those to evaluate on too: else a wrong name would be noticed when training has ended.
+        check_dataset_names((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0
         cfg.defrost()
@@ -167,6 +170,9 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         super().load_state_dict(state_dict)
+        if hasattr(self.scheduler, "max_iters"):
+            # WarmupPolyLR restores its end too, and could not go on beyond it.
+            self.scheduler.max_iters = self.max_iter
         # Checkpoints of other trainers have none.
         seed = state_dict.get("seed", self.seed)
         if seed != self.seed and self._has_own_seed:

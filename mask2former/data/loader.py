@@ -167,6 +167,19 @@ def _image_is_wide(file_name: str) -> bool:
     return width > height
 
 
+def check_dataset_names(names: Sequence[str]) -> None:
+    """Check that data sets are registered.
+
+    Raises:
+        ValueError: one is not; the message offers similar names.
+    """
+    for name in names:
+        if name not in DatasetCatalog.list():
+            close = difflib.get_close_matches(name, DatasetCatalog.list())
+            hint = f"; did you mean {' or '.join(close)}?" if close else "."
+            raise ValueError(f"Data set {name!r} is not registered{hint}")
+
+
 @contextmanager
 def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
     """Turn what Detectron2 asserts about data sets into errors that say what was looked for.
@@ -175,13 +188,9 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
         names: the data sets that the block loads.
 
     Raises:
-        ValueError: a name is not registered, or a data set has no usable image.
+        ValueError: a data set is not registered or has no usable image.
     """
-    for name in names:
-        if name not in DatasetCatalog.list():
-            close = difflib.get_close_matches(name, DatasetCatalog.list())
-            hint = f"; did you mean {' or '.join(close)}?" if close else "."
-            raise ValueError(f"Data set {name!r} is not registered{hint}")
+    check_dataset_names(names)
     try:
         yield
     except AssertionError as error:
@@ -191,7 +200,7 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
             for name, meta in ((name, MetadataCatalog.get(name)) for name in names)
         ]
         raise ValueError(
-            f"Data set {', '.join(names)} cannot be used: {error} Looked for {'; '.join(places)}."
+            f"Data set {', '.join(names)} cannot be used: {error} (looked for {'; '.join(places)})"
         ) from error
 
 

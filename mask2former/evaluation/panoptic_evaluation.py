@@ -76,7 +76,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 average = {"pq": float("nan"), "sq": float("nan"), "rq": float("nan"), "n": 0}
             suffix = {"All": "", "Things": "_th", "Stuff": "_st"}[name]
             for key in ("pq", "sq", "rq"):
-                results[key.upper() + suffix] = 100 * average[key]
+                results[key.upper() + suffix] = 100 * float(average[key])
             rows.append([name, *(100 * average[key] for key in ("pq", "sq", "rq")), average["n"]])
         table = tabulate(
             rows,

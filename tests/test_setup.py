@@ -1,0 +1,398 @@
+"""Set-up and packaging: pins, the wheel, the Makefile and .ci/run."""
+
+import ast
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+
+
+@pytest.fixture
+def setup_env() -> ModuleType:
+    """A fresh copy of tools/setup_env.py as a module."""
+    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def package_version() -> str:
+    """`__version__`, read without importing the package."""
+    tree = ast.parse((ROOT / "mask2former" / "__init__.py").read_text())
+    (value,) = (
+        node.value
+        for node in tree.body
+        if isinstance(node, ast.Assign) and node.targets[0].id == "__version__"
+    )
+    return ast.literal_eval(value)
+
+
+# ---------------------------------------------------------------- pins
+
+
+@pytest.mark.parametrize("python", PYTHONS)
+@pytest.mark.parametrize("group", ["runtime", "dev"])
+def test_each_declared_package_has_one_pin_in_its_range(
+    setup_env: ModuleType, group: str, python: str
+) -> None:
+    pin_file = {"runtime": "requirements.txt", "dev": "requirements-dev.txt"}[group]
+    pins = [Requirement(line) for line in setup_env.read_requirements(ROOT / pin_file)]
+    pins = [p for p in pins if p.marker is None or p.marker.evaluate({"python_version": python})]
+    ranges = {r.name: r for r in map(Requirement, setup_env.declared_ranges(group))}
+
+    assert sorted(pin.name for pin in pins) == sorted(ranges)
+    for pin in pins:
+        (specifier,) = pin.specifier
+        assert specifier.operator == "==" and "*" not in specifier.version, str(pin)
+        assert ranges[pin.name].specifier.contains(specifier.version), str(pin)
+
+
+def test_torch_is_pinned_in_one_place() -> None:
+    files = [*ROOT.glob("requirements*.txt"), ROOT / "pyproject.toml", ROOT / "Makefile"]
+    pinning = [p.name for p in files if re.search(r"torch(vision)?==", p.read_text())]
+    assert pinning == ["requirements.txt"]
+
+
+def test_unlisted_packages_are_pinned_by_hash(setup_env: ModuleType) -> None:
+    lines = setup_env.read_requirements(ROOT / "requirements-detectron2.txt")
+    names = [re.fullmatch(r"([\w-]+)==\S+ --hash=sha256:[0-9a-f]{64}", line)[1] for line in lines]
+    assert sorted(names) == sorted(setup_env.UNLISTED.values())
+
+
+# ---------------------------------------------------------------- tools/setup_env.py
+
+
+def test_nothing_is_installed_where_nothing_is_missing(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise AssertionError(f"pip was called: {args}")
+
+    monkeypatch.setattr(setup_env, "run_pip", fail)
+    setup_env.set_up_runtime(keep_installed=True)
+    setup_env.set_up_dev(keep_installed=True)
+
+
+def test_find_missing_keeps_what_is_installed(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ranges = ["torch>=2.11", "torchvision", "numpy>=1.26,<3", "pillow>=9.1", "scipy>=1.10"]
+    ranges += ["opencv-python-headless>=4.8", "setuptools>=77"]
+    pins = ["torch==2.14.1", "torchvision==0.29.2", "numpy==2.4.6", "pillow==13.0.0"]
+    pins += ["scipy==1.17.1", "opencv-python-headless==5.0.0.93", "setuptools==84.2.1"]
+    installed = {"torch": "2.12.0a0+vendor", "numpy": "1.24.4", "setuptools": "65.5.0"}
+    monkeypatch.setattr(setup_env, "installed_version", installed.get)
+    # cv2 is there under another distribution's name.
+    monkeypatch.setattr(setup_env, "is_importable", lambda module: module == "cv2")
+
+    missing, unsuitable = setup_env.find_missing(
+        setup_env.applicable(ranges), setup_env.applicable(pins)
+    )
+
+    # torchvision has to fit the torch that is there, so its pin is not taken.
+    assert [Requirement(text) for text in missing] == [
+        Requirement("torchvision"),
+        Requirement("pillow==13.0.0"),
+        Requirement("scipy==1.17.1"),
+        Requirement("setuptools>=77,<82"),
+    ]
+    assert len(unsuitable) == 1
+    assert "1.24.4 is installed" in unsuitable[0]
+
+
+def test_unsuitable_version_is_an_error_and_not_an_upgrade(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = setup_env.installed_version
+    monkeypatch.setattr(
+        setup_env, "installed_version", lambda name: "2.4.0" if name == "torch" else real(name)
+    )
+    monkeypatch.setattr(setup_env, "run_pip", lambda *a, **k: pytest.fail("pip was called"))
+    with pytest.raises(setup_env.SetupError, match=r"torch>=2\.11 is needed, 2\.4\.0 is installed"):
+        setup_env.set_up_runtime(keep_installed=True)
+
+
+def test_another_mask2former_is_an_error(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    with pytest.raises(setup_env.SetupError, match="another mask2former is installed"):
+        setup_env.set_up_project(keep_installed=True)
+
+
+@pytest.mark.parametrize("ending", ["failure", "interruption"])
+def test_an_interrupted_package_does_not_count_as_installed(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str
+) -> None:
+    """pip may have written a package's metadata, but not yet all of its files."""
+    for name in ["complete", "older"]:
+        (tmp_path / f"{name}-1.dist-info").mkdir()
+    (tmp_path / "complete-1.dist-info" / "INSTALLER").write_text("pip\n")
+
+    def fake_run(command: list[str], **kwargs: object) -> subprocess.CompletedProcess:
+        (tmp_path / "new-1.dist-info").mkdir()
+        if ending == "interruption":
+            raise KeyboardInterrupt
+        return subprocess.CompletedProcess(command, returncode=1)
+
+    monkeypatch.setattr(setup_env.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setattr(setup_env.subprocess, "run", fake_run)
+
+    expected = setup_env.SetupError if ending == "failure" else KeyboardInterrupt
+    with pytest.raises(expected):
+        setup_env.run_pip("install", "new")
+    assert sorted(p.name for p in tmp_path.glob("*.dist-info")) == [
+        "complete-1.dist-info",
+        "older-1.dist-info",
+    ]
+
+    # An environment of the project's own is repaired after a run that could not clean up.
+    monkeypatch.setitem(setup_env.STEPS, "dev", lambda keep_installed: None)
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "--keep-installed", "dev"])
+    setup_env.main()
+    assert (tmp_path / "older-1.dist-info").exists()
+    monkeypatch.setattr(sys, "argv", ["setup_env.py", "dev"])
+    setup_env.main()
+    assert [p.name for p in tmp_path.glob("*.dist-info")] == ["complete-1.dist-info"]
+
+
+def write_fake_wheel(unpacked: Path) -> None:
+    """What pip unpacks from sal-detectron2, in small."""
+    info = "sal_detectron2-0.7.2.dist-info"
+    metadata = "Name: sal-detectron2\nRequires-Dist: numpy<2\nVersion: 0.7.2\n\nText\n"
+    texts = {
+        "detectron2/__init__.py": "",
+        "detectron2/_C.cpython-310-x86_64-linux-gnu.so": "",
+        "detectron2/tools/kept.py": "",
+        "tools/__init__.py": "",
+        "tools/train_net.py": "",
+        f"{info}/METADATA": metadata,
+    }
+    for name, text in texts.items():
+        (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+        (unpacked / name).write_text(text)
+    record = "".join(f"{name},sha256=x,1\n" for name in texts) + f"{info}/RECORD,,\n"
+    (unpacked / info / "RECORD").write_text(record)
+
+
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_detectron2_arrives_without_its_scripts_and_extension(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupted: bool
+) -> None:
+    calls = []
+
+    def fake_pip(*args: str | Path, hint: str = "") -> None:
+        calls.append([str(arg) for arg in args])
+        write_fake_wheel(Path(args[args.index("--target") + 1]))
+
+    monkeypatch.setattr(setup_env, "run_pip", fake_pip)
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools" / "mine.py").write_text("")  # a package of the user's own
+    info = tmp_path / "sal_detectron2-0.7.2.dist-info"
+    if interrupted:
+        info.mkdir()
+
+    setup_env.install_unlisted("detectron2", tmp_path)
+
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["detectron2", info.name, "tools"]
+    assert [p.name for p in (tmp_path / "tools").iterdir()] == ["mine.py"]
+    assert not list(tmp_path.rglob("*.so"))
+    assert (info / "METADATA").read_text() == "Name: sal-detectron2\nVersion: 0.7.2\n\nText\n"
+    assert (info / "RECORD").read_text().splitlines() == [
+        "detectron2/__init__.py,sha256=x,1",
+        "detectron2/tools/kept.py,sha256=x,1",
+        f"{info.name}/METADATA,,",
+        f"{info.name}/RECORD,,",
+    ]
+    (call,) = calls
+    assert {"--require-hashes", "--no-deps", "--only-binary=:all:"} <= set(call)
+
+
+# ---------------------------------------------------------------- wheel and source archive
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project's own files, so that building leaves nothing in the checkout."""
+    copy = tmp_path_factory.mktemp("checkout")
+    for name in ["setup.py", "pyproject.toml", "README.md", "LICENSE"]:
+        shutil.copy(ROOT / name, copy)
+    no_leftovers = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
+    for name in ["mask2former", "tools", "configs", "tests"]:
+        shutil.copytree(ROOT / name, copy / name, ignore=no_leftovers)
+    (copy / "datasets").mkdir()
+    for script in (ROOT / "datasets").glob("*.py"):
+        shutil.copy(script, copy / "datasets")
+    return copy
+
+
+def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
+    result = subprocess.run(
+        [*command, "-w", tmp_path], cwd=checkout, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stdout + result.stderr
+    (wheel,) = tmp_path.glob("*.whl")
+    version = package_version()
+    info = f"mask2former-{version}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        metadata = archive.read(f"{info}/METADATA").decode()
+
+    assert {name.split("/")[0] for name in names} == {"mask2former", info}
+    expected = {str(p.relative_to(checkout)) for p in (checkout / "mask2former").rglob("*.py")}
+    expected |= {
+        str(p.relative_to(checkout))
+        for p in (checkout / "mask2former/data/datasets/categories").glob("*.json")
+    }
+    assert any(name.endswith(".json") for name in expected)
+    assert expected <= names
+    assert f"{info}/licenses/LICENSE" in names
+    assert f"\nVersion: {version}\n" in metadata
+    assert "\nRequires-Dist: torch>=2.11\n" in metadata
+    assert not re.search(r"Requires-Dist:.*(detectron2|panopticapi)", metadata)
+
+
+def test_source_archive_can_be_built_from(checkout: Path, tmp_path: Path) -> None:
+    code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    result = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout + result.stderr
+    top = f"mask2former-{package_version()}"
+    with tarfile.open(tmp_path / f"{top}.tar.gz") as archive:
+        names = set(archive.getnames())
+    parts = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "mask2former/config.py"]
+    assert {f"{top}/{part}" for part in parts} <= names
+
+
+# ---------------------------------------------------------------- Makefile and .ci/run
+
+
+def run_make(*args: object, **env: str) -> subprocess.CompletedProcess:
+    """Runs make in the checkout as from a fresh shell, even when make runs the tests."""
+    inherited = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON"}
+    environ = {key: value for key, value in os.environ.items() if key not in inherited}
+    return subprocess.run(
+        ["make", *map(str, args)], cwd=ROOT, env=environ | env, capture_output=True, text=True
+    )
+
+
+def write_interpreter(path: Path, body: str) -> Path:
+    """A shell script that stands in for a Python interpreter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f"#!/bin/sh\n{body}\n")
+    path.chmod(0o755)
+    return path
+
+
+def test_make_alone_lists_the_commands() -> None:
+    result = run_make()
+    assert result.returncode == 0
+    for target in ["quickstart", "test", "lint", "env"]:
+        assert f"make {target} " in result.stdout
+
+
+@pytest.mark.parametrize(
+    "target, steps, last",
+    [
+        ("env", ["runtime", "dev", "project"], None),
+        ("test", ["runtime", "dev", "project"], "-m pytest"),
+        ("lint", ["dev"], "-m ruff format --check ."),
+        ("quickstart", ["runtime", "project"], "tools/quickstart.py"),
+    ],
+)
+def test_targets_set_up_what_they_need(
+    tmp_path: Path, target: str, steps: list[str], last: str | None
+) -> None:
+    venv = tmp_path / "env"
+    own = run_make("-n", target, f"VENV={venv}")
+    assert own.returncode == 0, own.stderr
+    assert re.findall(rf"^{venv}/bin/python tools/setup_env\.py (.*)$", own.stdout, re.M) == steps
+    assert f"python3 -m venv {venv}" in own.stdout
+
+    active = run_make("-n", target, "VENV=")
+    assert active.returncode == 0, active.stderr
+    keep = r"^python3 tools/setup_env\.py --keep-installed (.*)$"
+    assert re.findall(keep, active.stdout, re.M) == steps
+    assert "-m venv" not in active.stdout
+    assert ".stamp" not in active.stdout
+
+    if last is not None:
+        assert own.stdout.splitlines()[-1] == f"{venv}/bin/python {last}"
+        assert active.stdout.splitlines()[-1] == f"python3 {last}"
+
+
+def test_a_failed_step_is_repeated_and_a_finished_one_is_not(tmp_path: Path) -> None:
+    log, venv = tmp_path / "log", tmp_path / "env"
+    body = f'echo "$*" >> {log}; case "$*" in *setup_env.py*) exit ${{FAKE_STATUS:-0}};; esac'
+    write_interpreter(venv / "bin" / "python", body)
+
+    def setups(**env: str) -> tuple[int, list[str]]:
+        log.write_text("")
+        status = run_make("lint", f"VENV={venv}", **env).returncode
+        return status, [line for line in log.read_text().splitlines() if "setup_env" in line]
+
+    step = ["tools/setup_env.py dev"]
+    status, calls = setups(FAKE_STATUS="1")
+    assert status != 0 and calls == step
+    assert setups() == (0, step)
+    assert setups() == (0, [])
+
+
+def test_too_old_python_is_one_clear_error(tmp_path: Path) -> None:
+    body = 'case "$*" in *version_info*) exit 1;; *python_version*) echo 3.8.18;; esac'
+    old = write_interpreter(tmp_path / "python3.8", body)
+    for venv in [tmp_path / "env", ""]:
+        result = run_make("lint", f"VENV={venv}", f"PYTHON={old}")
+        assert result.returncode != 0
+        first, *rest = result.stderr.splitlines()
+        assert f"Python 3.10 or newer is needed, and '{old}' is 3.8.18" in first
+        assert all(line.startswith("make") for line in rest)
+        assert result.stdout == ""
+
+
+def test_missing_python_is_one_clear_error(tmp_path: Path) -> None:
+    result = run_make("lint", f"VENV={tmp_path / 'env'}", "PYTHON=no-such-python")
+    assert result.returncode != 0
+    assert "'no-such-python' is missing or broken" in result.stderr.splitlines()[0]
+
+
+def test_python_without_ensurepip_is_one_clear_error(tmp_path: Path) -> None:
+    python = write_interpreter(tmp_path / "python3", 'case "$*" in *ensurepip*) exit 1;; esac')
+    result = run_make("lint", f"VENV={tmp_path / 'env'}", f"PYTHON={python}")
+    assert result.returncode != 0
+    assert "lacks ensurepip" in result.stderr.splitlines()[0]
+    assert "python3-venv" in result.stderr.splitlines()[0]
+
+
+@pytest.mark.parametrize(
+    "closing, status",
+    [
+        ("======= 3 passed, 1 skipped in 75.21s (0:01:15) =======", 0),
+        ("======= 1 failed, 2 passed in 0.10s =======", 2),
+        ("======= 2 errors in 0.10s =======", 2),
+    ],
+)
+def test_ci_ends_with_the_closing_line_of_pytest(tmp_path: Path, closing: str, status: int) -> None:
+    # Stands in for make, which reports a failure after the output of what it ran.
+    write_interpreter(
+        tmp_path / "make",
+        f'[ "$1" = test ] || exit 0\necho "{closing}"\n'
+        f'[ {status} = 0 ] || echo "make: *** [test] Error 1" >&2\nexit {status}',
+    )
+    environ = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run([ROOT / ".ci" / "run"], env=environ, capture_output=True, text=True)
+    assert result.returncode == status
+    assert result.stdout.splitlines()[-1] == closing
