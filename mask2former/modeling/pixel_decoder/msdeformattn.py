@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
 from ...utils.registry import register_unless_taken
-from ..transformer_decoder.mask2former_transformer_decoder import _get_activation_fn
+from ..transformer_decoder.layers import _get_activation_fn
 from ..transformer_decoder.position_encoding import PositionEmbeddingSine
 
 Shapes = tuple[tuple[int, int], ...]

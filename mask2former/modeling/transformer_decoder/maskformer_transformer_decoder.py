@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..mask_predictions import MaskLogits, MaskPredictions
 from .build import TRANSFORMER_DECODER_REGISTRY, build_transformer_decoder
-from .mask2former_transformer_decoder import MLP
+from .layers import MLP
 from .position_encoding import PositionEmbeddingSine
 from .transformer import Transformer
 

@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .mask2former_transformer_decoder import _get_activation_fn
+from .layers import _get_activation_fn
 
 
 class Transformer(nn.Module):
