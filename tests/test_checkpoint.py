@@ -1,0 +1,204 @@
+"""What a checkpoint must fill, and what happens where it does not."""
+
+import os
+import pickle
+
+import numpy as np
+import pytest
+import torch
+from detectron2.checkpoint import DetectionCheckpointer
+from torch import nn
+
+from mask2former.checkpoint import Mask2FormerCheckpointer
+
+
+class Model(nn.Module):
+    """The parts that the rules tell apart: a backbone, a head, the class-dependent layers."""
+
+    def __init__(self, num_classes=3, width=4, backbone_width=4):
+        super().__init__()
+        self.backbone = nn.Sequential()
+        self.backbone.stem = nn.Conv2d(3, backbone_width, 1)
+        self.backbone.norm = nn.BatchNorm2d(backbone_width)
+        self.sem_seg_head = nn.Module()
+        self.sem_seg_head.proj = nn.Linear(backbone_width, width)
+        self.sem_seg_head.class_embed = nn.Linear(width, num_classes + 1)
+        self.criterion = nn.Module()
+        self.criterion.register_buffer("empty_weight", torch.ones(num_classes + 1))
+        self.register_buffer("pixel_mean", torch.zeros(3), persistent=False)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+
+def write(path, data):
+    if path.suffix == ".pkl":
+        path.write_bytes(pickle.dumps(data, protocol=2))
+    else:
+        torch.save(data, path)
+    return str(path)
+
+
+def numpy_weights(model):
+    return {name: value.numpy() for name, value in model.state_dict().items()}
+
+
+def equal(first, second, prefix=""):
+    states = first.state_dict(), second.state_dict()
+    return all(torch.equal(v, states[1][k]) for k, v in states[0].items() if k.startswith(prefix))
+
+
+def start_training(model, path):
+    Mask2FormerCheckpointer(model, partial_init=True).load(path, checkpointables=[])
+
+
+@pytest.mark.parametrize("heuristics", [False, True])
+def test_published_model(tmp_path, heuristics):
+    source, target = Model(), Model()
+    data = {"model": numpy_weights(source), "__author__": "someone"}
+    if heuristics:
+        data["matching_heuristics"] = True
+    Mask2FormerCheckpointer(target).load(write(tmp_path / "model_final.pkl", data))
+    assert equal(source, target)
+
+
+def test_imagenet_backbone(tmp_path, caplog):
+    """As in Detectron2's model zoo: names without the prefix, and a classifier that is not used."""
+    source, target = Model(), Model()
+    head = {k: v.clone() for k, v in target.sem_seg_head.state_dict().items()}
+    weights = {f"{k}": v.numpy() for k, v in source.backbone.state_dict().items()}
+    weights["fc.weight"] = np.zeros((1000, 4), dtype=np.float32)
+    data = {"model": weights, "__author__": "torchvision", "matching_heuristics": True}
+    path = write(tmp_path / "R-50.pkl", data)
+    start_training(target, path)
+    assert equal(source, target, "backbone")
+    assert all(torch.equal(v, head[k]) for k, v in target.sem_seg_head.state_dict().items())
+    assert "not found in the checkpoint" in caplog.text
+
+    # It is no model to evaluate.
+    with pytest.raises(ValueError, match=r"R-50\.pkl does not fit.*5 missing \(criterion.empty_w"):
+        Mask2FormerCheckpointer(target).load(path)
+
+
+def test_fine_tuning_to_other_classes(tmp_path, caplog):
+    source, target = Model(num_classes=3), Model(num_classes=8)
+    for name in ("model.pth", "model.pkl"):
+        data = {"model": numpy_weights(source), "__author__": "x", "matching_heuristics": True}
+        path = write(tmp_path / name, data)
+        start_training(target, path)
+        assert equal(source.backbone, target.backbone)
+        assert torch.equal(source.sem_seg_head.proj.weight, target.sem_seg_head.proj.weight)
+        assert "Fine-tuning to other classes: criterion.empty_weight, sem_seg_head" in caplog.text
+        with pytest.raises(
+            ValueError, match=r"3 of another shape \(criterion.empty_weight \(4,\) i"
+        ):
+            Mask2FormerCheckpointer(target).load(path)
+        caplog.clear()
+
+
+def test_another_architecture(tmp_path):
+    target = Model()
+    wider = write(tmp_path / "wider.pth", {"model": Model(width=6).state_dict()})
+    for load in (start_training, lambda m, p: Mask2FormerCheckpointer(m).load(p)):
+        with pytest.raises(ValueError, match=r"wider\.pth .*Model with Sequential.*head.proj.bias"):
+            load(target, wider)
+
+    stranger = write(tmp_path / "stranger.pth", {"model": {"layers.0.weight": torch.ones(2)}})
+    with pytest.raises(ValueError, match=r"stranger\.pth.*1 unknown to the model \(layers.0.wei"):
+        start_training(target, stranger)
+
+    # Backbone weights of another width, whose names match only by their ends.
+    weights = {k: v.numpy() for k, v in Model(backbone_width=5).backbone.state_dict().items()}
+    data = {"model": weights, "__author__": "x", "matching_heuristics": True}
+    with pytest.raises(ValueError, match=r"backbone.stem.bias \(5,\) instead of \(4,\)"):
+        start_training(target, write(tmp_path / "backbone.pkl", data))
+
+
+def test_resume_must_fit_completely(tmp_path):
+    Mask2FormerCheckpointer(Model(num_classes=3), str(tmp_path)).save("model_0000001")
+    checkpointer = Mask2FormerCheckpointer(Model(num_classes=8), str(tmp_path), partial_init=True)
+    with pytest.raises(ValueError, match=r"model_0000001\.pth does not fit.*3 of another shape"):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_harmless_differences(tmp_path):
+    source, target = Model(), Model()
+    weights = source.state_dict()
+    del weights["backbone.norm.num_batches_tracked"]
+    weights |= {"pixel_mean": torch.zeros(3, 1, 1), "pixel_std": torch.ones(3, 1, 1)}
+    Mask2FormerCheckpointer(target).load(write(tmp_path / "old.pth", {"model": weights}))
+    assert equal(source.sem_seg_head, target.sem_seg_head)
+
+
+def test_state_dict_of_a_distributed_model_without_the_model_key(tmp_path):
+    source, target = Model(), Model()
+    weights = {f"module.{name}": value for name, value in source.state_dict().items()}
+    Mask2FormerCheckpointer(target).load(write(tmp_path / "ddp.pth", weights))
+    assert equal(source, target)
+
+
+def test_name_matching_by_query(tmp_path):
+    source, target = Model(), Model()
+    path = write(tmp_path / "backbone.pth", source.backbone.state_dict())
+    start_training(target, f"{path}?matching_heuristics=True")
+    assert equal(source.backbone, target.backbone)
+
+
+def test_nothing_to_load():
+    start_training(Model(), "")
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
+        Mask2FormerCheckpointer(Model()).resume_or_load("", resume=False)
+    with pytest.raises(FileNotFoundError, match=r"nowhere/model\.pth does not exist"):
+        start_training(Model(), "nowhere/model.pth")
+
+
+def test_files_that_are_no_state_dict(tmp_path):
+    for name, data in {
+        "number.pkl": {"model": {"w": 3}, "__author__": "x"},
+        "list.pkl": [1, 2],
+        "training.pth": {"state_dict": {}, "epoch": 3},
+        "list.pth": [1, 2],
+    }.items():
+        with pytest.raises(ValueError, match=rf"Checkpoint \S*{name}"):
+            start_training(Model(), write(tmp_path / name, data))
+
+
+def test_malicious_file_and_a_good_one_afterwards(tmp_path):
+    trace = tmp_path / "trace"
+
+    class Payload:
+        def __reduce__(self):
+            return os.mkdir, (str(trace),)
+
+    checkpointer = Mask2FormerCheckpointer(Model(), partial_init=True)
+    for name in ("bad.pkl", "bad.pth"):
+        path = write(tmp_path / name, {"model": {"w": 1}, "__author__": Payload()})
+        with pytest.raises(ValueError, match=rf"{name} was not loaded: it refers to \S+\.mkdir,"):
+            checkpointer.load(path, checkpointables=[])
+        assert not trace.exists()
+    good = Model()
+    checkpointer.load(write(tmp_path / "good.pth", good.state_dict()), checkpointables=[])
+    assert equal(good, checkpointer.model)
+
+
+def test_kill_while_saving_keeps_the_last_checkpoint(tmp_path, monkeypatch):
+    first, second = Model(), Model()
+    Mask2FormerCheckpointer(first, str(tmp_path)).save("model_final")
+
+    def torn_save(data, file):
+        file.write(b"half")
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", torn_save)
+        Mask2FormerCheckpointer(second, str(tmp_path)).save("model_final")
+    target = Model()
+    Mask2FormerCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
+    assert equal(first, target)
+
+
+def test_saved_files_load_in_detectron2(tmp_path):
+    source, target = Model(), Model()
+    Mask2FormerCheckpointer(source, str(tmp_path)).save("model_final", iteration=3)
+    extra = DetectionCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
+    assert equal(source, target)
+    assert extra["iteration"] == 3

@@ -1,0 +1,91 @@
+"""How processes are started."""
+
+import pytest
+import torch
+from detectron2.engine import default_argument_parser
+
+from mask2former import launch as launch_module
+from mask2former.launch import launch, started_by_torchrun
+
+TORCHRUN = {
+    "RANK": "0",
+    "WORLD_SIZE": "2",
+    "LOCAL_RANK": "0",
+    "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "localhost",
+}
+
+
+@pytest.fixture
+def config_file(tmp_path):
+    path = tmp_path / "config.yaml"
+    path.write_text("MODEL: {DEVICE: cpu, META_ARCHITECTURE: Toy}\nVERSION: 2\n")
+    return str(path)
+
+
+def parse(*arguments):
+    return default_argument_parser().parse_args(list(arguments))
+
+
+def test_started_by_torchrun():
+    assert started_by_torchrun(TORCHRUN)
+    # Job schedulers set some of the names.
+    assert not started_by_torchrun({"RANK": "0", "WORLD_SIZE": "1"})
+
+
+def test_one_process(config_file):
+    seen = []
+    args = parse("--config-file", config_file)
+    launch(seen.append, args)
+    assert seen == [args]
+
+
+def test_torchrun_and_num_gpus_at_once(config_file, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    args = parse("--config-file", config_file, "--num-gpus", "2")
+    with pytest.raises(ValueError, match="torchrun started this process, so --num-gpus 2 "):
+        launch(print, args)
+
+
+def test_more_processes_than_gpus(config_file, monkeypatch):
+    for name, value in TORCHRUN.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    args = parse("--config-file", config_file, "MODEL.DEVICE", "cuda")
+    with pytest.raises(ValueError, match="started 2 processes on this machine, which has 1 GPUs"):
+        launch(print, args)
+
+
+def test_cpu_training_spawned_on_a_machine_with_gpus(config_file, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    args = parse("--config-file", config_file, "--num-gpus", "2")
+    with pytest.raises(
+        ValueError, match="MODEL.DEVICE is 'cpu' .* start the processes with torchrun"
+    ):
+        launch(print, args)
+
+
+def test_spawned_arguments(config_file, monkeypatch):
+    """What Detectron2's launcher is told; tests/tools run the processes themselves."""
+    calls = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(
+        launch_module.detectron2.engine,
+        "launch",
+        lambda *args, **kwargs: calls.append((args, kwargs)),
+    )
+    args = parse(
+        *("--config-file", config_file, "--num-gpus", "2", "--num-machines", "3"),
+        *("--machine-rank", "1", "--dist-url", "tcp://host:1"),
+    )
+    launch(print, args)
+    expected = {"num_machines": 3, "machine_rank": 1, "dist_url": "tcp://host:1", "args": (args,)}
+    assert calls == [((print, 2), expected)]
+
+
+def test_mistakes_are_reported_before_processes_start(config_file):
+    args = parse("--config-file", config_file, "--num-gpus", "2", "SOLVER.BASE_RL", "1")
+    with pytest.raises(ValueError, match="SOLVER.BASE_RL"):
+        launch(print, args)
