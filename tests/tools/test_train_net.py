@@ -100,7 +100,8 @@ def program(root, *args, launcher=()):
     """A process of its own."""
     environment = {
         "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
+        # As many as here: sums over another number of threads differ in the last digits.
+        "OMP_NUM_THREADS": "1" if launcher else str(torch.get_num_threads()),
         "DETECTRON2_DATASETS": str(root),
     }
     return subprocess.Popen(
