@@ -242,6 +242,16 @@ def _check_input(cfg: CfgNode) -> None:
     size_divisibility = cfg.INPUT.SIZE_DIVISIBILITY
     if size_divisibility != -1 and size_divisibility < 1:
         raise _bad_value("INPUT.SIZE_DIVISIBILITY", size_divisibility, "-1 (off) or at least 1")
+    name = cfg.INPUT.DATASET_MAPPER_NAME
+    # What the chosen mapper would ignore in silence.
+    if name.endswith("_lsj"):
+        unread = {"COLOR_AUG_SSD": False, "SIZE_DIVISIBILITY": -1, "CROP.ENABLED": False}
+    else:
+        unread = {"RANDOM_FLIP": "horizontal"}
+    for key, only in unread.items():
+        value = _get(cfg.INPUT, key)
+        if value != only:
+            raise _bad_value(f"INPUT.{key}", value, f"{only!r}, because mapper {name!r} ignores it")
     min_scale, max_scale = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
     if not 0 < min_scale <= max_scale:
         raise ValueError(
@@ -270,6 +280,12 @@ def _check_model(cfg: CfgNode) -> None:
     _require_range(cfg, "MODEL.MASK_FORMER.OVERSAMPLE_RATIO", low=1)
     _require_range(cfg, "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", low=0, high=1)
     _require_range(cfg, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", low=1)
+    if head.NAME == "MaskFormerHead" and head.LOSS_WEIGHT != 1.0:
+        raise _bad_value(
+            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT",
+            head.LOSS_WEIGHT,
+            "1.0, because the losses have MODEL.MASK_FORMER.{CLASS,MASK,DICE}_WEIGHT",
+        )
 
     test = mask_former.TEST
     if not (test.SEMANTIC_ON or test.INSTANCE_ON or test.PANOPTIC_ON):
@@ -306,6 +322,8 @@ def _check_msdeformattn(cfg: CfgNode) -> None:
             f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {head.CONVS_DIM}; allowed: multiples of "
             f"MODEL.MASK_FORMER.NHEADS, which is {num_heads}."
         )
+    if head.CONVS_DIM % 32:
+        raise _bad_value("MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM, "multiples of 32 (groups)")
     features = head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES
     unknown = [name for name in features if name not in head.IN_FEATURES]
     if unknown or not features:
@@ -325,6 +343,12 @@ def _check_masked_decoder(cfg: CfgNode) -> None:
             f"MODEL.MASK_FORMER.ENC_LAYERS is {mask_former.ENC_LAYERS}, which {_MASKED_DECODER} "
             "does not read; allowed: 0. For layers in the pixel decoder set "
             "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS."
+        )
+    if mask_former.HIDDEN_DIM % 4:
+        raise _bad_value(
+            "MODEL.MASK_FORMER.HIDDEN_DIM",
+            mask_former.HIDDEN_DIM,
+            "multiples of 4 (sine and cosine of two axes)",
         )
     head_name = cfg.MODEL.SEM_SEG_HEAD.NAME
     if head_name == "MaskFormerHead" and mask_former.TRANSFORMER_IN_FEATURE != _MULTI_SCALE:

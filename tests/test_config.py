@@ -198,6 +198,11 @@ REJECTED = [
     ("MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE", "res5", "'multi_scale_pixel_decoder'"),
     ("MODEL.SEM_SEG_HEAD.NUM_CLASSES", 0, "at least 1"),
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 100, "multiples of MODEL.MASK_FORMER.NHEADS"),
+    ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 48, "multiples of 32"),
+    ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 2.0, "allowed: 1.0, because"),
+    ("INPUT.COLOR_AUG_SSD", True, "mapper 'coco_panoptic_lsj' ignores it"),
+    ("INPUT.SIZE_DIVISIBILITY", 512, "mapper 'coco_panoptic_lsj' ignores it"),
+    ("INPUT.CROP.ENABLED", True, "mapper 'coco_panoptic_lsj' ignores it"),
     ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS", 4, "8 .the default. or 8"),
     ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS", 0, "at least 1"),
     ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res6"], "res2.*res5"),
@@ -212,6 +217,16 @@ def test_rejected_value(cfg, key, value, allowed):
     assert key in str(error.value)
     if value is not None:
         assert str(value) in str(error.value)
+
+
+def test_flips_that_a_mapper_does_not_make_are_rejected(cfg):
+    cfg.INPUT.RANDOM_FLIP = "none"
+    check_config(cfg)  # large-scale jittering reads it
+    cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_panoptic"
+    with pytest.raises(
+        ValueError, match="RANDOM_FLIP is 'none'.*'mask_former_panoptic' ignores it"
+    ):
+        check_config(cfg)
 
 
 def test_no_task_is_rejected(cfg):
