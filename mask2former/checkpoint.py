@@ -193,8 +193,10 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             f"{name} {in_file} instead of {in_model}"
             for name, in_file, in_model in incompatible.incorrect_shapes
         ]
+        # Detectron2 lists keys of another shape among the missing ones as well.
+        misshapen = {name for name, *_ in incompatible.incorrect_shapes}
         problems = {
-            "missing": incompatible.missing_keys,
+            "missing": [name for name in incompatible.missing_keys if name not in misshapen],
             "unknown to the model": incompatible.unexpected_keys,
             "of another shape": shapes,
         }
