@@ -1,5 +1,8 @@
-"""Operators with their own kernels: multi-scale deformable attention."""
+"""Operators with their own kernels: multi-scale deformable attention.
 
-from .ms_deform_attn import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
+``python -m mask2former.ops`` prints what was built and tries it out.
+"""
 
-__all__ = ["MSDeformAttn", "ms_deform_attn", "ms_deform_attn_fused"]
+from .ms_deform_attn import MSDeformAttn, backend, ms_deform_attn, ms_deform_attn_fused
+
+__all__ = ["MSDeformAttn", "backend", "ms_deform_attn", "ms_deform_attn_fused"]

@@ -1,5 +1,7 @@
 """The op against a naive loop, numbers worked by hand, float64 gradients and bad shapes.
 
+Every test runs twice, on the compiled kernels and on the formulation in PyTorch.
+
 Shape letters as in the module: B batch, S values, Q queries, M heads, D channels, L levels,
 P points.
 """
@@ -11,9 +13,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mask2former.ops import MSDeformAttn, ms_deform_attn, ms_deform_attn_fused
+from mask2former.ops import MSDeformAttn, backend, ms_deform_attn, ms_deform_attn_fused
+
+op_module = importlib.import_module("mask2former.ops.ms_deform_attn")
 
 SHAPES = [(3, 4), (2, 1), (1, 1)]  # the last level is a single pixel
+
+
+@pytest.fixture(params=["compiled", "pytorch"], autouse=True)
+def op_backend(request, monkeypatch) -> None:
+    if request.param == "pytorch":
+        monkeypatch.setattr(op_module, "has_kernel", lambda device: False)
+    elif backend("cpu") != "compiled":
+        pytest.skip("the library was not built here: no C++ compiler")
+    assert backend("cpu") == request.param
 
 
 def naive(value: Tensor, shapes: list, locations: Tensor, weights: Tensor) -> Tensor:
@@ -186,6 +199,83 @@ def test_fused_reference_boxes_by_hand():
     assert out.item() == pytest.approx(0.875, abs=1e-5)
 
 
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, -3e38, 2.0**31])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_locations_far_outside_or_not_finite_count_nothing(bad, axis):
+    value, locations, weights = random_inputs(dtype=torch.float32)
+    locations = locations.clamp(0.1, 0.9)
+    locations[:, 0, :, :, 0, axis] = bad  # of query 0 the first of two points
+    inputs = [x.requires_grad_() for x in (value, locations, weights)]
+    out = ms_deform_attn(value, SHAPES, locations, weights)
+    rest = (x.detach()[:, :, :, :, 1:] for x in (locations, weights))
+    expected = ms_deform_attn(value, SHAPES, *rest)
+    torch.testing.assert_close(out[:, 0], expected[:, 0])
+    out.sum().backward()
+    assert all(x.grad.isfinite().all() for x in inputs)
+    assert not locations.grad[:, 0, :, :, 0].any() and not weights.grad[:, 0, :, :, 0].any()
+    assert locations.grad[:, 0, :, :, 1].any() and weights.grad[:, 0, :, :, 1].any()
+
+
+@pytest.mark.parametrize("poison", [math.nan, math.inf])
+def test_what_lies_beside_a_level_in_memory_does_not_leak(poison):
+    """Beyond the right border the next value in memory is the next row's, or the next level's."""
+    weights = torch.ones(1, 1, 1, 2, 1)
+    # Pixels of a level of 2 by 2, then of one of 1 by 1; a location on the first level at pixel
+    # (1.25, -0.5), and one far off.
+    value = torch.tensor([1.0, 2.0, poison, 4.0, poison]).view(1, 5, 1, 1).requires_grad_()
+    locations = torch.tensor([[0.875, 0.0], [9.0, 9.0]]).view(1, 1, 1, 2, 1, 2)
+    out = ms_deform_attn(value, [(2, 2), (1, 1)], locations, weights)
+    assert out.item() == pytest.approx(0.75 * 0.5 * 2)
+    out.backward()
+    assert value.grad.flatten().tolist() == pytest.approx([0, 0.75 * 0.5, 0, 0, 0])
+    # At pixel (1.25, 1.25): beyond the last row too.
+    value = torch.tensor([1.0, 2.0, poison, 4.0, poison]).view(1, 5, 1, 1)
+    locations = torch.tensor([[0.875, 0.875], [9.0, 9.0]]).view(1, 1, 1, 2, 1, 2)
+    out = ms_deform_attn(value, [(2, 2), (1, 1)], locations, weights)
+    assert out.item() == pytest.approx(0.75 * 0.75 * 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_values(dtype):
+    """Only values and output are rounded: as exact as half the last place of the output."""
+    inputs = random_inputs(dtype=torch.float32)
+    value = inputs[0].to(dtype).requires_grad_()
+    locations, weights = (x.requires_grad_() for x in inputs[1:])
+    out = ms_deform_attn(value, SHAPES, locations, weights)
+    assert out.dtype == dtype
+    grad = torch.ones_like(out)
+    grads = torch.autograd.grad(out, (value, locations, weights), grad)
+    assert [g.dtype for g in grads] == [dtype, torch.float32, torch.float32]
+    exact = [x.detach().double().requires_grad_() for x in (value, locations, weights)]
+    expected = ms_deform_attn(exact[0], SHAPES, *exact[1:])
+    expected_grads = torch.autograd.grad(expected, exact, grad.double())
+    rounding = torch.finfo(dtype).eps / 2
+    torch.testing.assert_close(out.double(), expected, rtol=rounding, atol=1e-6)
+    torch.testing.assert_close(grads[0].double(), expected_grads[0], rtol=rounding, atol=1e-6)
+    for ours, theirs in zip(grads[1:], expected_grads[1:], strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
+    # Locations and weights in half precision are taken as they are.
+    halves = [x.detach().to(dtype) for x in (locations, weights)]
+    out = ms_deform_attn(value, SHAPES, *halves)
+    torch.testing.assert_close(out, ms_deform_attn(value, SHAPES, *(x.float() for x in halves)))
+
+
+def test_wrong_dtypes_devices_and_levels():
+    value, locations, weights = random_inputs(dtype=torch.float32)
+    with pytest.raises(ValueError, match="value must be one of .*, got torch.int64"):
+        ms_deform_attn(value.long(), SHAPES, locations, weights)
+    with pytest.raises(ValueError, match="sampling locations are torch.float64.*torch.float32"):
+        ms_deform_attn(value, SHAPES, locations.double(), weights)
+    with pytest.raises(ValueError, match="attention weights are torch.int64"):
+        ms_deform_attn(value, SHAPES, locations, weights.long())
+    with pytest.raises(ValueError, match="attention weights are on meta, but value is on cpu"):
+        ms_deform_attn(value, SHAPES, locations, weights.to("meta"))
+    with pytest.raises(ValueError, match="at most 16 levels are supported, got 17"):
+        ms_deform_attn(value, [(1, 1)] * 17, locations, weights)
+    with pytest.raises(ValueError, match=r"got \[\(-3, -5\)\]"):
+        ms_deform_attn(value, [(-3, -5)], locations, weights)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -216,6 +306,8 @@ def test_wrong_shapes(change, message):
         (lambda v, r, o, a: (v, r[:, :3], o, a), "reference points"),
         (lambda v, r, o, a: (v, r, o[:, :, :, :1], a), "sampling offsets"),
         (lambda v, r, o, a: (v, r, o[..., 0], a), "sampling offsets"),
+        (lambda v, r, o, a: (v, r, o.float()[:1], a), "sampling offsets are"),
+        (lambda v, r, o, a: (v[:, :, :1], r, o, a), r"must be \(2, Q, 1, 3, P, 2\)"),
         (lambda v, r, o, a: (v, r, o, a[..., :5]), "attention logits"),
         (lambda v, r, o, a: (v, r, o, a[:, :2]), "attention logits"),
         (lambda v, r, o, a: (v[:, 1:], r, o, a), "hold 15 locations, but value has 14"),

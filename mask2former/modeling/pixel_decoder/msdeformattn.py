@@ -176,7 +176,9 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
             host.
         """
         shapes: Shapes = tuple((src.shape[2], src.shape[3]) for src in srcs)
+        # The residual stream, in full precision whatever normalisation gives under autocast.
         flat = torch.cat([src.flatten(2).transpose(1, 2) for src in srcs], 1)
+        flat = flat.to(self.level_embed.dtype)
         pos = torch.cat(
             [
                 pos_embed.flatten(2).transpose(1, 2) + self.level_embed[level]
@@ -313,7 +315,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
         }
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
-        """Encode backbone features; in fp32, whatever autocast is in force around it.
+        """Encode backbone features.
+
+        Under autocast, matrix products, convolutions and the sampled values are in half precision;
+        normalisation, residuals, sampling locations, attention weights and sums stay in fp32.
 
         Args:
             features: ``{name: (B, C_in, H, W)}``.
@@ -322,16 +327,11 @@ class MSDeformAttnPixelDecoder(nn.Module):
             per-pixel embedding (B, mask_dim, H/4, W/4); the coarsest encoded level; the three
             levels for the transformer decoder from 1/32 to 1/8, each (B, C, H, W).
         """
-        device = features[self.transformer_in_features[0]].device
-        with torch.autocast(device_type=device.type, enabled=False):
-            return self._forward_features(features)
-
-    def _forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         srcs, pos = [], []
         for projection, name in zip(
             self.input_proj, reversed(self.transformer_in_features), strict=True
         ):
-            feature = _at_least_float(features[name])
+            feature = _as_parameter(features[name], projection[0].weight)
             srcs.append(projection(feature))
             pos.append(self.pe_layer(feature))
         memory, spatial_shapes, _ = self.transformer(srcs, pos)
@@ -346,7 +346,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         for lateral, output, name in zip(
             self.lateral_convs, self.output_convs, fpn_features, strict=True
         ):
-            current = lateral(_at_least_float(features[name]))
+            current = lateral(_as_parameter(features[name], lateral.weight))
             upsampled = F.interpolate(
                 out[-1], size=current.shape[-2:], mode="bilinear", align_corners=False
             )
@@ -354,6 +354,6 @@ class MSDeformAttnPixelDecoder(nn.Module):
         return self.mask_features(out[-1]), out[0], out[: self.maskformer_num_feature_levels]
 
 
-def _at_least_float(x: Tensor) -> Tensor:
-    """Half precision features of an autocast backbone → float32; float64 stays."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:
+    """Give features of a backbone in another precision this decoder's, unless autocast does."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)

@@ -1,0 +1,254 @@
+// The operators on a CPU. The work is in kernels.h; here are the instruction sets, the threads and the tensors.
+//
+// Sums are made in one order only, whatever the number of threads: forward, every output has one thread; backward, every
+// (image, head) has one, and nothing that it writes is written by another. Half precision is computed in float.
+
+#include "../ms_deform_attn.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <string>
+
+namespace mask2former {
+namespace {
+
+template <typename T>
+struct Arguments {
+  Sizes sizes;
+  const T* value;
+  const T* locations;  // sampling_locations, or sampling_offsets where there is a reference
+  const T* weights;    // attention_weights, or attention_logits where there is a reference
+  const T* reference;  // null for the classic operators
+};
+
+template <typename T>
+struct Gradients {
+  const T* output;
+  T* value;
+  T* locations;
+  T* weights;
+};
+
+template <typename T>
+struct Kernels {
+  void (*forward)(const Arguments<T>&, T*, T*, int64_t, int64_t);
+  void (*backward)(const Arguments<T>&, const Gradients<T>&, T*, T*, int64_t, int64_t);
+  int64_t arrays;  // numbers that a sample needs
+  int64_t lanes;   // rows of samples are padded to a multiple of it
+};
+
+constexpr int64_t kBlock = 8;  // rows of samples that backward prepares at once
+
+#if defined(__x86_64__)
+#define M2F_TARGET __attribute__((target("avx512f,avx512dq,avx2,fma")))
+#define M2F_VECTOR_BYTES 64
+namespace avx512 {
+#include "kernels.h"
+}
+#undef M2F_TARGET
+#undef M2F_VECTOR_BYTES
+#define M2F_TARGET __attribute__((target("avx2,fma")))
+#define M2F_VECTOR_BYTES 32
+namespace avx2 {
+#include "kernels.h"
+}
+#undef M2F_TARGET
+#undef M2F_VECTOR_BYTES
+#endif
+
+// What every machine of the architecture has: SSE2, NEON, VSX.
+#define M2F_TARGET
+#define M2F_VECTOR_BYTES 16
+namespace baseline {
+#include "kernels.h"
+}
+
+enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
+
+// What the machine has, at most what ATEN_CPU_CAPABILITY asks for: PyTorch's own kernels follow it too.
+InstructionSet detect() {
+#if defined(__x86_64__)
+  const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
+  const std::string limit = variable == nullptr ? "" : variable;
+  __builtin_cpu_init();
+  if (limit != "default" && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
+    const bool wide = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq");
+    return wide && limit != "avx2" ? InstructionSet::kAvx512 : InstructionSet::kAvx2;
+  }
+#endif
+  return InstructionSet::kBaseline;
+}
+
+template <typename T>
+const Kernels<T>& select_kernels() {
+#if defined(__x86_64__)
+  static const InstructionSet set = detect();
+  if (set == InstructionSet::kAvx512) return avx512::kernels<T>;
+  if (set == InstructionSet::kAvx2) return avx2::kernels<T>;
+#endif
+  return baseline::kernels<T>;
+}
+
+// Aligned for every vector type, and zero.
+template <typename T>
+class Scratch {
+ public:
+  explicit Scratch(int64_t count) : memory_(new T[count + 64 / sizeof(T)]()) {
+    const auto address = reinterpret_cast<uintptr_t>(memory_.get());
+    data_ = reinterpret_cast<T*>((address + 63) / 64 * 64);
+  }
+  T* data() { return data_; }
+
+ private:
+  std::unique_ptr<T[]> memory_;
+  T* data_;
+};
+
+int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
+
+// How many items a thread must get to be worth waking, at `cost` multiply-adds each.
+int64_t grain(int64_t cost) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost)); }
+
+template <typename T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// Calls f with a number of the type that `type` is computed in.
+template <typename F>
+void dispatch(ScalarType type, const F& f) {
+  if (type == ScalarType::Double) {
+    f(double{});
+  } else {
+    f(float{});
+  }
+}
+
+// Contiguous, in the type that it is computed in.
+Tensor prepare(const Tensor& tensor) {
+  return torch::stable::contiguous(torch::stable::to(tensor, accumulate_type(tensor.scalar_type())));
+}
+
+template <typename T>
+int64_t scratch_size(const Sizes& z, int64_t rows) {
+  const auto& kernels = select_kernels<T>();
+  return kernels.arrays * rows * round_up(z.levels * z.points, kernels.lanes);
+}
+
+// `reference` is null for the classic operators.
+template <typename T>
+Arguments<T> make_arguments(
+    const Sizes& z, const Tensor& value, const Tensor* reference, const Tensor& locations, const Tensor& weights) {
+  return {z, data<T>(value), data<T>(locations), data<T>(weights), reference == nullptr ? nullptr : data<T>(*reference)};
+}
+
+Tensor forward(
+    const Tensor& value, const Sizes& z, const Tensor* reference, const Tensor& locations, const Tensor& weights) {
+  const Tensor v = prepare(value), l = prepare(locations), w = prepare(weights);
+  const Tensor r = reference == nullptr ? l : prepare(*reference);
+  const Tensor output = torch::stable::new_empty(v, {z.batch, z.queries, z.heads * z.channels});
+  dispatch(v.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto arguments = make_arguments<T>(z, v, reference == nullptr ? nullptr : &r, l, w);
+    const int64_t cost = 4 * z.levels * z.points * z.heads * z.channels;
+    torch::stable::parallel_for(0, z.batch * z.queries, grain(cost), [&](int64_t begin, int64_t end) {
+      Scratch<T> scratch(scratch_size<T>(z, z.heads));
+      select_kernels<T>().forward(arguments, data<T>(output), scratch.data(), begin, end);
+    });
+  });
+  return torch::stable::to(output, value.scalar_type());
+}
+
+std::tuple<Tensor, Tensor, Tensor> backward(
+    const Tensor& grad_output,
+    const Tensor& value,
+    const Sizes& z,
+    const Tensor* reference,
+    const Tensor& locations,
+    const Tensor& weights) {
+  const Tensor v = prepare(value), l = prepare(locations), w = prepare(weights), g = prepare(grad_output);
+  const Tensor r = reference == nullptr ? l : prepare(*reference);
+  const Tensor grad_value = torch::stable::new_empty(v, v.sizes());
+  const Tensor grad_locations = torch::stable::new_empty(l, l.sizes());
+  const Tensor grad_weights = torch::stable::new_empty(w, w.sizes());
+  dispatch(v.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    const auto arguments = make_arguments<T>(z, v, reference == nullptr ? nullptr : &r, l, w);
+    const Gradients<T> gradients{data<T>(g), data<T>(grad_value), data<T>(grad_locations), data<T>(grad_weights)};
+    const int64_t cost = 8 * z.queries * z.levels * z.points * z.channels;
+    torch::stable::parallel_for(0, z.batch * z.heads, grain(cost), [&](int64_t begin, int64_t end) {
+      Scratch<T> scratch(scratch_size<T>(z, kBlock)), packed(2 * z.values * z.channels);
+      select_kernels<T>().backward(arguments, gradients, scratch.data(), packed.data(), begin, end);
+    });
+  });
+  return {torch::stable::to(grad_value, value.scalar_type()), grad_locations, grad_weights};
+}
+
+Tensor ms_deform_attn(
+    const Tensor& value, std::vector<int64_t> shapes, const Tensor& locations, const Tensor& weights) {
+  const Sizes sizes = read_sizes(value, shapes, locations);
+  check_weights(sizes, value, weights);
+  return forward(value, sizes, nullptr, locations, weights);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_backward(
+    const Tensor& grad_output,
+    const Tensor& value,
+    std::vector<int64_t> shapes,
+    const Tensor& locations,
+    const Tensor& weights,
+    bool /* deterministic: always */) {
+  const Sizes sizes = read_sizes(value, shapes, locations);
+  check_weights(sizes, value, weights);
+  check_grad_output(sizes, value, grad_output);
+  return backward(grad_output, value, sizes, nullptr, locations, weights);
+}
+
+Tensor ms_deform_attn_fused(
+    const Tensor& value,
+    std::vector<int64_t> shapes,
+    const Tensor& reference,
+    const Tensor& offsets,
+    const Tensor& logits) {
+  Sizes sizes = read_sizes(value, shapes, offsets);
+  check_fused(sizes, value, reference, logits);
+  return forward(value, sizes, &reference, offsets, logits);
+}
+
+std::tuple<Tensor, Tensor, Tensor> ms_deform_attn_fused_backward(
+    const Tensor& grad_output,
+    const Tensor& value,
+    std::vector<int64_t> shapes,
+    const Tensor& reference,
+    const Tensor& offsets,
+    const Tensor& logits,
+    bool /* deterministic: always */) {
+  Sizes sizes = read_sizes(value, shapes, offsets);
+  check_fused(sizes, value, reference, logits);
+  check_grad_output(sizes, value, grad_output);
+  return backward(grad_output, value, sizes, &reference, offsets, logits);
+}
+
+}  // namespace
+}  // namespace mask2former
+
+STABLE_TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
+  m.impl("ms_deform_attn", TORCH_BOX(&mask2former::ms_deform_attn));
+  m.impl("ms_deform_attn_backward", TORCH_BOX(&mask2former::ms_deform_attn_backward));
+  m.impl("ms_deform_attn_fused", TORCH_BOX(&mask2former::ms_deform_attn_fused));
+  m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&mask2former::ms_deform_attn_fused_backward));
+}
+
+// The instruction set that the kernels of this machine use.
+extern "C" __attribute__((visibility("default"))) const char* mask2former_cpu_instructions() {
+  switch (mask2former::detect()) {
+    case mask2former::InstructionSet::kAvx512:
+      return "AVX-512";
+    case mask2former::InstructionSet::kAvx2:
+      return "AVX2";
+    default:
+      return "the instructions that every CPU of its kind has";
+  }
+}
