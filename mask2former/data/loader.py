@@ -34,6 +34,7 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..utils.seeding import DATA, SAMPLER, isolated_rng
+from .datasets.checks import check_builtin
 
 Mapper = Callable[[dict], dict | None]
 
@@ -188,9 +189,13 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
         names: the data sets that the block loads.
 
     Raises:
+        FileNotFoundError: a file of a data set that Detectron2 registers is missing.
+        ModuleNotFoundError: the package that reads it is missing.
         ValueError: a data set is not registered or has no usable image.
     """
     check_dataset_names(names)
+    for name in names:
+        check_builtin(name)
     try:
         yield
     except AssertionError as error:

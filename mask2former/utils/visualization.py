@@ -58,11 +58,29 @@ def draw_prediction(
         raise ValueError(f"no output for task {task!r}; the model returned {sorted(outputs)}")
     with isolated_rng(0):  # the visualizer jitters colours
         return _draw(
-            Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE),
+            Visualizer(
+                image, _by_contiguous_id(metadata), scale=scale, instance_mode=ColorMode.IMAGE
+            ),
             outputs[_OUTPUTS[task]],
             task,
             confidence_threshold,
         ).get_image()
+
+
+def _by_contiguous_id(metadata: Metadata) -> Metadata:
+    """Metadata whose thing names can be looked up by contiguous id, as the visualizer does.
+
+    ADE20K panoptic, as published, lists the names of its 100 things alone, but numbers them among
+    all 150 classes.
+    """
+    contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
+    if max(contiguous.values(), default=-1) < len(metadata.get("thing_classes", ())):
+        return metadata
+    all_classes = {
+        "thing_classes": metadata.stuff_classes,
+        "thing_colors": metadata.get("stuff_colors"),
+    }
+    return Metadata(**metadata.as_dict() | all_classes)
 
 
 def _draw(visualizer: Visualizer, output, task: str, confidence_threshold: float) -> VisImage:
@@ -100,7 +118,7 @@ def draw_panoptic_truth(
     with Image.open(dataset_dict["pan_seg_file_name"]) as file:
         panoptic_map = rgb2id(np.asarray(file.convert("RGB")))
     with isolated_rng(0):
-        visualizer = Visualizer(image, metadata, scale=scale)
+        visualizer = Visualizer(image, _by_contiguous_id(metadata), scale=scale)
         panoptic_map = torch.as_tensor(panoptic_map.astype(np.int64))
         drawn = visualizer.draw_panoptic_seg(panoptic_map, dataset_dict["segments_info"])
     return drawn.get_image()

@@ -73,6 +73,21 @@ def test_panoptic_truth_and_prediction(metadata, tmp_path):
     np.testing.assert_array_equal(draw_prediction(GREY, outputs, metadata, "panoptic"), truth)
 
 
+def test_panoptic_things_that_are_numbered_among_all_classes():
+    """ADE20K lists 100 thing names, whose contiguous ids go up to 149."""
+    metadata = Metadata(
+        name="numbered",
+        thing_classes=["dot"],
+        stuff_classes=["sea", "dot"],
+        stuff_colors=[[0, 0, 255], [255, 0, 0]],
+        stuff_dataset_id_to_contiguous_id={0: 0, 1: 1},
+        thing_dataset_id_to_contiguous_id={1: 1},
+    )
+    segments = torch.ones(40, 60, dtype=torch.int32)
+    outputs = {"panoptic_seg": (segments, [{"id": 1, "isthing": True, "category_id": 1}])}
+    assert changed(draw_prediction(GREY, outputs, metadata, "panoptic")).any()
+
+
 def test_nothing_annotated_and_nothing_predicted(metadata, tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "pan.png")
     record = {"pan_seg_file_name": str(tmp_path / "pan.png"), "segments_info": []}

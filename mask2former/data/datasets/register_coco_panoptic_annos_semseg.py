@@ -16,6 +16,8 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 
+from .loading import datasets_root, with_contiguous_id
+
 # Detectron2's name of the split → panoptic PNGs, their JSON, semantic PNGs, images, instance JSON.
 _SPLITS = {
     "coco_2017_train_panoptic": (
@@ -108,7 +110,7 @@ def load_coco_panoptic_json(
             "image_id": int(annotation["image_id"]),
             "pan_seg_file_name": os.path.join(gt_dir, png),
             "segments_info": [
-                _with_contiguous_id(segment, meta, f"{json_file}, {png}")
+                with_contiguous_id(segment, meta, f"{json_file}, {png}")
                 for segment in annotation["segments_info"]
             ],
         }
@@ -124,20 +126,6 @@ def load_coco_panoptic_json(
 
 def _where_to_look() -> str:
     return " Set DETECTRON2_DATASETS to the folder that holds the data sets (default: datasets)."
-
-
-def _with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
-    category_id = segment["category_id"]
-    things = meta["thing_dataset_id_to_contiguous_id"]
-    stuff = meta["stuff_dataset_id_to_contiguous_id"]
-    is_thing = category_id in things
-    if not is_thing and category_id not in stuff:
-        raise ValueError(
-            f"{where}: segment {segment['id']} has category_id {category_id}, which is not one of "
-            "the data set's categories."
-        )
-    contiguous_id = things[category_id] if is_thing else stuff[category_id]
-    return segment | {"category_id": contiguous_id, "isthing": is_thing}
 
 
 def register_coco_panoptic_annos_sem_seg(
@@ -222,6 +210,4 @@ def register_all_coco_panoptic_annos_sem_seg(root: str) -> None:
         )
 
 
-register_all_coco_panoptic_annos_sem_seg(
-    os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
-)
+register_all_coco_panoptic_annos_sem_seg(datasets_root())

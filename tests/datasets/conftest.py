@@ -1,0 +1,48 @@
+"""Scripts of datasets/ as modules; they import each other as scripts beside each other do."""
+
+import importlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+SCRIPTS = Path(__file__).resolve().parents[2] / "datasets"
+SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
+
+
+@pytest.fixture
+def script(monkeypatch) -> Callable[[str], ModuleType]:
+    """Function (name of a script) → its module."""
+    monkeypatch.syspath_prepend(str(SCRIPTS))
+    return importlib.import_module
+
+
+@pytest.fixture
+def shared_data() -> Path:
+    """The folder of real samples."""
+    if not SHARED_DATA.is_dir():
+        pytest.skip(f"no real images in {SHARED_DATA}")
+    return SHARED_DATA
+
+
+@pytest.fixture
+def interrupted(monkeypatch) -> Callable[[ModuleType, str, int], AbstractContextManager]:
+    """Context (module, name, number of calls): the call after these is interrupted by Ctrl-C."""
+
+    @contextmanager
+    def context(module: ModuleType, name: str, calls: int) -> Iterator[None]:
+        original, remaining = getattr(module, name), iter(range(calls))
+
+        def call(*args, **options):
+            if next(remaining, None) is None:
+                raise KeyboardInterrupt
+            return original(*args, **options)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, call)
+            with pytest.raises(SystemExit, match="interrupted: repeat the command"):
+                yield
+
+    return context
