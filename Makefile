@@ -27,6 +27,10 @@ CREATED := $(VENV)/.stamp-created
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 PROJECT := $(VENV)/.stamp-project
+# The stamp of the project holds the name of the library, where one was built.
+LIBRARY := mask2former/_C.abi3.so
+LIBRARY_GONE := $(filter-out $(wildcard $(LIBRARY)),$(shell cat $(PROJECT) 2>/dev/null))
+SOURCES := $(wildcard mask2former/csrc/*.* mask2former/csrc/*/*.*)
 
 $(CREATED):
 	$(call check_python,$(PYTHON),Install one or name it: make PYTHON=/path/to/python3.11)
@@ -49,9 +53,13 @@ $(DEV): requirements-dev.txt requirements.txt tools/setup_env.py | $(CREATED)
 	@$(PY) tools/setup_env.py dev
 	@touch $@
 
-$(PROJECT): setup.py pyproject.toml mask2former/__init__.py | $(RUNTIME)
+$(PROJECT): setup.py pyproject.toml mask2former/__init__.py $(SOURCES) \
+		$(if $(LIBRARY_GONE),library-gone) | $(RUNTIME)
 	@$(PY) tools/setup_env.py project
-	@touch $@
+	@ls $(LIBRARY) >$@ 2>/dev/null || :
+
+.PHONY: library-gone
+library-gone:
 
 else
 PY := $(PYTHON)

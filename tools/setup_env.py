@@ -4,7 +4,7 @@
 
 runtime: the packages of requirements.txt, then Detectron2 and panopticapi where they are missing.
 dev:     the packages of requirements-dev.txt (tests and lint).
-project: this checkout as an editable install.
+project: this checkout as an editable install, with its compiled operators.
 
 The Makefile calls it. An environment of the project's own gets exactly the pinned versions. With
 `--keep-installed` (an environment somebody else manages) only what is missing is installed, and
@@ -299,6 +299,30 @@ def set_up_dev(keep_installed: bool) -> None:
         run_pip("install", "--use-pep517", "-r", "requirements-dev.txt")
 
 
+def library_is_current() -> bool:
+    """Whether the compiled operators are there, no older than their sources, or cannot be had."""
+    library = ROOT / "mask2former" / "_C.abi3.so"
+    if not library.exists():
+        # On its own, since setuptools changes what this process has imported.
+        code = "import setup, sys; sys.exit(setup.why_no_library() is None)"
+        return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    built = library.stat().st_mtime
+    sources = (path for path in (ROOT / "mask2former" / "csrc").rglob("*") if path.is_file())
+    return all(path.stat().st_mtime <= built for path in sources)
+
+
+def describe_library() -> None:
+    """Loads the compiled operators and prints what they were built for, which pip keeps to itself.
+
+    Raises:
+        SetupError: they do not load; the traceback is on the terminal.
+    """
+    path = ROOT / "mask2former" / "ops" / "_library.py"
+    code = "import runpy, sys; print('[setup]', runpy.run_path(sys.argv[1])['describe']())"
+    if subprocess.run([sys.executable, "-c", code, str(path)]).returncode != 0:
+        raise SetupError("the compiled operators do not load, see the traceback above.")
+
+
 def set_up_project(keep_installed: bool) -> None:
     if keep_installed:
         spec = importlib.util.find_spec("mask2former")
@@ -309,9 +333,11 @@ def set_up_project(keep_installed: bool) -> None:
                     f"another mask2former is installed ({found}): uninstall it first, or let make "
                     "create its own environment (leave out VENV=)."
                 )
-            return
-    say("installing mask2former from this checkout (editable)")
+            if library_is_current():
+                return
+    say("installing mask2former from this checkout (editable); compiling can take minutes")
     run_pip("install", "--no-build-isolation", "--no-deps", "-e", ".")
+    describe_library()
 
 
 STEPS = {"runtime": set_up_runtime, "dev": set_up_dev, "project": set_up_project}
