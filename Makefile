@@ -49,7 +49,7 @@ $(RUNTIME): requirements.txt requirements-detectron2.txt tools/setup_env.py | $(
 	@$(PY) tools/setup_env.py runtime
 	@touch $@
 
-$(DEV): requirements-dev.txt requirements.txt tools/setup_env.py | $(CREATED)
+$(DEV): requirements-dev.txt requirements-evaluation.txt requirements.txt tools/setup_env.py | $(CREATED)
 	@$(PY) tools/setup_env.py dev
 	@touch $@
 

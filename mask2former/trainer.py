@@ -7,12 +7,9 @@ survives an iteration: the order and augmentation of samples depend on the run's
 position (`data/loader.py`), and what the model draws on the seed, the iteration and the worker.
 """
 
-import json
 import logging
-import math
 import weakref
 from collections import OrderedDict
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,9 +36,8 @@ from .data.loader import (
     check_batch_size,
     check_dataset_names,
 )
-from .evaluation import build_evaluator
+from .evaluation import build_evaluator, write_results
 from .optimizer import build_optimizer
-from .utils.files import atomic_write
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -213,7 +209,7 @@ class Trainer(DefaultTrainer):
         model: nn.Module,
         evaluators: DatasetEvaluator | list[DatasetEvaluator] | None = None,
     ) -> dict:
-        """Evaluate on DATASETS.TEST; the results are also written to OUTPUT_DIR/evaluation.json.
+        """Evaluate on DATASETS.TEST; the results also go to OUTPUT_DIR/evaluation.{json,md}.
 
         Args:
             cfg: the config.
@@ -228,18 +224,6 @@ class Trainer(DefaultTrainer):
             names = cfg.DATASETS.TEST
             write_results(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
         return results
-
-
-def write_results(output_dir: str, results: Mapping[str, Mapping]) -> None:
-    """Write `evaluation.json`: {data set: {task: {metric: value}}}, null where undefined."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {key: plain(item) for key, item in value.items()}
-        return float(value) if math.isfinite(value) else None
-
-    with atomic_write(f"{output_dir}/evaluation.json") as file:
-        json.dump(plain(results), file, indent=1)
 
 
 def check_device(cfg: CfgNode) -> None:

@@ -16,7 +16,8 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
 
-from mask2former.trainer import Trainer, write_results
+from mask2former.evaluation import write_results
+from mask2former.trainer import Trainer
 
 TOY = Path(__file__).parent / "toy_training.py"
 # What depends on the clock.

@@ -3,7 +3,7 @@
     python tools/setup_env.py [--keep-installed] {runtime,dev,project} ...
 
 runtime: the packages of requirements.txt, then Detectron2 and panopticapi where they are missing.
-dev:     the packages of requirements-dev.txt (tests and lint).
+dev:     the packages of requirements-dev.txt (tests and lint), and of requirements-evaluation.txt.
 project: this checkout as an editable install, with its compiled operators.
 
 The Makefile calls it. An environment of the project's own gets exactly the pinned versions. With
@@ -297,6 +297,7 @@ def set_up_dev(keep_installed: bool) -> None:
     else:
         say("installing the packages for tests and lint")
         run_pip("install", "--use-pep517", "-r", "requirements-dev.txt")
+        run_pip("install", "--no-deps", "-r", "requirements-evaluation.txt")
 
 
 def library_is_current() -> bool:

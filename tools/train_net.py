@@ -7,7 +7,7 @@
     torchrun --nproc-per-node 8 tools/train_net.py --config-file configs/...
 
 Without a GPU add `MODEL.DEVICE cpu`. OUTPUT_DIR receives checkpoints, metrics.json, log.txt and,
-after an evaluation, evaluation.json.
+after an evaluation, evaluation.json and evaluation.md.
 """
 
 from mask2former.launch import main, run, setup

@@ -1,7 +1,29 @@
-"""Evaluation: official PQ, AP and mIoU, chosen by the data set and by what the config turns on."""
+"""Evaluation: official metrics, chosen by the data set and by what the config turns on."""
 
+from .boundary_ap import BoundaryEval, evaluate_boundary_ap, mask_to_boundary
 from .build import build_evaluator
+from .cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from .instance_evaluation import InstanceSegEvaluator
+from .lvis_evaluation import LVISEvaluator
 from .panoptic_evaluation import PanopticEvaluator
+from .proposal_evaluation import LayerProposals, ProposalEvaluator, layer_proposals
+from .results import results_table, write_results
+from .semantic_pq import SemanticPQ
 
-__all__ = ["InstanceSegEvaluator", "PanopticEvaluator", "build_evaluator"]
+__all__ = [
+    "BoundaryEval",
+    "CityscapesInstanceEvaluator",
+    "CityscapesSemSegEvaluator",
+    "InstanceSegEvaluator",
+    "LVISEvaluator",
+    "LayerProposals",
+    "PanopticEvaluator",
+    "ProposalEvaluator",
+    "SemanticPQ",
+    "build_evaluator",
+    "evaluate_boundary_ap",
+    "layer_proposals",
+    "mask_to_boundary",
+    "results_table",
+    "write_results",
+]

@@ -5,6 +5,7 @@ from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from pycocotools.cocoeval import COCOeval
 
 
 class InstanceSegEvaluator(COCOEvaluator):
@@ -40,6 +41,20 @@ class InstanceSegEvaluator(COCOEvaluator):
                 for result in prediction["instances"]:
                     result["category_id"] = self._dataset_id(result["category_id"])
         super()._eval_predictions(predictions, img_ids)
+
+    def _derive_coco_results(
+        self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
+    ) -> dict[str, float]:
+        """Adds to AP what the official code prints besides: AR by detections and by size."""
+        results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        names = [*(f"AR{limit}" for limit in self._max_dets_per_image), "ARs", "ARm", "ARl"]
+        stats = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[6:12]
+        recalls = {
+            name: float(100 * value) if value >= 0 else float("nan")
+            for name, value in zip(names, stats, strict=True)
+        }
+        summary = {name: value for name, value in results.items() if "-" not in name}
+        return summary | recalls | results
 
     def _dataset_id(self, class_id: int) -> int:
         if class_id not in self._to_dataset_id:

@@ -39,7 +39,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
         with open(PathManager.get_local_path(self._metadata.panoptic_json)) as file:
             truth = json.load(file)
-        categories = {category["id"]: category for category in truth["categories"]}
+        categories = self._categories(truth)
         unpredicted = [a for a in truth["annotations"] if a["image_id"] not in predictions]
         if unpredicted:
             raise ValueError(
@@ -64,6 +64,18 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                     categories,
                 )
         return self._summarise(stat, categories)
+
+    def _categories(self, truth: dict) -> dict[int, dict]:
+        """The classes by their id in the data set: those of the JSON, else of the metadata."""
+        if "categories" in truth:
+            return {category["id"]: category for category in truth["categories"]}
+        # Things come last, for "stuff" may list all classes.
+        maps = (self._stuff_contiguous_id_to_dataset_id, self._thing_contiguous_id_to_dataset_id)
+        return {
+            category_id: {"id": category_id, "isthing": is_thing}
+            for is_thing, ids in enumerate(maps)
+            for category_id in ids.values()
+        }
 
     @staticmethod
     def _summarise(stat: PQStat, categories: dict[int, dict]) -> OrderedDict:

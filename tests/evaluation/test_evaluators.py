@@ -8,9 +8,10 @@ So thing ids are neither 0 to n - 1 nor dense, as in panoptic data sets. Images 
     image 3   sky alone
 """
 
+import copy
 import json
 import math
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
@@ -24,9 +25,8 @@ from PIL import Image
 from pycocotools import mask as mask_util
 
 from mask2former.evaluation import InstanceSegEvaluator, PanopticEvaluator, build_evaluator
-from mask2former.evaluation.build import load_label_map
+from mask2former.evaluation.semantic_evaluation import load_label_map
 
-REAL = Path(__file__).parents[2].parent / "shared" / "data" / "evaluators" / "coco_ap"
 DATASET_IDS = [10, 20, 30, 40]
 NAMES = ["wall", "cat", "sky", "dog"]
 IS_THING = [False, True, False, True]
@@ -254,6 +254,19 @@ def test_panoptic_quality_without_any_thing(dataset, tmp_path):
     assert math.isnan(results["PQ_th"])
 
 
+@pytest.mark.parametrize("name", ["ev_panoptic", "ev_panoptic_semantic"])
+def test_panoptic_json_without_categories(dataset, tmp_path, name):
+    """The metadata knows them; in one data set stuff lists all classes."""
+    outputs = {i: perfect_outputs(i) for i in SEGMENTS} | {2: model_outputs([])}
+    evaluator = build_evaluator(config(tmp_path, "PANOPTIC"), name)
+    expected = evaluate(evaluator, dataset, copy.deepcopy(outputs))
+    truth = json.loads((tmp_path / "panoptic.json").read_text())
+    del truth["categories"]
+    (tmp_path / "panoptic.json").write_text(json.dumps(truth))
+    assert evaluate(evaluator, dataset, outputs) == expected
+    assert expected["panoptic_seg"]["PQ_th"] != expected["panoptic_seg"]["PQ_st"]
+
+
 def test_panoptic_image_without_prediction(dataset, tmp_path):
     evaluator = build_evaluator(config(tmp_path, "PANOPTIC"), "ev_panoptic")
     with pytest.raises(ValueError, match=r"2 images of .*panoptic.json have no .* 1.png"):
@@ -342,13 +355,44 @@ def test_choice_of_evaluators(dataset, tmp_path, caplog):
     assert "Instances are not evaluated on ev_panoptic" in caplog.text
 
 
+@pytest.mark.parametrize("evaluator_type", ["ade20k_panoptic_seg", "mapillary_vistas_panoptic_seg"])
+def test_evaluators_of_other_panoptic_sets(dataset, tmp_path, evaluator_type):
+    change_metadata("ev_panoptic_semantic", evaluator_type=evaluator_type)
+    cfg = config(tmp_path, "PANOPTIC", "INSTANCE", "SEMANTIC")
+    evaluators = build_evaluator(cfg, "ev_panoptic_semantic")._evaluators
+    assert [type(e) for e in evaluators] == [
+        PanopticEvaluator,
+        InstanceSegEvaluator,
+        SemSegEvaluator,
+    ]
+
+
+@pytest.mark.parametrize(
+    ("evaluator_type", "task", "module"),
+    [
+        ("cityscapes_sem_seg", "SEMANTIC", "cityscapesscripts.evaluation.evalPixelLevel"),
+        ("cityscapes_instance", "INSTANCE", "cityscapesscripts.evaluation.evalInstanceLevel"),
+        ("lvis", "INSTANCE", "lvis.eval"),
+    ],
+)
+def test_official_package_that_is_not_installed(
+    dataset, tmp_path, monkeypatch, evaluator_type, task, module
+):
+    suffix = "SemanticLabeling" if "cityscapes" in module else ""
+    monkeypatch.setitem(sys.modules, module + suffix, None)
+    change_metadata("ev_instances", evaluator_type=evaluator_type)
+    package = module.partition(".")[0]
+    with pytest.raises(ImportError, match=f"ev_instances uses .*pip install --no-deps {package}"):
+        build_evaluator(config(tmp_path, task), "ev_instances")
+
+
 def test_nothing_to_evaluate(dataset, tmp_path):
     with pytest.raises(ValueError, match="Nothing to evaluate on 'ev_semantic'.*SEMANTIC_ON"):
         build_evaluator(config(tmp_path, "PANOPTIC"), "ev_semantic")
-    MetadataCatalog.get("ev_lvis").evaluator_type = "lvis"
-    with pytest.raises(ValueError, match="'ev_lvis' has evaluator_type 'lvis'"):
-        build_evaluator(config(tmp_path, "INSTANCE"), "ev_lvis")
-    MetadataCatalog.remove("ev_lvis")
+    MetadataCatalog.get("ev_voc").evaluator_type = "pascal_voc"
+    with pytest.raises(ValueError, match="'ev_voc' has evaluator_type 'pascal_voc'"):
+        build_evaluator(config(tmp_path, "INSTANCE"), "ev_voc")
+    MetadataCatalog.remove("ev_voc")
 
 
 def test_semantic_classes_that_do_not_match_the_panoptic_ones(dataset, tmp_path):
@@ -357,40 +401,37 @@ def test_semantic_classes_that_do_not_match_the_panoptic_ones(dataset, tmp_path)
         build_evaluator(config(tmp_path, "SEMANTIC"), "ev_panoptic")
 
 
+def test_labels_that_are_no_class(dataset, tmp_path):
+    labels = _semantic_truth(3).astype(np.uint8)
+    labels[0, 0] = 7
+    Image.fromarray(labels).save(tmp_path / "semantic_3.png")
+    evaluator = build_evaluator(config(tmp_path, "SEMANTIC"), "ev_semantic")
+    outputs = {i: perfect_outputs(i) for i in SEGMENTS}
+    with pytest.raises(ValueError, match=r"semantic_3.png has labels \[7\].* 0 to 3, and 255 is"):
+        evaluate(evaluator, dataset, outputs)
+    Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "semantic_3.png")
+    with pytest.raises(ValueError, match=r"semantic_3.png has shape \(40, 60, 3\)"):
+        evaluate(evaluator, dataset, outputs)
+
+
+def test_ignore_label_of_the_data_set(dataset, tmp_path):
+    """As in ADE20K with 847 classes: 16-bit labels of which 65535 is ignored."""
+    for image_id in SEGMENTS:
+        labels = _semantic_truth(image_id)
+        labels[labels == 255] = 65535
+        path = tmp_path / f"semantic_{image_id}.tif"
+        Image.fromarray(labels.astype(np.uint16)).save(path)
+        dataset[image_id - 1]["sem_seg_file_name"] = str(path)
+    change_metadata("ev_semantic", ignore_label=65535)
+    evaluator = build_evaluator(config(tmp_path, "SEMANTIC"), "ev_semantic")
+    outputs = {i: perfect_outputs(i) for i in SEGMENTS}
+    outputs[2]["sem_seg"][1][torch.from_numpy(SEGMENTS[2][1][2])] = 1
+    assert evaluate(evaluator, dataset, outputs)["sem_seg"]["mIoU"] == 100
+
+
 def test_label_maps_keep_their_values(tmp_path):
     labels = np.array([[0, 1], [300, 65535]], dtype=np.uint16)
     Image.fromarray(labels).save(tmp_path / "labels.png")
     loaded = load_label_map(str(tmp_path / "labels.png"), dtype=int)
     assert loaded.dtype == int
     assert loaded.tolist() == labels.tolist()
-
-
-@pytest.mark.skipif(not REAL.is_dir(), reason="the sample of the COCO API is not there")
-def test_sample_results_of_the_coco_api(dataset, tmp_path):
-    """The figures that pycocotools gives for the sample, reached through a model's outputs."""
-    truth = json.loads((REAL / "instances_val2014_100.json").read_text())
-    results = json.loads((REAL / "instances_val2014_fakesegm100_results.json").read_text())
-    category_ids = [category["id"] for category in truth["categories"]]
-    MetadataCatalog.get("ev_coco").set(
-        evaluator_type="coco",
-        json_file=str(REAL / "instances_val2014_100.json"),
-        thing_dataset_id_to_contiguous_id={k: i for i, k in enumerate(category_ids)},
-    )
-    evaluator = build_evaluator(config(tmp_path, "INSTANCE"), "ev_coco")
-    evaluator.reset()
-    for image in truth["images"]:
-        found = [r for r in results if r["image_id"] == image["id"]]
-        instances = Instances((image["height"], image["width"]))
-        masks = [mask_util.decode(r["segmentation"]) for r in found]
-        empty = np.zeros((0, image["height"], image["width"]))
-        instances.pred_masks = torch.from_numpy(np.stack(masks) if masks else empty)
-        instances.pred_boxes = Boxes(torch.zeros(len(found), 4))
-        instances.scores = torch.tensor([r["score"] for r in found], dtype=torch.float64)
-        classes = [category_ids.index(r["category_id"]) for r in found]
-        instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
-        evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
-    metrics = evaluator.evaluate()["segm"]
-    expected = {"AP": 31.9545, "AP50": 56.2288, "AP75": 29.8927, "APs": 38.7374, "APm": 31.0183}
-    for name, value in expected.items():
-        assert metrics[name] == pytest.approx(value, abs=1e-3), name
-    MetadataCatalog.remove("ev_coco")

@@ -1,0 +1,151 @@
+"""Cityscapes' own evaluation of semantic segmentation (IoU, iIoU) and of instances (AP).
+
+Workers write predictions to temporary folders of their own, which the main worker collects. So
+several machines can evaluate too, which Detectron2's classes refuse.
+"""
+
+import glob
+import os
+import tempfile
+from collections import OrderedDict
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+from detectron2.evaluation import CityscapesInstanceEvaluator as _InstanceEvaluator
+from detectron2.evaluation import CityscapesSemSegEvaluator as _SemSegEvaluator
+from detectron2.evaluation.cityscapes_evaluation import CityscapesEvaluator
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+
+from .official_packages import import_official, numpy_with_old_names, replaced
+
+_SCRIPTS = "cityscapesscripts.evaluation"
+
+
+class _OfficialEvaluation(CityscapesEvaluator):
+    """What the two evaluators share: collecting the predictions, running an official script."""
+
+    _script: str  # module of the package
+    _truth: str  # ending of the ground truth files
+    _prediction: str  # ending of the prediction files
+
+    def __init__(self, dataset_name: str) -> None:
+        """
+        Args:
+            dataset_name: registered name; its metadata has `gt_dir`.
+
+        Raises:
+            ImportError: the package cityscapesscripts is not installed.
+        """
+        self._official = import_official(f"{_SCRIPTS}.{self._script}", dataset_name)
+        super().__init__(dataset_name)
+
+    def reset(self) -> None:
+        self._working_dir = tempfile.TemporaryDirectory(prefix="cityscapes_eval_")
+        self._temp_dir = self._working_dir.name
+
+    def evaluate(self) -> OrderedDict | None:
+        """Returns {task: {metric: value}} in percent, on the main worker.
+
+        Raises:
+            FileNotFoundError: there is no ground truth.
+            ValueError: an image of the ground truth has no prediction, or the script gave up.
+        """
+        comm.synchronize()
+        self._collect()
+        results = OrderedDict(self._run()) if comm.is_main_process() else None
+        self._working_dir.cleanup()
+        return results
+
+    def _collect(self) -> None:
+        """Copy what other workers wrote into the main worker's folder."""
+        if comm.get_world_size() == 1:
+            return
+        main = comm.is_main_process()
+        files = {} if main else {p.name: p.read_bytes() for p in Path(self._temp_dir).iterdir()}
+        for of_worker in comm.gather(files):
+            for name, content in of_worker.items():
+                (Path(self._temp_dir) / name).write_bytes(content)
+
+    def _run(self) -> Mapping[str, Mapping[str, float]]:
+        truths, predictions = self._pairs()
+        self._logger.info(f"Evaluating {len(truths)} images with the official Cityscapes script")
+        args = self._official.args
+        args.quiet, args.JSONOutput, args.colorized = True, False, False
+        # Absolute and without links, as the script compares it with the paths of the predictions.
+        args.predictionPath = os.path.realpath(self._temp_dir)
+        args.gtInstancesFile = os.path.join(args.predictionPath, "gtInstances.json")
+        with replaced(
+            self._official,
+            np=numpy_with_old_names(),
+            printError=_raise,
+            # It would leave its intermediate results in the current folder.
+            writeDict2JSON=lambda content, file_name: None,
+        ):
+            return self._summarise(
+                self._official.evaluateImgLists(predictions, truths, self._official.args)
+            )
+
+    def _pairs(self) -> tuple[list[str], list[str]]:
+        """Files of truth and of prediction, in the same order."""
+        gt_dir = PathManager.get_local_path(self._metadata.gt_dir)
+        truths = sorted(glob.glob(os.path.join(gt_dir, "*", f"*{self._truth}")))
+        if not truths:
+            raise FileNotFoundError(
+                f"There is no ground truth {os.path.join(gt_dir, '<city>', '*' + self._truth)}."
+            )
+        folder = os.path.realpath(self._temp_dir)
+        predictions = [
+            os.path.join(folder, os.path.basename(t)[: -len(self._truth)] + self._prediction)
+            for t in truths
+        ]
+        missing = [t for t, p in zip(truths, predictions, strict=True) if not os.path.isfile(p)]
+        if missing:
+            raise ValueError(
+                f"{len(missing)} of {len(truths)} images of the ground truth have no prediction, "
+                f"the first is {missing[0]}."
+            )
+        return truths, predictions
+
+    def _summarise(self, scores: dict[str, Any]) -> Mapping[str, Mapping[str, float]]:
+        raise NotImplementedError
+
+
+def _raise(message: str) -> NoReturn:
+    raise ValueError(message)
+
+
+class CityscapesInstanceEvaluator(_OfficialEvaluation, _InstanceEvaluator):
+    """AP of instances: {"segm": {"AP", "AP50", "AP-person", ...}}."""
+
+    _script = "evalInstanceLevelSemanticLabeling"
+    _truth = "_gtFine_instanceIds.png"
+    _prediction = "_leftImg8bit_pred.txt"
+
+    def _summarise(self, scores: dict[str, Any]) -> Mapping[str, Mapping[str, float]]:
+        averages = scores["averages"]
+        results = {"AP": 100 * averages["allAp"], "AP50": 100 * averages["allAp50%"]}
+        for name, of_class in averages["classes"].items():
+            results[f"AP-{name}"] = 100 * of_class["ap"]
+        return {"segm": {name: float(value) for name, value in results.items()}}
+
+
+class CityscapesSemSegEvaluator(_OfficialEvaluation, _SemSegEvaluator):
+    """IoU of classes and categories: {"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", ...}}."""
+
+    _script = "evalPixelLevelSemanticLabeling"
+    _truth = "_gtFine_labelIds.png"
+    _prediction = "_leftImg8bit_pred.png"
+
+    def _summarise(self, scores: dict[str, Any]) -> Mapping[str, Mapping[str, float]]:
+        results = {
+            "IoU": 100 * scores["averageScoreClasses"],
+            "iIoU": 100 * scores["averageScoreInstClasses"],
+            "IoU_sup": 100 * scores["averageScoreCategories"],
+            "iIoU_sup": 100 * scores["averageScoreInstCategories"],
+        }
+        labels = self._official.labels
+        for name in [label.name for label in labels if not label.ignoreInEval]:
+            results[f"IoU-{name}"] = 100 * scores["classScores"][name]
+        return {"sem_seg": {name: float(value) for name, value in results.items()}}

@@ -1,0 +1,31 @@
+"""Mask AP on LVIS by the official code: AP_r, AP_c, AP_f by class frequency, 300 detections."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from detectron2.evaluation import LVISEvaluator as _LVISEvaluator
+
+from .official_packages import import_official, numpy_with_old_names, replaced
+
+
+class LVISEvaluator(_LVISEvaluator):
+    """Detectron2's LVIS evaluator, of masks alone by default and with today's NumPy."""
+
+    def __init__(
+        self, dataset_name: str, tasks: Sequence[str] | None = ("segm",), **kwargs: Any
+    ) -> None:
+        """
+        Args:
+            dataset_name: registered name; its metadata names the LVIS `json_file`.
+            tasks: "segm" and possibly "bbox": the boxes that the model predicts are empty.
+            kwargs: `distributed`, `output_dir`, `max_dets_per_image`, as Detectron2 has them.
+
+        Raises:
+            ImportError: the package lvis is not installed.
+        """
+        self._official = import_official("lvis.eval", dataset_name)
+        super().__init__(dataset_name, tasks, **kwargs)
+
+    def _eval_predictions(self, predictions: list[dict]) -> None:
+        with replaced(self._official, np=numpy_with_old_names()):
+            super()._eval_predictions(predictions)

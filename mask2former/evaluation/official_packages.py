@@ -1,0 +1,60 @@
+"""What the official Cityscapes and LVIS packages need: to be there, and NumPy's old names.
+
+Both are optional. Neither has a release for current NumPy, which has dropped names they use.
+"""
+
+import importlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+
+# Neither needs the rest of its own dependency list, which would replace packages used here.
+_PACKAGES = {
+    "cityscapesscripts": "cityscapesscripts pyquaternion",
+    "lvis": "lvis",
+}
+
+
+def import_official(module: str, dataset_name: str) -> ModuleType:
+    """Import a module of an official evaluation package.
+
+    Args:
+        module: full name.
+        dataset_name: the data set that it evaluates, for the message.
+
+    Raises:
+        ImportError: the package, or one it needs, is not installed.
+    """
+    package = module.partition(".")[0]
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise ImportError(
+            f"Evaluation on {dataset_name} uses the official package {package}, which cannot be "
+            f"imported ({error}). To install it: `pip install --no-deps {_PACKAGES[package]}`."
+        ) from error
+
+
+def numpy_with_old_names() -> ModuleType:
+    """A module like NumPy that also has `float` (dropped in 1.24) and `in1d` (dropped in 2.4)."""
+
+    def in1d(values: Any, test_values: Any, **kwargs: Any) -> np.ndarray:
+        return np.isin(values, test_values, **kwargs).ravel()
+
+    module = ModuleType("numpy_with_old_names")
+    vars(module).update(vars(np), float=float, in1d=in1d)
+    return module
+
+
+@contextmanager
+def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
+    """Replace attributes of a module for a while."""
+    before = {name: getattr(module, name) for name in attributes}
+    vars(module).update(attributes)
+    try:
+        yield
+    finally:
+        vars(module).update(before)

@@ -1,0 +1,153 @@
+"""The queries of any decoder layer as class-agnostic proposals, and their average recall.
+
+Layer 0 are the learnable queries before the decoder, the last one is the model's prediction
+(Figure 3 of the paper shows AR@100 of layers 0, 3, 6 and 9).
+"""
+
+import contextlib
+import io
+import itertools
+import logging
+from collections import OrderedDict
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.evaluation import DatasetEvaluator
+from detectron2.evaluation.coco_evaluation import instances_to_coco_json
+from detectron2.utils import comm
+from detectron2.utils.file_io import PathManager
+from detectron2.utils.logger import create_small_table
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor, nn
+
+_SIZES = {"all": "", "small": "s", "medium": "m", "large": "l"}
+
+
+def layer_proposals(outputs: dict[str, Any], layer: int) -> dict[str, Tensor]:
+    """One layer's predictions with two classes: object and no object.
+
+    Args:
+        outputs: of a head: ``pred_logits`` (B, Q, K+1), ``pred_masks`` (B, Q, H, W) and, for the
+            layers before the last, ``aux_outputs``.
+        layer: from 0.
+
+    Returns:
+        ``pred_logits`` (B, Q, 2), whose first probability is that of any of the K classes, and
+        ``pred_masks``.
+
+    Raises:
+        ValueError: there is no such layer.
+    """
+    layers = [*outputs.get("aux_outputs", []), outputs]
+    if not 0 <= layer < len(layers):
+        raise ValueError(f"layer is {layer}, but the decoder predicts at 0 to {len(layers) - 1}")
+    logits = layers[layer]["pred_logits"]
+    any_class = logits[..., :-1].logsumexp(dim=-1)
+    return {
+        "pred_logits": torch.stack((any_class, logits[..., -1]), dim=-1),
+        "pred_masks": layers[layer]["pred_masks"],
+    }
+
+
+class LayerProposals(nn.Module):
+    """Predicts a layer's proposals: instances of class 0, one for each query."""
+
+    def __init__(self, model: nn.Module, layer: int) -> None:
+        """
+        Args:
+            model: a `MaskFormer` that predicts instances only (INSTANCE_ON and neither PANOPTIC_ON
+                nor SEMANTIC_ON), as many as proposals are wanted.
+            layer: of the decoder, from 0.
+        """
+        super().__init__()
+        self.model = model
+        self.layer = layer
+
+    def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        # The model does the rest as ever: it takes its head's word for what is predicted.
+        hook = self.model.sem_seg_head.register_forward_hook(
+            lambda head, args, outputs: layer_proposals(outputs, self.layer)
+        )
+        try:
+            return self.model(batched_inputs)
+        finally:
+            hook.remove()
+
+
+class ProposalEvaluator(DatasetEvaluator):
+    """Class-agnostic average recall of masks by the official COCO code.
+
+    Objects of all classes count as one class; recall is averaged over IoU from 0.5 to 0.95.
+    """
+
+    def __init__(self, dataset_name: str, num_proposals: int = 100) -> None:
+        """
+        Args:
+            dataset_name: registered name; its metadata names the COCO `json_file`.
+            num_proposals: how many of an image to take, by falling score.
+
+        Raises:
+            ValueError: the data set has no COCO annotation file.
+        """
+        json_file = MetadataCatalog.get(dataset_name).get("json_file")
+        if not json_file:
+            raise ValueError(
+                f"Proposals cannot be evaluated on {dataset_name}: its metadata has no COCO "
+                "json_file."
+            )
+        with contextlib.redirect_stdout(io.StringIO()):
+            self._truth = COCO(PathManager.get_local_path(json_file))
+        self._num_proposals = num_proposals
+        self._logger = logging.getLogger(__name__)
+
+    def reset(self) -> None:
+        self._predictions: list[dict] = []
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """
+        Args:
+            inputs: with `image_id`.
+            outputs: with `instances`, whose classes do not matter.
+        """
+        # The official code pools classes that it knows.
+        category = self._truth.getCatIds()[0]
+        for of_image, output in zip(inputs, outputs, strict=True):
+            instances = output["instances"].to("cpu")
+            for proposal in instances_to_coco_json(instances, of_image["image_id"]):
+                del proposal["bbox"]
+                self._predictions.append(proposal | {"category_id": category})
+
+    def evaluate(self) -> OrderedDict | None:
+        """Returns {"proposals": {"AR@100", "ARs@100", "ARm@100", "ARl@100"}} on the main worker.
+
+        In percent, NaN where there is no object.
+        """
+        comm.synchronize()
+        gathered = comm.gather(self._predictions)
+        if not comm.is_main_process():
+            return None
+        predictions = list(itertools.chain(*gathered))
+        recalls = self._recalls(predictions) if predictions else {}
+        results = {
+            f"AR{suffix}@{self._num_proposals}": recalls.get(size, 0.0)
+            for size, suffix in _SIZES.items()
+        }
+        self._logger.info("Class-agnostic average recall:\n" + create_small_table(results))
+        return OrderedDict(proposals=results)
+
+    def _recalls(self, predictions: list[dict]) -> dict[str, float]:
+        with contextlib.redirect_stdout(io.StringIO()):
+            evaluation = COCOeval(self._truth, self._truth.loadRes(predictions), iouType="segm")
+            evaluation.params.useCats = 0
+            evaluation.params.maxDets = [self._num_proposals]
+            evaluation.evaluate()
+            evaluation.accumulate()
+        recall = evaluation.eval["recall"][:, 0, :, 0]  # (IoU thresholds, sizes)
+        values = {}
+        for size, of_size in zip(evaluation.params.areaRngLbl, recall.T, strict=True):
+            known = of_size[of_size > -1]
+            values[size] = 100 * float(np.mean(known)) if len(known) else float("nan")
+        return values

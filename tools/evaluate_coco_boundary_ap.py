@@ -1,0 +1,60 @@
+#!/usr/bin/env python
+"""Boundary AP of instance predictions.
+
+    python tools/evaluate_coco_boundary_ap.py --gt-json-file instances_val2017.json \
+        --dt-json-file OUTPUT_DIR/inference/coco_instances_results.json
+
+The predictions are what an evaluation of instances leaves in OUTPUT_DIR/inference. The table is
+printed and, with --output-dir, written to boundary_ap.md and boundary_ap.json.
+"""
+
+import argparse
+import sys
+
+from mask2former.evaluation.boundary_ap import DILATION_RATIO, evaluate_boundary_ap
+from mask2former.evaluation.results import results_table, write_results
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Boundary AP of instance predictions.")
+    parser.add_argument(
+        "--gt-json-file", required=True, metavar="FILE", help="COCO instance annotations"
+    )
+    parser.add_argument(
+        "--dt-json-file", required=True, metavar="FILE", help="predictions, COCO result format"
+    )
+    parser.add_argument(
+        "--iou-type",
+        default="boundary",
+        choices=["boundary", "segm"],
+        help="segm: plain mask AP (default: boundary)",
+    )
+    parser.add_argument(
+        "--dilation-ratio",
+        type=float,
+        default=DILATION_RATIO,
+        help="width of boundaries as a part of the image diagonal (default: %(default)s)",
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="where to write the table too")
+    args = parser.parse_args(argv)
+    if not 0 < args.dilation_ratio < 1:
+        parser.error(f"--dilation-ratio is {args.dilation_ratio}, not between 0 and 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        metrics = evaluate_boundary_ap(
+            args.gt_json_file, args.dt_json_file, args.dilation_ratio, args.iou_type
+        )
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    results = {args.gt_json_file: {args.iou_type: metrics}}
+    print(results_table(results))
+    if args.output_dir:
+        write_results(args.output_dir, results, "boundary_ap")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,129 @@
+#!/usr/bin/env python
+"""Panoptic quality of a semantic model: all pixels of a class in an image are one segment.
+
+    python tools/evaluate_pq_for_semantic_segmentation.py --dataset-name ade20k_sem_seg_val \
+        --json-file OUTPUT_DIR/inference/sem_seg_predictions.json
+
+The predictions are what an evaluation of semantic segmentation leaves in OUTPUT_DIR/inference; the
+truth is that of the registered data set. The table is printed and, with --output-dir, written to
+semantic_pq.md and semantic_pq.json.
+"""
+
+import argparse
+import json
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from pycocotools import mask as mask_util
+from tqdm import tqdm
+
+import mask2former  # noqa: F401  registers data sets
+from mask2former.data.loader import check_dataset_names
+from mask2former.evaluation import SemanticPQ, results_table, write_results
+from mask2former.evaluation.semantic_evaluation import LabelReader
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Panoptic quality of a semantic model.")
+    parser.add_argument(
+        "--dataset-name",
+        default="ade20k_sem_seg_val",
+        help="a registered data set with semantic labels (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--json-file", required=True, metavar="FILE", help="sem_seg_predictions.json"
+    )
+    parser.add_argument("--output-dir", metavar="DIR", help="where to write the table too")
+    return parser.parse_args(argv)
+
+
+def load_predictions(json_file: str) -> dict[str, list[dict]]:
+    """Returns the predicted masks of each image, by the image's name without extension.
+
+    Raises:
+        ValueError: the file has another format.
+    """
+    predictions = json.loads(Path(json_file).read_text())
+    keys = {"file_name", "category_id", "segmentation"}
+    if not isinstance(predictions, list) or not all(keys <= set(p) for p in predictions):
+        raise ValueError(
+            f"{json_file} is no sem_seg_predictions.json: a list of masks, each with "
+            f"{', '.join(sorted(keys))}"
+        )
+    by_image = defaultdict(list)
+    for prediction in predictions:
+        by_image[Path(prediction["file_name"]).stem].append(prediction)
+    return dict(by_image)
+
+
+def label_map(masks: list[dict], to_class: dict[int, int]) -> np.ndarray:
+    """Paints masks into one label map (H, W), -1 where there is none.
+
+    Args:
+        masks: with `segmentation` and `category_id`, of one image.
+        to_class: class of each category id.
+
+    Raises:
+        ValueError: an unknown category id.
+    """
+    labels = np.full(masks[0]["segmentation"]["size"], -1)
+    for mask in masks:
+        category_id = mask["category_id"]
+        if category_id not in to_class:
+            raise ValueError(f"category_id {category_id} is not one of the data set's categories")
+        labels[mask_util.decode(mask["segmentation"]) == 1] = to_class[category_id]
+    return labels
+
+
+def evaluate(dataset_name: str, json_file: str) -> dict[str, float]:
+    """Returns PQ, SQ, RQ and mIoU, in percent.
+
+    Raises:
+        ValueError: the data set is unknown or the predictions do not fit it.
+        FileNotFoundError: a file does not exist.
+    """
+    check_dataset_names((dataset_name,))
+    predictions = load_predictions(json_file)
+    metadata = MetadataCatalog.get(dataset_name)
+    records = DatasetCatalog.get(dataset_name)
+    if not all("sem_seg_file_name" in record for record in records):
+        raise ValueError(f"data set {dataset_name} has no semantic labels (sem_seg_file_name)")
+    images = [Path(record["file_name"]).stem for record in records]
+    missing = [image for image in images if image not in predictions]
+    if missing:
+        raise ValueError(
+            f"{json_file} has no prediction for {len(missing)} of {len(images)} images of "
+            f"{dataset_name}, the first is {missing[0]}"
+        )
+    names = metadata.stuff_classes
+    to_class = metadata.get("stuff_dataset_id_to_contiguous_id")
+    if to_class is None:
+        to_class = {class_id: class_id for class_id in range(len(names))}
+    read = LabelReader(metadata)
+    quality = SemanticPQ(names, metadata.ignore_label)
+    for image, record in zip(tqdm(images, unit="image"), records, strict=True):
+        try:
+            prediction = label_map(predictions[image], to_class)
+            quality.add(read(record["sem_seg_file_name"]), prediction)
+        except ValueError as error:
+            raise ValueError(f"image {image}: {error}") from error
+    return quality.results()
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        metrics = evaluate(args.dataset_name, args.json_file)
+    except (ValueError, FileNotFoundError) as error:
+        sys.exit(f"error: {error}")
+    results = {args.dataset_name: {"semantic_pq": metrics}}
+    print(results_table(results))
+    if args.output_dir:
+        write_results(args.output_dir, results, "semantic_pq")
+
+
+if __name__ == "__main__":
+    main()
