@@ -14,6 +14,7 @@ from .data.dataset_mappers import (
 )
 from .evaluation import InstanceSegEvaluator
 from .maskformer_model import MaskFormer
+from .test_time_augmentation import SemanticSegmentorWithTTA
 
 __version__ = "0.1.0"
 
@@ -25,6 +26,7 @@ __all__ = [
     "MaskFormerInstanceDatasetMapper",
     "MaskFormerPanopticDatasetMapper",
     "MaskFormerSemanticDatasetMapper",
+    "SemanticSegmentorWithTTA",
     "add_maskformer2_config",
     "data",
     "modeling",

@@ -8,6 +8,7 @@ position (`data/loader.py`), and what the model draws on the seed, the iteration
 """
 
 import logging
+import os
 import weakref
 from collections import OrderedDict
 from typing import Any
@@ -38,6 +39,7 @@ from .data.loader import (
 )
 from .evaluation import build_evaluator, write_results
 from .optimizer import build_optimizer
+from .test_time_augmentation import SemanticSegmentorWithTTA
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -224,6 +226,43 @@ class Trainer(DefaultTrainer):
             names = cfg.DATASETS.TEST
             write_results(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)
         return results
+
+    @classmethod
+    def test_with_TTA(cls, cfg: CfgNode, model: nn.Module) -> OrderedDict:
+        """Evaluate semantic segmentation on DATASETS.TEST with the augmentations of TEST.AUG.
+
+        All files go to OUTPUT_DIR/inference_TTA, `evaluation.json` too.
+
+        Args:
+            cfg: the config.
+            model: with the weights to evaluate.
+
+        Returns:
+            What `test` returns, with "_TTA" after the names of its outer level.
+
+        Raises:
+            ValueError: semantic inference is off, or a data set has no semantic truth.
+        """
+        cfg = cfg.clone()
+        cfg.defrost()
+        cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+        cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+        cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
+        cfg.freeze()
+        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        _logger.info("Evaluating with test-time augmentation")
+        model = SemanticSegmentorWithTTA(cfg, model)
+        try:
+            evaluators = [
+                cls.build_evaluator(cfg, name, output_folder=cfg.OUTPUT_DIR)
+                for name in cfg.DATASETS.TEST
+            ]
+        except ValueError as error:
+            raise ValueError(
+                f"Test-time augmentation is for semantic segmentation. {error}"
+            ) from error
+        results = cls.test(cfg, model, evaluators)
+        return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
 
 
 def check_device(cfg: CfgNode) -> None:

@@ -26,11 +26,7 @@ from mask2former.modeling.transformer_decoder.maskformer_transformer_decoder imp
 
 CONTRACTS = Path(__file__).parent / "contracts"
 CONFIGS = Path(__file__).parents[1] / "configs"
-NUM_PARAMETERS = {
-    path: number
-    for path, number in json.loads((CONTRACTS / "num_parameters.json").read_text()).items()
-    if path.startswith("coco/")
-}
+NUM_PARAMETERS = json.loads((CONTRACTS / "num_parameters.json").read_text())
 STATE_DICTS = {
     "r50_coco_panoptic": "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
     "r101_coco_instance": "coco/instance-segmentation/maskformer2_R101_bs16_50ep.yaml",
@@ -43,11 +39,13 @@ TOP_LEVEL = """
     add_maskformer2_config COCOInstanceNewBaselineDatasetMapper
     COCOPanopticNewBaselineDatasetMapper MaskFormerInstanceDatasetMapper
     MaskFormerPanopticDatasetMapper MaskFormerSemanticDatasetMapper InstanceSegEvaluator MaskFormer
+    SemanticSegmentorWithTTA
 """.split()
 # Module (within the package) and names, as other projects import them.
 DEEP = {
     "config": "add_maskformer2_config",
     "maskformer_model": "MaskFormer",
+    "test_time_augmentation": "SemanticSegmentorWithTTA",
     "data.datasets.register_coco_panoptic_annos_semseg": "get_metadata",
     "modeling.backbone.swin": "D2SwinTransformer SwinTransformer PatchEmbed",
     "modeling.criterion": "SetCriterion calculate_uncertainty dice_loss_jit sigmoid_ce_loss_jit",

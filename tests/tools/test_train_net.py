@@ -147,6 +147,20 @@ def test_evaluation_alone_repeats_the_results(whole, data_root, tmp_path):
     assert evaluated == json.loads((whole / "evaluation.json").read_text())
 
 
+def test_evaluation_with_test_time_augmentation(whole, data_root, tmp_path):
+    weights = str(whole / "model_final.pth")
+    augmentation = {"TEST__AUG__ENABLED": True, "TEST__AUG__MIN_SIZES": "(48, 64)"}
+    results = run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights, **augmentation)
+    assert list(results) == ["panoptic_seg", "segm", "sem_seg", "sem_seg_TTA"]
+    # The plain results are those of an evaluation without augmentation.
+    evaluated = json.loads((tmp_path / "evaluation.json").read_text())
+    assert evaluated == json.loads((whole / "evaluation.json").read_text())
+    augmented = json.loads((tmp_path / "inference_TTA" / "evaluation.json").read_text())
+    assert list(augmented) == ["shapes_val_panoptic"]
+    assert augmented["shapes_val_panoptic"]["sem_seg"]["mIoU"] == results["sem_seg_TTA"]["mIoU"]
+    assert results["sem_seg_TTA"] != results["sem_seg"]
+
+
 def test_resume_after_kill_gives_the_same_losses(whole, data_root, tmp_path):
     process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"))
     marker = tmp_path / "last_checkpoint"

@@ -1,0 +1,234 @@
+"""tools/analyze_model.py: counts by hand, against torch's counter, and the paper's columns."""
+
+import copy
+import functools
+import gc
+import importlib.util
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from detectron2.data import DatasetCatalog
+from detectron2.modeling import build_model
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from mask2former.config import load_config
+from mask2former.ops import MSDeformAttn, ms_deform_attn
+
+ROOT = Path(__file__).resolve().parents[2]
+COCO = ROOT / "configs/coco/instance-segmentation"
+SHAPES = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
+ADE20K = ROOT / "configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml"
+NUM_PARAMETERS = json.loads((ROOT / "tests/contracts/num_parameters.json").read_text())
+
+
+def load_tool(name: str):
+    # Not an import: other packages install a package of the name `tools`.
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+tool = load_tool("analyze_model")
+
+
+def counted(function) -> tuple[dict[str, int], dict[str, int]]:
+    """Multiply-adds and activations by operator."""
+    mode = tool.CountingMode()
+    with torch.no_grad(), mode:
+        function()
+    return tuple(
+        {operator: number for (_, operator), number in counter.items()}
+        for counter in (mode.multiply_adds, mode.activations)
+    )
+
+
+@pytest.fixture
+def register():
+    """Function that registers records under the name "tests_sizes"."""
+
+    def register(records: list[dict]) -> None:
+        if "tests_sizes" in DatasetCatalog:
+            DatasetCatalog.remove("tests_sizes")
+        DatasetCatalog.register("tests_sizes", lambda: records)
+
+    yield register
+    DatasetCatalog.remove("tests_sizes")
+
+
+@pytest.fixture
+def small_model():
+    cfg = load_config(str(SHAPES), ["MODEL.DEVICE", "cpu"])
+    torch.manual_seed(0)
+    return build_model(cfg).eval()
+
+
+@pytest.mark.parametrize(
+    ("recipe", "params", "giga"),
+    [
+        ("maskformer2_R50_bs16_50ep.yaml", 44, 226),
+        ("maskformer2_R101_bs16_50ep.yaml", 63, 293),
+        ("swin/maskformer2_swin_large_IN21k_384_bs16_100ep.yaml", 216, 868),
+    ],
+)
+def test_columns_of_the_paper(recipe, params, giga, capsys):
+    tool.main(["--tasks", "parameter", "flop", "--config-file", str(COCO / recipe)])
+    out = capsys.readouterr().out
+    number = NUM_PARAMETERS[f"coco/instance-segmentation/{recipe}"]
+    assert f"Parameters: {number / 1e6:.2f} M" in out
+    assert number / 1e6 == pytest.approx(params, abs=0.5)
+    paper = float(re.search(r"every layer, as in the paper: ([\d.]+) G", out)[1])
+    assert paper == pytest.approx(giga, rel=0.03)
+    executed = float(re.search(r"^Multiply-adds: ([\d.]+) G", out, re.M)[1])
+    assert 0.9 * paper < executed < paper
+    assert "36 of 480x640, 28 of 427x640" in out and "multiples of 32" in out
+    assert sum(tool.COCO_SIZES.values()) == 100
+
+
+def test_convolutions_and_products_by_hand():
+    x = torch.zeros(1, 4, 8, 8)
+    # 6 channels out, 2 in each of 2 groups, 3 × 3, on 4 × 4 positions.
+    conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
+    adds, activations = counted(lambda: conv(x))
+    assert adds == {"convolution": 6 * 4 * 4 * 2 * 9}
+    assert activations == {"convolution": 6 * 4 * 4}
+    # Each of 4 · 8 · 8 values goes to 3 channels through 2 × 2.
+    transposed = nn.ConvTranspose2d(4, 3, 2, stride=2)
+    assert counted(lambda: transposed(x))[0] == {"convolution": 4 * 8 * 8 * 3 * 4}
+    assert counted(lambda: nn.Linear(8, 5)(x))[0] == {"matrix product": 4 * 8 * 8 * 5}
+    assert counted(lambda: nn.Linear(8, 5, bias=False)(x))[0] == {"matrix product": 4 * 8 * 8 * 5}
+    assert counted(lambda: x @ x)[0] == {"matrix product": 4 * 8 * 8 * 8}
+    product = counted(lambda: torch.einsum("qc,chw->qhw", torch.zeros(3, 4), x[0]))[0]
+    assert product == {"matrix product": 3 * 4 * 8 * 8}
+    assert counted(lambda: F.relu(F.layer_norm(x, (8,)) + x).softmax(1).sum()) == ({}, {})
+
+
+def test_attention_by_hand():
+    q, k = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8)  # 5 queries, 7 keys, 8 channels
+    mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
+    adds, activations = counted(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+    assert adds == {"attention": 2 * 3 * 5 * 7 * (8 + 8)}
+    assert activations == {"attention": 2 * 3 * 5 * 8}
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_deformable_attention_by_hand(compiled, monkeypatch):
+    """The same for the compiled operators and for the formulation in PyTorch."""
+    if not compiled:
+        # The package has a function of the module's name.
+        module = sys.modules["mask2former.ops.ms_deform_attn"]
+        monkeypatch.setattr(module, "has_kernel", lambda device: False)
+    shapes = [(4, 6), (2, 3)]  # 30 values
+    sampled = 7 * 8 * 2 * 4  # queries, heads, levels, points
+    attention = MSDeformAttn(32, n_levels=2, n_heads=8, n_points=4).eval()
+    query, values = torch.zeros(1, 7, 32), torch.zeros(1, 30, 32)
+    reference = torch.zeros(1, 7, 2, 2)
+    adds, activations = counted(lambda: attention(query, reference, values, shapes))
+    # Offsets (2 coordinates), weights, values, output; each sampled value: 4 corners, 1 weight.
+    projections = 7 * 32 * (8 * 2 * 4 * 3) + 30 * 32 * 32 + 7 * 32 * 32
+    assert adds == {"matrix product": projections, "deformable attention": sampled * 4 * 5}
+    assert activations == {"matrix product": 7 * 8 * 2 * 4 * 3 + 30 * 32 + 7 * 32}
+
+    classic = (values.view(1, 30, 8, 4), shapes, torch.zeros(1, 7, 8, 2, 4, 2))
+    adds, _ = counted(lambda: ms_deform_attn(*classic, torch.zeros(1, 7, 8, 2, 4)))
+    assert adds == {"deformable attention": sampled * 4 * 5}
+
+
+def test_same_as_running_the_network(small_model):
+    """Convolutions and products as torch's own counter sees them run."""
+    counts = tool.count(small_model, 128, 192)
+    small_model.requires_grad_(False)
+    with FlopCounterMode(display=False) as counter:
+        features = small_model.backbone(torch.zeros(1, 3, 128, 192))
+        outputs = small_model.sem_seg_head(features)
+        for output in (outputs, *outputs["aux_outputs"]):
+            assert output["pred_masks"].shape == (1, 30, 32, 48)
+    by_operator = {}
+    for (_, operator), number in counts.multiply_adds.items():
+        by_operator[operator] = by_operator.get(operator, 0) + number
+    ours = by_operator["convolution"] + by_operator["matrix product"]
+    attention = {
+        op: n for op, n in counter.get_flop_counts()["Global"].items() if "scaled" in str(op)
+    }
+    assert 2 * ours == counter.get_total_flops() - sum(attention.values())
+    parts = {part for part, _ in counts.multiply_adds}
+    assert parts == {"backbone", "pixel decoder", "transformer decoder", "masks of earlier layers"}
+    # Three layers come before the last: 30 queries, 128 channels, 32 × 48 positions.
+    difference = counts.as_in_the_paper() - counts.executed()
+    assert difference == 3 * 30 * 128 * 32 * 48
+
+
+def test_counting_leaves_nothing_false_behind(small_model):
+    image = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(0))
+
+    def logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        with torch.no_grad():
+            outputs = model.sem_seg_head(model.backbone(image))
+            return outputs["pred_logits"], outputs["pred_masks"]
+
+    def clear_caches() -> None:
+        for thing in gc.get_objects():
+            if type(thing) is functools._lru_cache_wrapper:
+                if thing.__module__.startswith("mask2former"):
+                    thing.cache_clear()
+
+    untouched = copy.deepcopy(small_model)
+    clear_caches()
+    tool.count(small_model, 96, 160)  # fills the caches
+    after = logits(small_model)
+    clear_caches()
+    for a, b in zip(after, logits(untouched), strict=True):
+        assert torch.equal(a, b) and b.std() > 0
+
+
+def test_sizes(tmp_path, register):
+    cfg = load_config(str(ADE20K))
+    assert tool.fixed_size(cfg) == (512, 512)
+    assert tool.padded_size(cfg, 32, 300, 400) == (512, 704)  # 512 × 682.7
+    cfg.INPUT.MIN_SIZE_TEST = 0
+    assert tool.padded_size(cfg, 0, 300, 400) == (300, 400)
+    cfg.INPUT.CROP.ENABLED = False
+    with pytest.raises(ValueError, match="INPUT.CROP.ENABLED is False"):
+        tool.fixed_size(cfg)
+    assert tool.fixed_size(load_config(str(SHAPES))) == (128, 128)
+
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.png")
+    records = [{"height": 7, "width": 9}, {"file_name": str(tmp_path / "a.png")}] * 2
+    register(records)
+    assert tool.dataset_sizes("tests_sizes", 3) == {(7, 9): 2, (20, 30): 1}
+    register([])
+    with pytest.raises(ValueError, match="'tests_sizes' has no image"):
+        tool.dataset_sizes("tests_sizes", 3)
+
+
+def test_command_line(capsys, register):
+    records = [{"height": 100, "width": 150}, {"height": 150, "width": 100}]
+    register(records)
+    config = ["--config-file", str(SHAPES), "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES", "10"]
+    tool.main(["--tasks", "structure", "activation", "--dataset", "tests_sizes", *config])
+    out = capsys.readouterr().out
+    assert "Means over 2 images, the first images of tests_sizes: 1 of 100x150, 1 of 150x100" in out
+    assert "(backbone): ResNet(" in out and "Embedding(10, 128)" in out
+    tool.main(["--tasks", "flop", "--use-fixed-input-size", *config])
+    assert (
+        "Means over 1 images, the size of training images: 1 of 128x128" in capsys.readouterr().out
+    )
+    with pytest.raises(SystemExit, match="'nowhere' is not registered"):
+        tool.main(["--tasks", "flop", "--dataset", "nowhere", *config])
+    with pytest.raises(SystemExit, match="does not exist"):
+        tool.main(["--tasks", "flop", "--config-file", "nowhere.yaml"])
+    for bad in (["-n", "3"], ["--dataset", "x", "-n", "0"]):
+        with pytest.raises(SystemExit):
+            tool.main(["--tasks", "flop", *bad, *config])
+        assert "--num-inputs is the number" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        tool.main(["--tasks", "flop", "--dataset", "x", "--use-fixed-input-size", *config])
+    assert "exclude each other" in capsys.readouterr().err

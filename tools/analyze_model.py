@@ -1,0 +1,396 @@
+#!/usr/bin/env python
+"""Parameters, multiply-adds, activations and structure of a config's model.
+
+    python tools/analyze_model.py --tasks parameter flop --config-file configs/... [KEY VALUE ...]
+    python tools/analyze_model.py --tasks flop --dataset coco_2017_val --config-file configs/...
+
+Multiply-adds are those of the network, from the image to class and mask logits, without
+post-processing, whose cost depends on what was predicted. Counted are convolutions, matrix
+products, attention and deformable attention; what works on single values (norms, activation
+functions, resizing, softmax) is not, as is usual. A multiply-add counts once.
+
+They depend on the image size only, so no image and no weights are read, and what is counted is not
+computed. By default the sizes are `COCO_SIZES`; those of a data set at hand with --dataset.
+
+The paper counts the masks of every decoder layer. Here inference multiplies out those of the last
+layer only: both numbers are given.
+"""
+
+import argparse
+import statistics
+import sys
+from collections import Counter, defaultdict
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog
+from detectron2.data.detection_utils import read_image
+from detectron2.data.transforms import ResizeShortestEdge
+from detectron2.modeling import build_model
+from fvcore.nn import parameter_count_table
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from mask2former.config import load_config
+from mask2former.data.loader import check_dataset_names
+
+# (height, width) → how many of 100 images: the shapes of COCO's photographs, similar ones together.
+COCO_SIZES = {
+    (480, 640): 36,
+    (427, 640): 28,
+    (640, 480): 13,
+    (640, 427): 11,
+    (600, 640): 8,
+    (360, 640): 4,
+}
+# For one sampled value: four corners, and the weight of the point.
+_PER_SAMPLE = 5
+# Part of the model → the module whose calls belong to it. The head is the pixel decoder, once the
+# transformer decoder inside it is taken out.
+_PARTS = {
+    "backbone": "backbone",
+    "pixel decoder": "sem_seg_head",
+    "transformer decoder": "sem_seg_head.predictor",
+}
+_EARLIER_MASKS = "masks of earlier layers"
+
+
+def _convolution(args: tuple, out: Tensor) -> int:
+    transposed = args[6]
+    return (args[0] if transposed else out).numel() * args[1][0].numel()
+
+
+def _attention(args: tuple, out: tuple[Tensor, ...]) -> int:
+    query, key = args[:2]
+    return (query.numel() + out[0].numel()) * key.shape[-2]
+
+
+def _sampling(value: Tensor, locations: Tensor) -> int:
+    """Of values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
+    return locations.numel() // 2 * value.shape[-1] * _PER_SAMPLE
+
+
+class _Operator(NamedTuple):
+    """How an operator is counted: its label, and (arguments, result) → multiply-adds."""
+
+    label: str
+    multiply_adds: Callable[[tuple, Any], int]
+
+
+_OPERATORS = {
+    "aten::convolution": _Operator("convolution", _convolution),
+    "aten::mm": _Operator("matrix product", lambda args, out: out.numel() * args[0].shape[-1]),
+    "aten::bmm": _Operator("matrix product", lambda args, out: out.numel() * args[0].shape[-1]),
+    "aten::addmm": _Operator("matrix product", lambda args, out: out.numel() * args[1].shape[-1]),
+    "aten::baddbmm": _Operator("matrix product", lambda args, out: out.numel() * args[1].shape[-1]),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": _Operator("attention", _attention),
+    # The three forms of deformable attention: one call each, or one for each level.
+    "mask2former::ms_deform_attn_fused": _Operator(
+        "deformable attention", lambda args, out: _sampling(args[0], args[3])
+    ),
+    "mask2former::ms_deform_attn": _Operator(
+        "deformable attention", lambda args, out: _sampling(args[0], args[2])
+    ),
+    "aten::grid_sampler_2d": _Operator(
+        "deformable attention", lambda args, out: out.numel() * _PER_SAMPLE
+    ),
+}
+# Their results differ in size with the form of the op.
+_NO_ACTIVATIONS = "deformable attention"
+
+
+class CountingMode(TorchDispatchMode):
+    """Counts the operators above without running them.
+
+    They give stand-ins: tensors of the right shape and strides in memory that is never touched.
+    What is computed from a stand-in or a parameter is a stand-in too. The rest, such as positional
+    encodings, which depend on shapes only, is computed as ever: nothing false is left in a cache.
+
+    Attributes:
+        part: what is running, the key under which it is counted.
+        multiply_adds: {(part, operator): number}.
+        activations: likewise, values in the results of convolutions, products and attention.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = ""
+        self.multiply_adds: Counter[tuple[str, str]] = Counter()
+        self.activations: Counter[tuple[str, str]] = Counter()
+        # The memory of stand-ins, by dtype: the largest that was asked for, and all before.
+        self._memory: dict[torch.dtype, Tensor] = {}
+        self._outgrown: list[Tensor] = []
+        self._addresses: set[int] = set()
+
+    def stand_in(self, like: Tensor) -> Tensor:
+        """A CPU tensor of this shape, these strides and this dtype, without values."""
+        spans = zip(like.shape, like.stride(), strict=True)
+        needed = 1 + sum(max(size - 1, 0) * stride for size, stride in spans)
+        memory = self._memory.get(like.dtype)
+        if memory is None or memory.numel() < needed:
+            if memory is not None:
+                self._outgrown.append(memory)
+            # Zeros, which the system hands out as pages that take no room until they are used.
+            memory = torch.zeros(2 * needed, dtype=like.dtype)
+            self._memory[like.dtype] = memory
+            self._addresses.add(memory.data_ptr())
+        return memory.as_strided(like.shape, like.stride())
+
+    def _is_stand_in(self, tensor: Tensor) -> bool:
+        if isinstance(tensor, nn.Parameter):
+            return True
+        is_host = tensor.device.type == "cpu"
+        return is_host and tensor.untyped_storage().data_ptr() in self._addresses
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        operator = _OPERATORS.get(func._schema.name)
+        if operator is None:
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            if func.is_view or not any(map(self._is_stand_in, tensors)):
+                return func(*args, **kwargs)
+            if func._schema.is_mutable:
+                # What is written to a stand-in does not matter.
+                return args[0] if self._is_stand_in(args[0]) else func(*args, **kwargs)
+        meta_args, meta_kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
+        out = func(*meta_args, **meta_kwargs)
+        if operator is not None:
+            key = (self.part, operator.label)
+            self.multiply_adds[key] += operator.multiply_adds(args, out)
+            if operator.label != _NO_ACTIVATIONS:
+                self.activations[key] += (out if isinstance(out, Tensor) else out[0]).numel()
+        return tree_map_only(Tensor, self.stand_in, out)
+
+
+@contextmanager
+def _named_parts(model: nn.Module, mode: CountingMode):
+    """Tell the mode which part of the model runs."""
+    running = [mode.part]
+
+    def enter(name: str) -> Callable:
+        def hook(*_):
+            running.append(name)
+            mode.part = name
+
+        return hook
+
+    def leave(*_) -> None:
+        running.pop()
+        mode.part = running[-1]
+
+    hooks = []
+    for name, path in _PARTS.items():
+        module = model.get_submodule(path)
+        hooks += [
+            module.register_forward_pre_hook(enter(name)),
+            module.register_forward_hook(leave),
+        ]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+class Counts(NamedTuple):
+    """Of one image: {(part, operator): number}."""
+
+    multiply_adds: Counter[tuple[str, str]]
+    activations: Counter[tuple[str, str]]
+
+    def executed(self) -> int:
+        """Multiply-adds of inference."""
+        return sum(n for (part, _), n in self.multiply_adds.items() if part != _EARLIER_MASKS)
+
+    def as_in_the_paper(self) -> int:
+        """Multiply-adds with the masks of every layer."""
+        return sum(self.multiply_adds.values())
+
+
+def count(model: nn.Module, height: int, width: int) -> Counts:
+    """Count one image.
+
+    Args:
+        model: on the CPU, with a `backbone` and a `sem_seg_head` as `MaskFormer` has.
+        height: of the padded image.
+        width: likewise.
+
+    Returns:
+        The counts, provided that no step of the network depends on computed values.
+    """
+    mode = CountingMode()
+    with torch.no_grad(), _named_parts(model, mode), mode:
+        image = mode.stand_in(torch.empty(1, 3, height, width, device="meta"))
+        outputs = model.sem_seg_head(model.backbone(image))
+        mode.part = "transformer decoder"
+        _ = outputs["pred_masks"]
+        mode.part = _EARLIER_MASKS
+        for earlier in outputs.get("aux_outputs", ()):
+            _ = earlier["pred_masks"]
+    return Counts(mode.multiply_adds, mode.activations)
+
+
+def dataset_sizes(name: str, number: int) -> Counter[tuple[int, int]]:
+    """The sizes of the first images of a data set.
+
+    Raises:
+        ValueError: it is not registered, or has no image.
+    """
+    check_dataset_names([name])
+    sizes: Counter[tuple[int, int]] = Counter()
+    for record in DatasetCatalog.get(name)[:number]:
+        if "height" in record and "width" in record:
+            sizes[record["height"], record["width"]] += 1
+        else:
+            sizes[read_image(record["file_name"]).shape[:2]] += 1
+    if not sizes:
+        raise ValueError(f"Data set {name!r} has no image.")
+    return sizes
+
+
+def fixed_size(cfg: CfgNode) -> tuple[int, int]:
+    """The size of training images.
+
+    Raises:
+        ValueError: the config fixes none.
+    """
+    if cfg.INPUT.DATASET_MAPPER_NAME.endswith("_lsj"):
+        return cfg.INPUT.IMAGE_SIZE, cfg.INPUT.IMAGE_SIZE
+    crop = cfg.INPUT.CROP
+    if not crop.ENABLED or crop.TYPE != "absolute":
+        raise ValueError(
+            f"--use-fixed-input-size needs crops of a fixed size, but INPUT.CROP.ENABLED is "
+            f"{crop.ENABLED} and INPUT.CROP.TYPE is {crop.TYPE!r}."
+        )
+    height, width = crop.SIZE
+    return int(height), int(width)
+
+
+def padded_size(cfg: CfgNode, divisibility: int, height: int, width: int) -> tuple[int, int]:
+    """The size at which the model sees a test image: resized, padded to multiples."""
+    short = cfg.INPUT.MIN_SIZE_TEST
+    if short:  # 0 turns resizing off
+        height, width = ResizeShortestEdge.get_output_shape(
+            height, width, short, cfg.INPUT.MAX_SIZE_TEST
+        )
+    step = max(divisibility, 1)
+    return -(-height // step) * step, -(-width // step) * step
+
+
+def count_all(
+    cfg: CfgNode, model: nn.Module, sizes: dict[tuple[int, int], int], resize: bool
+) -> list[Counts]:
+    """Counts of every image, each padded size counted once.
+
+    Args:
+        cfg: read is INPUT.{MIN,MAX}_SIZE_TEST.
+        model: see `count`.
+        sizes: (height, width) → number of images.
+        resize: whether to resize as in testing.
+    """
+    divisibility = model.size_divisibility
+    cache: dict[tuple[int, int], Counts] = {}
+    images = []
+    for (height, width), number in sizes.items():
+        size = padded_size(cfg, divisibility, height, width) if resize else (height, width)
+        if size not in cache:
+            cache[size] = count(model, *size)
+        images += [cache[size]] * number
+    return images
+
+
+def _table(images: list[Counts], index: int) -> str:
+    """Means over images by part (index 0) or by operator (index 1)."""
+    rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for column, field in enumerate(("multiply_adds", "activations")):
+        for counts in images:
+            for key, number in getattr(counts, field).items():
+                if key[0] != _EARLIER_MASKS:
+                    rows[key[index]][column] += number / len(images)
+    rows["total"] = [sum(values) for values in zip(*rows.values(), strict=True)]
+    header = ["operator" if index else "part", "multiply-adds (G)", "activations (M)"]
+    lines = [[name, adds / 1e9, values / 1e6] for name, (adds, values) in rows.items()]
+    return tabulate(lines, headers=header, floatfmt=".2f")
+
+
+def _mean_and_deviation(values: list[int]) -> str:
+    giga = [value / 1e9 for value in values]
+    return f"{statistics.mean(giga):.1f} G (standard deviation {statistics.pstdev(giga):.1f})"
+
+
+def report_counts(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
+    """Print the tasks "flop" and "activation"."""
+    if args.use_fixed_input_size:
+        sizes, source = {fixed_size(cfg): 1}, "the size of training images"
+    elif args.dataset:
+        number = args.num_inputs or 100
+        sizes, source = dataset_sizes(args.dataset, number), f"the first images of {args.dataset}"
+    else:
+        sizes, source = COCO_SIZES, "the usual sizes of COCO images"
+    images = count_all(cfg, model, sizes, resize=not args.use_fixed_input_size)
+    listed = ", ".join(f"{n} of {h}x{w}" for (h, w), n in list(sizes.items())[:12])
+    print(f"Means over {len(images)} images, {source}: {listed}{', ...' * (len(sizes) > 12)}")
+    if not args.use_fixed_input_size:
+        print(
+            f"(height x width), resized to a short side of {cfg.INPUT.MIN_SIZE_TEST} and a long "
+            f"side of at most {cfg.INPUT.MAX_SIZE_TEST}, padded to multiples of "
+            f"{model.size_divisibility}."
+        )
+    print(f"\n{_table(images, 0)}\n\n{_table(images, 1)}\n")
+    print(f"Multiply-adds: {_mean_and_deviation([x.executed() for x in images])}")
+    paper = _mean_and_deviation([x.as_in_the_paper() for x in images])
+    print(f"Multiply-adds with the masks of every layer, as in the paper: {paper}")
+
+
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Analyse the model of a config.")
+    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the model")
+    parser.add_argument(
+        "--tasks",
+        required=True,
+        nargs="+",
+        choices=["flop", "activation", "parameter", "structure"],
+        help="what to print; flop and activation come in one table",
+    )
+    parser.add_argument("--dataset", metavar="NAME", help="take the image sizes from this data set")
+    parser.add_argument(
+        "-n", "--num-inputs", type=int, metavar="N", help="images of --dataset (default: 100)"
+    )
+    parser.add_argument(
+        "--use-fixed-input-size", action="store_true", help="count the size of training images"
+    )
+    parser.add_argument(
+        "opts", nargs=argparse.REMAINDER, metavar="KEY VALUE", help="config overrides"
+    )
+    args = parser.parse_args(argv)
+    if args.num_inputs is not None and (not args.dataset or args.num_inputs < 1):
+        parser.error("--num-inputs is the number, at least 1, of images of --dataset")
+    if args.dataset and args.use_fixed_input_size:
+        parser.error("--dataset and --use-fixed-input-size exclude each other")
+    return args
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse_args(argv)
+    try:
+        cfg = load_config(args.config_file, [*args.opts, "MODEL.DEVICE", "cpu"])
+        model = build_model(cfg).eval()
+        if "parameter" in args.tasks:
+            number = sum(parameter.numel() for parameter in model.parameters())
+            print(parameter_count_table(model, max_depth=4))
+            print(f"\nParameters: {number / 1e6:.2f} M")
+        if {"flop", "activation"} & set(args.tasks):
+            report_counts(args, cfg, model)
+        if "structure" in args.tasks:
+            print(model)
+    except (ValueError, OSError) as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()
