@@ -1,0 +1,258 @@
+// What the CUDA kernels share: sizes, number formats, and where a sample falls.
+//
+// No torch and no launch in the .cuh files: the tests compile them for the CPU, with an emulation of the few CUDA
+// functions they use (see tests/ops/cuda_emulation.h). Shape letters as in ../ms_deform_attn.h.
+//
+// There are two sets of kernels. The fast ones serve float, half and bfloat16 with D = 16, 32 or 64, any M, L, P and Q.
+// The general ones serve everything else, double and sizes beyond 31 bits included.
+
+#pragma once
+
+#include <cstdint>
+
+#ifndef MASK2FORMER_CUDA_EMULATION
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#include <math_constants.h>
+#endif
+
+namespace mask2former::cuda {
+
+constexpr int kTableLevels = 16;
+constexpr unsigned kWarp = 0xffffffffu;
+
+struct LevelSize {
+  int64_t start;
+  int32_t height;
+  int32_t width;
+};
+
+struct Problem {
+  int64_t batch, values, heads, channels, queries, levels, points;
+  bool per_image_reference;
+  LevelSize level[kTableLevels];
+};
+
+// Where and with what weight to sample. With `reference`, locations are offsets in pixels and weights are logits.
+template <typename A>
+struct Points {
+  const A* reference;  // null: the classic op
+  const A* locations;
+  const A* weights;
+};
+
+template <typename A>
+struct PointGradients {
+  A* locations;
+  A* weights;
+};
+
+// ------------------------------------------------------------------------------------------------- number formats
+
+template <typename T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+
+__device__ __forceinline__ float widen(float value) { return value; }
+__device__ __forceinline__ double widen(double value) { return value; }
+__device__ __forceinline__ float widen(__half value) { return __half2float(value); }
+__device__ __forceinline__ float widen(__nv_bfloat16 value) { return __bfloat162float(value); }
+
+__device__ __forceinline__ void narrow(float value, float& out) { out = value; }
+__device__ __forceinline__ void narrow(double value, double& out) { out = value; }
+__device__ __forceinline__ void narrow(float value, __half& out) { out = __float2half_rn(value); }
+__device__ __forceinline__ void narrow(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
+
+// Two 16-bit numbers of a 32-bit word, the lower half first; bfloat16 is the upper half of a float.
+__device__ __forceinline__ void widen_pair(unsigned word, float* out, __nv_bfloat16) {
+  out[0] = __uint_as_float(word << 16);
+  out[1] = __uint_as_float(word & 0xffff0000u);
+}
+__device__ __forceinline__ void widen_pair(unsigned word, float* out, __half) {
+  out[0] = __half2float(__ushort_as_half(static_cast<unsigned short>(word & 0xffffu)));
+  out[1] = __half2float(__ushort_as_half(static_cast<unsigned short>(word >> 16)));
+}
+__device__ __forceinline__ unsigned narrow_pair(float low, float high, __nv_bfloat16) {
+  return __bfloat16_as_ushort(__float2bfloat16_rn(low)) |
+         static_cast<unsigned>(__bfloat16_as_ushort(__float2bfloat16_rn(high))) << 16;
+}
+__device__ __forceinline__ unsigned narrow_pair(float low, float high, __half) {
+  return __half_as_ushort(__float2half_rn(low)) | static_cast<unsigned>(__half_as_ushort(__float2half_rn(high))) << 16;
+}
+
+// Neighbouring channels in one load or store of 8 or 16 bytes. The address is a multiple of that.
+template <typename T>
+struct Four {
+  uint2 words = make_uint2(0u, 0u);
+
+  __device__ __forceinline__ void load(const T* from) { words = __ldg(reinterpret_cast<const uint2*>(from)); }
+  __device__ __forceinline__ void get(float (&out)[4]) const {
+    widen_pair(words.x, out, T());
+    widen_pair(words.y, out + 2, T());
+  }
+};
+template <>
+struct Four<float> {
+  float4 vector = make_float4(0.f, 0.f, 0.f, 0.f);
+
+  __device__ __forceinline__ void load(const float* from) { vector = __ldg(reinterpret_cast<const float4*>(from)); }
+  __device__ __forceinline__ void get(float (&out)[4]) const {
+    out[0] = vector.x, out[1] = vector.y, out[2] = vector.z, out[3] = vector.w;
+  }
+};
+__device__ __forceinline__ void load_channels(const float* from, float (&out)[4]) {
+  Four<float> four;
+  four.load(from);
+  four.get(out);
+}
+template <typename T>
+__device__ __forceinline__ void load_channels(const T* from, float (&out)[8]) {
+  const uint4 vector = __ldg(reinterpret_cast<const uint4*>(from));
+  widen_pair(vector.x, out, T());
+  widen_pair(vector.y, out + 2, T());
+  widen_pair(vector.z, out + 4, T());
+  widen_pair(vector.w, out + 6, T());
+}
+__device__ __forceinline__ void store_channels(float* to, const float (&in)[4]) {
+  *reinterpret_cast<float4*>(to) = make_float4(in[0], in[1], in[2], in[3]);
+}
+template <typename T>
+__device__ __forceinline__ void store_channels(T* to, const float (&in)[8]) {
+  *reinterpret_cast<uint4*>(to) = make_uint4(
+      narrow_pair(in[0], in[1], T()), narrow_pair(in[2], in[3], T()), narrow_pair(in[4], in[5], T()),
+      narrow_pair(in[6], in[7], T()));
+}
+
+// The same channel some rows further on. Counted in bytes, so that it takes one instruction.
+template <int kChannels, typename T>
+__device__ __forceinline__ const T* to_row(const T* channel, int row) {
+  const char* bytes = reinterpret_cast<const char*>(channel);
+  return reinterpret_cast<const T*>(bytes + row * int64_t{kChannels * sizeof(T)});
+}
+template <int kChannels, typename T>
+__device__ __forceinline__ T* to_row(T* channel, int row) {
+  return const_cast<T*>(to_row<kChannels>(static_cast<const T*>(channel), row));
+}
+
+// Adds to memory that other threads add to.
+__device__ __forceinline__ void add_channels(float* to, const float (&in)[4]) {
+#if defined(MASK2FORMER_CUDA_EMULATION) || __CUDA_ARCH__ >= 900
+  atomicAdd(reinterpret_cast<float4*>(to), make_float4(in[0], in[1], in[2], in[3]));
+#else
+  for (int i = 0; i < 4; ++i) atomicAdd(to + i, in[i]);
+#endif
+}
+
+// ---------------------------------------------------------------------------------------- where a sample falls
+
+// Which of the corners of a cell lie inside the level: a corner does if its column and its row do.
+constexpr int kLeft = 1, kRight = 2, kTop = 4, kBottom = 8, kColumns = 3, kAll = 15;
+
+template <typename A>
+struct Cell {
+  int x, y;    // of the corner at the top left, -1 or more
+  int inside;  // 0: the sample counts nothing
+  A fx, fy;    // from that corner, in [0, 1)
+};
+
+__device__ __forceinline__ float floor_of(float value) { return floorf(value); }
+__device__ __forceinline__ double floor_of(double value) { return floor(value); }
+__device__ __forceinline__ float exp_of(float value) { return expf(value); }
+__device__ __forceinline__ double exp_of(double value) { return exp(value); }
+// Of a sum of exponentials, between 1 and the number of samples; without the subroutine of an exact division.
+__device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.f, value); }
+
+// To an integer only within the range, so that far, infinite and NaN positions are safe.
+template <typename A>
+__device__ __forceinline__ Cell<A> find_cell(A x, A y, int height, int width) {
+  Cell<A> cell{};
+  if (x > -1 && y > -1 && x < width && y < height) {
+    const A left = floor_of(x), top = floor_of(y);
+    cell.x = static_cast<int>(left);
+    cell.y = static_cast<int>(top);
+    cell.fx = x - left;
+    cell.fy = y - top;
+    cell.inside = (cell.x >= 0 ? kLeft : 0) | (cell.x + 1 < width ? kRight : 0) | (cell.y >= 0 ? kTop : 0) |
+                  (cell.y + 1 < height ? kBottom : 0);
+  }
+  return cell;
+}
+
+// The position of sample (x, y) of a level in pixels; `query` counts through the batch where references do.
+template <typename A>
+__device__ __forceinline__ void to_pixels(
+    const Problem& problem, const A* reference, int64_t query, int level, A& x, A& y) {
+  const A width = problem.level[level].width, height = problem.level[level].height;
+  if (reference != nullptr) {
+    const A* point = reference + (query * problem.levels + level) * 2;
+    x += point[0] * width - A(0.5);
+    y += point[1] * height - A(0.5);
+  } else {
+    x = x * width - A(0.5);
+    y = y * height - A(0.5);
+  }
+}
+
+// ------------------------------------------------------------------------------------------- queries of a block
+
+// The fast kernels give a block of threads one tile of queries, so that its samples share lines of the L1 cache. Where
+// there are as many queries as positions they are taken to be those positions (the encoder of the pixel decoder), and a
+// tile is a rectangle of a level; else it is a run of queries. Only speed depends on which.
+struct Tiles {
+  int32_t width, height;  // of a tile, in queries
+  int32_t count;
+  bool on_levels;
+  int32_t first[kTableLevels];  // number of tiles before each level
+  int32_t columns[kTableLevels];
+};
+
+// The query at place `i` of a tile, row by row, or -1.
+__device__ __forceinline__ int tile_query(const Problem& problem, const Tiles& tiles, int tile, int i) {
+  if (!tiles.on_levels) {
+    const int64_t query = static_cast<int64_t>(tile) * (tiles.width * tiles.height) + i;
+    return query < problem.queries ? static_cast<int>(query) : -1;
+  }
+  int level = 0;
+  while (level + 1 < problem.levels && tile >= tiles.first[level + 1]) ++level;
+  const LevelSize size = problem.level[level];
+  const int on_level = tile - tiles.first[level];
+  const int row = on_level / tiles.columns[level];
+  const int y = row * tiles.height + i / tiles.width;
+  const int x = (on_level - row * tiles.columns[level]) * tiles.width + i % tiles.width;
+  return x < size.width && y < size.height ? static_cast<int>(size.start) + y * size.width + x : -1;
+}
+
+// A sample as the fast kernels hand it from the lane that works it out to those that use it. `cell` is the row of
+// value of the corner at the top left, (position * M + head), times 16, plus Cell::inside; 0 counts nothing.
+struct __align__(16) Sample {
+  float weight, fx, fy;
+  int cell;
+};
+
+__device__ __forceinline__ Sample make_sample(
+    const Problem& problem, float x, float y, float weight, int level, int head) {
+  const LevelSize size = problem.level[level];
+  const Cell<float> cell = find_cell(x, y, size.height, size.width);
+  if (cell.inside == 0) return {0.f, 0.f, 0.f, 0};
+  const int position = static_cast<int>(size.start) + cell.y * size.width + cell.x;
+  const int row = position * static_cast<int>(problem.heads) + head;
+  return {weight, cell.fx, cell.fy, row * 16 + cell.inside};
+}
+
+template <int kLanes>
+__device__ __forceinline__ float sum_lanes(float value) {
+  for (int step = kLanes / 2; step > 0; step /= 2) value += __shfl_xor_sync(kWarp, value, step);
+  return value;
+}
+template <int kLanes>
+__device__ __forceinline__ float max_lanes(float value) {
+  for (int step = kLanes / 2; step > 0; step /= 2) value = fmaxf(value, __shfl_xor_sync(kWarp, value, step));
+  return value;
+}
+
+}  // namespace mask2former::cuda

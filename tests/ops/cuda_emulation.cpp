@@ -1,0 +1,102 @@
+// The CUDA kernels as functions that run on the CPU; test_cuda_emulation.py calls them.
+
+#include "cuda_emulation.h"
+
+#include "../../mask2former/csrc/cuda/launch.cuh"
+
+using namespace mask2former::cuda;
+
+namespace {
+
+// `sizes` is B, S, M, D, Q, L, P, whether references are per image; `shapes` height and width of each level.
+Problem make_problem(const int64_t* sizes, const int64_t* shapes) {
+  Problem problem{};
+  problem.batch = sizes[0], problem.values = sizes[1], problem.heads = sizes[2], problem.channels = sizes[3];
+  problem.queries = sizes[4], problem.levels = sizes[5], problem.points = sizes[6];
+  problem.per_image_reference = sizes[7] != 0;
+  int64_t start = 0;
+  for (int64_t l = 0; l < problem.levels; ++l) {
+    problem.level[l] = {start, static_cast<int32_t>(shapes[2 * l]), static_cast<int32_t>(shapes[2 * l + 1])};
+    start += shapes[2 * l] * shapes[2 * l + 1];
+  }
+  return problem;
+}
+
+// Types as in the test: 0 float, 1 double, 2 half, 3 bfloat16.
+template <typename Call>
+void with_type(int type, Call&& call) {
+  switch (type) {
+    case 0: return call(float());
+    case 1: return call(double());
+    case 2: return call(__half());
+    default: return call(__nv_bfloat16());
+  }
+}
+
+template <typename A>
+Points<A> make_points(const void* reference, const void* locations, const void* weights) {
+  return {static_cast<const A*>(reference), static_cast<const A*>(locations), static_cast<const A*>(weights)};
+}
+
+}  // namespace
+
+extern "C" {
+
+void emulated_forward(
+    int type,
+    const int64_t* sizes,
+    const int64_t* shapes,
+    const void* value,
+    const void* reference,
+    const void* locations,
+    const void* weights,
+    void* output) {
+  const Problem problem = make_problem(sizes, shapes);
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    launch_forward<T>(
+        problem, make_points<typename Accumulate<T>::type>(reference, locations, weights),
+        static_cast<const T*>(value), static_cast<T*>(output), nullptr);
+  });
+}
+
+// `grad_value` is zero at the start and of the type of sums; `room`, for the deterministic path, holds 3 numbers for
+// every sample; null: additions in any order.
+void emulated_backward(
+    int type,
+    const int64_t* sizes,
+    const int64_t* shapes,
+    const void* grad_output,
+    const void* value,
+    const void* reference,
+    const void* locations,
+    const void* weights,
+    void* grad_value,
+    void* grad_locations,
+    void* grad_weights,
+    void* room) {
+  const Problem problem = make_problem(sizes, shapes);
+  with_type(type, [&](auto zero) {
+    using T = decltype(zero);
+    using A = typename Accumulate<T>::type;
+    const Points<A> points = make_points<A>(reference, locations, weights);
+    A* const sums = static_cast<A*>(grad_value);
+    launch_backward<T>(
+        problem, points, static_cast<const T*>(value), static_cast<const T*>(grad_output),
+        room == nullptr ? sums : nullptr, {static_cast<A*>(grad_locations), static_cast<A*>(grad_weights)}, nullptr);
+    if (room != nullptr) {
+      const int64_t samples =
+          problem.batch * problem.queries * problem.heads * problem.levels * problem.points;
+      A* const pixels = static_cast<A*>(room);
+      launch_deterministic<T>(
+          problem, points, static_cast<const T*>(grad_output), pixels, pixels + 2 * samples, sums, nullptr);
+    }
+  });
+}
+
+// Whether the fast kernels take these sizes; nothing is allocated.
+int fits_fast_kernels(const int64_t* sizes) {
+  const int64_t no_shapes[2 * kTableLevels] = {};
+  return fits_fast(make_problem(sizes, no_shapes));
+}
+}
