@@ -52,13 +52,20 @@ __global__ void __launch_bounds__(128) backward_general_kernel(
     A* grad_weights = gradients.weights + item * num_samples;
     const int64_t image = query / problem.queries * problem.values * row + item % problem.heads * problem.channels;
     const Softmax<A> softmax(points, weights, num_samples);
+    const A scale = A(1) / softmax.total;
     A mean = 0;
+    int level = 0;
+    int64_t point = 0;  // of the level
     for (int64_t s = 0; s < num_samples; ++s) {
-      const LevelSize size = problem.level[s / problem.points];
+      const LevelSize size = problem.level[level];
       A x = locations[2 * s], y = locations[2 * s + 1];
-      to_pixels(problem, points.reference, reference_query, static_cast<int>(s / problem.points), x, y);
+      to_pixels(problem, points.reference, reference_query, level, x, y);
+      if (++point == problem.points) {
+        point = 0;
+        ++level;
+      }
       const Cell<A> cell = find_cell(x, y, size.height, size.width);
-      const A weight = fused ? exp_of(weights[s] - softmax.highest) / softmax.total : weights[s];
+      const A weight = fused ? exp_of(weights[s] - softmax.highest) * scale : weights[s];
       A product[4] = {};
       const int64_t first = image + (size.start + static_cast<int64_t>(cell.y) * size.width + cell.x) * row;
 #pragma unroll
@@ -88,7 +95,7 @@ __global__ void __launch_bounds__(128) backward_general_kernel(
     }
     __syncwarp();
     for (int64_t s = lane; fused && s < num_samples; s += 32) {
-      grad_weights[s] = exp_of(weights[s] - softmax.highest) / softmax.total * (grad_weights[s] - mean);
+      grad_weights[s] = exp_of(weights[s] - softmax.highest) * scale * (grad_weights[s] - mean);
     }
   }
 }
@@ -105,13 +112,17 @@ __global__ void __launch_bounds__(256) expand_points_kernel(
     const int64_t reference_query = problem.per_image_reference ? query : query % problem.queries;
     const int64_t base = item * num_samples;
     const Softmax<A> softmax(points, points.weights + base, num_samples);
-    for (int64_t i = base; i < base + num_samples; ++i) {
-      A x = points.locations[2 * i], y = points.locations[2 * i + 1];
-      to_pixels(problem, points.reference, reference_query, static_cast<int>((i - base) / problem.points), x, y);
-      pixels[2 * i] = x;
-      pixels[2 * i + 1] = y;
-      const A weight = points.weights[i];
-      shares[i] = points.reference != nullptr ? exp_of(weight - softmax.highest) / softmax.total : weight;
+    const A scale = A(1) / softmax.total;
+    int64_t i = base;
+    for (int level = 0; level < problem.levels; ++level) {
+      for (int64_t p = 0; p < problem.points; ++p, ++i) {
+        A x = points.locations[2 * i], y = points.locations[2 * i + 1];
+        to_pixels(problem, points.reference, reference_query, level, x, y);
+        pixels[2 * i] = x;
+        pixels[2 * i + 1] = y;
+        const A weight = points.weights[i];
+        shares[i] = points.reference != nullptr ? exp_of(weight - softmax.highest) * scale : weight;
+      }
     }
   }
 }
