@@ -167,7 +167,13 @@ class Trainer(DefaultTrainer):
         return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # One for each parameter group, of which other trainers make more. Those of the scheduler
+        # here are the config's, as they are anyway.
+        base_lrs = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)
+        if len(self.scheduler.base_lrs) != len(base_lrs):
+            self.scheduler.base_lrs = base_lrs
+            self.scheduler._last_lr = [g["lr"] for g in self._trainer.optimizer.param_groups]
         if hasattr(self.scheduler, "max_iters"):
             # WarmupPolyLR restores its end too, and could not go on beyond it.
             self.scheduler.max_iters = self.max_iter

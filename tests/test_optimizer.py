@@ -48,22 +48,101 @@ def test_groups(cfg):
     optimizer = build_optimizer(cfg, model)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = [
-        (names[g["params"][0]], pytest.approx(g["lr"]), g["weight_decay"])
+        ([names[p] for p in g["params"]], pytest.approx(g["lr"]), g["weight_decay"])
         for g in optimizer.param_groups
     ]
-    assert [len(g["params"]) for g in optimizer.param_groups] == [1] * len(groups)
+    tables = ["backbone.absolute_pos_embed", "backbone.attention.relative_position_bias_table"]
     assert groups == [
-        ("backbone.absolute_pos_embed", 0.001, 0.0),
-        ("backbone.attention.relative_position_bias_table", 0.001, 0.0),
-        ("backbone.norm.weight", 0.001, 0.001),
-        ("backbone.norm.bias", 0.001, 0.001),
-        ("head.weight", 0.01, 0.05),
-        ("head.bias", 0.01, 0.05),
-        ("head_norm.weight", 0.01, 0.001),
-        ("head_norm.bias", 0.01, 0.001),
-        ("query.weight", 0.01, 0.002),
+        (tables, 0.001, 0.0),
+        (["backbone.norm.weight", "backbone.norm.bias"], 0.001, 0.001),
+        (["head.weight", "head.bias"], 0.01, 0.05),
+        (["head_norm.weight", "head_norm.bias"], 0.01, 0.001),
+        (["query.weight"], 0.01, 0.002),
     ]
     assert optimizer.defaults["lr"] == 0.01
+
+
+def one_group_for_each_parameter(cfg, model: nn.Module, **options) -> torch.optim.AdamW:
+    """The published layout: groups in the order of the modules, each parameter on its own."""
+    settings = {
+        parameter: {k: group[k] for k in ("lr", "weight_decay")}
+        for group in build_optimizer(cfg, model).param_groups
+        for parameter in group["params"]
+    }
+    ordered = [
+        parameter
+        for module in model.modules()
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
+    ]
+    groups = [{"params": [p], **settings[p]} for p in dict.fromkeys(ordered)]
+    return torch.optim.AdamW(groups, lr=cfg.SOLVER.BASE_LR, **options)
+
+
+def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: int = 3) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _ in range(steps):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+
+
+def test_same_updates_as_with_one_group_for_each_parameter(cfg):
+    models = [Model(), Model()]
+    models[1].load_state_dict(models[0].state_dict())
+    optimizer = build_optimizer(cfg, models[0])
+    assert all(group["fused"] for group in optimizer.param_groups)
+    train(models[0], optimizer, seed=0)
+    train(models[1], one_group_for_each_parameter(cfg, models[1], foreach=False), seed=0)
+    for ours, published in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, published, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_a_run_goes_on_from_saved_state(cfg, ours):
+    """Of the published layout and of our own, and with this machine's kernels."""
+    model, whole = Model(), Model()
+    whole.load_state_dict(model.state_dict())
+    build = build_optimizer if ours else one_group_for_each_parameter
+    first = build(cfg, model)
+    train(model, first, seed=1)
+    saved = first.state_dict()
+    assert len(saved["param_groups"]) == (5 if ours else 9)
+    assert not ours or saved["param_groups"][0]["fused"]
+    for group in saved["param_groups"]:
+        group["fused"], group["foreach"] = None, True
+    second = build_optimizer(cfg, model)
+    second.load_state_dict(saved)
+    assert all(group["fused"] and not group["foreach"] for group in second.param_groups)
+    train(model, second, seed=2)
+
+    uninterrupted = build_optimizer(cfg, whole)
+    train(whole, uninterrupted, seed=1)
+    train(whole, uninterrupted, seed=2)
+    for a, b in zip(model.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_state_of_another_model_is_refused(cfg):
+    saved = one_group_for_each_parameter(cfg, nn.Sequential(nn.Linear(2, 2))).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        build_optimizer(cfg, Model()).load_state_dict(saved)
+
+
+def test_clipping_sees_gradients_that_are_no_longer_scaled(cfg):
+    """As under mixed precision: the scaler must unscale before the step, not inside it."""
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+    cfg.SOLVER.OPTIMIZER, cfg.SOLVER.MOMENTUM, cfg.SOLVER.BASE_LR = "SGD", 0.0, 1.0
+    cfg.SOLVER.WEIGHT_DECAY = 0.0
+    model = nn.ParameterList([nn.Parameter(torch.zeros(2))])
+    optimizer = build_optimizer(cfg, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    scaler.scale(0.3 * model[0][0] + 0.4 * model[0][1]).backward()
+    scaler.step(optimizer)
+    assert model[0].tolist() == pytest.approx([-0.3, -0.4], abs=1e-5)
 
 
 def test_types(cfg):

@@ -104,6 +104,30 @@ def test_resume_is_exact(tmp_path, options):
     assert {i: row for i, row in metrics(tmp_path / "resumed").items() if i in rows} == rows
 
 
+@pytest.mark.parametrize("scheduler", ["WarmupPolyLR", "WarmupMultiStepLR"])
+def test_checkpoint_with_a_group_for_each_parameter(tmp_path, scheduler):
+    """The layout of published training checkpoints; losses go on as if it had been ours."""
+    options = ("SOLVER.LR_SCHEDULER_NAME", scheduler, "SEED", "7")
+    run(tmp_path, *options, stop_before=27)
+    path = tmp_path / (tmp_path / "last_checkpoint").read_text().strip()
+    checkpoint = torch.load(path, weights_only=True)
+    state = checkpoint["trainer"]
+    optimizer, rates = state["_trainer"]["optimizer"], state["hooks"]["LRScheduler"]
+    groups = optimizer["param_groups"]
+    assert max(len(group["params"]) for group in groups) > 1
+    optimizer["param_groups"] = [g | {"params": [i]} for g in groups for i in g["params"]]
+    for key in {"base_lrs", "_last_lr"} & rates.keys():
+        pairs = zip(rates[key], groups, strict=True)
+        rates[key] = [rate for rate, group in pairs for _ in group["params"]]
+    torch.save(checkpoint, path)
+    resumed = run(tmp_path, *options, resume=True)
+    assert resumed.start_iter == 15
+    assert len(resumed.scheduler.base_lrs) == len(groups)
+    run(tmp_path / "whole", *options)
+    expected = toy.read_losses(tmp_path / "whole")
+    assert toy.read_losses(tmp_path) == expected
+
+
 def test_each_ingredient_of_the_order_matters(tmp_path):
     """So that the test above cannot pass because nothing is random."""
     curves = [
