@@ -13,6 +13,9 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.file_io import PathManager
 
+from .data.class_counts import follow_own_data
+from .data.datasets.custom_entries import register_entries
+
 DATASET_MAPPER_NAMES = (
     "coco_instance_lsj",
     "coco_panoptic_lsj",
@@ -159,25 +162,33 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
 def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     """Read a config file, apply overrides and check the result.
 
+    Beyond Detectron2's keys and those above, it knows DATASETS.CUSTOM: a list of your own data sets
+    (`data/datasets/custom_entries.py`), which are registered. MODEL.SEM_SEG_HEAD.NUM_CLASSES and
+    IGNORE_VALUE follow from the first data set of your own in DATASETS.TRAIN and DATASETS.TEST,
+    unless they are set in the same file, or after it (`data/class_counts.py`).
+
     Args:
         config_file: YAML file; `_BASE_` names the files it builds on.
         opts: overrides, `KEY1 VALUE1 KEY2 VALUE2 ...`.
 
     Returns:
-        The config, not frozen.
+        The config, not frozen. DATASETS.CUSTOM is in it only where it was set, so that other
+        programs can read the configs of published data sets.
 
     Raises:
-        FileNotFoundError: the file, or a file it names as `_BASE_`, does not exist.
+        FileNotFoundError: the file, a file it names as `_BASE_`, or one of your own data does not
+            exist.
         ValueError: an unknown key, a value of the wrong type, or one `check_config` rejects.
     """
     cfg = get_cfg()
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
+    cfg.DATASETS.CUSTOM = []
 
     if not PathManager.isfile(config_file):
         raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
     with PathManager.open(config_file) as file:
-        # Composed, not constructed: only the kind of the top node is of interest here.
+        # Composed, not constructed: only the keys are of interest here.
         root = yaml.compose(file, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"Config file {config_file!r} has no KEY: VALUE entries at its top level.")
@@ -210,6 +221,10 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
         except ValueError as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
+    register_entries(cfg.DATASETS.CUSTOM)
+    if not cfg.DATASETS.CUSTOM:
+        del cfg.DATASETS["CUSTOM"]
+    follow_own_data(cfg, set(_keys_of_file(root)), set(opts[::2]))
     check_config(cfg)
     return cfg
 
@@ -229,6 +244,7 @@ def check_config(cfg: CfgNode) -> None:
     _check_input(cfg)
     _check_solver(cfg)
     _check_model(cfg)
+    _check_test(cfg)
 
 
 def _check_input(cfg: CfgNode) -> None:
@@ -313,6 +329,20 @@ def _check_model(cfg: CfgNode) -> None:
         _check_masked_decoder(cfg)
 
 
+def _check_test(cfg: CfgNode) -> None:
+    if not cfg.TEST.AUG.ENABLED:
+        return
+    if not cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON:
+        raise ValueError(
+            "TEST.AUG.ENABLED is True, but test-time augmentation averages semantic scores and "
+            "MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False: turn that on or the augmentation off."
+        )
+    min_sizes = cfg.TEST.AUG.MIN_SIZES
+    if not min_sizes or min(min_sizes) < 1:
+        raise _bad_value("TEST.AUG.MIN_SIZES", min_sizes, "one or more sizes of at least 1")
+    _require_range(cfg, "TEST.AUG.MAX_SIZE", low=1)
+
+
 def _check_msdeformattn(cfg: CfgNode) -> None:
     head, num_heads = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER.NHEADS
     prefix = "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER"
@@ -381,6 +411,19 @@ def _unknown_key(key: str, known: list[str], where: str) -> str:
     close = difflib.get_close_matches(key, known, n=3)
     hint = f" Did you mean {' or '.join(close)}?" if close else ""
     return f"{where} sets {key!r}, which is not a config key.{hint}"
+
+
+def _keys_of_file(node: yaml.MappingNode, prefix: str = "") -> Iterator[str]:
+    """Yield the dotted keys of a composed file, without those of the files it builds on."""
+    for key, value in node.value:
+        if key.value == "<<":  # merges one mapping, or several, into this one
+            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
+            for mapping in merged:
+                yield from _keys_of_file(mapping, prefix)
+            continue
+        yield f"{prefix}{key.value}"
+        if isinstance(value, yaml.MappingNode):
+            yield from _keys_of_file(value, f"{prefix}{key.value}.")
 
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

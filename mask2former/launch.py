@@ -20,6 +20,7 @@ from detectron2.utils.logger import setup_logger
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config import load_config
+from .data.class_counts import check_class_counts
 from .trainer import Trainer, check_device
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -36,6 +37,7 @@ def setup(args: argparse.Namespace) -> CfgNode:
     """
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg)
+    check_class_counts(cfg)
     cfg.freeze()
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
@@ -97,6 +99,7 @@ def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) 
     # Also read in each process; here, so that a mistake is reported once.
     cfg = load_config(args.config_file, args.opts)
     check_device(cfg)
+    check_class_counts(cfg)
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     spawns = args.num_gpus * args.num_machines > 1
     if started_by_torchrun():

@@ -29,6 +29,7 @@ from torch.utils.data import DataLoader
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config import check_config
+from .data.class_counts import check_class_counts
 from .data.dataset_mappers import build_mapper
 from .data.loader import (
     ResumableBatchSampler,
@@ -110,6 +111,7 @@ class Trainer(DefaultTrainer):
         check_batch_size(cfg)
         # Those to evaluate on too: else a wrong name would be noticed when training has ended.
         check_dataset_names((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
+        check_class_counts(cfg)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0
         cfg.defrost()

@@ -98,6 +98,9 @@ def ade20k_full(root: Path) -> Path:
 
 # ---- COCO ----
 
+# Image ids by folder of the download.
+COCO_SPLITS = {"train2017": (9, 25), "val2017": (139,)}
+
 
 def coco_stuff_10k(root: Path) -> Path:
     """COCO-Stuff 10k v1.1; returns the data set's folder.
@@ -137,7 +140,7 @@ def coco_panoptic(root: Path, categories: list[dict]) -> Path:
         )
     ]
     base = root / "coco"
-    for split, image_ids in (("train2017", (9, 25)), ("val2017", (139,))):
+    for split, image_ids in COCO_SPLITS.items():
         for image_id in image_ids:
             photograph(base / split / f"{image_id:012d}.jpg")
             save(base / f"panoptic_{split}" / f"{image_id:012d}.png", pixels)
@@ -153,6 +156,94 @@ def coco_panoptic(root: Path, categories: list[dict]) -> Path:
             "categories": categories,
         }
         write_json(base / "annotations" / f"panoptic_{split}.json", content)
+    return base
+
+
+def coco_instances(root: Path, categories: list[dict]) -> Path:
+    """COCO instances train2017 and val2017; returns the data set's folder.
+
+    The images and the objects of `coco_panoptic`: the person as a polygon, the crowd as RLE.
+    """
+    base = root / "coco"
+    for split, image_ids in COCO_SPLITS.items():
+        annotations = []
+        for image_id in image_ids:
+            photograph(base / split / f"{image_id:012d}.jpg")
+            crowd = {
+                "image_id": image_id,
+                "category_id": 90,
+                # Down the columns: seven pixels without, one with.
+                "segmentation": {"counts": [7, 1] * WIDTH, "size": [HEIGHT, WIDTH]},
+                "bbox": [0, 7, WIDTH, 1],
+                "area": WIDTH,
+                "iscrowd": 1,
+            }
+            annotations += [rectangle(1, image_id, (0, 1, 6, 7)) | {"iscrowd": 0}, crowd]
+        content = {
+            "info": {"year": 2017},
+            "licenses": [],
+            "images": [coco_image(split, image_id) for image_id in image_ids],
+            "annotations": [a | {"id": 900 + i} for i, a in enumerate(annotations)],
+            "categories": categories,
+        }
+        write_json(base / "annotations" / f"instances_{split}.json", content)
+    return base
+
+
+def coco_image(split: str, image_id: int) -> dict:
+    name = f"{image_id:012d}.jpg"
+    url = f"http://images.cocodataset.org/{split}/{name}"
+    size = {"width": WIDTH, "height": HEIGHT}
+    return {"id": image_id, "license": 1, "file_name": name, "coco_url": url, **size}
+
+
+def rectangle(category_id: int, image_id: int, box: tuple[int, int, int, int]) -> dict:
+    """A rectangle as a polygon; the box is x0, y0, x1, y1."""
+    x0, y0, x1, y1 = box
+    return {
+        "image_id": image_id,
+        "category_id": category_id,
+        "segmentation": [[x0, y0, x1, y0, x1, y1, x0, y1]],
+        "bbox": [x0, y0, x1 - x0, y1 - y0],
+        "area": (x1 - x0) * (y1 - y0),
+    }
+
+
+def lvis(root: Path, categories: list[dict]) -> Path:
+    """LVIS v1; returns the data set's folder. The images are COCO's, for val of both its folders.
+
+    Left half person (id 793, label 792), and within it a bolo tie (123, label 122), which is rare;
+    a bottle (133, label 132) on the right in training images, and certainly none in the others.
+    """
+    base = root / "lvis"
+    training = {793: (0, 1, 6, 7), 123: (2, 2, 4, 6), 133: (8, 2, 11, 7)}
+    validation = {793: training[793], 123: training[123]}
+    for split, images, objects, absent in (
+        ("train", (("train2017", 9), ("train2017", 25)), training, []),
+        ("val", (("val2017", 139), ("train2017", 42)), validation, [133]),
+    ):
+        for folder, image_id in images:
+            photograph(root / "coco" / folder / f"{image_id:012d}.jpg")
+        annotations = [
+            rectangle(category_id, image_id, box)
+            for _, image_id in images
+            for category_id, box in objects.items()
+        ]
+        counts = {c["id"]: len(images) * (c["id"] in objects) for c in categories}
+        extra = {"neg_category_ids": absent, "not_exhaustive_category_ids": []}
+        content = {
+            "info": {"version": "v1.0"},
+            "licenses": [],
+            "images": [coco_image(*image) | extra for image in images],
+            "annotations": [a | {"id": i} for i, a in enumerate(annotations, start=1)],
+            "categories": [
+                c | {"image_count": counts[c["id"]], "instance_count": counts[c["id"]]}
+                for c in categories
+            ],
+        }
+        for image in content["images"]:
+            del image["file_name"]  # the URL says it
+        write_json(base / f"lvis_v1_{split}.json", content)
     return base
 
 
@@ -212,18 +303,19 @@ def mapillary_vistas(root: Path, categories: list[dict]) -> Path:
 def cityscapes(root: Path) -> Path:
     """gtFine_trainvaltest.zip and leftImg8bit_trainvaltest.zip; returns the data set's folder.
 
-    Road (id 7) everywhere, a car (id 26) as a square of polygons, and a group of persons.
+    Road (id 7) everywhere, a car (id 26) of 9 x 12 pixels (instances below 100 do not count), and a
+    group of persons.
     """
     width, height = 32, 16
-    squares = {"road": (0, 0, 31, 15), "car": (2, 2, 9, 9), "persongroup": (20, 4, 29, 11)}
+    squares = {"road": (0, 0, 31, 15), "car": (2, 2, 10, 13), "persongroup": (20, 4, 29, 11)}
     objects = [
         {"label": label, "polygon": [[x0, y0], [x1, y0], [x1, y1], [x0, y1]]}
         for label, (x0, y0, x1, y1) in squares.items()
     ]
     labels = np.full((height, width), 7, np.uint8)
     instances = labels.astype(np.uint16)
-    labels[2:10, 2:10], labels[4:12, 20:30] = 26, 24
-    instances[2:10, 2:10], instances[4:12, 20:30] = 26000, 24  # of a group: the class alone
+    labels[2:14, 2:11], labels[4:12, 20:30] = 26, 24
+    instances[2:14, 2:11], instances[4:12, 20:30] = 26000, 24  # of a group: the class alone
     base = root / "cityscapes"
     for split, city in (("train", "aachen"), ("val", "frankfurt")):
         for number in range(2):

@@ -6,6 +6,9 @@
 
 --input takes image files, folders and glob patterns. --output is a folder, which receives a PNG
 named after each image, or, for one drawing, a file. Without a GPU add `MODEL.DEVICE cpu` to --opts.
+
+Class names and colours are those of the first data set in DATASETS.TEST. Your own data sets are
+known where the config lists them in DATASETS.CUSTOM, as the config.yaml that training wrote does.
 """
 
 import argparse
@@ -19,6 +22,8 @@ from tqdm import tqdm
 
 import mask2former  # noqa: F401  registers models and data sets
 from mask2former.config import load_config
+from mask2former.data.class_counts import check_class_counts
+from mask2former.data.loader import check_dataset_names
 from mask2former.predictor import Predictor
 from mask2former.utils.files import atomic_write
 from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
@@ -164,6 +169,8 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         cfg = load_config(args.config_file, args.opts)
+        check_dataset_names(cfg.DATASETS.TEST[:1])
+        check_class_counts(cfg)
         tasks = choose_tasks(args.task, enabled_tasks(cfg))
         planned = plan_outputs(find_images(args.input), tasks, args.output)
         predictor = Predictor(cfg)

@@ -3,6 +3,10 @@
 datasets/          registered names → records
 dataset_mappers/   record → sample, with augmentations.py and targets.py
 loader.py          samples → batches, in an order that can be resumed
+class_counts.py    the number of classes follows from your own data, and must be every data set's
+check/             reads whole data sets and reports what is wrong with them
+
+`register_panoptic`, `register_instances` and `register_semantic` register your own data.
 """
 
 from . import datasets
@@ -14,6 +18,7 @@ from .dataset_mappers import (
     MaskFormerSemanticDatasetMapper,
     build_mapper,
 )
+from .datasets.register_custom import register_instances, register_panoptic, register_semantic
 
 __all__ = [
     "COCOInstanceNewBaselineDatasetMapper",
@@ -23,4 +28,7 @@ __all__ = [
     "MaskFormerSemanticDatasetMapper",
     "build_mapper",
     "datasets",
+    "register_instances",
+    "register_panoptic",
+    "register_semantic",
 ]

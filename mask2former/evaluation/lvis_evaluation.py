@@ -29,3 +29,6 @@ class LVISEvaluator(_LVISEvaluator):
     def _eval_predictions(self, predictions: list[dict]) -> None:
         with replaced(self._official, np=numpy_with_old_names()):
             super()._eval_predictions(predictions)
+        # The official code has -1 where the truth has no object to average over.
+        for metrics in self._results.values():
+            metrics.update({name: float("nan") for name, value in metrics.items() if value < 0})

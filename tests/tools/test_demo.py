@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
 
@@ -158,3 +159,36 @@ def test_bad_threshold(opts, images, tmp_path, capsys):
     with pytest.raises(SystemExit):
         run(opts, "--input", images, "--output", tmp_path, "--confidence-threshold", "50")
     assert "not in 0 to 1" in capsys.readouterr().err
+
+
+def test_own_data_of_the_config(opts, images, tmp_path, monkeypatch):
+    """Ten classes, as the model has."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+    (tmp_path / "labels").mkdir()
+    Image.fromarray(np.zeros((64, 48), np.uint8)).save(tmp_path / "labels" / "b.png")
+    entry = {
+        "NAME": "demo_own",
+        "TYPE": "semantic",
+        "IMAGE_ROOT": str(images),
+        "LABEL_ROOT": str(tmp_path / "labels"),
+        "CLASSES": [f"class {i}" for i in range(10)],
+    }
+    own = ["DATASETS.CUSTOM", repr([entry])]
+    own += ["DATASETS.TRAIN", "('demo_own',)", "DATASETS.TEST", "('demo_own',)"]
+    own += ["MODEL.MASK_FORMER.TEST.PANOPTIC_ON", "False"]
+    arguments = ["--input", images / "a.jpg", "--output", tmp_path / "out", "--task", "semantic"]
+    run([*opts, *own], *arguments)
+    assert size(tmp_path / "out/a.png") == (60, 40)
+
+
+def test_data_set_that_does_not_fit(opts, images, tmp_path):
+    arguments = ["--input", images, "--output", tmp_path / "out"]
+    with pytest.raises(
+        SystemExit, match="'shapes_vall' is not registered; did you mean shapes_val"
+    ):
+        run([*opts, "DATASETS.TEST", "('shapes_vall',)"], *arguments)
+    with pytest.raises(
+        SystemExit, match="NUM_CLASSES is 10, but data set 'coco_2017_val_panoptic'"
+    ):
+        run([*opts, "DATASETS.TEST", "('coco_2017_val_panoptic',)"], *arguments)

@@ -1,9 +1,10 @@
 """Data sets registered with Detectron2 on import, below the folder `DETECTRON2_DATASETS`.
 
-register_*.py   names, class tables, loaders; one file a data set
-loading.py      what the loaders share
-checks.py       checks of the data sets that Detectron2 itself registers
-categories/     class tables
+register_*.py      names, class tables, loaders; one file a data set
+custom_entries.py  DATASETS.CUSTOM of a config
+loading.py         what the loaders share
+checks.py          checks of the data sets that Detectron2 itself registers
+categories/        class tables
 """
 
 from . import (

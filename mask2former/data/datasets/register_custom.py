@@ -1,19 +1,55 @@
 """Register your own data: COCO panoptic JSON + PNG, COCO instance JSON, or a folder of label PNGs.
 
-Call one of these once per split before the data set's name is used, then name it in DATASETS.TRAIN
-and DATASETS.TEST. A name that is registered already is left alone.
+Either list the splits under DATASETS.CUSTOM of a config, which `custom_entries.py` reads, or call a
+helper once per split before the name is used. Then name the splits in DATASETS.TRAIN and .TEST; the
+number of classes follows from them (`data/class_counts.py`).
+
+Paths are relative to the working directory; `~` is the home folder. Registering the same again is
+fine, as it happens in every process; the same name for something else is an error.
 """
 
+import colorsys
 import json
+import os
 from collections.abc import Sequence
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_sem_seg, register_coco_instances
+from detectron2.data.datasets import load_coco_json, load_sem_seg
 
 from .register_coco_panoptic_annos_semseg import register_coco_panoptic_annos_sem_seg
+
+# What was registered here: name → what it consists of.
+_registered: dict[str, dict[str, Any]] = {}
+
+
+def is_own(name: str) -> bool:
+    """Whether a data set was registered by this module."""
+    return name in DatasetCatalog and name in _registered
+
+
+def _is_registered(name: str, content: dict[str, Any]) -> bool:
+    """Whether exactly this is registered.
+
+    Raises:
+        ValueError: the name belongs to something else.
+    """
+    if name not in DatasetCatalog:
+        return False
+    if name not in _registered:
+        raise ValueError(
+            f"Data set {name!r} is registered already, by other code. Choose another name."
+        )
+    for key in {**_registered[name], **content}:
+        before, now = _registered[name].get(key), content.get(key)
+        if before != now:
+            raise ValueError(
+                f"Data set {name!r} is registered already, with {key} {before!r}, and cannot get "
+                f"{now!r}. Choose another name."
+            )
+    return True
 
 
 def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -44,6 +80,17 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return metadata
 
 
+def _colours(number: int) -> list[list[int]]:
+    """Distinct colours (RGB), so that a class looks the same in all drawings."""
+    # Steps of the golden ratio spread hues evenly, whatever their number.
+    hues = (i * 0.618034 % 1 for i in range(number))
+    shades = ((0.85, 0.9), (0.55, 0.95), (0.9, 0.6))
+    return [
+        [round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, *shades[i % len(shades)])]
+        for i, hue in enumerate(hues)
+    ]
+
+
 def register_panoptic(
     name: str,
     image_root: str,
@@ -54,32 +101,60 @@ def register_panoptic(
 ) -> None:
     """Register a data set in the COCO panoptic format.
 
-    Set MODEL.SEM_SEG_HEAD.NUM_CLASSES to the number of categories.
-
     Args:
         name: under which to register.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
         panoptic_json: their COCO panoptic JSON; classes are read from it.
         instances_json: COCO instance JSON of the same images, for AP.
-        sem_seg_root: folder of semantic PNGs with contiguous labels; without it semantic labels
-            are derived from the panoptic annotation.
+        sem_seg_root: folder of semantic PNGs with contiguous labels, 255 where there is none;
+            without it semantic labels are derived from the panoptic annotation.
 
     Raises:
-        FileNotFoundError: the JSON does not exist.
+        FileNotFoundError: a file or a folder does not exist.
+        ValueError: a JSON is damaged, the two list different things, or the name is taken.
     """
-    if name in DatasetCatalog:
+    image_root = _folder(name, image_root, "images")
+    panoptic_root = _folder(name, panoptic_root, "panoptic PNGs")
+    if sem_seg_root is not None:
+        sem_seg_root = _folder(name, sem_seg_root, "semantic PNGs")
+    panoptic_json = _file(name, panoptic_json, "panoptic JSON")
+    metadata = panoptic_metadata(_read_categories(name, panoptic_json, ("id", "name", "isthing")))
+    if instances_json is not None:
+        instances_json = _file(name, instances_json, "instance JSON")
+        things = dict(
+            zip(
+                metadata["thing_dataset_id_to_contiguous_id"],
+                metadata["thing_classes"],
+                strict=True,
+            )
+        )
+        listed = {c["id"]: c["name"] for c in _read_categories(name, instances_json)}
+        if listed != things:
+            raise ValueError(
+                f"Data set {name!r}: the categories of {instances_json} are {_short(listed)}, but "
+                f"the things of {panoptic_json} are {_short(things)}. They must be the same."
+            )
+    content = {
+        "type": "panoptic",
+        "image_root": image_root,
+        "panoptic_root": panoptic_root,
+        "panoptic_json": panoptic_json,
+        "instances_json": instances_json,
+        "sem_seg_root": sem_seg_root,
+        "classes": metadata["stuff_dataset_id_to_contiguous_id"],
+        "class names": metadata["stuff_classes"],
+    }
+    if _is_registered(name, content):
         return
-    metadata = panoptic_metadata(json.loads(Path(panoptic_json).read_text())["categories"])
     register_coco_panoptic_annos_sem_seg(
         name, metadata, image_root, panoptic_root, panoptic_json, sem_seg_root, instances_json
     )
+    _registered[name] = content
 
 
 def register_instances(name: str, image_root: str, instances_json: str) -> None:
     """Register a data set in the COCO instance format (polygons or RLE).
-
-    Set MODEL.SEM_SEG_HEAD.NUM_CLASSES to the number of categories.
 
     Args:
         name: under which to register.
@@ -87,62 +162,199 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
         instances_json: COCO instance JSON; classes are read from it.
 
     Raises:
-        FileNotFoundError: the JSON does not exist.
+        FileNotFoundError: the JSON or the folder does not exist.
+        ValueError: the JSON is damaged, or the name is taken.
     """
-    if name in DatasetCatalog:
-        return
-    categories = json.loads(Path(instances_json).read_text())["categories"]
+    image_root = _folder(name, image_root, "images")
+    instances_json = _file(name, instances_json, "instance JSON")
     # As Detectron2's loader numbers them; known before the annotations are read.
-    ordered = sorted(categories, key=lambda category: category["id"])
-    register_coco_instances(
-        name,
-        {
-            "thing_classes": [c["name"] for c in ordered],
-            "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(ordered)},
-        },
-        instances_json,
-        image_root,
+    ordered = sorted(_read_categories(name, instances_json), key=lambda category: category["id"])
+    metadata = {
+        "thing_classes": [c["name"] for c in ordered],
+        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(ordered)},
+    }
+    colours = _colours(len(ordered))
+    metadata["thing_colors"] = [
+        c.get("color", colour) for c, colour in zip(ordered, colours, strict=True)
+    ]
+    content = {
+        "type": "instance",
+        "image_root": image_root,
+        "instances_json": instances_json,
+        "classes": metadata["thing_dataset_id_to_contiguous_id"],
+        "class names": metadata["thing_classes"],
+    }
+    if _is_registered(name, content):
+        return
+    DatasetCatalog.register(name, partial(_load_instances, name, image_root, instances_json))
+    MetadataCatalog.get(name).set(
+        image_root=image_root, json_file=instances_json, evaluator_type="coco", **metadata
     )
+    _registered[name] = content
 
 
 def register_semantic(
     name: str,
     image_root: str,
     label_root: str,
-    classes: Sequence[str],
+    classes: Sequence[str] | str,
     ignore_label: int = 255,
     image_ext: str = "jpg",
     label_ext: str = "png",
 ) -> None:
     """Register a folder of images and a folder of label PNGs of the same names.
 
-    Set MODEL.SEM_SEG_HEAD.NUM_CLASSES to the number of classes.
-
     Args:
         name: under which to register.
         image_root: folder of the images.
         label_root: folder of one-channel PNGs whose values index ``classes``.
-        classes: names in the order of the labels.
+        classes: names in the order of the labels, or a text file of them, one a line.
         ignore_label: value of pixels that count neither in training nor in evaluation.
         image_ext: file name extension of the images.
         label_ext: of the labels.
 
     Raises:
-        FileNotFoundError: a folder does not exist.
+        FileNotFoundError: a folder or the file of the classes does not exist.
+        ValueError: a folder has no such files, the classes make no sense, or the name is taken.
     """
-    if name in DatasetCatalog:
+    image_root = _folder(name, image_root, "images")
+    label_root = _folder(name, label_root, "labels")
+    image_ext, label_ext = (f".{extension.lstrip('.')}" for extension in (image_ext, label_ext))
+    for folder, extension, key in (
+        (image_root, image_ext, "image_ext"),
+        (label_root, label_ext, "label_ext"),
+    ):
+        if not any(file.name.endswith(extension) for file in os.scandir(folder)):
+            present = sorted({Path(file.name).suffix for file in os.scandir(folder)})
+            raise ValueError(
+                f"Data set {name!r}: folder {folder} holds no *{extension} file ({key}); the "
+                f"extensions there are {', '.join(map(repr, present)) or 'none, it is empty'}."
+            )
+    names = _class_list(name, classes)
+    if 0 <= ignore_label < len(names):
+        raise ValueError(
+            f"Data set {name!r}: ignore_label {ignore_label} is the label of class "
+            f"{names[ignore_label]!r}; take one that is not in [0, {len(names)})."
+        )
+    content = {
+        "type": "semantic",
+        "image_root": image_root,
+        "label_root": label_root,
+        "class names": names,
+        "ignore_label": ignore_label,
+        "image_ext": image_ext,
+        "label_ext": label_ext,
+    }
+    if _is_registered(name, content):
         return
-    for folder in (image_root, label_root):
-        if not Path(folder).is_dir():
-            raise FileNotFoundError(f"data set {name!r}: there is no folder {folder}")
     DatasetCatalog.register(
-        name,
-        partial(load_sem_seg, label_root, image_root, gt_ext=label_ext, image_ext=image_ext),
+        name, partial(load_sem_seg, label_root, image_root, gt_ext=label_ext, image_ext=image_ext)
     )
     MetadataCatalog.get(name).set(
-        stuff_classes=list(classes),
+        stuff_classes=names,
+        stuff_colors=_colours(len(names)),
         image_root=image_root,
         sem_seg_root=label_root,
+        image_ext=image_ext,
+        label_ext=label_ext,
         evaluator_type="sem_seg",
         ignore_label=ignore_label,
     )
+    _registered[name] = content
+
+
+def _load_instances(name: str, image_root: str, instances_json: str) -> list[dict]:
+    try:
+        return load_coco_json(instances_json, image_root, name)
+    # Detectron2 asserts what it expects; damaged JSON can lack any key.
+    except (AssertionError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{instances_json} of data set {name!r} cannot be used: {type(error).__name__}: "
+            f"{error}. `tools/check_dataset.py {name}` lists all that is wrong with it."
+        ) from error
+
+
+# ---- what the arguments name ----
+
+
+def _folder(name: str, folder: str, what: str) -> str:
+    path = os.path.expanduser(folder)
+    if not os.path.isdir(path):
+        raise FileNotFoundError(
+            f"Data set {name!r}: there is no folder {_where(folder, path)} of the {what}."
+        )
+    return path
+
+
+def _file(name: str, file: str, what: str) -> str:
+    path = os.path.expanduser(file)
+    if not os.path.isfile(path):
+        raise FileNotFoundError(f"Data set {name!r}: there is no {what} {_where(file, path)}.")
+    return path
+
+
+def _where(given: str, path: str) -> str:
+    return given if os.path.isabs(path) else f"{given} (in {os.getcwd()})"
+
+
+def _short(categories: dict[int, str]) -> str:
+    text = ", ".join(f"{i}: {name}" for i, name in list(categories.items())[:8])
+    return f"{{{text}{', ...' * (len(categories) > 8)}}} ({len(categories)})"
+
+
+def _read_categories(
+    name: str, json_file: str, keys: Sequence[str] = ("id", "name")
+) -> list[dict[str, Any]]:
+    """The categories of a COCO JSON, checked.
+
+    Raises:
+        ValueError: it has none, one lacks a key, or ids or names repeat.
+    """
+    status = os.stat(json_file)
+    try:
+        categories = _categories(json_file, status.st_mtime_ns, status.st_size)
+    except (ValueError, UnicodeDecodeError) as error:
+        raise ValueError(f"Data set {name!r}: {json_file} is no valid JSON: {error}") from error
+    if not isinstance(categories, list) or not categories:
+        raise ValueError(f"Data set {name!r}: {json_file} has no list of 'categories'.")
+    for category in categories:
+        lacking = [key for key in keys if not isinstance(category, dict) or key not in category]
+        if lacking:
+            raise ValueError(
+                f"Data set {name!r}: category {category!r} of {json_file} has no {lacking[0]!r}."
+            )
+    for key in ("id", "name"):
+        values = [category[key] for category in categories]
+        repeated = sorted({value for value in values if values.count(value) > 1})
+        if repeated:
+            raise ValueError(
+                f"Data set {name!r}: {json_file} has several categories with the {key} "
+                f"{repeated[0]!r}."
+            )
+    return categories
+
+
+@lru_cache(maxsize=16)
+def _categories(json_file: str, mtime_ns: int, size: int) -> Any:
+    """The categories of a JSON, kept as long as the file stays as it is: it may be large."""
+    content = json.loads(Path(json_file).read_bytes())
+    return content.get("categories") if isinstance(content, dict) else None
+
+
+def _class_list(name: str, classes: Sequence[str] | str) -> list[str]:
+    origin = "classes"
+    if isinstance(classes, str):
+        origin = _file(name, classes, "class list")
+        classes = [line.strip() for line in Path(origin).read_text().rstrip().splitlines()]
+    names = list(classes)
+    wrong = [i for i, value in enumerate(names) if not isinstance(value, str) or not value]
+    if wrong:
+        raise ValueError(
+            f"Data set {name!r}: class {wrong[0]} (from 0) of {origin} is {names[wrong[0]]!r}, not "
+            "a name. YAML reads words such as yes, no, on and off as true or false: quote them."
+        )
+    repeated = [value for value in names if names.count(value) > 1]
+    if repeated or not names:
+        what = f"names {repeated[0]!r} more than once" if repeated else "is empty"
+        raise ValueError(f"Data set {name!r}: {origin} {what}.")
+    return names

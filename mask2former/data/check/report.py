@@ -1,0 +1,257 @@
+"""What a check found: totals as plain data, the same as Markdown, and a sheet of examples.
+
+H W pixels of an image.
+"""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from detectron2.data import MetadataCatalog
+from detectron2.utils.visualizer import Visualizer
+from panopticapi.utils import rgb2id
+from PIL import Image
+
+from ...utils.files import atomic_write
+from ...utils.seeding import isolated_rng
+from ...utils.visualization import contact_sheet
+from ..dataset_mappers.base import read_image
+from ..targets import rasterise, read_annotations
+from .images import ItemReport
+from .index import Index, Item
+
+# Side of the square in pixels up to which an object is small or medium, as in COCO's evaluation.
+_SMALL, _MEDIUM = 32, 96
+
+# Longest side of a drawing in pixels.
+_DRAWING_SIZE = 400
+
+
+def summarise(index: Index, reports: Sequence[ItemReport]) -> dict[str, Any]:
+    """Put together what was found in one data set.
+
+    Args:
+        index: of the data set.
+        reports: of its items.
+
+    Returns:
+        Plain data, as in report.json.
+    """
+    problems = index.problems + [finding for report in reports for finding in report.problems]
+    warnings = index.warnings + [finding for report in reports for finding in report.warnings]
+    images: Counter[int] = Counter()
+    pixels: Counter[int] = Counter()
+    objects: Counter[int] = Counter()
+    for report in reports:
+        images.update(set(report.pixels))
+        pixels.update(report.pixels)
+        objects.update(report.objects)
+    areas = np.array([area for report in reports for area in report.areas])
+    small, medium = (areas < side**2 for side in (_SMALL, _MEDIUM))
+    sizes = [report.size for report in reports if report.size is not None]
+    total = sum(pixels.values())
+    classes = [
+        {
+            "id": i,
+            "name": name,
+            "images": images[i],
+            "objects": objects[i],
+            "pixels": pixels[i],
+            "share": pixels[i] / total if total else 0.0,
+        }
+        for i, name in enumerate(index.classes)
+    ]
+    return {
+        "num_images": len(index.items),
+        "num_objects": sum(objects.values()),
+        "num_crowds": sum(report.num_crowds for report in reports),
+        "num_images_without_annotation": sum(not report.pixels for report in reports),
+        "problems": [finding._asdict() for finding in problems],
+        "warnings": [finding._asdict() for finding in warnings],
+        "classes": classes,
+        "classes_never_seen": [entry["name"] for entry in classes if not entry["pixels"]],
+        "image_sizes": {
+            "width": _spread([width for _, width in sizes]),
+            "height": _spread([height for height, _ in sizes]),
+            "most_frequent": [
+                {"width": width, "height": height, "images": count}
+                for (height, width), count in Counter(sizes).most_common(5)
+            ],
+        },
+        "object_sizes": {
+            "small": int(small.sum()),
+            "medium": int((medium & ~small).sum()),
+            "large": int((~medium).sum()),
+            "pixels": _spread(areas.tolist()),
+        },
+    }
+
+
+def _spread(values: list[int]) -> dict[str, float] | None:
+    if not values:
+        return None
+    return {"min": min(values), "median": float(np.median(values)), "max": max(values)}
+
+
+# ---- files ----
+
+
+def write_reports(output: str, summaries: dict[str, dict[str, Any]]) -> None:
+    """Write report.json and report.md, each whole or not at all.
+
+    Args:
+        output: folder, created if necessary.
+        summaries: by data set, see `summarise`.
+    """
+    os.makedirs(output, exist_ok=True)
+    with atomic_write(os.path.join(output, "report.json")) as file:
+        json.dump(summaries, file, indent=1)
+        file.write("\n")
+    with atomic_write(os.path.join(output, "report.md")) as file:
+        file.write("# Data set check\n")
+        for name, summary in summaries.items():
+            file.write("\n".join(_markdown(name, summary)) + "\n")
+
+
+def _markdown(name: str, summary: dict[str, Any]) -> list[str]:
+    sizes, objects = summary["image_sizes"], summary["object_sizes"]
+    lines = [
+        f"\n## {name}\n",
+        f"{len(summary['problems'])} problems, {len(summary['warnings'])} warnings; "
+        f"{summary['num_images']} images, {summary['num_objects']} objects or segments, "
+        f"{summary['num_crowds']} crowds, {summary['num_images_without_annotation']} images "
+        "without annotation.\n",
+    ]
+    for key in ("problems", "warnings"):
+        if summary[key]:
+            lines += [f"### {key.capitalize()}\n", "| file | id | why |", "|---|---|---|"]
+            lines += [
+                f"| {_cell(f['file'])} | {_cell(f['id'])} | {_cell(f['why'])} |"
+                for f in summary[key]
+            ]
+            lines.append("")
+    never = summary["classes_never_seen"]
+    lines += ["### Classes\n"]
+    if never:
+        lines += [f"Never seen ({len(never)}): {', '.join(map(_cell, never))}\n"]
+    lines += ["| id | class | images | objects | pixels | share |", "|--:|---|--:|--:|--:|--:|"]
+    lines += [
+        f"| {c['id']} | {_cell(c['name'])} | {c['images']} | {c['objects']} | {c['pixels']} "
+        f"| {c['share']:.2%} |"
+        for c in summary["classes"]
+    ]
+    lines += ["\n### Sizes\n", "| | min | median | max |", "|---|--:|--:|--:|"]
+    rows = {
+        "image width": sizes["width"],
+        "image height": sizes["height"],
+        "object pixels": objects["pixels"],
+    }
+    for title, spread in rows.items():
+        values = spread.values() if spread else ("", "", "")
+        lines.append(f"| {title} | {' | '.join(map(str, values))} |")
+    frequent = ", ".join(
+        f"{s['width']} x {s['height']} ({s['images']})" for s in sizes["most_frequent"]
+    )
+    lines += [
+        f"\nMost frequent image sizes: {frequent or 'none'}.",
+        f"Objects: {objects['small']} small (below {_SMALL}² pixels), {objects['medium']} medium, "
+        f"{objects['large']} large (from {_MEDIUM}² pixels).",
+    ]
+    return lines
+
+
+def _cell(value: object) -> str:
+    text = "" if value is None else str(value)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+# ---- examples ----
+
+
+def choose_examples(index: Index, reports: Sequence[ItemReport], number: int) -> list[Item]:
+    """Items without a problem that show as many classes as possible, those rarely seen first."""
+    good = [i for i, report in enumerate(reports) if not report.problems and report.size]
+    seen: Counter[int] = Counter()
+    chosen: list[int] = []
+    while good and len(chosen) < number:
+        # A class counts the less, the more often it was chosen.
+        best = max(good, key=lambda i: sum(0.25 ** seen[c] for c in reports[i].pixels))
+        good.remove(best)
+        chosen.append(best)
+        seen.update(set(reports[best].pixels))
+    return [index.items[i] for i in chosen]
+
+
+def draw_examples(index: Index, items: Sequence[Item], path: str, columns: int = 4) -> None:
+    """Draw items with their annotation as one PNG.
+
+    Args:
+        index: of the data set.
+        items: of it, without problems.
+        path: file to write.
+        columns: drawings side by side.
+    """
+    with isolated_rng(0):  # the visualizer draws colours at random
+        drawings = [_draw(index, item) for item in items]
+    blank = np.full((1, 1, 3), 255, np.uint8)
+    drawings += [blank] * (-len(drawings) % columns)
+    rows = [drawings[i : i + columns] for i in range(0, len(drawings), columns)]
+    contact_sheet(rows, path)
+
+
+def _draw(index: Index, item: Item) -> np.ndarray:
+    image = read_image(item.file_name, "RGB")
+    height, width = image.shape[:2]
+    scale = min(1.0, _DRAWING_SIZE / max(height, width))
+    size = (max(1, round(height * scale)), max(1, round(width * scale)))
+    image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
+    visualizer = Visualizer(image, MetadataCatalog.get(index.name))
+    if item.annotations is not None:
+        drawn = _draw_instances(visualizer, index, item, (height, width), size)
+    elif item.pan_seg_file_name is not None:
+        ids = rgb2id(_resize(read_image(item.pan_seg_file_name, "RGB"), size))
+        shown = set(np.unique(ids).tolist())
+        segments = []
+        for segment in item.segments_info:
+            # Small segments may be gone at this size, which the visualizer does not expect.
+            if segment["id"] in shown:
+                class_id = index.contiguous_ids[segment["category_id"]]
+                is_thing = class_id in index.thing_ids
+                segments.append({"id": segment["id"], "category_id": class_id, "isthing": is_thing})
+        drawn = visualizer.draw_panoptic_seg(torch.from_numpy(ids.astype(np.int64)), segments)
+    else:
+        labels = _resize(read_image(item.sem_seg_file_name), size).astype(np.int64)
+        labels[labels == index.ignore_label] = len(index.classes)  # which are not drawn
+        drawn = visualizer.draw_sem_seg(labels)
+    return drawn.get_image()
+
+
+def _draw_instances(
+    visualizer: Visualizer,
+    index: Index,
+    item: Item,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+):
+    masks, names = [], []
+    for annotation in item.annotations:
+        # Crowds are drawn too; the class stands in the name.
+        plain = annotation | {"category_id": 0, "iscrowd": 0}
+        _, shapes = read_annotations([plain], image_size, item.file_name)
+        mask = _resize(rasterise(shapes, image_size)[0].numpy().astype(np.uint8), size)
+        if mask.any():
+            masks.append(mask)
+            class_name = index.classes[index.contiguous_ids[annotation["category_id"]]]
+            names.append(f"{class_name}{' crowd' * annotation.get('iscrowd', 0)}")
+    return visualizer.overlay_instances(masks=masks, labels=names) if masks else visualizer.output
+
+
+def _resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest neighbours: (h, w) or (h, w, 3) of whole numbers → size (H, W)."""
+    rows = np.arange(size[0]) * labels.shape[0] // size[0]
+    columns = np.arange(size[1]) * labels.shape[1] // size[1]
+    return labels[rows[:, None], columns]

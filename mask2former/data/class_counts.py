@@ -1,0 +1,162 @@
+"""The number of classes: taken from your own data, and compared with every data set's.
+
+What counts as a class follows from the evaluator type in the metadata: of instances the
+`thing_classes`, of semantic and panoptic data the `stuff_classes`, which list all classes, things
+included.
+"""
+
+from collections.abc import Set
+
+from detectron2.config import CfgNode
+from detectron2.data import DatasetCatalog, MetadataCatalog
+
+from .datasets.register_custom import is_own
+
+NUM_CLASSES = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
+IGNORE_VALUE = "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
+
+_INSTANCE_TYPES = ("coco", "lvis", "cityscapes_instance")
+_OTHER_TYPES = (
+    "sem_seg",
+    "cityscapes_sem_seg",
+    "coco_panoptic_seg",
+    "ade20k_panoptic_seg",
+    "cityscapes_panoptic_seg",
+    "mapillary_vistas_panoptic_seg",
+)
+
+
+def class_names(name: str) -> list[str] | None:
+    """The classes a model of a data set predicts, in the order of their ids.
+
+    Args:
+        name: of a data set.
+
+    Returns:
+        Their names, or None: it is not registered, its evaluator type is none of ours, or its
+        classes are known only once it is loaded.
+    """
+    if name not in DatasetCatalog:
+        return None
+    metadata = MetadataCatalog.get(name)
+    evaluator_type = metadata.get("evaluator_type")
+    if evaluator_type in _INSTANCE_TYPES:
+        return metadata.get("thing_classes")
+    if evaluator_type in _OTHER_TYPES:
+        return metadata.get("stuff_classes")
+    return None
+
+
+def follow_own_data(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> None:
+    """Set the number of classes and the ignore label from the first data set of your own.
+
+    What was set together with the data set's name, or after it, stays. What came before it (in a
+    file that the config file builds on, or in the file if an option names the data set) was meant
+    for other data.
+
+    Args:
+        cfg: changed in place.
+        file_keys: dotted keys of the config file itself.
+        option_keys: of the overrides.
+    """
+    own = _first_own(cfg)
+    if own is None:
+        return
+    named_by = "DATASETS.TRAIN" if own in cfg.DATASETS.TRAIN else "DATASETS.TEST"
+    explicit = option_keys if named_by in option_keys else option_keys | file_keys
+    head = cfg.MODEL.SEM_SEG_HEAD
+    if NUM_CLASSES not in explicit:
+        head.NUM_CLASSES = len(class_names(own))
+    ignore_label = MetadataCatalog.get(own).get("ignore_label")
+    if IGNORE_VALUE not in explicit and ignore_label is not None:
+        head.IGNORE_VALUE = ignore_label
+
+
+def _first_own(cfg: CfgNode) -> str | None:
+    return next((name for name in _names(cfg) if is_own(name)), None)
+
+
+def _names(cfg: CfgNode) -> list[str]:
+    return list(dict.fromkeys((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST)))
+
+
+def check_class_counts(cfg: CfgNode) -> None:
+    """Check that the model has the classes of its data sets, and that those have the same.
+
+    Only configs of the meta-architecture `MaskFormer` are checked, as in `config.check_config`, and
+    only data sets whose classes are known before they are loaded.
+
+    Raises:
+        ValueError: naming the data sets, the key and both numbers or classes.
+    """
+    if cfg.MODEL.META_ARCHITECTURE != "MaskFormer":
+        return
+    num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    first: tuple[str, list[str]] | None = None
+    for name in _names(cfg):
+        classes = class_names(name)
+        if classes is None or _lists_things_of(name, cfg):
+            continue
+        if len(classes) != num_classes:
+            raise ValueError(_wrong_number(cfg, name, classes))
+        if first is None:
+            first = (name, classes)
+        _check_same_classes(*first, name, classes)
+        _check_ignore_label(cfg, name)
+
+
+def _wrong_number(cfg: CfgNode, name: str, classes: list[str]) -> str:
+    own = _first_own(cfg)
+    listed = ", ".join(classes[:5]) + ", ..." * (len(classes) > 5)
+    message = (
+        f"{NUM_CLASSES} is {cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES}, but data set {name!r} of "
+        f"DATASETS.{'TRAIN' if name in cfg.DATASETS.TRAIN else 'TEST'} has {len(classes)} classes "
+        f"({listed})."
+    )
+    if own is None:
+        return f"{message} Set the key to {len(classes)}, or name other data sets."
+    if own == name:
+        return f"{message} Leave the key out, and it follows from the data, or correct the data."
+    return (
+        f"{message} Data set {own!r} has {len(class_names(own))}: all of DATASETS.TRAIN and "
+        "DATASETS.TEST must have the same classes."
+    )
+
+
+def _check_same_classes(first: str, expected: list[str], name: str, classes: list[str]) -> None:
+    for i, (one, other) in enumerate(zip(expected, classes, strict=True)):
+        if one != other:
+            raise ValueError(
+                f"Data sets {first!r} and {name!r} have different classes: number {i} (from 0) is "
+                f"{one!r} in the first and {other!r} in the second."
+            )
+
+
+def _check_ignore_label(cfg: CfgNode, name: str) -> None:
+    ignore_label = MetadataCatalog.get(name).get("ignore_label")
+    ignore_value = cfg.MODEL.SEM_SEG_HEAD.IGNORE_VALUE
+    if is_own(name) and ignore_label not in (None, ignore_value):
+        raise ValueError(
+            f"{IGNORE_VALUE} is {ignore_value}, but data set {name!r} has the ignore label "
+            f"{ignore_label}. They must be the same."
+        )
+
+
+def _lists_things_of(name: str, cfg: CfgNode) -> bool:
+    """Whether `name` has instances of exactly the things that a panoptic model predicts.
+
+    Such a model keeps its instances of things, so that their AP can be computed on it, where the
+    things have the same ids: before all stuff.
+    """
+    panoptic = cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON and name not in cfg.DATASETS.TRAIN
+    if not panoptic or not cfg.DATASETS.TRAIN:
+        return False
+    trained, tested = (MetadataCatalog.get(n) for n in (cfg.DATASETS.TRAIN[0], name))
+    things = trained.get("thing_classes")
+    ids = trained.get("thing_dataset_id_to_contiguous_id", {})
+    return (
+        tested.get("evaluator_type") in _INSTANCE_TYPES
+        and things is not None
+        and sorted(ids.values()) == list(range(len(things)))
+        and tested.get("thing_classes") == things
+    )

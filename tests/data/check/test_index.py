@@ -1,0 +1,211 @@
+"""What a data set lists: JSON and folders, with their mistakes."""
+
+import os
+
+import own_data
+import pytest
+from dataset_trees import photograph, write_json
+from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.structures import BoxMode
+
+from mask2former.data.check.index import build_index, find_unlisted
+from mask2former.data.datasets.custom_entries import register_entries
+
+
+@pytest.fixture(autouse=True)
+def catalogs(monkeypatch):
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+
+
+def index_of(kind, root, content=None, name="own_train", **others):
+    """The index after the JSON got this content."""
+    register_entries([own_data.entry(kind, root, name, **others)])
+    if content is not None:
+        file = {"instance": "instances.json", "panoptic": "panoptic.json"}[kind]
+        write_json(root / file, content)
+    return build_index(name)
+
+
+def findings(found):
+    return [(os.path.basename(f.file), f.id, f.why) for f in found]
+
+
+@pytest.mark.parametrize("kind", ["instance", "panoptic", "semantic"])
+def test_faultless(tmp_path, kind):
+    {
+        "instance": own_data.instances,
+        "panoptic": own_data.panoptic,
+        "semantic": own_data.semantic,
+    }[kind](tmp_path)
+    index = index_of(kind, tmp_path)
+    assert index.problems == index.warnings == find_unlisted([index]) == []
+    assert index.classes == own_data.CLASSES[: 2 if kind == "instance" else 3]
+    assert [os.path.basename(item.file_name) for item in index.items] == ["a.jpg", "b.jpg", "c.jpg"]
+    assert index.thing_ids == (set() if kind == "semantic" else {0, 1})
+    item = index.items[0]
+    assert item.size == (None if kind == "semantic" else (8, 12))
+    assert len(item.annotations or []) == (2 if kind == "instance" else 0)
+    assert len(item.segments_info) == (3 if kind == "panoptic" else 0)
+
+
+def test_instance_json_with_many_mistakes(tmp_path):
+    content = own_data.instances(tmp_path)
+    images, annotations = content["images"], content["annotations"]
+    images.append(images[0])
+    images.append({"id": 4, "file_name": "a.jpg"})
+    images.append({"id": 5})
+    annotations[0]["image_id"] = 77
+    annotations[1]["id"] = 12
+    del annotations[3]["area"]
+    del annotations[4]["category_id"]
+    index = index_of("instance", tmp_path, content)
+    assert findings(index.problems) == [
+        ("instances.json", 1, "images: id 1 is there more than once"),
+        ("instances.json", 5, "an image has no 'file_name'"),
+        ("instances.json", 12, "annotations: id 12 is there more than once"),
+        ("instances.json", 14, "an annotation has no 'category_id'"),
+        (
+            *("instances.json", 13),
+            "1 annotations have no 'area', which AP cannot be computed without",
+        ),
+        (
+            *("instances.json", 10),
+            "the annotation is of image 77, which the JSON does not list",
+        ),
+        (
+            *("instances.json", 4),
+            f"image 1 has the same file {tmp_path}/images/a.jpg",
+        ),
+    ]
+    assert [len(item.annotations) for item in index.items] == [1, 1, 1, 0]
+
+
+def test_panoptic_json_with_many_mistakes(tmp_path):
+    content = own_data.panoptic(tmp_path)
+    annotations = content["annotations"]
+    annotations[0]["image_id"] = 2
+    annotations[2]["image_id"] = 9
+    content["categories"].pop()
+    index = index_of("panoptic", tmp_path, content)
+    assert findings(index.problems) == [
+        ("panoptic.json", None, "lists 2 categories, but 3 are registered"),
+        ("panoptic.json", 2, "annotations: image_id 2 is there more than once"),
+        ("panoptic.json", 9, "the annotation is of an image the JSON does not list"),
+    ]
+    why = "the image has no annotation and is not used"
+    assert findings(index.warnings) == [("panoptic.json", 1, why), ("panoptic.json", 3, why)]
+
+
+def test_renamed_category(tmp_path):
+    content = own_data.instances(tmp_path)
+    content["categories"][0]["name"] = "mug"
+    index = index_of("instance", tmp_path, content)
+    why = "the category is 'mug' here, but registered as 'cup'"
+    assert findings(index.warnings) == [("instances.json", 3, why)]
+
+
+def test_images_and_label_maps_without_each_other(tmp_path):
+    own_data.semantic(tmp_path)
+    (tmp_path / "labels" / "a.png").unlink()
+    (tmp_path / "images" / "c.jpg").unlink()
+    photograph(tmp_path / "images" / "b.png")
+    index = index_of("semantic", tmp_path)
+    labels, images = tmp_path / "labels", tmp_path / "images"
+    assert findings(index.problems) == [
+        ("a.jpg", None, f"the image has no label map in {labels}"),
+        ("c.png", None, f"the label map has no image in {images}"),
+    ]
+    assert len(index.items) == 1
+    why = "no record of the data set names this file"
+    assert findings(find_unlisted([index])) == [("b.png", None, why)]
+
+
+def test_files_of_another_split_are_listed_too(tmp_path):
+    content = own_data.instances(tmp_path)
+    for name, image in (("first.json", 0), ("second.json", 1)):
+        images = [content["images"][image]]
+        write_json(tmp_path / name, content | {"images": images, "annotations": []})
+    indices = [
+        index_of("instance", tmp_path, name=name, INSTANCES_JSON=str(tmp_path / f"{name}.json"))
+        for name in ("first", "second")
+    ]
+    why = "no record of the data set names this file"
+    assert findings(find_unlisted(indices)) == [("c.jpg", None, why)]
+
+
+@pytest.mark.parametrize("text", ["{", "[1]", '{"images": 3}'])
+def test_damaged_json(tmp_path, text):
+    own_data.instances(tmp_path)
+    index_of("instance", tmp_path)
+    (tmp_path / "instances.json").write_text(text)
+    (found,) = build_index("own_train").problems
+    assert found.file == str(tmp_path / "instances.json")
+    assert "is no valid JSON" in found.why or "has no list 'images'" in found.why
+
+
+def test_missing_folders(tmp_path):
+    own_data.panoptic(tmp_path)
+    index_of("panoptic", tmp_path)
+    (tmp_path / "panoptic").rename(tmp_path / "elsewhere")
+    (tmp_path / "panoptic.json").unlink()
+    assert findings(build_index("own_train").problems) == [
+        ("panoptic", None, "the folder of the panoptic PNGs does not exist"),
+        ("panoptic.json", None, "cannot be read: No such file or directory"),
+    ]
+
+
+def test_class_list_shorter_than_the_ids(tmp_path):
+    own_data.instances(tmp_path)
+    metadata = {"thing_classes": ["cup"], "thing_dataset_id_to_contiguous_id": {3: 0, 7: 1}}
+    DatasetCatalog.register("short", list)
+    MetadataCatalog.get("short").set(
+        evaluator_type="coco",
+        image_root=str(tmp_path / "images"),
+        json_file=str(tmp_path / "instances.json"),
+        **metadata,
+    )
+    why = "the metadata has 1 class names, but ids of 2 categories"
+    assert ("short", None, why) in findings(build_index("short").problems)
+
+
+def test_data_set_of_another_project(tmp_path):
+    """Only its loader knows it."""
+    annotation = {"bbox": [1, 2, 4, 8], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
+    record = {"file_name": "x.jpg", "height": 8, "width": 12, "annotations": [annotation]}
+    DatasetCatalog.register("foreign", lambda: [record])
+    MetadataCatalog.get("foreign").thing_classes = ["cup"]
+    index = build_index("foreign")
+    assert index.problems == []
+    assert index.classes == ["cup"] and index.thing_ids == {0}
+    assert index.items[0].annotations[0]["bbox"] == [1, 2, 3, 6]
+
+    def fail():
+        raise RuntimeError("the disk is on fire")
+
+    DatasetCatalog.register("burning", fail)
+    why = "cannot be loaded: RuntimeError: the disk is on fire"
+    assert findings(build_index("burning").problems) == [("burning", None, why)]
+    DatasetCatalog.register("empty", list)
+    assert findings(build_index("empty").problems) == [
+        ("empty", None, "the data set has no images")
+    ]
+
+
+def test_lvis_names_images_by_their_address(tmp_path):
+    content = own_data.instances(tmp_path)
+    for image in content["images"]:
+        name = image.pop("file_name")
+        image["coco_url"] = f"http://images.cocodataset.org/images/{name}"
+    write_json(tmp_path / "lvis.json", content)
+    DatasetCatalog.register("tiny_lvis", list)
+    MetadataCatalog.get("tiny_lvis").set(
+        evaluator_type="lvis",
+        image_root=str(tmp_path),
+        json_file=str(tmp_path / "lvis.json"),
+        thing_classes=["cup", "plate"],
+    )
+    index = build_index("tiny_lvis")
+    assert index.problems == find_unlisted([index]) == []
+    assert index.contiguous_ids == {3: 0, 7: 1}
+    assert index.items[0].file_name == str(tmp_path / "images/a.jpg")
