@@ -20,7 +20,6 @@ from typing import Any
 
 from tqdm import tqdm
 
-import mask2former  # noqa: F401  registers data sets
 from mask2former.config import load_config
 from mask2former.data.check.images import ItemChecker, ItemReport
 from mask2former.data.check.index import Finding, Index, build_index, find_unlisted

@@ -20,7 +20,6 @@ from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
-import mask2former  # noqa: F401  registers models and data sets
 from mask2former.config import load_config
 from mask2former.data.class_counts import check_class_counts
 from mask2former.data.loader import check_dataset_names

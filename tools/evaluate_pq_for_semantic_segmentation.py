@@ -20,7 +20,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
-import mask2former  # noqa: F401  registers data sets
 from mask2former.data.loader import check_dataset_names
 from mask2former.evaluation import SemanticPQ, results_table, write_results
 from mask2former.evaluation.semantic_evaluation import LabelReader

@@ -22,7 +22,6 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
-import mask2former.data.datasets  # noqa: F401  registers Shapes
 from mask2former.config import load_config
 from mask2former.predictor import Predictor
 from mask2former.utils.visualization import (
