@@ -39,7 +39,8 @@ struct Kernels {
   int64_t lanes;   // rows of samples are padded to a multiple of it
 };
 
-constexpr int64_t kBlock = 8;  // rows of samples that backward prepares at once
+constexpr int64_t kBlock = 8;     // rows of samples that backward prepares at once
+constexpr int64_t kQueries = 64;  // that a thread takes at once in forward
 
 #if defined(__x86_64__)
 #define M2F_TARGET __attribute__((target("avx512f,avx512dq,avx2,fma")))
@@ -152,10 +153,19 @@ Tensor forward(
   dispatch(v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto arguments = make_arguments<T>(z, v, reference == nullptr ? nullptr : &r, l, w);
-    const int64_t cost = 4 * z.levels * z.points * z.heads * z.channels;
-    torch::stable::parallel_for(0, z.batch * z.queries, grain(cost), [&](int64_t begin, int64_t end) {
+    // Threads take turns with blocks of queries: those of coarse levels, which come first, jump about on the fine ones
+    // and take longer.
+    const int64_t queries = z.batch * z.queries, cost = 4 * z.levels * z.points * z.heads * z.channels;
+    const int64_t useful = (queries + grain(cost) - 1) / grain(cost);
+    const int64_t teams = std::min<int64_t>(torch::stable::get_num_threads(), useful);
+    torch::stable::parallel_for(0, teams, 1, [&](int64_t begin, int64_t end) {
       Scratch<T> scratch(scratch_size<T>(z, z.heads));
-      select_kernels<T>().forward(arguments, data<T>(output), scratch.data(), begin, end);
+      for (int64_t team = begin; team < end; ++team) {
+        for (int64_t first = team * kQueries; first < queries; first += teams * kQueries) {
+          const int64_t last = std::min(first + kQueries, queries);
+          select_kernels<T>().forward(arguments, data<T>(output), scratch.data(), first, last);
+        }
+      }
     });
   });
   return torch::stable::to(output, value.scalar_type());
