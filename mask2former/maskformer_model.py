@@ -243,7 +243,9 @@ class MaskFormer(nn.Module):
                     f"target masks of {tuple(masks.shape[1:])} pixels do not fit the batch of "
                     f"{(height, width)}"
                 )
-            prepared.append({"labels": instances.gt_classes, "masks": F.pad(masks, pad)})
+            if any(pad):
+                masks = F.pad(masks, pad)
+            prepared.append({"labels": instances.gt_classes, "masks": masks})
         return prepared
 
     def _thing_ids(self) -> Collection[int]:

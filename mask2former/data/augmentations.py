@@ -3,11 +3,21 @@
 The order matters twice: for the result, and for the random numbers, which are drawn in this order.
 """
 
+import cv2
+import numpy as np
 from detectron2.config import CfgNode
 from detectron2.data import transforms as T
-from detectron2.projects.point_rend import ColorAugSSDTransform
+from detectron2.projects.point_rend import ColorAugSSDTransform as PointRendColorAugSSDTransform
 
 __all__ = ["ColorAugSSDTransform", "build_resize_crop_gen", "build_transform_gen"]
+
+
+class ColorAugSSDTransform(PointRendColorAugSSDTransform):
+    """Detectron2's colour jitter, with its arithmetic on 256 values instead of on every pixel."""
+
+    def convert(self, img: np.ndarray, alpha: float = 1, beta: float = 0) -> np.ndarray:
+        """uint8 `img` times alpha plus beta, as Detectron2 rounds and clips it."""
+        return cv2.LUT(img, super().convert(np.arange(256, dtype=np.uint8), alpha, beta))
 
 
 def build_resize_crop_gen(cfg: CfgNode, *, limit_category_area: bool) -> list:

@@ -1,7 +1,7 @@
-"""Training targets from annotations: classes and binary masks, whatever the annotation was.
+"""Training targets from annotations: classes and packed masks, whatever the annotation was.
 
-    polygons, RLE → read_annotations → transform_annotations → rasterise, annotation_boxes
-    panoptic PNG  → segment_layers → transform_layers → layers_to_masks, layers_to_boxes
+    polygons, RLE → read_annotations → transform_annotations → pack_shapes, annotation_boxes
+    panoptic PNG  → segment_layers → (label_maps.py)
     semantic map  → check_sem_seg → (transform) → semantic_targets
 
 What goes in is checked before it is augmented, so an error speaks of the file as it is on disk.
@@ -17,28 +17,29 @@ import numpy as np
 import pycocotools.mask as mask_util
 import torch
 from detectron2.data import transforms as T
-from detectron2.structures import BitMasks, Boxes, Instances, polygons_to_bitmask
-from panopticapi.utils import rgb2id
-from scipy.ndimage import find_objects
+from detectron2.structures import BitMasks, Boxes, polygons_to_bitmask
 from torch import Tensor
 
-# Segments of one layer: labels are uint8, where 0 is nothing and 255 what crops pad with.
-_LAYER_SIZE = 254
+from .fused_augmentation import apply_labels, apply_polygons
+from .label_maps import Runs, pack_layers, present_values
+from .packed_masks import BITS_PER_PLANE, PackedMasks, TargetInstances
 
 # Of one object: polygons, each (2 * points,) x y in pixels, or a mask (h, w) uint8 of 0 and 1.
 Shape = list[np.ndarray] | np.ndarray
 
 
-def build_instances(classes: Tensor, masks: Tensor, boxes: Boxes | None = None) -> Instances:
+def build_instances(
+    classes: Tensor, masks: PackedMasks, boxes: Boxes | None = None
+) -> TargetInstances:
     """Put the targets of one image into Detectron2's container.
 
     Args:
         classes: (N,) int64 contiguous category ids.
-        masks: (N, H, W) bool.
+        masks: N of (H, W).
         boxes: N boxes in pixels of the augmented image.
     """
-    assert masks.dtype == torch.bool and classes.shape == masks.shape[:1]
-    instances = Instances(tuple(masks.shape[-2:]))
+    assert classes.shape == masks.shape[:1]
+    instances = TargetInstances(masks.shape[-2:])
     instances.gt_classes = classes
     instances.gt_masks = masks
     if boxes is not None:
@@ -73,21 +74,6 @@ def check_category(category_id: int, num_classes: int | None, where: str) -> Non
         )
 
 
-def present_values(labels: np.ndarray) -> np.ndarray:
-    """The distinct values of a label map, ascending.
-
-    Neighbouring pixels mostly agree, so one value per run is sorted instead of every pixel.
-    """
-    flat = labels.reshape(-1)
-    return np.unique(flat[_run_starts(flat)])
-
-
-def _run_starts(flat: np.ndarray) -> np.ndarray:
-    starts = np.ones(flat.shape, dtype=bool)
-    np.not_equal(flat[1:], flat[:-1], out=starts[1:])
-    return np.flatnonzero(starts)
-
-
 # ---- semantic ----
 
 
@@ -114,7 +100,7 @@ def check_sem_seg(sem_seg: np.ndarray, num_classes: int, ignore_label: int, file
         )
 
 
-def semantic_targets(sem_seg: np.ndarray, ignore_label: int) -> tuple[Tensor, Tensor]:
+def semantic_targets(sem_seg: np.ndarray, ignore_label: int) -> tuple[Tensor, PackedMasks]:
     """One target for each class in the map.
 
     Args:
@@ -122,12 +108,12 @@ def semantic_targets(sem_seg: np.ndarray, ignore_label: int) -> tuple[Tensor, Te
         ignore_label: of pixels without a class.
 
     Returns:
-        Classes (N,) int64, ascending, and masks (N, H, W) bool.
+        Classes (N,) int64, ascending, and their masks (N, H, W).
     """
-    classes = present_values(sem_seg)
-    classes = classes[classes != ignore_label]
-    masks = sem_seg == classes[:, None, None]  # (N, H, W)
-    return torch.from_numpy(classes), torch.from_numpy(masks)
+    runs = Runs(sem_seg)
+    classes = runs.values[runs.values != ignore_label]
+    layers = runs.layers(classes)
+    return torch.from_numpy(classes), pack_layers(layers, len(classes), sem_seg.shape)
 
 
 # ---- panoptic ----
@@ -162,17 +148,15 @@ def segment_layers(
     if (counts > 1).any():
         raise ValueError(f"{file_name}: segments_info repeats the ids {sorted_ids[counts > 1]}.")
 
-    flat = rgb2id(pan_seg).reshape(-1)
-    starts = _run_starts(flat)
-    run_ids, run_lengths = flat[starts], np.diff(starts, append=flat.size)
-    png_ids, runs = np.unique(run_ids, return_inverse=True)
-    unknown = np.setdiff1d(png_ids[png_ids != 0], ids)
+    # An id is red + 256 green + 65536 blue: the four bytes read as one number, without the last.
+    runs = Runs(cv2.cvtColor(pan_seg, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF)
+    unknown = np.setdiff1d(runs.values[runs.values != 0], ids)
     if unknown.size:
         raise ValueError(
             f"{file_name} contains the segment id {unknown[0]} ({unknown.size} such), which its "
             "segments_info in the panoptic JSON does not list. PNG and JSON do not belong together."
         )
-    absent = np.setdiff1d(ids, png_ids)
+    absent = np.setdiff1d(ids, runs.values)
     if absent.size:
         raise ValueError(
             f"{file_name} has no pixel of the segment id {absent[0]} ({absent.size} such), which "
@@ -184,65 +168,8 @@ def segment_layers(
         where = f"{file_name}: segment {segment['id']}"
         check_category(segment["category_id"], num_classes, where)
     classes = torch.tensor([segment["category_id"] for segment in targets], dtype=torch.int64)
-    layers = []
-    for start in range(0, len(targets), _LAYER_SIZE):
-        label_of_id = np.zeros(png_ids.shape, dtype=np.uint8)
-        chunk = [segment["id"] for segment in targets[start : start + _LAYER_SIZE]]
-        label_of_id[np.searchsorted(png_ids, chunk)] = np.arange(1, len(chunk) + 1)
-        layers.append(np.repeat(label_of_id[runs], run_lengths).reshape(pan_seg.shape[:2]))
-    return classes, layers
-
-
-def transform_layers(layers: Sequence[np.ndarray], transforms: T.TransformList) -> list[np.ndarray]:
-    """Apply to each layer what was applied to the image.
-
-    Raises:
-        ValueError: a transform pads with a value that the layers use for a segment.
-    """
-    for transform in transforms.transforms:
-        if isinstance(transform, T.PadTransform) and 0 < transform.seg_pad_value <= _LAYER_SIZE:
-            raise ValueError(
-                f"An augmentation pads segmentations with {transform.seg_pad_value}; panoptic maps "
-                "can be padded with 0 or 255 (seg_pad_value)."
-            )
-    return [transforms.apply_segmentation(layer) for layer in layers]
-
-
-def layers_to_masks(
-    layers: Sequence[np.ndarray], num_segments: int, image_size: tuple[int, int]
-) -> Tensor:
-    """Masks (N, H, W) bool of augmented layers; empty where a segment was cropped away.
-
-    Args:
-        layers: from `transform_layers`, each (H, W) uint8.
-        num_segments: N.
-        image_size: (H, W), needed when N is 0.
-    """
-    masks = np.empty((num_segments, *image_size), dtype=bool)
-    for i, layer in enumerate(layers):
-        chunk = masks[i * _LAYER_SIZE : (i + 1) * _LAYER_SIZE]
-        labels = np.arange(1, len(chunk) + 1, dtype=np.uint8)
-        np.equal(layer, labels[:, None, None], out=chunk)
-    return torch.from_numpy(masks)
-
-
-def layers_to_boxes(layers: Sequence[np.ndarray], num_segments: int) -> Boxes:
-    """The tight boxes of augmented layers; zeros where a segment was cropped away."""
-    boxes = []
-    for layer in layers:
-        chunk_size = min(num_segments - len(boxes), _LAYER_SIZE)
-        boxes += _label_boxes(layer, chunk_size)
-    return Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
-
-
-def _label_boxes(labels: np.ndarray, num_labels: int) -> list[tuple[int, int, int, int]]:
-    """Boxes of the labels 1 to `num_labels`, as `BitMasks.get_bounding_boxes` but in one pass."""
-    return [
-        (0, 0, 0, 0)
-        if found is None
-        else (found[1].start, found[0].start, found[1].stop, found[0].stop)
-        for found in find_objects(labels, num_labels)
-    ]
+    target_ids = np.array([segment["id"] for segment in targets], dtype=np.int64)
+    return classes, runs.layers(target_ids)
 
 
 # ---- instances ----
@@ -337,19 +264,18 @@ def transform_annotations(shapes: Sequence[Shape], transforms: T.TransformList) 
     transformed: list[Shape] = []
     for shape in shapes:
         if isinstance(shape, list):
-            polygons = transforms.apply_polygons([polygon.reshape(-1, 2) for polygon in shape])
+            polygons = apply_polygons(transforms, [polygon.reshape(-1, 2) for polygon in shape])
             transformed.append([polygon.reshape(-1) for polygon in polygons])
         else:
             # Crops may pad with 255, which is no part of the object.
-            transformed.append((transforms.apply_segmentation(shape) == 1).view(np.uint8))
+            transformed.append((apply_labels(transforms, shape) == 1).view(np.uint8))
     return transformed
 
 
 def annotation_boxes(shapes: Sequence[Shape]) -> Boxes:
     """The tight boxes of objects in pixels; of an empty object a box without area."""
     boxes = [
-        _polygon_box(shape) if isinstance(shape, list) else _label_boxes(shape, 1)[0]
-        for shape in shapes
+        _polygon_box(shape) if isinstance(shape, list) else _mask_box(shape) for shape in shapes
     ]
     return Boxes(torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4))
 
@@ -361,17 +287,47 @@ def _polygon_box(polygons: list[np.ndarray]) -> tuple[float, float, float, float
     return *points.min(axis=0), *points.max(axis=0)
 
 
+def _mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
+    rows, columns = np.flatnonzero(mask.any(axis=1)), np.flatnonzero(mask.any(axis=0))
+    if not rows.size:
+        return 0, 0, 0, 0
+    return columns[0], rows[0], columns[-1] + 1, rows[-1] + 1
+
+
+def pack_shapes(shapes: Sequence[Shape], image_size: tuple[int, int]) -> PackedMasks:
+    """Masks of objects, which may overlap, in an image of size (H, W)."""
+    planes = np.zeros((-(-len(shapes) // BITS_PER_PLANE), *image_size), dtype=np.uint8)
+    for i, shape in enumerate(shapes):
+        plane, bit = planes[i // BITS_PER_PLANE], np.uint8(1 << i % BITS_PER_PLANE)
+        if not isinstance(shape, list):
+            np.bitwise_or(plane, shape * bit, out=plane)
+        elif shape:
+            rows, columns, mask = _rasterise_polygons(shape, image_size)
+            plane[rows, columns] |= mask * bit
+    return PackedMasks(torch.from_numpy(planes), len(shapes), overlapping=True)
+
+
+def _rasterise_polygons(
+    polygons: list[np.ndarray], image_size: tuple[int, int]
+) -> tuple[slice, slice, np.ndarray]:
+    """A window of the image around the polygons, and their mask (rows, columns) uint8 in it."""
+    left, top, right, bottom = _polygon_box(polygons)
+    # Up to two pixels more, since pycocotools rounds. The origin stays where it is: where an edge
+    # passes exactly between two pixels, rounding depends on the position.
+    rows, columns = (
+        slice(*(min(max(int(end), 0), size) for end in (low - 1, high + 3)))
+        for low, high, size in ((top, bottom, image_size[0]), (left, right, image_size[1]))
+    )
+    if rows.start == rows.stop or columns.start == columns.stop:
+        return slice(0), slice(0), np.zeros((0, 0), dtype=np.uint8)
+    mask = polygons_to_bitmask(polygons, rows.stop, columns.stop).view(np.uint8)
+    # pycocotools goes column by column, and OpenCV turns that faster than NumPy does.
+    return rows, columns, cv2.transpose(mask.T[columns, rows])
+
+
 def rasterise(shapes: Sequence[Shape], image_size: tuple[int, int]) -> Tensor:
     """Masks (N, H, W) bool of objects in an image of size (H, W)."""
-    masks = np.empty((len(shapes), *image_size), dtype=bool)
-    for mask, shape in zip(masks, shapes, strict=True):
-        if isinstance(shape, list):
-            # pycocotools goes column by column, and OpenCV turns that faster than NumPy does.
-            columns = np.ascontiguousarray(polygons_to_bitmask(shape, *image_size).T)
-            cv2.transpose(columns.view(np.uint8), dst=mask.view(np.uint8))
-        else:
-            mask[...] = shape
-    return torch.from_numpy(masks)
+    return pack_shapes(shapes, image_size).expand()
 
 
 def convert_coco_poly_to_mask(

@@ -23,6 +23,7 @@ from detectron2.data import transforms as T
 from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen, build_transform_gen
+from ..fused_augmentation import augment
 from ..targets import check_size, segment_layers
 
 
@@ -156,10 +157,8 @@ class BaseDatasetMapper:
         Returns:
             The image (3, H, W) uint8, contiguous, the labels (H, W), and what was applied.
         """
-        inputs = T.AugInput(image, sem_seg=sem_seg)
-        transforms = T.AugmentationList(self.tfm_gens)(inputs)
-        image = torch.from_numpy(np.ascontiguousarray(inputs.image.transpose(2, 0, 1)))
-        return image, inputs.sem_seg, transforms
+        image, sem_seg, transforms = augment(self.tfm_gens, image, sem_seg)
+        return torch.from_numpy(image.transpose(2, 0, 1).copy()), sem_seg, transforms
 
 
 class ResizeCropDatasetMapper(BaseDatasetMapper):

@@ -3,15 +3,15 @@
 Shape letters: H W pixels of the jittered square, N objects.
 """
 
-import numpy as np
 import torch
 
 from ..augmentations import build_transform_gen
+from ..fused_augmentation import padding_mask
 from ..targets import (
     annotation_boxes,
     build_instances,
     convert_coco_poly_to_mask,
-    rasterise,
+    pack_shapes,
     read_annotations,
     transform_annotations,
 )
@@ -53,16 +53,14 @@ class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
             )
 
         sample["image"], _, transforms = self.augment(image)
-        # Which value a crop pads segmentations with depends on Detectron2's version: 0 or 255.
-        inside = transforms.apply_segmentation(np.ones(image_size, dtype=np.uint8))
-        sample["padding_mask"] = torch.from_numpy(inside != 1)
+        sample["padding_mask"] = torch.from_numpy(padding_mask(transforms, image_size))
         if not self.is_train:
             return sample
 
         shapes = transform_annotations(shapes, transforms)
         boxes = annotation_boxes(shapes)
         visible = boxes.nonempty(threshold=1e-5)
-        masks = rasterise(
+        masks = pack_shapes(
             [shapes[i] for i in visible.nonzero().flatten().tolist()],
             tuple(sample["image"].shape[-2:]),
         )

@@ -4,7 +4,8 @@ Shape letters: H W pixels of the jittered square, N segments.
 """
 
 from ..augmentations import build_transform_gen
-from ..targets import build_instances, layers_to_boxes, layers_to_masks, transform_layers
+from ..label_maps import layers_to_boxes, pack_layers, transform_layers
+from ..targets import build_instances
 from .base import LargeScaleJitterDatasetMapper
 
 __all__ = ["COCOPanopticNewBaselineDatasetMapper", "build_transform_gen"]
@@ -37,7 +38,7 @@ class COCOPanopticNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
         classes, layers = self.load_pan_seg(sample, image.shape[:2])
         sample["image"], _, transforms = self.augment(image)
         layers = transform_layers(layers, transforms)
-        masks = layers_to_masks(layers, len(classes), tuple(sample["image"].shape[-2:]))
+        masks = pack_layers(layers, len(classes), tuple(sample["image"].shape[-2:]))
         boxes = layers_to_boxes(layers, len(classes))
         sample["instances"] = build_instances(classes, masks, boxes)
         return sample

@@ -5,7 +5,7 @@ Shape letters: H W pixels of the augmented and padded image, N objects.
 
 from detectron2.config import configurable
 
-from ..targets import build_instances, rasterise, read_annotations, transform_annotations
+from ..targets import build_instances, pack_shapes, read_annotations, transform_annotations
 from .base import ResizeCropDatasetMapper
 
 __all__ = ["MaskFormerInstanceDatasetMapper"]
@@ -59,7 +59,7 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
 
         image, _, transforms = self.augment(image)
         padding = self.padding(image, sample["file_name"])
-        masks = rasterise(transform_annotations(shapes, transforms), tuple(image.shape[-2:]))
+        masks = pack_shapes(transform_annotations(shapes, transforms), tuple(image.shape[-2:]))
         sample["image"] = self.pad_image(image, padding)
-        sample["instances"] = build_instances(classes, self.pad(masks, padding, 0))
+        sample["instances"] = build_instances(classes, masks.pad(padding))
         return sample

@@ -5,7 +5,8 @@ Shape letters: H W pixels of the augmented and padded image, N segments.
 
 from detectron2.data import transforms as T
 
-from ..targets import build_instances, layers_to_boxes, layers_to_masks, transform_layers
+from ..label_maps import layers_to_boxes, pack_layers, transform_layers
+from ..targets import build_instances
 from .mask_former_semantic_dataset_mapper import MaskFormerSemanticDatasetMapper
 
 __all__ = ["MaskFormerPanopticDatasetMapper"]
@@ -48,12 +49,12 @@ class MaskFormerPanopticDatasetMapper(MaskFormerSemanticDatasetMapper):
         image, sem_seg, transforms = self.augment(image, sem_seg)
         padding = self.padding(image, sample["file_name"])
         layers = transform_layers(layers, transforms)
-        masks = layers_to_masks(layers, len(classes), tuple(image.shape[-2:]))
+        masks = pack_layers(layers, len(classes), tuple(image.shape[-2:]))
         sample["image"] = self.pad_image(image, padding)
         if sem_seg is not None:
             sample["sem_seg"] = self.pad_sem_seg(sem_seg, padding)
         boxes = layers_to_boxes(layers, len(classes))
-        sample["instances"] = build_instances(classes, self.pad(masks, padding, 0), boxes)
+        sample["instances"] = build_instances(classes, masks.pad(padding), boxes)
         return sample
 
     def _crop_needs_sem_seg(self) -> bool:

@@ -1,0 +1,158 @@
+"""Packed masks expand to what was packed, and `TargetInstances` behave as Detectron2's."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from detectron2.structures import Boxes, ImageList, Instances
+from torch.utils.data import DataLoader
+
+from mask2former import MaskFormer
+from mask2former.data.packed_masks import PackedMasks, TargetInstances
+
+LABELS = torch.tensor([[[0, 1, 1], [255, 3, 1]]], dtype=torch.uint8)
+LABEL_MASKS = [[[0, 1, 1], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 0]]]
+# Bits of the masks 0 to 7 in the first plane, of 8 and 9 in the second.
+BITS = torch.tensor([[[0b10000001, 1]], [[0b11, 0b10]]], dtype=torch.uint8)
+
+
+def labels() -> PackedMasks:
+    return PackedMasks(LABELS.clone(), 3, overlapping=False)
+
+
+def instances() -> TargetInstances:
+    boxes = Boxes(torch.arange(12.0).reshape(3, 4))
+    classes = torch.tensor([4, 5, 6])
+    return TargetInstances((2, 3), gt_classes=classes, gt_masks=labels(), gt_boxes=boxes)
+
+
+def packed_field(instances: TargetInstances) -> bool:
+    return isinstance(instances._fields["gt_masks"], PackedMasks)
+
+
+class TestPackedMasks:
+    def test_labels(self):
+        masks = labels().expand()
+        assert masks.dtype == torch.bool and masks.is_contiguous()
+        assert masks.int().tolist() == LABEL_MASKS
+
+    def test_bits(self):
+        masks = PackedMasks(BITS, 10, overlapping=True).expand()
+        assert masks.dtype == torch.bool and masks.shape == (10, 1, 2)
+        assert masks[:, 0, 0].nonzero().flatten().tolist() == [0, 7, 8, 9]
+        assert masks[:, 0, 1].nonzero().flatten().tolist() == [0, 9]
+
+    def test_several_planes_of_labels(self):
+        planes = torch.tensor([1, 254, 255, 0, 1, 2], dtype=torch.uint8).reshape(2, 1, 3)
+        masks = PackedMasks(planes, 256, overlapping=False).expand()
+        assert masks.nonzero().tolist() == [[0, 0, 0], [253, 0, 1], [254, 0, 1], [255, 0, 2]]
+
+    @pytest.mark.parametrize("overlapping", [False, True])
+    @pytest.mark.parametrize("size", [(0, 0), (1, 1), (3, 5)])
+    def test_no_masks(self, overlapping, size):
+        packed = PackedMasks(torch.empty(0, *size, dtype=torch.uint8), 0, overlapping=overlapping)
+        assert len(packed) == 0
+        assert packed.shape == packed.expand().shape == (0, *size)
+
+    def test_one_pixel(self):
+        plane = torch.ones(1, 1, 1, dtype=torch.uint8)
+        for overlapping in (False, True):
+            packed = PackedMasks(plane, 1, overlapping=overlapping)
+            assert packed.expand().tolist() == [[[True]]]
+
+    def test_pad(self):
+        padded = labels().pad([0, 2, 0, 1])
+        assert padded.shape == (3, 3, 5)
+        expected = torch.nn.functional.pad(labels().expand(), [0, 2, 0, 1])
+        assert torch.equal(padded.expand(), expected)
+
+    def test_to(self):
+        moved = labels().to("meta")
+        assert isinstance(moved, PackedMasks) and moved.planes.is_meta
+        floats = labels().to(torch.float32)
+        assert floats.dtype == torch.float32 and floats.tolist() == LABEL_MASKS
+
+    def test_index(self):
+        keep = torch.tensor([True, False, True])
+        assert labels()[keep].int().tolist() == [LABEL_MASKS[0], LABEL_MASKS[2]]
+        assert labels()[1:].int().tolist() == LABEL_MASKS[1:]
+
+
+class TestTargetInstances:
+    @pytest.mark.parametrize(
+        "read",
+        [lambda x: x.gt_masks, lambda x: x.get("gt_masks"), lambda x: x.get_fields()["gt_masks"]],
+        ids=["attribute", "get", "get_fields"],
+    )
+    def test_reading_gives_a_tensor(self, read):
+        targets = instances()
+        assert isinstance(targets, Instances) and len(targets) == 3 and packed_field(targets)
+        masks = read(targets)
+        assert type(masks) is torch.Tensor and masks.int().tolist() == LABEL_MASKS
+        assert targets.gt_masks is masks, "expanded again"
+
+    def test_writing(self):
+        targets = instances()
+        targets.gt_masks[0, 0, 0] = True
+        assert targets.gt_masks[0, 0, 0]
+        targets.gt_masks = targets.gt_masks.float()
+        assert targets.gt_masks.dtype == torch.float32
+        targets.remove("gt_masks")
+        assert not targets.has("gt_masks")
+        with pytest.raises(AttributeError, match="gt_masks"):
+            _ = targets.gt_masks
+
+    def test_moving_keeps_them_packed(self):
+        moved = instances().to("meta")
+        assert type(moved) is TargetInstances and packed_field(moved)
+        assert moved.gt_masks.is_meta and moved.gt_masks.shape == (3, 2, 3)
+        assert moved.gt_boxes.tensor.is_meta
+
+    def test_index_and_cat(self):
+        chosen = instances()[torch.tensor([2, 0])]
+        assert chosen.gt_classes.tolist() == [6, 4]
+        assert chosen.gt_masks.int().tolist() == [LABEL_MASKS[2], LABEL_MASKS[0]]
+        assert instances()[1].gt_masks.shape == (1, 2, 3)
+        both = Instances.cat([instances(), instances()])
+        assert both.gt_masks.int().tolist() == LABEL_MASKS * 2
+
+    @pytest.mark.parametrize("clone", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
+    def test_copies(self, clone):
+        cloned = clone(instances())
+        assert packed_field(cloned) and cloned.image_size == (2, 3)
+        assert cloned.gt_masks.int().tolist() == LABEL_MASKS
+
+    def test_through_a_loading_process(self):
+        loader = DataLoader([instances()], batch_size=None, num_workers=1, collate_fn=list_of)
+        (received,) = next(iter(loader))
+        assert packed_field(received)
+        assert received.gt_masks.int().tolist() == LABEL_MASKS
+
+
+def list_of(sample):
+    return [sample]
+
+
+class TestPrepareTargets:
+    """What the model gives its criterion is what an override, as published, makes of `gt_masks`."""
+
+    @staticmethod
+    def published(targets: list[Instances], images: ImageList) -> list[dict[str, torch.Tensor]]:
+        prepared = []
+        for instances in targets:
+            masks = instances.gt_masks
+            size = (masks.shape[0], *images.tensor.shape[-2:])
+            padded = torch.zeros(size, dtype=masks.dtype, device=masks.device)
+            padded[:, : masks.shape[1], : masks.shape[2]] = masks
+            prepared.append({"labels": instances.gt_classes, "masks": padded})
+        return prepared
+
+    @pytest.mark.parametrize("size", [(2, 3), (4, 3), (5, 7)])
+    def test_same(self, size):
+        images = ImageList(torch.empty(1, 3, *size), [(2, 3)])
+        expected = self.published([instances().to("cpu")], images)
+        (actual,) = MaskFormer.prepare_targets(None, [instances().to("cpu")], images)
+        assert actual.keys() == expected[0].keys()
+        for key, tensor in expected[0].items():
+            assert actual[key].dtype == tensor.dtype and torch.equal(actual[key], tensor)
