@@ -1,20 +1,21 @@
 """Set prediction loss: match, then cross-entropy on classes and BCE + dice on masks.
 
-Mask losses look at K points only (paper, section 3.3): three quarters chosen where the prediction
-is least certain among 3·K drawn, the rest uniformly.
+Mask losses look at P points only (paper, section 3.3): three quarters chosen where the prediction
+is least certain among 3·P drawn, the rest uniformly.
 
-Shape letters: B batch, Q queries, K classes, T targets of an image, N matched masks of the batch,
-P points, H W pixels.
+The losses of all prediction layers are computed together. A subclass that changes the losses of one
+layer is asked layer by layer.
+
+Shape letters: L prediction layers, B batch, Q queries, K classes, T targets of an image, N matched
+masks of an image over all layers, M those of the batch, P points, H W pixels.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.projects.point_rend.point_features import (
-    get_uncertain_point_coords_with_randomness,
-    point_sample,
-)
+from detectron2.projects.point_rend.point_features import point_sample
 from detectron2.utils.comm import get_world_size
 from torch import Tensor, nn
 
@@ -23,10 +24,14 @@ from .mask_losses import (
     calculate_uncertainty,
     dice_loss,
     dice_loss_jit,
+    dice_loss_of_each,
     sigmoid_ce_loss,
     sigmoid_ce_loss_jit,
+    sigmoid_ce_loss_of_each,
 )
-from .mask_predictions import mask_logits_of
+from .mask_predictions import LayeredMasks
+from .matcher import HungarianMatcher, Indices, Targets
+from .point_sampling import TargetMasks, max_elements, sample_uncertain_points
 
 __all__ = [
     "SetCriterion",
@@ -37,8 +42,47 @@ __all__ = [
     "sigmoid_ce_loss_jit",
 ]
 
-Indices = list[tuple[Tensor, Tensor]]
-Targets = list[dict[str, Tensor]]
+# Candidate points looked at in one go: they are the largest temporaries, and on a CPU fewer stay
+# in its caches.
+_MAX_CANDIDATES = {"cpu": 2**20, "cuda": 2**24}
+
+
+class MatchedPairs:
+    """The matched pairs of all layers as index tensors, by image, then layer: (M,) int64 each.
+
+    They are put together on the host and travel to the device in one copy, without a wait.
+
+    Args:
+        indices: for each layer what a matcher returns.
+        targets: what was matched.
+        num_queries: Q.
+        device: where the index tensors are wanted.
+    """
+
+    def __init__(
+        self, indices: Sequence[Indices], targets: Targets, num_queries: int, device: torch.device
+    ):
+        # For each image and layer, how many pairs.
+        self.num_rows = [[len(layer[i][0]) for layer in indices] for i in range(len(targets))]
+        pieces, first_label = [], 0
+        for image, target in enumerate(targets):
+            for number, layer in enumerate(indices):
+                query, wanted = (x.cpu() for x in layer[image])
+                constant = torch.tensor([[number], [image]]).expand(-1, len(query))
+                row = number * num_queries + query
+                pieces.append(
+                    torch.cat((constant, torch.stack((row, wanted, first_label + wanted))))
+                )
+            first_label += len(target["labels"])
+        packed = torch.cat(pieces, 1)
+        if device.type == "cuda":
+            packed = packed.pin_memory()
+        packed = packed.to(device, non_blocking=True)
+        self.layer, self.image, self.row, self.target, self.label = packed
+
+    def by_image(self, indices: Tensor) -> tuple[Tensor, ...]:
+        """Split an index tensor into the parts of the images."""
+        return indices.split([sum(counts) for counts in self.num_rows])
 
 
 class SetCriterion(nn.Module):
@@ -87,14 +131,8 @@ class SetCriterion(nn.Module):
         Returns:
             ``loss_ce``, a scalar.
         """
-        logits = outputs["pred_logits"].float()
-        queries = self._get_src_permutation_idx(indices)
-        matched = torch.cat([t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)])
-        classes = torch.full(
-            logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device
-        )
-        classes[queries] = matched
-        return {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight)}
+        pairs = self._pairs([outputs], targets, [indices])
+        return {k: v[0] for k, v in self._label_losses([outputs], targets, pairs).items()}
 
     def loss_masks(
         self, outputs: dict[str, Any], targets: Targets, indices: Indices, num_masks: float
@@ -104,31 +142,75 @@ class SetCriterion(nn.Module):
         Returns:
             ``loss_mask`` and ``loss_dice``, scalars.
         """
-        # Full-size masks exist for matched queries only.
-        masks = mask_logits_of(outputs).select([i for i, _ in indices])[:, None]  # (N, 1, H, W)
-        target_masks = self._matched_target_masks(targets, indices).to(masks)[:, None]
-        with torch.no_grad():
-            points = get_uncertain_point_coords_with_randomness(
-                masks,
-                calculate_uncertainty,
-                self.num_points,
-                self.oversample_ratio,
-                self.importance_sample_ratio,
-            )  # (N, P, 2)
-            point_labels = point_sample(target_masks, points, align_corners=False).squeeze(1)
-        point_logits = point_sample(masks, points, align_corners=False).squeeze(1)  # (N, P)
+        pairs = self._pairs([outputs], targets, [indices])
+        losses = self._mask_losses([outputs], targets, pairs)
+        return {k: v[0] / num_masks for k, v in losses.items()}
+
+    @staticmethod
+    def _pairs(
+        layers: Sequence[dict[str, Any]], targets: Targets, indices: Sequence[Indices]
+    ) -> MatchedPairs:
+        logits = layers[0]["pred_logits"]
+        return MatchedPairs(indices, targets, logits.shape[1], logits.device)
+
+    def _label_losses(
+        self, layers: Sequence[dict[str, Any]], targets: Targets, pairs: MatchedPairs
+    ) -> dict[str, Tensor]:
+        """``loss_ce`` of every layer, (L,)."""
+        logits = torch.stack([outputs["pred_logits"] for outputs in layers], 1).float()
+        logits = logits.flatten(1, 2)  # (B, L·Q, K+1)
+        classes = torch.full(
+            logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device
+        )
+        classes[pairs.image, pairs.row] = torch.cat([t["labels"] for t in targets])[pairs.label]
+        losses = F.cross_entropy(
+            logits.transpose(1, 2), classes, self.empty_weight, reduction="none"
+        )
+        # A mean over the queries of a layer, each with the weight of its class.
+        losses, weights = (
+            x.unflatten(1, (len(layers), -1)).sum((0, 2))
+            for x in (losses, self.empty_weight[classes])
+        )
+        return {"loss_ce": losses / weights}
+
+    def _mask_losses(
+        self, layers: Sequence[dict[str, Any]], targets: Targets, pairs: MatchedPairs
+    ) -> dict[str, Tensor]:
+        """``loss_mask`` and ``loss_dice`` of every layer, summed over its masks, (L,)."""
+        masks = LayeredMasks(layers)
+        target_masks = self._target_masks(targets)
+        num_candidates = max(1, int(self.num_points * self.oversample_ratio))
+        chunk = max(1, max_elements(_MAX_CANDIDATES, pairs.row.device) // num_candidates)
+        losses_mask, losses_dice = [], []
+        for image, rows in enumerate(pairs.by_image(pairs.row)):
+            # Full-size masks exist for matched queries only.
+            logits = masks.select(image, rows, pairs.num_rows[image])[:, None].float()
+            wanted = pairs.by_image(pairs.target)[image]
+            sampler = TargetMasks(target_masks[image])
+            for part, indices in zip(logits.split(chunk), wanted.split(chunk), strict=True):
+                with torch.no_grad():
+                    points = sample_uncertain_points(
+                        part, self.num_points, self.oversample_ratio, self.importance_sample_ratio
+                    )  # (N, P, 2)
+                    labels = sampler.at(indices, points)
+                point_logits = point_sample(part, points, align_corners=False)[:, 0]  # (N, P)
+                losses_mask.append(sigmoid_ce_loss_of_each(point_logits, labels))
+                losses_dice.append(dice_loss_of_each(point_logits, labels))
+        # Sums by a product: adding up with index_add would differ from run to run on a GPU.
+        member = pairs.layer == torch.arange(len(layers), device=pairs.layer.device)[:, None]
         return {
-            "loss_mask": sigmoid_ce_loss(point_logits, point_labels, num_masks),
-            "loss_dice": dice_loss(point_logits, point_labels, num_masks),
+            "loss_mask": member.float() @ torch.cat(losses_mask),
+            "loss_dice": member.float() @ torch.cat(losses_dice),
         }
 
     @staticmethod
-    def _matched_target_masks(targets: Targets, indices: Indices) -> Tensor:
-        """Target masks in the order of the matched queries, (N, H', W')."""
+    def _target_masks(targets: Targets) -> Sequence[Tensor]:
+        """Target masks of each image, (T, H', W'), padded to one size."""
         masks = [t["masks"] for t in targets]
         if len({m.shape[1:] for m in masks}) > 1:
-            masks = nested_tensor_from_tensor_list(masks).tensors
-        return torch.cat([m[j] for m, (_, j) in zip(masks, indices, strict=True)])
+            padded = nested_tensor_from_tensor_list(masks).tensors
+            return [p[: len(m)] for p, m in zip(padded, masks, strict=True)]
+        return masks
 
     def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """(image, query) of every matched pair, two (N,) tensors."""
@@ -149,10 +231,14 @@ class SetCriterion(nn.Module):
         num_masks: float,
     ) -> dict[str, Tensor]:
         """The named loss, "labels" or "masks"."""
-        functions = {"labels": self.loss_labels, "masks": self.loss_masks}
-        if loss not in functions:
-            raise ValueError(f"loss {loss!r} is not one of {sorted(functions)}")
-        return functions[loss](outputs, targets, indices, num_masks)
+        self._check_loss(loss)
+        function = self.loss_labels if loss == "labels" else self.loss_masks
+        return function(outputs, targets, indices, num_masks)
+
+    @staticmethod
+    def _check_loss(loss: str) -> None:
+        if loss not in ("labels", "masks"):
+            raise ValueError(f"loss {loss!r} is not one of ['labels', 'masks']")
 
     def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
         """Compute all losses.
@@ -169,16 +255,47 @@ class SetCriterion(nn.Module):
         if len(targets) != len(outputs["pred_logits"]):
             raise ValueError(f"{len(targets)} targets for {len(outputs['pred_logits'])} images")
         num_masks = self._average_num_masks(targets, outputs["pred_logits"].device)
-        losses = self._layer_losses(outputs, targets, num_masks)
-        for i, aux_outputs in enumerate(outputs.get("aux_outputs", [])):
-            layer = self._layer_losses(aux_outputs, targets, num_masks)
-            losses.update({f"{name}_{i}": value for name, value in layer.items()})
-        return losses
+        layers = [outputs, *outputs.get("aux_outputs", [])]
+        if isinstance(self.matcher, HungarianMatcher):
+            indices = self.matcher.match_layers(layers, targets)
+        else:
+            indices = [self.matcher(layer, targets) for layer in layers]
+        one_layer = ("get_loss", "loss_labels", "loss_masks")
+        if all(getattr(type(self), f) is getattr(SetCriterion, f) for f in one_layer):
+            losses = self._all_losses(layers, targets, indices, num_masks)
+        else:
+            losses = [
+                self._layer_losses(*of_layer, targets, num_masks)
+                for of_layer in zip(layers, indices, strict=True)
+            ]
+        result = dict(losses[0])
+        for i, layer in enumerate(losses[1:]):
+            result.update({f"{name}_{i}": value for name, value in layer.items()})
+        return result
+
+    def _all_losses(
+        self,
+        layers: Sequence[dict[str, Any]],
+        targets: Targets,
+        indices: Sequence[Indices],
+        num_masks: float,
+    ) -> list[dict[str, Tensor]]:
+        """What `_layer_losses` gives for each layer, computed together."""
+        pairs = self._pairs(layers, targets, indices)
+        losses: dict[str, Tensor] = {}
+        for loss in self.losses:
+            self._check_loss(loss)
+            if loss == "labels":
+                losses.update(self._label_losses(layers, targets, pairs))
+            else:
+                sums = self._mask_losses(layers, targets, pairs)
+                losses.update({name: values / num_masks for name, values in sums.items()})
+        split = {name: values.unbind() for name, values in losses.items()}
+        return [{name: split[name][i] for name in losses} for i in range(len(layers))]
 
     def _layer_losses(
-        self, outputs: dict[str, Any], targets: Targets, num_masks: float
+        self, outputs: dict[str, Any], indices: Indices, targets: Targets, num_masks: float
     ) -> dict[str, Tensor]:
-        indices = self.matcher(outputs, targets)
         losses = {}
         for loss in self.losses:
             losses.update(self.get_loss(loss, outputs, targets, indices, num_masks))

@@ -2,49 +2,57 @@
 
 The matched forms train (paper, equation 3); the pairwise forms are matching costs.
 
-Shape letters: N matched masks, Q predicted masks, T target masks, P points.
+Shape letters: N matched masks, Q predicted masks, T target masks, P points; … is any batch.
 """
 
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def dice_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
-    """Dice loss of matched masks, with one added to both sides of the fraction.
+def dice_loss_of_each(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Dice loss of every matched mask, with one added to both sides of the fraction.
 
     Args:
         inputs: (N, P) logits.
         targets: (N, P) in [0, 1].
-        num_masks: divisor of the sum over masks.
 
     Returns:
-        Scalar.
+        (N,).
     """
     inputs = inputs.sigmoid().flatten(1)
     numerator = 2 * (inputs * targets).sum(-1)
     denominator = inputs.sum(-1) + targets.sum(-1)
-    return (1 - (numerator + 1) / (denominator + 1)).sum() / num_masks
+    return 1 - (numerator + 1) / (denominator + 1)
+
+
+def sigmoid_ce_loss_of_each(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of every matched mask, averaged over points. As `dice_loss_of_each`."""
+    return F.binary_cross_entropy_with_logits(inputs, targets, reduction="none").mean(1)
+
+
+def dice_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
+    """Sum of `dice_loss_of_each` divided by ``num_masks``, a scalar."""
+    return dice_loss_of_each(inputs, targets).sum() / num_masks
 
 
 def sigmoid_ce_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
-    """Binary cross-entropy of matched masks, averaged over points. Arguments as `dice_loss`."""
-    loss = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
-    return loss.mean(1).sum() / num_masks
+    """Sum of `sigmoid_ce_loss_of_each` divided by ``num_masks``, a scalar."""
+    return sigmoid_ce_loss_of_each(inputs, targets).sum() / num_masks
 
 
 def batch_dice_loss(inputs: Tensor, targets: Tensor) -> Tensor:
     """Dice loss of every prediction with every target.
 
     Args:
-        inputs: (Q, P) logits.
-        targets: (T, P) in [0, 1].
+        inputs: (..., Q, P) logits.
+        targets: (..., T, P) in [0, 1].
 
     Returns:
-        (Q, T).
+        (..., Q, T).
     """
-    inputs = inputs.sigmoid().flatten(1)
-    numerator = 2 * inputs @ targets.T
-    denominator = inputs.sum(-1)[:, None] + targets.sum(-1)[None, :]
+    inputs = inputs.sigmoid()
+    numerator = 2 * (inputs @ targets.mT)
+    denominator = inputs.sum(-1)[..., :, None] + targets.sum(-1)[..., None, :]
     return 1 - (numerator + 1) / (denominator + 1)
 
 
@@ -54,8 +62,8 @@ def batch_sigmoid_ce_loss(inputs: Tensor, targets: Tensor) -> Tensor:
     Per point it is softplus(x) - x·t, so that one matrix product covers all pairs. Arguments and
     result as `batch_dice_loss`.
     """
-    num_points = inputs.shape[1]
-    return (F.softplus(inputs).sum(-1)[:, None] - inputs @ targets.T) / num_points
+    num_points = inputs.shape[-1]
+    return (F.softplus(inputs).sum(-1)[..., :, None] - inputs @ targets.mT) / num_points
 
 
 # The original release compiled these with TorchScript; other projects import the names.

@@ -5,16 +5,22 @@ product with the per-pixel features (paper, section 3.1). Full-size masks of eve
 the largest tensors of the model and most are never needed: matching looks at K points, the loss at
 matched queries, inference at the last layer. The decoder therefore hands on the factors.
 
-Shape letters: B batch, Q queries, C mask channels, H W size of the 1/4-resolution features,
-N selected masks, P points.
+Shape letters: L prediction layers, B batch, Q queries, C mask channels, H W size of the
+1/4-resolution features, N selected masks, P points.
 """
 
-from collections.abc import ItemsView, Iterator, ValuesView
+from collections.abc import ItemsView, Iterator, Sequence, ValuesView
 from typing import Any
 
 import torch
 from detectron2.projects.point_rend.point_features import point_sample
 from torch import Tensor
+
+from .point_sampling import PointTable, max_elements
+
+# Numbers sampled from the features in one go when matching (layers x points x channels). One layer
+# at a time keeps a CPU's caches warm; a GPU wants all layers, within 256 MB.
+_MAX_SAMPLED = {"cpu": 2**21, "cuda": 2**26}
 
 
 class MaskLogits:
@@ -76,9 +82,7 @@ class MaskLogits:
         if self._full is not None:
             # Read and perhaps edited by a subclass: matching and loss must see the same masks.
             return DenseMaskLogits(self.full()).at_points(image, points)
-        features = self.features[image : image + 1].float()
-        sampled = point_sample(features, points[None], align_corners=False)[0]  # (C, P)
-        return self.embed[image].float() @ sampled
+        return self.embed[image].float() @ PointTable(self.features[image]).at(points).T
 
 
 class DenseMaskLogits:
@@ -159,3 +163,67 @@ def mask_logits_of(outputs: dict[str, Any]) -> MaskLogits | DenseMaskLogits:
     else:
         masks = outputs["pred_masks"]
     return masks if isinstance(masks, MaskLogits) else DenseMaskLogits(masks)
+
+
+class LayeredMasks:
+    """The mask logits of several prediction layers, read together for matching and loss.
+
+    Where all layers are factors over the same features, one sampling or one product serves all.
+
+    Args:
+        layers: output dicts, see `mask_logits_of`.
+    """
+
+    def __init__(self, layers: Sequence[dict[str, Any]]):
+        self._masks = [mask_logits_of(outputs) for outputs in layers]
+        first = self._masks[0]
+        # Masks that were multiplied out may have been edited since: they are then what counts.
+        self._shared = all(
+            isinstance(m, MaskLogits) and m.features is first.features and m._full is None
+            for m in self._masks
+        )
+        self.shape = first.shape
+        if self._shared:
+            # Split once: the gradients of all images are then written into one tensor.
+            self._embed = torch.stack([m.embed for m in self._masks], 1).unbind()  # B x (L, Q, C)
+            self._features = first.features.flatten(2).unbind()  # B x (C, H·W)
+
+    def at_points(self, image: int, points: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Logits of every query of one image at points, some layers at a time. No gradients.
+
+        Args:
+            image: index in the batch.
+            points: (L, P, 2) x and y in [0, 1].
+
+        Yields:
+            a slice of layers and their logits (that many, Q, P), float32.
+        """
+        if not self._shared:
+            for layer, masks in enumerate(self._masks):
+                yield slice(layer, layer + 1), masks.at_points(image, points[layer])[None]
+            return
+        features = self._features[image].unflatten(1, self.shape[-2:])
+        table, embed = PointTable(features), self._embed[image].detach().float()
+        sampled_numbers = points.shape[1] * len(features)
+        step = max(1, max_elements(_MAX_SAMPLED, points.device) // sampled_numbers)
+        for start in range(0, len(points), step):
+            chunk = slice(start, start + step)
+            yield chunk, embed[chunk] @ table.at(points[chunk]).mT
+
+    def select(self, image: int, rows: Tensor, num_rows: list[int]) -> Tensor:
+        """Masks of chosen queries of one image.
+
+        Args:
+            image: index in the batch.
+            rows: (N,) int64, layer · Q + query, layers ascending.
+            num_rows: how many of them belong to each layer.
+
+        Returns:
+            (N, H, W) logits.
+        """
+        if self._shared:
+            product = self._embed[image].flatten(0, 1)[rows] @ self._features[image]
+            return product.unflatten(1, self.shape[-2:])
+        num_queries = self.shape[1]
+        chosen = zip(self._masks, rows.split(num_rows), strict=True)
+        return torch.cat([m.full()[image][r - i * num_queries] for i, (m, r) in enumerate(chosen)])

@@ -8,6 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask2former.modeling import criterion as criterion_module
 from mask2former.modeling.criterion import SetCriterion
@@ -50,8 +51,8 @@ def pixel_centres(monkeypatch):
     points = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
     monkeypatch.setattr(
         criterion_module,
-        "get_uncertain_point_coords_with_randomness",
-        lambda masks, *args: points.expand(len(masks), -1, -1),
+        "sample_uncertain_points",
+        lambda logits, *args: points.expand(len(logits), -1, -1),
     )
 
 
@@ -211,15 +212,18 @@ def test_losses_are_those_at_the_sampled_points():
     logits, embeds, features = factors()
     outputs = dense_outputs(logits, embeds, features)
     targets = random_targets([0, 2], [1])
-    # Every point uniform, so that the draw can be repeated: (N, P, 2) in one call.
+    # Every point uniform, so that the draw can be repeated: (N, P, 2) for each image.
     criterion = build(
         FixedMatcher(([3, 1], [1, 0]), ([2], [0])), importance_sample_ratio=0.0, num_points=50
     )
     torch.manual_seed(4)
     losses = criterion(outputs, targets)
     torch.manual_seed(4)
-    torch.rand(3, 150, 2)  # the candidates for uncertain points, all of them rejected
-    grid = torch.rand(3, 50, 2)[:, :, None] * 2 - 1
+    grid = []
+    for count in (2, 1):
+        torch.rand(count, 150, 2)  # the candidates for uncertain points, all of them rejected
+        grid.append(torch.rand(count, 50, 2)[:, :, None] * 2 - 1)
+    grid = torch.cat(grid)
     masks = outputs["pred_masks"].detach()
     masks = torch.stack([masks[0, 3], masks[0, 1], masks[1, 2]])[:, None]
     labels = torch.stack([targets[0]["masks"][1], targets[0]["masks"][0], targets[1]["masks"][0]])
@@ -229,6 +233,133 @@ def test_losses_are_those_at_the_sampled_points():
     ]
     torch.testing.assert_close(losses["loss_mask"].detach(), sigmoid_ce_loss(*sample, 3.0))
     torch.testing.assert_close(losses["loss_dice"].detach(), dice_loss(*sample, 3.0))
+
+
+def published_losses(outputs: dict, targets: list, indices: list, points: Tensor) -> dict:
+    """Losses of one layer from full-size masks and given points, as the paper's code has them."""
+    masks = torch.cat([m[i] for m, (i, _) in zip(outputs["pred_masks"], indices, strict=True)])
+    labels = torch.cat([t["masks"][j] for t, (_, j) in zip(targets, indices, strict=True)])
+    predicted, wanted = (
+        nn.functional.grid_sample(x, points[:, :, None] * 2 - 1, align_corners=False)[:, 0, :, 0]
+        for x in (masks[:, None], labels[:, None].float())
+    )
+    num_masks = sum(len(t["labels"]) for t in targets)
+    classes = torch.full(outputs["pred_logits"].shape[:2], 3)
+    for image, (target, (i, j)) in enumerate(zip(targets, indices, strict=True)):
+        classes[image, i] = target["labels"][j]
+    return {
+        "loss_ce": nn.functional.cross_entropy(
+            outputs["pred_logits"].transpose(1, 2), classes, torch.tensor([1.0, 1.0, 1.0, 0.1])
+        ),
+        "loss_mask": sigmoid_ce_loss(predicted, wanted, num_masks),
+        "loss_dice": dice_loss(predicted, wanted, num_masks),
+    }
+
+
+@pytest.mark.parametrize("candidates", [1, 200, 2**20])
+@pytest.mark.parametrize("lazy", [False, True])
+def test_all_layers_together_equal_the_published_losses(candidates, lazy, monkeypatch):
+    """For the points that were drawn; however many masks are worked on at a time."""
+    monkeypatch.setitem(criterion_module._MAX_CANDIDATES, "cpu", candidates)
+    logits, embeds, features = factors(layers=4)
+    targets = random_targets([0, 2, 1], [1])
+    drawn, sample = [], criterion_module.sample_uncertain_points
+    monkeypatch.setattr(
+        criterion_module,
+        "sample_uncertain_points",
+        lambda *args: drawn.append(sample(*args)) or drawn[-1],
+    )
+    criterion = build()
+    matched, match = [], criterion.matcher.match_layers
+    criterion.matcher.match_layers = lambda *args: matched.extend(match(*args)) or matched
+    outputs = (lazy_outputs if lazy else dense_outputs)(logits, embeds, features)
+    losses = criterion(outputs, targets)
+    sum(losses.values()).backward()
+    grads = [x.grad for x in (*logits, *embeds, features)]
+
+    # Points come image by image, layer by layer: three masks of the first image, one of the second.
+    first, second = torch.cat(drawn).split([12, 4])
+    given = [torch.cat((a, b)) for a, b in zip(first.split(3), second.split(1), strict=True)]
+    for x in (*logits, *embeds, features):
+        x.grad = None
+    outputs = dense_outputs(logits, embeds, features)
+    expected = {}
+    for number, layer in enumerate((outputs, *outputs["aux_outputs"])):
+        values = published_losses(layer, targets, matched[number], given[number])
+        suffix = f"_{number - 1}" if number else ""
+        expected.update({name + suffix: value for name, value in values.items()})
+    sum(expected.values()).backward()
+    assert list(losses) == list(expected)
+    for name in expected:
+        torch.testing.assert_close(losses[name], expected[name], atol=1e-5, rtol=1e-5)
+    for grad, x in zip(grads, (*logits, *embeds, features), strict=True):
+        torch.testing.assert_close(grad, x.grad, atol=1e-5, rtol=1e-4)
+
+
+class DoubledMaskLoss(SetCriterion):
+    """Changes the losses of one layer, as projects that build on this one do."""
+
+    def loss_masks(self, outputs, targets, indices, num_masks):
+        losses = super().loss_masks(outputs, targets, indices, num_masks)
+        return {name: 2 * value for name, value in losses.items()}
+
+
+def test_an_overridden_loss_is_honoured():
+    matcher = FixedMatcher(([3, 1], [1, 0]), ([2], [0]))
+    arguments = {"losses": ["labels", "masks"], "num_points": 400, "eos_coef": 0.1}
+    ours, changed = (
+        cls(
+            3,
+            matcher,
+            {},
+            oversample_ratio=1.0,
+            importance_sample_ratio=1.0,
+            **arguments,
+        )
+        for cls in (SetCriterion, DoubledMaskLoss)
+    )
+    outputs = lazy_outputs(*factors(layers=3))
+    targets = random_targets([0, 2], [1])
+    losses, others = ours(outputs, targets), changed(outputs, targets)
+    assert list(losses) == list(others)
+    for name in losses:
+        factor = 1 if "loss_ce" in name else 2
+        # The points differ, so that the losses agree within their noise only.
+        tolerance = 1e-6 if "loss_ce" in name else 0.2
+        assert others[name].item() == pytest.approx(factor * losses[name].item(), rel=tolerance)
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts what makes the host wait for a GPU: reading values, and copies to the host."""
+
+    NAMES = ("_local_scalar_dense", "nonzero", "masked_select", "unique", "equal", "_unique2")
+
+    def __init__(self):
+        super().__init__()
+        self.waits = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        name = function.overloadpacket.__name__
+        boolean_index = name in ("index", "index_put", "index_put_") and any(
+            i is not None and i.dtype in (torch.bool, torch.uint8) for i in args[1]
+        )
+        if name in self.NAMES or boolean_index:
+            self.waits.append(name)
+        return function(*args, **kwargs)
+
+
+def test_forward_reads_no_value_but_the_costs(monkeypatch):
+    """On a GPU the host waits once: for the costs. Everything else is queued."""
+    outputs, targets = lazy_outputs(*factors(layers=10)), random_targets([0, 2, 1], [1])
+    copies = []
+    cpu = Tensor.cpu
+    monkeypatch.setattr(Tensor, "cpu", lambda x: copies.append(x.dtype) or cpu(x))
+    with CountWaits() as counter:
+        build()(outputs, targets)
+    assert counter.waits == []
+    # Matched indices are on the host already.
+    assert copies.count(torch.float32) == 1
 
 
 def test_targets_of_different_sizes_are_padded_to_the_largest():

@@ -1,15 +1,15 @@
 """Mask losses against their closed formulas, and the matcher on costs worked by hand.
 
-Shape letters: B batch, Q queries, K classes, T targets, P points, N matched masks.
+Shape letters: L prediction layers, B batch, Q queries, K classes, T targets, P points, N masks.
 """
 
 import math
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from mask2former.modeling import criterion, matcher
+from mask2former.modeling import criterion, mask_predictions, matcher
 from mask2former.modeling.mask_losses import (
     batch_dice_loss,
     batch_sigmoid_ce_loss,
@@ -97,6 +97,10 @@ def random_outputs(batch=2, queries=5, classes=3) -> dict[str, Tensor]:
     }
 
 
+def rand_normal(*size: int, seed: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+
+
 def random_target(labels: list[int], height: int, width: int, seed: int = 0) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     masks = torch.rand(len(labels), height, width, generator=generator) > 0.5
@@ -127,7 +131,7 @@ def test_costs_are_weighted_and_summed(monkeypatch):
     outputs = {"pred_logits": probabilities.log()[None], "pred_masks": masks}
     target = {"labels": torch.tensor([0, 0]), "masks": torch.zeros(2, 4, 4)}
     target["masks"][1] = 1
-    cost = HungarianMatcher(2.0, 3.0, 5.0, num_points=4)._cost(outputs, 0, target)
+    cost = HungarianMatcher(2.0, 3.0, 5.0, num_points=4)._costs([outputs], [target])[0, 0]
     # Binary cross-entropy with background: ln 2 and -ln(1/4); with foreground: ln 2, -ln(3/4).
     mask = torch.tensor([[LN2, LN2], [2 * LN2, 2 * LN2 - LN3]])
     # Dice over 4 points: background 1 - 1 / (2 + 1), 1 - 1 / (3 + 1);
@@ -149,8 +153,8 @@ def test_masks_decide_between_equal_classes():
         assert (queries.tolist(), targets.tolist()) == ([0, 2], [1, 0])
 
 
-def test_one_draw_of_points_per_image_in_order(monkeypatch):
-    """The stream of random numbers is that of the original: (1, P, 2) for every image."""
+def test_every_layer_and_image_has_its_own_points(monkeypatch):
+    """One draw; on a CPU the numbers are those that one draw per layer and image would give."""
     draws = []
     rand = torch.rand
 
@@ -161,13 +165,76 @@ def test_one_draw_of_points_per_image_in_order(monkeypatch):
     targets = [random_target([0, 1], 8, 10), random_target([], 8, 10), random_target([2], 16, 20)]
     monkeypatch.setattr(torch, "rand", spy)
     torch.manual_seed(7)
-    HungarianMatcher(num_points=6)(random_outputs(batch=3), targets)
+    HungarianMatcher(num_points=6).match_layers([random_outputs(batch=3)] * 2, targets)
     state = torch.get_rng_state()
-    assert draws == [(1, 6, 2)] * 3
+    assert draws == [(2, 3, 6, 2)]
     torch.manual_seed(7)
-    for _ in range(3):
+    for _ in range(6):
         rand(1, 6, 2)
     assert torch.equal(state, torch.get_rng_state())
+
+
+def assert_same_pairs(indices, expected):
+    for (i, j), (expected_i, expected_j) in zip(indices, expected, strict=True):
+        assert torch.equal(i, expected_i) and torch.equal(j, expected_j)
+
+
+@pytest.mark.parametrize("sampled", [1, 2**26])
+def test_layers_together_match_as_one_by_one(sampled, monkeypatch):
+    monkeypatch.setitem(mask_predictions._MAX_SAMPLED, "cpu", sampled)
+    features = rand_normal(3, 4, 8, 10, seed=1)
+    layers = [
+        MaskPredictions(
+            pred_logits=rand_normal(3, 5, 4, seed=2 + i),
+            pred_masks=MaskLogits(rand_normal(3, 5, 4, seed=20 + i), features),
+        )
+        for i in range(4)
+    ]
+    # Fewer targets than queries, none, and more.
+    labels = [[0, 1], [], [2, 0, 1, 1, 0, 2]]
+    targets = [random_target(x, 32, 40, seed=i) for i, x in enumerate(labels)]
+    match = HungarianMatcher(2.0, 5.0, 5.0, num_points=30)
+    torch.manual_seed(3)
+    together = match.match_layers(layers, targets)
+    torch.manual_seed(3)
+    for layer, indices in zip(layers, together, strict=True):
+        assert_same_pairs(indices, match(layer, targets))
+
+
+def test_costs_are_those_of_the_published_formulation():
+    """Masks multiplied out, sampled, and compared point by point."""
+    features, embed = rand_normal(1, 4, 8, 10, seed=1), rand_normal(1, 5, 4, seed=2)
+    logits, target = rand_normal(1, 5, 4, seed=3), random_target([2, 0, 1], 32, 40)
+    outputs = MaskPredictions(pred_logits=logits, pred_masks=MaskLogits(embed, features))
+    torch.manual_seed(0)
+    costs = HungarianMatcher(2.0, 3.0, 5.0, num_points=50)._costs([outputs], [target])[0, 0]
+    torch.manual_seed(0)
+    grid = torch.rand(1, 50, 2)[:, None] * 2 - 1
+    masks = torch.einsum("bqc,bchw->bqhw", embed, features)
+    predicted, wanted = (
+        nn.functional.grid_sample(x, grid, align_corners=False)[0, :, 0]
+        for x in (masks, target["masks"][None].float())
+    )
+    pairs = predicted[:, None].expand(-1, 3, -1), wanted[None].expand(5, -1, -1)
+    mask = nn.functional.binary_cross_entropy_with_logits(*pairs, reduction="none").mean(-1)
+    p, t = pairs[0].sigmoid(), pairs[1]
+    dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
+    expected = 3 * mask - 2 * logits[0].softmax(-1)[:, target["labels"]] + 5 * dice
+    torch.testing.assert_close(costs, expected, atol=1e-5, rtol=1e-5)
+
+
+class Reversed(HungarianMatcher):
+    """Gives the targets to the last queries."""
+
+    def forward(self, outputs, targets):
+        last = outputs["pred_logits"].shape[1] - 1
+        return [(last - torch.arange(len(t["labels"])), t["labels"]) for t in targets]
+
+
+def test_an_overridden_match_of_one_layer_is_honoured():
+    targets = [random_target([0, 1], 8, 10)]
+    for [(queries, _)] in Reversed(num_points=3).match_layers([random_outputs(1)] * 2, targets):
+        assert queries.tolist() == [4, 3]
 
 
 def test_image_without_targets():
@@ -230,16 +297,15 @@ def test_factored_masks_match_as_dense_ones():
     match = HungarianMatcher(2.0, 5.0, 5.0, num_points=40)
     for image in range(3):
         torch.manual_seed(image)
-        expected = match._cost(outputs, image, targets[image])
+        expected = match._costs([outputs], targets)
         torch.manual_seed(image)
-        cost = match._cost(lazy, image, targets[image])
+        cost = match._costs([lazy], targets)
         torch.testing.assert_close(cost, expected)
     torch.manual_seed(5)
     expected = match(outputs, targets)
     torch.manual_seed(5)
     indices = match(lazy, targets)
-    for (i, j), (expected_i, expected_j) in zip(indices, expected, strict=True):
-        assert torch.equal(i, expected_i) and torch.equal(j, expected_j)
+    assert_same_pairs(indices, expected)
     assert lazy.mask_logits._full is None
 
 

@@ -18,6 +18,7 @@ from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder im
     MultiScaleMaskedTransformerDecoder,
     SelfAttentionLayer,
     _get_activation_fn,
+    _resize,
 )
 
 B, Q, C, M, S = 2, 5, 16, 4, 12
@@ -325,6 +326,16 @@ def test_one_pixel_maps():
 def test_scales_whose_sizes_are_no_multiples():
     given = inputs(sizes=((2, 3), (3, 5), (6, 9)))
     assert_same_outputs(build()(*given), build(PublishedLoop)(*given))
+
+
+@pytest.mark.parametrize(
+    "size", [(8, 12), (4, 6), (2, 3), (2, 6), (1, 1), (16, 24), (5, 7), (20, 24)]
+)
+def test_resize_equals_interpolate(size):
+    """By even factors, which take the short way, and by others."""
+    x = rand(2, 3, 16, 24)
+    expected = nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
+    torch.testing.assert_close(_resize(x, size), expected, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
