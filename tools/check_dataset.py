@@ -18,6 +18,8 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+import cv2
+import torch
 from tqdm import tqdm
 
 from mask2former.config import load_config
@@ -90,6 +92,16 @@ def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None]:
     return list(dict.fromkeys(names)), mismatch
 
 
+def worker_pool(workers: int) -> ProcessPoolExecutor:
+    """Processes that use one thread each: a forked one waits forever for threads of its parent."""
+    return ProcessPoolExecutor(workers, initializer=_use_one_thread)
+
+
+def _use_one_thread() -> None:
+    torch.set_num_threads(1)
+    cv2.setNumThreads(0)
+
+
 def check_items(index: Index, workers: int) -> list[ItemReport]:
     """Reads every image and annotation, in parallel; returns a report for each, in their order."""
     checker = ItemChecker(index)
@@ -99,7 +111,7 @@ def check_items(index: Index, workers: int) -> list[ItemReport]:
         if workers == 1 or len(items) < 2:
             yield from map(checker, items)
             return
-        with ProcessPoolExecutor(min(workers, len(items))) as pool:
+        with worker_pool(min(workers, len(items))) as pool:
             chunk = max(1, min(32, len(items) // (4 * workers)))
             yield from pool.map(checker, items, chunksize=chunk)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import own_data
 import pytest
+import torch
 import yaml
 from dataset_trees import photograph, save, write_json
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -194,6 +195,13 @@ def test_wrong_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         tool.main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_workers_use_one_thread():
+    """They are forked from a process that has used several, which they do not have."""
+    torch.rand(1 << 20).exp_()
+    with tool.worker_pool(2) as pool:
+        assert pool.submit(torch.get_num_threads).result(timeout=60) == 1
 
 
 @needs_data
