@@ -3,7 +3,7 @@
 Shape letters: B batch, Q queries, K classes, T targets of an image, H W pixels.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -18,7 +18,17 @@ from torch import Tensor, nn
 
 from .modeling.criterion import SetCriterion
 from .modeling.matcher import HungarianMatcher
-from .modeling.postprocessing import instance_inference, panoptic_inference, semantic_inference
+from .modeling.postprocessing import (
+    InstanceResult,
+    PanopticResult,
+    ResizedMasks,
+    Result,
+    SemanticResult,
+    instance_inference,
+    panoptic_inference,
+    pass_rows,
+    semantic_inference,
+)
 from .utils.registry import register_unless_taken
 
 
@@ -192,38 +202,71 @@ class MaskFormer(nn.Module):
     def _predictions(
         self, outputs: dict[str, Any], batched_inputs: list[dict[str, Any]], images: ImageList
     ) -> list[dict[str, Any]]:
-        mask_cls_results = outputs["pred_logits"]
-        mask_pred_results = F.interpolate(
-            outputs["pred_masks"],
-            size=images.tensor.shape[-2:],
-            mode="bilinear",
-            align_corners=False,
-        )
-        del outputs
+        padded = tuple(images.tensor.shape[-2:])
         results = []
-        for mask_cls, mask_pred, inputs, image_size in zip(
-            mask_cls_results, mask_pred_results, batched_inputs, images.image_sizes, strict=True
+        for mask_cls, masks, inputs, image_size in zip(
+            outputs["pred_logits"],
+            outputs["pred_masks"],
+            batched_inputs,
+            images.image_sizes,
+            strict=True,
         ):
             size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
-            result: dict[str, Any] = {}
-            results.append(result)
-            if self.sem_seg_postprocess_before_inference:
-                mask_pred = retry_if_cuda_oom(sem_seg_postprocess)(mask_pred, image_size, *size)
-                mask_cls = mask_cls.to(mask_pred)
-            if self.semantic_on:
-                sem_seg = retry_if_cuda_oom(self.semantic_inference)(mask_cls, mask_pred)
-                if not self.sem_seg_postprocess_before_inference:
-                    sem_seg = retry_if_cuda_oom(sem_seg_postprocess)(sem_seg, image_size, *size)
-                result["sem_seg"] = sem_seg
-            if self.panoptic_on:
-                result["panoptic_seg"] = retry_if_cuda_oom(self.panoptic_inference)(
-                    mask_cls, mask_pred
-                )
-            if self.instance_on:
-                result["instances"] = retry_if_cuda_oom(self.instance_inference)(
-                    mask_cls, mask_pred
-                )
+            predict = retry_if_cuda_oom(self._predictions_of_image)
+            results.append(predict(mask_cls, masks, padded, tuple(image_size), size))
         return results
+
+    def _predictions_of_image(
+        self,
+        mask_cls: Tensor,
+        masks: Tensor,
+        padded: tuple[int, int],
+        image_size: tuple[int, int],
+        size: tuple[int, int],
+    ) -> dict[str, Any]:
+        """Predictions from (Q, K+1) and (Q, h, w) logits."""
+        before = self.sem_seg_postprocess_before_inference
+        sizes = (image_size, size) if before else (padded, padded)
+        resized = ResizedMasks(masks, padded, *sizes)
+        mask_cls = mask_cls.to(resized.dtype)
+        shape = resized.shape
+        tasks: dict[str, tuple[bool, str, Callable[[], Result]]] = {
+            "sem_seg": (
+                self.semantic_on,
+                "semantic_inference",
+                lambda: SemanticResult(mask_cls, shape),
+            ),
+            "panoptic_seg": (
+                self.panoptic_on,
+                "panoptic_inference",
+                lambda: PanopticResult(mask_cls, shape, *self._panoptic_arguments()),
+            ),
+            "instances": (
+                self.instance_on,
+                "instance_inference",
+                lambda: InstanceResult(mask_cls, shape, *self._instance_arguments()),
+            ),
+        }
+        predictions: dict[str, Any] = {}
+        shared: dict[str, Result] = {}
+        full = None
+        for key, (is_on, name, start) in tasks.items():
+            method = getattr(self, name)
+            if not is_on:
+                continue
+            if getattr(method, "__func__", None) is getattr(MaskFormer, name):
+                shared[key] = start()
+            else:  # a subclass has its own, which takes all masks at once
+                full = resized.full() if full is None else full
+                predictions[key] = method(mask_cls, full)
+        del full
+        with torch.autocast(masks.device.type, enabled=False):
+            pass_rows(resized, shared.values())
+        predictions |= {key: result.finish() for key, result in shared.items()}
+        if self.semantic_on and not before:
+            scores = predictions["sem_seg"]
+            predictions["sem_seg"] = sem_seg_postprocess(scores, image_size, *size)
+        return predictions
 
     def prepare_targets(
         self, targets: list[Instances], images: ImageList
@@ -268,19 +311,14 @@ class MaskFormer(nn.Module):
         self, mask_cls: Tensor, mask_pred: Tensor
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """(Q, K+1) and (Q, H, W) logits → (H, W) ids and segments, see `postprocessing`."""
-        return panoptic_inference(
-            mask_cls,
-            mask_pred,
-            self._thing_ids(),
-            self.object_mask_threshold,
-            self.overlap_threshold,
-        )
+        return panoptic_inference(mask_cls, mask_pred, *self._panoptic_arguments())
+
+    def _panoptic_arguments(self) -> tuple[Collection[int], float, float]:
+        return self._thing_ids(), self.object_mask_threshold, self.overlap_threshold
 
     def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Instances:
         """(Q, K+1) and (Q, H, W) logits → Instances, see `postprocessing`."""
-        return instance_inference(
-            mask_cls,
-            mask_pred,
-            self.test_topk_per_image,
-            self._thing_ids() if self.panoptic_on else None,
-        )
+        return instance_inference(mask_cls, mask_pred, *self._instance_arguments())
+
+    def _instance_arguments(self) -> tuple[int, Collection[int] | None]:
+        return self.test_topk_per_image, self._thing_ids() if self.panoptic_on else None

@@ -268,6 +268,35 @@ def test_semantic_only(tiny_cfg, batch, before):
     assert calls == [(7, 100, 200) if before else (7, 64, 96)]
 
 
+def test_methods_of_a_subclass_take_all_masks(tiny_cfg, batch):
+    """Whichever are overridden, the results are those of the model's own."""
+    inputs = [{**images_only(batch)[0], "height": 90, "width": 150}]
+    model = build(tiny_cfg).eval()
+    with torch.no_grad():
+        [expected] = model(inputs)
+    for names in (["panoptic"], ["semantic", "instance"], ["semantic", "panoptic", "instance"]):
+        seen = []
+
+        def overriding(name, seen=seen):
+            def inference(self, mask_cls, mask_pred):
+                seen.append((name, tuple(mask_pred.shape)))
+                return getattr(MaskFormer, f"{name}_inference")(self, mask_cls, mask_pred)
+
+            return inference
+
+        methods = {f"{name}_inference": overriding(name) for name in names}
+        model.__class__ = type("Sub", (MaskFormer,), methods)
+        with torch.no_grad():
+            [result] = model(inputs)
+        assert sorted(seen) == sorted((name, (7, 90, 150)) for name in names)
+        torch.testing.assert_close(result["sem_seg"], expected["sem_seg"])
+        assert torch.equal(result["panoptic_seg"][0], expected["panoptic_seg"][0])
+        assert result["panoptic_seg"][1] == expected["panoptic_seg"][1]
+        one, other = result["instances"], expected["instances"]
+        assert torch.equal(one.pred_masks, other.pred_masks)
+        torch.testing.assert_close(one.scores, other.scores)
+
+
 def test_last_prediction_is_the_one_used(tiny_cfg, batch):
     model = build(tiny_cfg).eval()
     with torch.no_grad():
