@@ -16,6 +16,7 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor, nn
 
+from .modeling.backbone.frozen_norm import fold_frozen_norms
 from .modeling.criterion import SetCriterion
 from .modeling.matcher import HungarianMatcher
 from .modeling.postprocessing import (
@@ -100,7 +101,7 @@ class MaskFormer(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        backbone = build_backbone(cfg)
+        backbone = fold_frozen_norms(build_backbone(cfg))
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
         model = cfg.MODEL.MASK_FORMER
         if not cfg.DATASETS.TRAIN:
@@ -181,9 +182,13 @@ class MaskFormer(nn.Module):
                 "that makes targets"
             )
 
-        outputs = self.sem_seg_head(self.backbone(images.tensor))
         if self.training:
+            outputs = self.sem_seg_head(self.backbone(images.tensor))
             return self._losses(outputs, batched_inputs, images)
+        if self.device.type == "cpu":
+            # Convolutions on a CPU work in this layout: each would rearrange what it reads.
+            images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
+        outputs = self.sem_seg_head(self.backbone(images.tensor))
         return self._predictions(outputs, batched_inputs, images)
 
     def _losses(
