@@ -16,6 +16,8 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from .mask_ap import evaluate_masks
+
 DILATION_RATIO = 0.02
 METRICS = (
     *("AP", "AP50", "AP75", "APs", "APm", "APl"),
@@ -121,13 +123,12 @@ def evaluate_boundary_ap(
     if not results:
         return dict.fromkeys(METRICS, float("nan"))
     with contextlib.redirect_stdout(log):
-        predictions = truth.loadRes(results)
         if iou_type == "boundary":
-            evaluation = BoundaryEval(truth, predictions, dilation_ratio)
+            evaluation = BoundaryEval(truth, truth.loadRes(results), dilation_ratio)
+            evaluation.evaluate()
+            evaluation.accumulate()
         else:
-            evaluation = COCOeval(truth, predictions, iouType="segm")
-        evaluation.evaluate()
-        evaluation.accumulate()
+            evaluation = evaluate_masks(truth, results)
         evaluation.summarize()
     logging.getLogger(__name__).debug(log.getvalue())
     return {

@@ -1,14 +1,21 @@
-"""Mask AP by the official COCO code, for data sets whose thing ids need not be 0 to n - 1."""
+"""Mask AP by the official COCO rules, for data sets whose thing ids need not be 0 to n - 1."""
 
+import itertools
+import json
+import os
 from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
+from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
+from .mask_ap import evaluate_masks
+from .mask_encoding import EncodesMasks
 
-class InstanceSegEvaluator(COCOEvaluator):
+
+class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
     """Detectron2's COCO evaluator for the thing classes of any data set.
 
     In a panoptic data set things may have any of the class ids, so predicted ids go back to the
@@ -16,15 +23,24 @@ class InstanceSegEvaluator(COCOEvaluator):
     """
 
     def __init__(
-        self, dataset_name: str, tasks: Sequence[str] | None = ("segm",), **kwargs: Any
+        self,
+        dataset_name: str,
+        tasks: Sequence[str] | None = ("segm",),
+        *args: Any,
+        use_fast_impl: bool = True,
+        **kwargs: Any,
     ) -> None:
         """
         Args:
             dataset_name: registered name; its metadata names the COCO `json_file`.
             tasks: "segm" and possibly "bbox": the boxes that the model predicts are empty.
-            kwargs: `distributed`, `output_dir`, `max_dets_per_image`, as Detectron2 has them.
+            args, kwargs: `distributed`, `output_dir`, `max_dets_per_image`, as Detectron2 has them.
+            use_fast_impl: False leaves all to pycocotools, which gives the same digits. So do tasks
+                other than "segm" alone.
         """
-        super().__init__(dataset_name, tasks, use_fast_impl=False, **kwargs)
+        # What Detectron2 has under this name does not give the same digits.
+        super().__init__(dataset_name, tasks, *args, use_fast_impl=False, **kwargs)
+        self._use_fast_encoding = self._evaluates_compiled = use_fast_impl
         metadata = MetadataCatalog.get(dataset_name)
         to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
         self._to_dataset_id = to_contiguous and {v: k for k, v in to_contiguous.items()}
@@ -40,7 +56,32 @@ class InstanceSegEvaluator(COCOEvaluator):
             for prediction in predictions:
                 for result in prediction["instances"]:
                     result["category_id"] = self._dataset_id(result["category_id"])
-        super()._eval_predictions(predictions, img_ids)
+        if self._evaluates_compiled and self._tasks is not None and set(self._tasks) == {"segm"}:
+            self._eval_masks(predictions, img_ids)
+        else:
+            super()._eval_predictions(predictions, img_ids)
+
+    def _eval_masks(self, predictions: list[dict], img_ids: list[int] | None) -> None:
+        """What the base class does for masks, by `evaluate_masks`."""
+        results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
+        if self._output_dir:
+            path = os.path.join(self._output_dir, "coco_instances_results.json")
+            self._logger.info(f"Saving results to {path}")
+            with PathManager.open(path, "w") as file:
+                # Not `dump`, which is much slower.
+                file.write(json.dumps(results))
+        if not self._do_evaluation:
+            self._logger.info("Annotations are not available for evaluation.")
+            return
+        evaluation = None
+        if results:
+            evaluation = evaluate_masks(
+                self._coco_api, results, max_dets=self._max_dets_per_image, img_ids=img_ids
+            )
+            evaluation.summarize()
+        self._results["segm"] = self._derive_coco_results(
+            evaluation, "segm", class_names=self._metadata.thing_classes
+        )
 
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None

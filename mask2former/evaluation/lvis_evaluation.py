@@ -5,10 +5,11 @@ from typing import Any
 
 from detectron2.evaluation import LVISEvaluator as _LVISEvaluator
 
+from .mask_encoding import EncodesMasks
 from .official_packages import import_official, numpy_with_old_names, replaced
 
 
-class LVISEvaluator(_LVISEvaluator):
+class LVISEvaluator(EncodesMasks, _LVISEvaluator):
     """Detectron2's LVIS evaluator, of masks alone by default and with today's NumPy."""
 
     def __init__(

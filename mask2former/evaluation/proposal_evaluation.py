@@ -15,13 +15,14 @@ import numpy as np
 import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
-from detectron2.evaluation.coco_evaluation import instances_to_coco_json
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor, nn
+
+from .mask_ap import evaluate_masks
+from .mask_encoding import encode_masks
 
 _SIZES = {"all": "", "small": "s", "medium": "m", "large": "l"}
 
@@ -78,16 +79,19 @@ class LayerProposals(nn.Module):
 
 
 class ProposalEvaluator(DatasetEvaluator):
-    """Class-agnostic average recall of masks by the official COCO code.
+    """Class-agnostic average recall of masks by the official COCO rules.
 
     Objects of all classes count as one class; recall is averaged over IoU from 0.5 to 0.95.
     """
 
-    def __init__(self, dataset_name: str, num_proposals: int = 100) -> None:
+    def __init__(
+        self, dataset_name: str, num_proposals: int = 100, *, use_fast_impl: bool = True
+    ) -> None:
         """
         Args:
             dataset_name: registered name; its metadata names the COCO `json_file`.
             num_proposals: how many of an image to take, by falling score.
+            use_fast_impl: False leaves it to pycocotools, which gives the same digits.
 
         Raises:
             ValueError: the data set has no COCO annotation file.
@@ -101,6 +105,7 @@ class ProposalEvaluator(DatasetEvaluator):
         with contextlib.redirect_stdout(io.StringIO()):
             self._truth = COCO(PathManager.get_local_path(json_file))
         self._num_proposals = num_proposals
+        self._use_fast_impl = use_fast_impl
         self._logger = logging.getLogger(__name__)
 
     def reset(self) -> None:
@@ -115,10 +120,17 @@ class ProposalEvaluator(DatasetEvaluator):
         # The official code pools classes that it knows.
         category = self._truth.getCatIds()[0]
         for of_image, output in zip(inputs, outputs, strict=True):
-            instances = output["instances"].to("cpu")
-            for proposal in instances_to_coco_json(instances, of_image["image_id"]):
-                del proposal["bbox"]
-                self._predictions.append(proposal | {"category_id": category})
+            instances = output["instances"]
+            encoded = encode_masks(instances.pred_masks)
+            for score, mask in zip(instances.scores.tolist(), encoded, strict=True):
+                self._predictions.append(
+                    {
+                        "image_id": of_image["image_id"],
+                        "category_id": category,
+                        "score": score,
+                        "segmentation": mask,
+                    }
+                )
 
     def evaluate(self) -> OrderedDict | None:
         """Returns {"proposals": {"AR@100", "ARs@100", "ARm@100", "ARl@100"}} on the main worker.
@@ -140,11 +152,13 @@ class ProposalEvaluator(DatasetEvaluator):
 
     def _recalls(self, predictions: list[dict]) -> dict[str, float]:
         with contextlib.redirect_stdout(io.StringIO()):
-            evaluation = COCOeval(self._truth, self._truth.loadRes(predictions), iouType="segm")
-            evaluation.params.useCats = 0
-            evaluation.params.maxDets = [self._num_proposals]
-            evaluation.evaluate()
-            evaluation.accumulate()
+            evaluation = evaluate_masks(
+                self._truth,
+                predictions,
+                max_dets=[self._num_proposals],
+                use_cats=False,
+                use_fast_impl=self._use_fast_impl,
+            )
         recall = evaluation.eval["recall"][:, 0, :, 0]  # (IoU thresholds, sizes)
         values = {}
         for size, of_size in zip(evaluation.params.areaRngLbl, recall.T, strict=True):

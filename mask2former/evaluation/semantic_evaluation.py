@@ -1,11 +1,21 @@
-"""Mean IoU by Detectron2's evaluator, from label images or from panoptic annotations."""
+"""Mean IoU by Detectron2's evaluator, from label images or from panoptic annotations.
 
+K classes, H W pixels of an image.
+"""
+
+from typing import Any
+
+import cv2
 import numpy as np
+import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
 from PIL import Image
+from torch import Tensor
+
+from .mask_encoding import encode_transposed
 
 _IGNORE = 255
 
@@ -18,9 +28,85 @@ def build_semantic_evaluator(dataset_name: str, output_folder: str | None) -> Se
     else:
         loading_fn = PanopticToSemantic(records)
         dataset_name = _register_semantic_view(dataset_name, records)
-    return SemSegEvaluator(
+    return SemanticEvaluator(
         dataset_name, distributed=True, output_dir=output_folder, sem_seg_loading_fn=loading_fn
     )
+
+
+class SemanticEvaluator(SemSegEvaluator):
+    """Detectron2's evaluator with the same results, faster on what a CPU has to do per image."""
+
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        """
+        Args:
+            inputs: with `file_name`.
+            outputs: with `sem_seg`, scores (K, H, W).
+        """
+        for of_image, output in zip(inputs, outputs, strict=True):
+            labels = best_labels(output["sem_seg"]).astype(int)
+            truth_file = self.input_file_to_gt_file[of_image["file_name"]]
+            truth = self.sem_seg_loading_fn(truth_file, dtype=int)
+            truth[truth == self._ignore_label] = self._num_classes
+            self._conf_matrix += self._confusion(labels, truth)
+            if self._compute_boundary_iou:
+                # Of 8 bits also in their sums: Detectron2's figures, which wrap, are kept.
+                boundaries = [self._mask_to_boundary(x.astype(np.uint8)) for x in (labels, truth)]
+                self._b_conf_matrix += self._confusion(*boundaries)
+            self._predictions.extend(self.encode_json_sem_seg(labels, of_image["file_name"]))
+
+    def _confusion(self, labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
+        pairs = (self._num_classes + 1) * labels.ravel() + truth.ravel()
+        counts = np.bincount(pairs, minlength=self._conf_matrix.size)
+        return counts.reshape(self._conf_matrix.shape)
+
+    def encode_json_sem_seg(
+        self, sem_seg: np.ndarray, input_file_name: str
+    ) -> list[dict[str, Any]]:
+        """The classes of a label map (H, W) as masks, in the COCO stuff format.
+
+        Raises:
+            ValueError: the metadata has no such class.
+        """
+        columns = cv2.transpose(sem_seg.astype(np.int32))
+        dataset_ids = self._contiguous_id_to_dataset_id
+        results = []
+        for label in np.flatnonzero(np.bincount(sem_seg.ravel())).tolist():
+            if dataset_ids is not None and label not in dataset_ids:
+                raise ValueError(
+                    f"Class {label} was predicted, which is not in the metadata of "
+                    f"{self._dataset_name}."
+                )
+            results.append(
+                {
+                    "file_name": input_file_name,
+                    "category_id": label if dataset_ids is None else dataset_ids[label],
+                    "segmentation": encode_transposed((columns == label).view(np.uint8)),
+                }
+            )
+        return results
+
+
+def best_labels(scores: Tensor) -> np.ndarray:
+    """The class (H, W) of the highest score, the first of several; as `argmax` over the classes.
+
+    Args:
+        scores: (K, H, W).
+    """
+    if scores.device.type != "cpu" or scores.dtype != torch.float32:
+        return scores.argmax(dim=0).cpu().numpy()
+    # Class by class in rows of memory, in place of down all the classes at each pixel.
+    scores = scores.numpy()
+    highest = scores[0].copy()
+    labels = np.zeros(highest.shape, dtype=np.min_scalar_type(len(scores) - 1))
+    is_higher = np.empty(highest.shape, dtype=bool)
+    for label, of_class in enumerate(scores[1:], start=1):
+        np.greater(of_class, highest, out=is_higher)
+        np.maximum(of_class, highest, out=highest)
+        np.putmask(labels, is_higher, label)
+    if np.isnan(highest).any():
+        # No number is higher than NaN, which counts as the highest.
+        return torch.from_numpy(scores).argmax(dim=0).numpy()
+    return labels
 
 
 def load_label_map(file_name: str, dtype: np.dtype | type | None = None) -> np.ndarray:

@@ -18,14 +18,14 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.evaluation import DatasetEvaluators, SemSegEvaluator
+from detectron2.evaluation import DatasetEvaluators
 from detectron2.structures import Boxes, Instances
 from panopticapi.utils import id2rgb
 from PIL import Image
 from pycocotools import mask as mask_util
 
 from mask2former.evaluation import InstanceSegEvaluator, PanopticEvaluator, build_evaluator
-from mask2former.evaluation.semantic_evaluation import load_label_map
+from mask2former.evaluation.semantic_evaluation import SemanticEvaluator, load_label_map
 
 DATASET_IDS = [10, 20, 30, 40]
 NAMES = ["wall", "cat", "sky", "dog"]
@@ -292,6 +292,29 @@ def test_average_precision_by_hand(dataset, tmp_path):
     assert results["AP-cat"] == pytest.approx(results["AP"])
 
 
+@pytest.mark.parametrize("tasks", [("segm",), ("bbox", "segm"), None])
+@pytest.mark.parametrize("use_fast_impl", [True, False])
+def test_tasks_and_limits_of_instances(dataset, tmp_path, tasks, use_fast_impl):
+    """Detectron2's arguments. Of thirteen detections the last one is right."""
+    left = SEGMENTS[1][0][2]
+    outputs = {i: model_outputs([]) for i in SEGMENTS}
+    scores = [0.9] * 12 + [0.5]
+    outputs[1] = model_outputs([(1, ~left)] * 12 + [(1, left)], scores=scores)
+    arguments = ("ev_instances", tasks, False, str(tmp_path / "instances"))
+
+    def evaluated(**limit):
+        evaluator = InstanceSegEvaluator(*arguments, use_fast_impl=use_fast_impl, **limit)
+        results = evaluate(evaluator, dataset, outputs)
+        assert set(results) == set(tasks or ("bbox", "segm"))
+        return results["segm"]
+
+    limited, results = evaluated(max_dets_per_image=12), evaluated()
+    assert limited["AP"] == limited["AR12"] == results["AR10"] == 0
+    assert results["AR100"] == pytest.approx(50)
+    # Precision 1/13 up to recall 1/2: 51 of the 101 recall points.
+    assert results["AP"] == pytest.approx(100 * 51 / 101 / 13)
+
+
 def test_crowds_are_ignored(dataset, tmp_path):
     outputs = {i: perfect_outputs(i) for i in SEGMENTS}
     cat, crowd = SEGMENTS[2][0][2], SEGMENTS[2][1][2]
@@ -322,7 +345,7 @@ def test_mean_iou_by_hand(dataset, tmp_path):
     # Image 1 is all dog, which is never true: 800 cat and 1600 sky are missed.
     outputs[1] = model_outputs([(3, everything)])
     evaluator = build_evaluator(config(tmp_path, "SEMANTIC"), "ev_semantic")
-    assert isinstance(evaluator, SemSegEvaluator)
+    assert isinstance(evaluator, SemanticEvaluator)
     results = evaluate(evaluator, dataset, outputs)["sem_seg"]
     wall = 1100 / (1100 + 1200)
     cat = 0.0
@@ -344,11 +367,14 @@ def test_choice_of_evaluators(dataset, tmp_path, caplog):
     assert chosen("ev_panoptic", *everything) == [
         PanopticEvaluator,
         InstanceSegEvaluator,
-        SemSegEvaluator,
+        SemanticEvaluator,
     ]
-    assert chosen("ev_panoptic", "SEMANTIC", "INSTANCE") == [InstanceSegEvaluator, SemSegEvaluator]
+    assert chosen("ev_panoptic", "SEMANTIC", "INSTANCE") == [
+        InstanceSegEvaluator,
+        SemanticEvaluator,
+    ]
     assert chosen("ev_instances", *everything) == [InstanceSegEvaluator]
-    assert chosen("ev_semantic", *everything) == [SemSegEvaluator]
+    assert chosen("ev_semantic", *everything) == [SemanticEvaluator]
 
     change_metadata("ev_panoptic", json_file=None)
     assert chosen("ev_panoptic", "PANOPTIC", "INSTANCE") == [PanopticEvaluator]
@@ -363,7 +389,7 @@ def test_evaluators_of_other_panoptic_sets(dataset, tmp_path, evaluator_type):
     assert [type(e) for e in evaluators] == [
         PanopticEvaluator,
         InstanceSegEvaluator,
-        SemSegEvaluator,
+        SemanticEvaluator,
     ]
 
 

@@ -24,7 +24,12 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from mask2former.evaluation import SemanticPQ
+from mask2former.evaluation import (
+    InstanceSegEvaluator,
+    PanopticEvaluator,
+    ProposalEvaluator,
+    SemanticPQ,
+)
 from mask2former.evaluation.official_packages import numpy_with_old_names, replaced
 
 for package in ("cityscapesscripts", "lvis"):
@@ -251,6 +256,24 @@ def panoptic_of_stuff(folder, categories):
     average, of_classes = stat.pq_average(by_id, isthing=None)
     expected = {key.upper(): 100 * average[key] for key in ("pq", "sq", "rq")}
     return expected | {f"PQ-{c['name']}": 100 * of_classes[c["id"]]["pq"] for c in categories}
+
+
+@pytest.mark.parametrize("kind", [InstanceSegEvaluator, PanopticEvaluator, ProposalEvaluator])
+def test_official_code_by_choice(folder, results, predictions, tmp_path, kind):
+    """`use_fast_impl=False` changes neither results nor files."""
+    arguments = {} if kind is ProposalEvaluator else {"output_dir": str(tmp_path)}
+    evaluator = kind("scenes_panoptic", use_fast_impl=False, **arguments)
+    evaluator.reset()
+    for image_id, prediction in predictions.items():
+        record = {"image_id": image_id, "file_name": f"{scenes.stem(image_id)}_leftImg8bit.png"}
+        evaluator.process([record], [scenes.outputs_of(prediction, "scenes_panoptic")])
+    ((task, metrics),) = evaluator.evaluate().items()
+    expected = results["proposals" if kind is ProposalEvaluator else "scenes_panoptic"][task]
+    np.testing.assert_equal(metrics, expected)
+    assert list(metrics) == list(expected)
+    for file in tmp_path.glob("*.json"):
+        assert file.read_text() == (folder / "output" / "inference" / file.name).read_text()
+    assert len(list(tmp_path.glob("*.json"))) == len(arguments)
 
 
 def test_two_workers_equal_one(folder, results):
