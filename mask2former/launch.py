@@ -22,6 +22,7 @@ from .checkpoint import Mask2FormerCheckpointer
 from .config import load_config
 from .data.class_counts import check_class_counts
 from .trainer import Trainer, check_device
+from .utils.memory import keep_freed_memory
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
@@ -39,6 +40,8 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_device(cfg)
     check_class_counts(cfg)
     cfg.freeze()
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     return cfg
@@ -48,15 +51,22 @@ def main(args: argparse.Namespace) -> dict | None:
     """Train, or with `--eval-only` evaluate, in this process.
 
     Args:
-        args: of Detectron2's `default_argument_parser`.
+        args: of Detectron2's `default_argument_parser`; `compile`, if there, is a mode of
+            `torch.compile` for evaluation.
 
     Returns:
         The evaluation results, on the main process: {task: {metric: value}}, by data set if there
         are several.
     """
+    # Arguments of another parser have no such thing.
+    compile_mode = getattr(args, "compile", None)
+    if compile_mode and not args.eval_only:
+        raise ValueError("--compile is for inference: give it together with --eval-only")
     cfg = setup(args)
     if args.eval_only:
         model = Trainer.build_model(cfg)
+        if compile_mode:
+            model.compile_inference(mode=compile_mode)
         checkpointer = Mask2FormerCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
         checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
         results = Trainer.test(cfg, model)
@@ -73,7 +83,14 @@ def main(args: argparse.Namespace) -> dict | None:
 
 def run(main: Callable[[argparse.Namespace], Any] = main) -> None:
     """Read the command line and run `main` in every process of the job."""
-    args = default_argument_parser().parse_args()
+    parser = default_argument_parser()
+    parser.add_argument(
+        "--compile",
+        choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
+        help="with --eval-only: compile the model by torch.compile in this mode; for every size of "
+        "padded images anew, so MODEL.MASK_FORMER.SIZE_DIVISIBILITY may help",
+    )
+    args = parser.parse_args()
     print("Command Line Args:", args)
     launch(main, args)
 

@@ -1,0 +1,37 @@
+"""Whether freed memory stays with the process."""
+
+import ctypes
+import subprocess
+import sys
+
+import pytest
+
+from mask2former.utils import memory
+
+# Fills 64 MiB over and over and counts the pages that the system had to provide.
+_FAULTS = """
+import resource, sys
+import torch
+from mask2former.utils.memory import keep_freed_memory
+assert sys.argv[1] == "no" or keep_freed_memory()
+for _ in range(3):
+    torch.ones(2**24)
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(5):
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
+def test_freed_blocks_are_used_again():
+    faults = {}
+    for keep in ("no", "yes"):
+        command = [sys.executable, "-W", "ignore", "-c", _FAULTS, keep]
+        faults[keep] = int(subprocess.check_output(command, text=True))
+    assert faults["yes"] < faults["no"] / 10
+
+
+def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert not memory.keep_freed_memory()
