@@ -8,9 +8,9 @@ from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.evaluation import COCOEvaluator
-from detectron2.utils.file_io import PathManager
 from pycocotools.cocoeval import COCOeval
 
+from ..utils.files import atomic_write
 from .mask_ap import evaluate_masks
 from .mask_encoding import EncodesMasks
 
@@ -67,7 +67,7 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             self._logger.info(f"Saving results to {path}")
-            with PathManager.open(path, "w") as file:
+            with atomic_write(path) as file:
                 # Not `dump`, which is much slower.
                 file.write(json.dumps(results))
         if not self._do_evaluation:

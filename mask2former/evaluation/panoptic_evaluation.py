@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat, pq_compute_multi_core
 from tabulate import tabulate
 
+from ..utils.files import atomic_write
 from .panoptic_quality import add_up, as_segment_ids, count_segments, read_segment_ids
 
 _GROUPS = {"All": None, "Things": True, "Stuff": False}
@@ -126,7 +127,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         }
         if self._output_dir:
             path = os.path.join(self._output_dir, "predictions.json")
-            with PathManager.open(path, "w") as file:
+            with atomic_write(path) as file:
                 # Not `dump`, which is much slower.
                 file.write(json.dumps({**self._truth, "annotations": list(predictions.values())}))
         if self._use_fast_impl:
