@@ -456,3 +456,21 @@ def test_device_follows_the_buffers(tiny_cfg):
     model = build(tiny_cfg)
     assert model.device == torch.device("cpu")
     assert isinstance(model.pixel_mean, Tensor) and model.pixel_mean.shape == (3, 1, 1)
+
+
+def test_compiled_inference(tiny_cfg, batch):
+    """Captured as one graph, with the same answers; copies and training are not compiled."""
+    model = build(tiny_cfg).eval()
+    with torch.no_grad():
+        expected = model(images_only(batch)[:1])[0]
+        model.compile_inference(backend="eager", fullgraph=True)
+        [result] = model(images_only(batch)[:1])
+    torch.testing.assert_close(result["sem_seg"], expected["sem_seg"])
+    assert torch.equal(result["panoptic_seg"][0], expected["panoptic_seg"][0])
+    assert copy.deepcopy(model)._compiled_network is None
+
+    def fail(images):
+        raise AssertionError("training was compiled")
+
+    model._compiled_network = fail
+    sum(model.train()(batch).values()).backward()

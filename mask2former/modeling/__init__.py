@@ -13,6 +13,12 @@ B batch, Q queries, K classes, C channels, H W padded image size:
 
 meta_arch/mask_former_head.py joins pixel and transformer decoder; ../maskformer_model.py is the
 whole. Importing this package registers everything with Detectron2.
+
+Under autocast, in float16 or bfloat16, these stay in float32: the residual streams of both
+transformers and their layer norms; where deformable attention looks and how much it weighs, and its
+sums; class probabilities and all matching costs; features, masks and targets once they are read at
+points; the losses. Convolutions, linear layers, attention and the products that give masks are in
+half precision.
 """
 
 from . import backbone, meta_arch, pixel_decoder, transformer_decoder

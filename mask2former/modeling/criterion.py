@@ -32,6 +32,7 @@ from .mask_losses import (
 from .mask_predictions import LayeredMasks
 from .matcher import HungarianMatcher, Indices, Targets
 from .point_sampling import TargetMasks, max_elements, sample_uncertain_points
+from .recompute import recomputed
 
 __all__ = [
     "SetCriterion",
@@ -83,6 +84,12 @@ class MatchedPairs:
     def by_image(self, indices: Tensor) -> tuple[Tensor, ...]:
         """Split an index tensor into the parts of the images."""
         return indices.split([sum(counts) for counts in self.num_rows])
+
+
+def _losses_at_points(logits: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """BCE and dice of masks (N, 1, H, W) at points (N, P, 2) with labels (N, P), (N,) each."""
+    at_points = point_sample(logits, points, align_corners=False)[:, 0]  # (N, P)
+    return sigmoid_ce_loss_of_each(at_points, labels), dice_loss_of_each(at_points, labels)
 
 
 class SetCriterion(nn.Module):
@@ -193,14 +200,15 @@ class SetCriterion(nn.Module):
                         part, self.num_points, self.oversample_ratio, self.importance_sample_ratio
                     )  # (N, P, 2)
                     labels = sampler.at(indices, points)
-                point_logits = point_sample(part, points, align_corners=False)[:, 0]  # (N, P)
-                losses_mask.append(sigmoid_ce_loss_of_each(point_logits, labels))
-                losses_dice.append(dice_loss_of_each(point_logits, labels))
-        # Sums by a product: adding up with index_add would differ from run to run on a GPU.
+                loss_mask, loss_dice = recomputed(_losses_at_points, part, points, labels)
+                losses_mask.append(loss_mask)
+                losses_dice.append(loss_dice)
+        # Adding up with index_add would differ from run to run on a GPU, and a matrix product would
+        # be in half precision under autocast.
         member = pairs.layer == torch.arange(len(layers), device=pairs.layer.device)[:, None]
         return {
-            "loss_mask": member.float() @ torch.cat(losses_mask),
-            "loss_dice": member.float() @ torch.cat(losses_dice),
+            "loss_mask": (member * torch.cat(losses_mask)).sum(1),
+            "loss_dice": (member * torch.cat(losses_dice)).sum(1),
         }
 
     @staticmethod

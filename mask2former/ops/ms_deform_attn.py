@@ -14,6 +14,7 @@ Shape letters: B batch, S values of all levels together, Q queries, M heads, D c
 L levels, P points per level and head.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 
@@ -49,6 +50,16 @@ def _host_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     if any(height < 0 or width < 0 or height * width >= 2**31 for height, width in shapes):
         raise ValueError(f"spatial shapes must be in 0 ... 2**31 - 1 positions, got {shapes}")
     return shapes
+
+
+@functools.lru_cache(maxsize=32)
+def _widths_and_heights(
+    shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Width and height of every level, (L, 2). Kept, as a GPU would wait for each copy."""
+    # A tensor made in inference mode could not be used for training afterwards.
+    with torch.inference_mode(False), torch.no_grad():
+        return torch.tensor(shapes, dtype=dtype).flip(-1).to(device)
 
 
 def _accumulate_dtype(value: Tensor) -> torch.dtype:
@@ -229,9 +240,11 @@ def ms_deform_attn_fused(
     num_points = sampling_offsets.shape[4]
     reference = reference_points[:, :, None, :, None, :]  # (B or 1, Q, 1, L, 1, 2 or 4)
     if reference_points.shape[-1] == 2:
-        width_height = [(width, height) for height, width in shapes]
-        size = torch.tensor(width_height, device=value.device, dtype=dtype).view(-1, 2)
-        locations = reference + sampling_offsets / size[:, None, :]
+        # The cache must not keep the fake tensors that torch.export traces with.
+        compiling = torch.compiler.is_compiling()
+        compute = _widths_and_heights.__wrapped__ if compiling else _widths_and_heights
+        sizes = compute(tuple(shapes), dtype, value.device)
+        locations = reference + sampling_offsets / sizes[:, None, :]
     else:
         half_box = reference[..., 2:] * 0.5
         locations = reference[..., :2] + sampling_offsets / num_points * half_box

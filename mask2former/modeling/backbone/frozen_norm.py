@@ -18,6 +18,16 @@ class ConvWithFrozenNorm(Conv2d):
         if x.is_cuda and not torch.is_grad_enabled():
             # One batch norm kernel against several small ones for the factors.
             return super().forward(x)
+        weight, offset = self._folded()
+        options = (self.stride, self.padding, self.dilation, self.groups)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            x = self._convolve(x, weight, offset, options)
+        else:
+            x = F.conv2d(x, weight, offset, *options)
+        return x if self.activation is None else self.activation(x)
+
+    def _folded(self) -> tuple[Tensor, Tensor]:
+        """Weight and offset of convolution and norm in one."""
         norm = self.norm
         # Half precision could not tell a small variance from zero.
         dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
@@ -25,17 +35,24 @@ class ConvWithFrozenNorm(Conv2d):
         offset = norm.bias - norm.running_mean * scale
         if self.bias is not None:
             offset = offset + self.bias * scale
-        weight = (self.weight * scale.view(-1, 1, 1, 1)).to(self.weight.dtype)
-        x = F.conv2d(
-            x,
-            weight,
-            offset.to(self.weight.dtype),
-            self.stride,
-            self.padding,
-            self.dilation,
-            self.groups,
-        )
-        return x if self.activation is None else self.activation(x)
+        weight = self.weight * scale.view(-1, 1, 1, 1)
+        return weight.to(self.weight.dtype), offset.to(self.weight.dtype)
+
+    def _convolve(self, x: Tensor, weight: Tensor, offset: Tensor, options: tuple) -> Tensor:
+        """The convolution; its folded weight is not kept for backward but computed once more."""
+
+        def pack(saved: Tensor) -> Tensor | None:
+            return None if saved.data_ptr() == weight_address else saved
+
+        def unpack(packed: Tensor | None) -> Tensor:
+            if packed is not None:
+                return packed
+            with torch.no_grad():
+                return self._folded()[0]
+
+        weight_address = weight.data_ptr()
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            return F.conv2d(x, weight, offset, *options)
 
 
 def fold_frozen_norms(module: nn.Module) -> nn.Module:

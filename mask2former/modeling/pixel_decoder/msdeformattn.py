@@ -19,12 +19,16 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from ...ops import MSDeformAttn
+from ...ops import MSDeformAttn, backend
 from ...utils.registry import register_unless_taken
+from ..recompute import recomputed
 from ..transformer_decoder.layers import _get_activation_fn
 from ..transformer_decoder.position_encoding import PositionEmbeddingSine
 
 Shapes = tuple[tuple[int, int], ...]
+
+# Positions that the feed-forward network of a layer takes at once on a CPU.
+_POSITIONS = 2048
 
 
 @functools.lru_cache(maxsize=32)
@@ -87,13 +91,37 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         padding_mask: Tensor | None = None,
     ) -> Tensor:
         """``src`` and ``pos`` (B, S, C), ``reference_points`` (1 or B, S, L, 2) → (B, S, C)."""
-        query = src if pos is None else src + pos
-        attended = self.self_attn(
-            query, reference_points, src, spatial_shapes, level_start_index, padding_mask
-        )
-        src = self.norm1(src + self.dropout1(attended))
+
+        def attend(src: Tensor) -> Tensor:
+            query = src if pos is None else src + pos
+            return self.self_attn(
+                query, reference_points, src, spatial_shapes, level_start_index, padding_mask
+            )
+
+        # All but sampling is cheap beside the memory it takes. Where it is not the compiled operator
+        # there is none to keep.
+        if type(self.self_attn) is MSDeformAttn and backend(src.device) == "compiled":
+            sampling = torch.ops.mask2former.ms_deform_attn_fused.default
+            attended = recomputed(attend, src, keep=[sampling])
+        else:
+            attended = attend(src)
+        return self.norm2(self._feed_forward(src + self.dropout1(attended)))
+
+    def _feed_forward(self, summed: Tensor) -> Tensor:
+        """Norm, network and residual connection: (B, S, C) → (B, S, C)."""
+        random = self.training and max(self.dropout2.p, self.dropout3.p) > 0
+        if summed.device.type != "cpu" or random or torch.compiler.is_compiling():
+            return recomputed(self._norm_and_network, summed, random=random)
+        # What is hidden stays in the caches, and never takes memory for all positions.
+        parts = summed.flatten(0, 1).split(_POSITIONS)
+        parts = [recomputed(self._norm_and_network, part) for part in parts]
+        return torch.cat(parts).view_as(summed)
+
+    def _norm_and_network(self, summed: Tensor) -> Tensor:
+        """(..., C) → (..., C)."""
+        src = self.norm1(summed)
         hidden = self.dropout2(self.activation(self.linear1(src)))
-        return self.norm2(src + self.dropout3(self.linear2(hidden)))
+        return src + self.dropout3(self.linear2(hidden))
 
 
 class MSDeformAttnTransformerEncoder(nn.Module):
@@ -334,24 +362,42 @@ class MSDeformAttnPixelDecoder(nn.Module):
             feature = _as_parameter(features[name], projection[0].weight)
             srcs.append(projection(feature))
             pos.append(self.pe_layer(feature))
-        memory, spatial_shapes, _ = self.transformer(srcs, pos)
+        memory, _, _ = self.transformer(srcs, pos)
 
-        shapes = spatial_shapes.tolist()
+        shapes = [src.shape[-2:] for src in srcs]
         levels = memory.split([height * width for height, width in shapes], dim=1)
         out = [
             level.transpose(1, 2).unflatten(2, shape)
             for level, shape in zip(levels, shapes, strict=True)
         ]
-        fpn_features = reversed(self.in_features[: self.num_fpn_levels])
-        for lateral, output, name in zip(
-            self.lateral_convs, self.output_convs, fpn_features, strict=True
+        fpn_features = [features[k] for k in reversed(self.in_features[: self.num_fpn_levels])]
+        # Normalisation and resizing are cheap beside the memory that their results take.
+        mask_features, *finer = recomputed(
+            self._fpn, out[-1], *fpn_features, keep=[torch.ops.aten.convolution.default]
+        )
+        out += finer
+        return mask_features, out[0], out[: self.maskformer_num_feature_levels]
+
+    def _fpn(self, coarser: Tensor, *features: Tensor) -> list[Tensor]:
+        """Add finer levels.
+
+        Args:
+            coarser: the finest encoded level (B, C, H, W).
+            features: backbone features of the levels to add, from coarse to fine.
+
+        Returns:
+            the per-pixel embedding; the levels.
+        """
+        levels = [coarser]
+        for lateral, output, feature in zip(
+            self.lateral_convs, self.output_convs, features, strict=True
         ):
-            current = lateral(_as_parameter(features[name], lateral.weight))
+            current = lateral(_as_parameter(feature, lateral.weight))
             upsampled = F.interpolate(
-                out[-1], size=current.shape[-2:], mode="bilinear", align_corners=False
+                levels[-1], size=current.shape[-2:], mode="bilinear", align_corners=False
             )
-            out.append(output(current + upsampled))
-        return self.mask_features(out[-1]), out[0], out[: self.maskformer_num_feature_levels]
+            levels.append(output(current + upsampled))
+        return [self.mask_features(levels[-1]), *levels[1:]]
 
 
 def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:

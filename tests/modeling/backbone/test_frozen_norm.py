@@ -99,3 +99,18 @@ def test_the_models_backbone_is_folded(tiny_cfg):
         if isinstance(module, FrozenBatchNorm2d):
             module.bias.add_(1.0)
     assert relative(folded(x)["res2"], expected["res2"]) > 0.1
+
+
+def test_folded_weight_is_not_kept_for_backward():
+    layer = fold_frozen_norms(Conv2d(64, 64, 3, norm=frozen(64)))
+    kept = []
+
+    def pack(x):
+        kept.append(x.shape)
+        return x
+
+    x = torch.randn(1, 64, 3, 3, requires_grad=True)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        layer(x).sum().backward()
+    # The factors of the weight, and nothing of its size.
+    assert kept and max(shape.numel() for shape in kept) == 64

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
+from mask2former.modeling.pixel_decoder import msdeformattn
 from mask2former.modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnPixelDecoder,
     MSDeformAttnTransformerEncoderLayer,
@@ -273,3 +274,58 @@ def test_from_config(tiny_cfg):
 def test_unknown_feature():
     with pytest.raises(ValueError, match=r"ENCODER_IN_FEATURES names \['res9'\].*'res2'"):
         build(transformer_in_features=["res3", "res9"])
+
+
+def outputs_and_gradients(decoder, given, dtype=None) -> list[Tensor]:
+    inputs = [x.clone().requires_grad_() for x in given.values()]
+    torch.manual_seed(1)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        mask_features, _, levels = decoder.forward_features(dict(zip(given, inputs, strict=True)))
+    outputs = [mask_features, *levels]
+    # One that is not symmetric, so that no gradient vanishes.
+    loss = sum((x.float() * torch.linspace(-1, 2, x.numel()).view_as(x)).sum() for x in outputs)
+    return [*outputs, *torch.autograd.grad(loss, [*inputs, *decoder.parameters()])]
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.4])
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("backend", ["compiled", "pytorch"])
+def test_recomputation_changes_no_number(monkeypatch, dropout, dtype, backend):
+    if backend == "pytorch":
+        monkeypatch.setattr(msdeformattn, "backend", lambda device: "pytorch")
+    decoder, given = build(transformer_dropout=dropout), features()
+    randomise(decoder)
+    ours = outputs_and_gradients(decoder, given, dtype)
+    monkeypatch.setattr(msdeformattn, "recomputed", lambda f, *args, **options: f(*args))
+    for a, b in zip(ours, outputs_and_gradients(decoder, given, dtype), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_some_positions_at_a_time_change_nothing(monkeypatch):
+    decoder, given = build(), features()
+    expected = outputs_and_gradients(decoder, given)
+    monkeypatch.setattr(msdeformattn, "_POSITIONS", 7)
+    for a, b in zip(outputs_and_gradients(decoder, given), expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
+def test_large_results_are_not_kept_for_backward():
+    """Neither the hidden layer, nor queries, nor what the FPN level normalises and adds."""
+    decoder, given = build(), features(256, 256)
+    parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
+    backbone = {x.untyped_storage().data_ptr() for x in given.values()}
+    sizes = {}
+
+    def pack(x: Tensor) -> Tensor:
+        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        decoder.forward_features(given)
+    stream = 4 * 2 * (8**2 + 16**2 + 32**2) * 32  # of a (B, S, C) tensor
+    kept = sorted(size for k, size in sizes.items() if k not in parameters | backbone)
+    # For each of two layers input, sum after attention, sum after the network, and the sampled
+    # values where selective recomputation shows them; for the projections as much twice.
+    assert sum(kept) <= (2 * 4 + 3) * stream
+    assert max(kept) <= stream

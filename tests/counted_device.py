@@ -1,0 +1,163 @@
+"""A device that counts when a GPU would make the host wait; also run as a program.
+
+Tensors on it compute on the CPU, but as with a GPU, values have to be copied to the host before it
+can look at them. A process can have one such device, for good; hence the program.
+
+    python counted_device.py CONFIG.yaml
+
+It prints as JSON the waits and uploads in a training forward of the config's model, each as the
+operator and the functions that led to it, and the counts of a known piece of code.
+"""
+
+import json
+import sys
+import traceback
+from typing import Any
+
+import torch
+from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import build_model
+from detectron2.projects.deeplab import add_deeplab_config
+from detectron2.structures import Instances
+from torch import Tensor
+from torch.utils import backend_registration
+from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
+from torch.utils._pytree import tree_iter, tree_map_only
+
+from mask2former import add_maskformer2_config
+
+NAME = "counted"
+# Their results are values or sizes that the host must know.
+READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
+INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class CountedTensor(Tensor):
+    """A tensor that says it is on the device; its numbers are in a CPU tensor."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> "CountedTensor":
+        return Tensor._make_wrapper_subclass(
+            cls,
+            inner.shape,
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=torch.device(NAME, 0),
+        )
+
+    def __init__(self, inner: Tensor) -> None:
+        self.inner = inner
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
+        raise AssertionError(f"{function} outside of a Counter")
+
+
+class Counter(TorchDispatchMode):
+    """Runs what concerns the device on the CPU, and notes where the host would wait for a GPU.
+
+    Attributes:
+        waits: reads of values by the host.
+        uploads: copies to the device for which the host waits.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.waits: list[str] = []
+        self.uploads: list[str] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
+        on_device = any(isinstance(x, CountedTensor) for x in tensors)
+        # A number is sent along with the kernel.
+        from_host = any(not isinstance(x, CountedTensor) and x.dim() > 0 for x in tensors)
+        target = kwargs.get("device")
+        to_device = target is not None and torch.device(target).type == NAME
+        if not (on_device or to_device):
+            return function(*args, **kwargs)
+        to_host = target is not None and not to_device
+        name = function.overloadpacket.__name__
+        mask = name in INDEXING and any(
+            x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
+        )
+        if to_host or name in READS or mask:
+            self.waits.append(self._place(name))
+        elif from_host and not kwargs.get("non_blocking"):
+            self.uploads.append(self._place(name))
+
+        if to_device:
+            kwargs = {**kwargs, "device": torch.device("cpu")}
+        inner_args, inner_kwargs = tree_map_only(CountedTensor, lambda x: x.inner, (args, kwargs))
+        out = function(*inner_args, **inner_kwargs)
+        if to_host:
+            return out
+        out = tree_map_only(Tensor, CountedTensor, out)
+        is_view = any(x.alias_info is not None for x in function._schema.arguments)
+        if name == "detach" or not (is_view or function._schema.is_mutable):
+            return out
+        return return_and_correct_aliasing(function, args, kwargs, out)
+
+    @staticmethod
+    def _place(name: str) -> str:
+        ours = [x for x in traceback.extract_stack() if "mask2former/" in x.filename]
+        return f"{name}: " + " < ".join(f"{x.name}:{x.lineno}" for x in reversed(ours[-3:]))
+
+
+class _Backend(backend_registration._DummyBackendModule):
+    def get_amp_supported_dtype(self) -> list[torch.dtype]:
+        return [torch.bfloat16, torch.float16]
+
+
+def known_code() -> dict[str, int]:
+    """Counts of code that is known to wait four times and to upload once."""
+    with Counter() as counter:
+        x = torch.ones(3, device=NAME)
+        x.sum().item()
+        x.cpu()
+        x[x > 0]
+        bool((x > 0).any())
+        (x + 1).view(-1)[1:].mul_(2)
+        x[torch.tensor([0, 2])]
+        torch.ones(3).to(NAME, non_blocking=True)
+    return {"waits": len(counter.waits), "uploads": len(counter.uploads)}
+
+
+def training_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
+    """Three images of different sizes, one without objects, on the device."""
+    inputs = []
+    for size, count in (((64, 96), 3), ((50, 70), 1), ((64, 64), 0)):
+        instances = Instances(size)
+        instances.gt_classes = (torch.arange(count) % num_classes).to(device)
+        instances.gt_masks = (torch.rand(count, *size) > 0.5).to(device)
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8).to(device)
+        inputs.append({"image": image, "instances": instances})
+    return inputs
+
+
+def count_training_forward(cfg: CfgNode) -> dict[str, list[str]]:
+    """Waits and uploads of the second forward: the first fills caches."""
+    torch.__future__.set_overwrite_module_params_on_conversion(True)
+    model = build_model(cfg)
+    with Counter():
+        model.to(NAME)
+        inputs = training_inputs(model.sem_seg_head.num_classes, NAME)
+        model(inputs)
+    with Counter() as counter:
+        losses = model(inputs)
+    assert all(x.device.type == NAME and torch.isfinite(x.inner) for x in losses.values())
+    return {"waits": counter.waits, "uploads": counter.uploads}
+
+
+def main() -> None:
+    backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
+    cfg = get_cfg()
+    add_deeplab_config(cfg)
+    add_maskformer2_config(cfg)
+    cfg.merge_from_file(sys.argv[1])
+    print(json.dumps({"known": known_code(), "training": count_training_forward(cfg)}))
+
+
+if __name__ == "__main__":
+    main()
