@@ -7,12 +7,13 @@ or one (sampling offsets, norms, embeddings) included.
 Shape letters: B batch, Q queries, K classes, M heads, L locations of a scale.
 """
 
-import re
+import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
@@ -22,9 +23,7 @@ from mask2former.config import load_config
 from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
 from mask2former.ops import MSDeformAttn
 
-transformers = pytest.importorskip(
-    "transformers", reason="the peer implementation is in the transformers package"
-)
+pytest.importorskip("transformers", reason="the peer implementation is in the transformers package")
 
 TOLERANCE = 1e-4
 NUM_CLASSES = 5
@@ -35,70 +34,17 @@ NUM_HEADS = 4
 HIDDEN_DIM = {"swin": 64, "resnet": 48}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
-# Our names → the peer's, applied one after the other.
-_HEAD_RENAMES = [
-    (r"^sem_seg_head\.pixel_decoder\.", "model.pixel_level_module.decoder."),
-    (r"\.decoder\.transformer\.", ".decoder."),
-    (r"\.decoder\.mask_features\.", ".decoder.mask_projection."),
-    (r"\.(adapter|layer)_1\.norm\.", r".\1_1.1."),
-    (r"\.(adapter|layer)_1\.weight", r".\1_1.0.weight"),
-    (r"(\.decoder\.encoder\.layers\.\d+)\.norm1\.", r"\1.self_attn_layer_norm."),
-    (r"(\.decoder\.encoder\.layers\.\d+)\.norm2\.", r"\1.final_layer_norm."),
-    (r"^sem_seg_head\.predictor\.class_embed\.", "class_predictor."),
-    (r"^sem_seg_head\.predictor\.", "model.transformer_module."),
-    (r"\.transformer_self_attention_layers\.(\d+)\.norm", r".layers.\1.self_attn_layer_norm"),
-    (r"\.transformer_cross_attention_layers\.(\d+)\.norm", r".layers.\1.cross_attn_layer_norm"),
-    (r"\.transformer_ffn_layers\.(\d+)\.norm", r".layers.\1.final_layer_norm"),
-    (r"\.transformer_(?:self_attention|cross_attention|ffn)_layers\.", ".layers."),
-    (r"\.transformer_module\.layers\.", ".transformer_module.decoder.layers."),
-    (r"\.multihead_attn\.", ".cross_attn."),
-    (r"\.linear([12])\.", r".fc\1."),
-    (r"\.decoder_norm\.", ".decoder.layernorm."),
-    (r"\.query_feat\.", ".queries_features."),
-    (r"\.query_embed\.", ".queries_embedder."),
-    (r"\.input_proj\.", ".input_projections."),
-    (r"\.mask_embed\.layers\.(\d)\.", r".decoder.mask_predictor.mask_embedder.\1.0."),
-]
-_RESNET_RENAMES = [
-    (r"^backbone\.stem\.conv1\.", "backbone.embedder.embedder."),
-    (r"^backbone\.res(\d)\.", lambda m: f"backbone.encoder.stages.{int(m[1]) - 2}.layers."),
-    (r"\.conv(\d)\.", lambda m: f".layer.{int(m[1]) - 1}."),
-    (r"^(backbone\..*)\.norm\.", r"\1.normalization."),
-    (r"^(backbone\..*\.(?:embedder|\d|shortcut))\.weight$", r"\1.convolution.weight"),
-]
-_SWIN_RENAMES = [
-    (r"^backbone\.patch_embed\.proj\.", "backbone.swin.embeddings.patch_embeddings.projection."),
-    (r"^backbone\.patch_embed\.norm\.", "backbone.swin.embeddings.norm."),
-    (r"^backbone\.norm(\d)\.", lambda m: f"backbone.hidden_states_norms.stage{int(m[1]) + 1}."),
-    (r"^backbone\.layers\.", "backbone.swin.encoder.layers."),
-    (r"(\.blocks\.\d+)\.norm1\.", r"\1.layernorm_before."),
-    (r"(\.blocks\.\d+)\.norm2\.", r"\1.layernorm_after."),
-    (r"\.attn\.proj\.", ".attention.o_proj."),
-    (r"\.attn\.(relative_position_bias_table)", r".attention.relative_position_bias.\1"),
-    (r"\.attn\.", ".attention."),
-]
+
+def _load_peer_model():
+    # Not an import: other packages install a package of the name `tools`.
+    path = Path(__file__).parents[1] / "tools" / "peer_model.py"
+    spec = importlib.util.spec_from_file_location("peer_model_tool", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
-def _to_peer(tensors: dict[str, torch.Tensor], backbone: str) -> dict[str, torch.Tensor]:
-    """The same tensors (parameters or their gradients) under the peer's names."""
-    renames = _HEAD_RENAMES + (_SWIN_RENAMES if backbone == "swin" else _RESNET_RENAMES)
-    renames.append((r"^backbone\.", "model.pixel_level_module.encoder."))
-    result = {}
-    for name, tensor in tensors.items():
-        # Kept in our state dict only: it follows from the window size.
-        if name.endswith("relative_position_index"):
-            continue
-        for pattern, replacement in renames:
-            name = re.sub(pattern, replacement, name)
-        # One matrix for queries, keys and values is three in the peer.
-        fused = re.fullmatch(r"(.*\.self_attn\.)in_proj_(.*)|(.*\.)qkv\.(.*)", name)
-        if fused is None:
-            result[name] = tensor
-            continue
-        prefix, suffix = (part for part in fused.groups() if part is not None)
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):
-            result[f"{prefix}{letter}_proj.{suffix}"] = part
-    return result
+peer_model = _load_peer_model()
 
 
 def _randomise(model: nn.Module, seed: int) -> None:
@@ -143,8 +89,8 @@ def _randomise(model: nn.Module, seed: int) -> None:
         mask_features.bias.zero_()
 
 
-def _our_model(backbone: str, pre_norm: bool) -> nn.Module:
-    """The published recipe's model on the CPU, with fewer layers and narrower ones."""
+def _config(backbone: str, pre_norm: bool) -> CfgNode:
+    """The published recipe on the CPU, with fewer layers and narrower ones."""
     recipe = "swin/maskformer2_swin_tiny" if backbone == "swin" else "maskformer2_R50"
     overrides = {
         "MODEL.DEVICE": "cpu",
@@ -169,50 +115,22 @@ def _our_model(backbone: str, pre_norm: bool) -> nn.Module:
         "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 200,
     }
     path = CONFIGS / "coco" / "panoptic-segmentation" / f"{recipe}_bs16_50ep.yaml"
-    return build_model(load_config(str(path), [x for item in overrides.items() for x in item]))
+    return load_config(str(path), [x for item in overrides.items() for x in item])
+
+
+def _our_model(backbone: str, pre_norm: bool) -> nn.Module:
+    return build_model(_config(backbone, pre_norm))
 
 
 def _peer_model(backbone: str, pre_norm: bool) -> nn.Module:
-    """The peer's model of the same architecture; its defaults are the published recipe's."""
-    stages = ["stage1", "stage2", "stage3", "stage4"]
-    if backbone == "swin":
-        backbone_config = transformers.SwinConfig(
-            embed_dim=16,
-            depths=[2, 2, 2, 2],
-            num_heads=[1, 2, 4, 8],
-            window_size=5,
-            drop_path_rate=0.0,
-            out_features=stages,
-        )
-    else:
-        backbone_config = transformers.ResNetConfig(
-            embedding_size=16, hidden_sizes=[32, 64, 128, 256], out_features=stages
-        )
-    config = transformers.Mask2FormerConfig(
-        backbone_config=backbone_config,
-        feature_size=64,
-        mask_feature_size=32,
-        hidden_dim=HIDDEN_DIM[backbone],
-        encoder_layers=2,
-        num_attention_heads=NUM_HEADS,
-        dim_feedforward=96,
-        pre_norm=pre_norm,
-        num_queries=NUM_QUERIES,
-        num_labels=NUM_CLASSES,
-        train_num_points=200,
-    )
-    return transformers.Mask2FormerForUniversalSegmentation(config)
+    return peer_model.build_peer(_config(backbone, pre_norm))
 
 
 def _pair(backbone: str, seed: int = 0, pre_norm: bool = False) -> tuple[nn.Module, nn.Module]:
     """Our model and the peer's with the same random weights, both in evaluation mode."""
     ours, peer = _our_model(backbone, pre_norm), _peer_model(backbone, pre_norm)
     _randomise(ours, seed)
-    result = peer.load_state_dict(_to_peer(ours.state_dict(), backbone), strict=False)
-    assert result.unexpected_keys == []
-    # What has no counterpart is not used: a norm after Swin's last stage, and counters.
-    unused = ("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias", "num_batches_tracked")
-    assert [k for k in result.missing_keys if not k.endswith(unused)] == []
+    peer_model.load_weights(peer, ours, is_swin=backbone == "swin")
     return ours.eval(), peer.eval()
 
 
@@ -429,15 +347,19 @@ def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
 
     total.backward()
     expected.loss.backward()
-    gradients = _to_peer({k: p.grad for k, p in ours.named_parameters()}, backbone)
+    gradients = peer_model.to_peer(
+        {k: p.grad for k, p in ours.named_parameters()}, is_swin=backbone == "swin"
+    )
     peer_gradients = {k: p.grad for k, p in peer.named_parameters() if p.grad is not None}
     if backbone == "resnet":  # There the norms are frozen in ours only.
         peer_gradients = {k: g for k, g in peer_gradients.items() if "normalization" not in k}
     assert gradients.keys() == peer_gradients.keys()
+    differences = {}
     for name, gradient in gradients.items():
-        scale = peer_gradients[name].abs().max()
+        scale = peer_gradients[name].norm()
         # The key bias of an attention has no effect, up to rounding.
-        assert scale > 1e-5 or "k_proj.bias" in name, name
-        torch.testing.assert_close(
-            gradient, peer_gradients[name], atol=float(1e-3 * scale + 1e-5), rtol=0, msg=name
-        )
+        assert scale > 1e-4 or "k_proj.bias" in name, name
+        differences[name] = ((gradient - peer_gradients[name]).norm() / (scale + 1e-2)).item()
+    # Where rounding moves an activation over the kink of a ReLU, a pixel's gradient comes or goes.
+    assert max(differences.values()) < 2e-3, max(differences, key=differences.get)
+    assert sorted(differences.values())[len(differences) // 2] < 1e-5

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from benchmark_options import DEVICES
+from benchmark_runner import relative_error, require_equal, try_each
 from torch import Tensor
 
 from mask2former.ops import backend, ms_deform_attn, ms_deform_attn_fused
@@ -22,7 +24,6 @@ STRIDES = (32, 16, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 # Of norm(difference) / norm(reference). Wide in half precision: some peers sum in it.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
-DEVICES = ("cpu", "cuda")
 INPUTS = ("projections", "locations")
 PASSES = ("forward", "backward", "forward+backward")
 
@@ -300,22 +301,10 @@ def results_of(name: str, inputs: Inputs, grad: Tensor) -> dict[str, Tensor]:
     return {"output": out.detach()} | dict(zip(("value", "points", "weights"), grads, strict=True))
 
 
-class WrongNumbers(ValueError):
-    """A backend does not agree with the PyTorch formulation."""
-
-
 def check_numbers(results: dict[str, Tensor], reference: dict[str, Tensor], dtype: str) -> None:
     """Raise WrongNumbers unless norm(difference) / norm(reference) is within the tolerance."""
-    errors = {
-        key: ((results[key].float() - expected).norm() / expected.norm()).item()
-        for key, expected in reference.items()
-    }
-    # Not "error > tolerance": NaN fails.
-    wrong = [
-        f"{key} {error:.1e}" for key, error in errors.items() if not error <= TOLERANCES[dtype]
-    ]
-    if wrong:
-        raise WrongNumbers(f"relative error against the PyTorch formulation: {', '.join(wrong)}")
+    errors = {key: relative_error(results[key], expected) for key, expected in reference.items()}
+    require_equal(errors, TOLERANCES[dtype], "the PyTorch formulation")
 
 
 def usable_backends(
@@ -329,16 +318,11 @@ def usable_backends(
     """
     in_float32 = replace(inputs, value=inputs.value.float())
     reference = results_of("pytorch", in_float32, grad.float())
-    usable, absent, failed = [], {}, {}
-    for name in names:
-        if reason := BACKENDS[name].why_not(case):
-            absent[name] = reason
-            continue
-        try:
-            check_numbers(results_of(name, inputs, grad), reference, case.dtype)
-            usable.append(name)
-        # A peer fails in a way of its own, which is a result to report like a time.
-        except Exception as error:
-            # Its traceback would keep tensors alive.
-            failed[name] = error.with_traceback(None)
+    reasons = {name: BACKENDS[name].why_not(case) for name in names}
+    absent = {name: reason for name, reason in reasons.items() if reason}
+
+    def check(name: str) -> None:
+        check_numbers(results_of(name, inputs, grad), reference, case.dtype)
+
+    usable, failed = try_each([name for name in names if name not in absent], check)
     return usable, absent, failed

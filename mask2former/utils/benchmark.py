@@ -5,7 +5,9 @@ times of one round says more than a ratio of two medians. ``tools/benchmark.py``
 """
 
 import importlib.metadata
+import io
 import json
+import math
 import os
 import platform
 import time
@@ -15,6 +17,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 
 from .files import atomic_write
 
@@ -85,8 +88,14 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
+def cpu_seconds() -> float:
+    """Time that this process, and those it started and waited for, have kept processors busy."""
+    children = os.times()
+    return time.process_time() + children.children_user + children.children_system
+
+
 def time_call(run: Callable[[], object], device: str, repeats: int = 1) -> Times:
-    """Seconds a call takes: "wall" and, on a GPU, "device".
+    """Seconds a call takes: "wall" and, of all threads together, "cpu"; on a GPU also "device".
 
     Wall time goes from the first call on an idle device until the device is idle again. Device time
     is that between two events while the device always has work queued, so that the gaps in which it
@@ -94,13 +103,14 @@ def time_call(run: Callable[[], object], device: str, repeats: int = 1) -> Times
     same.
     """
     synchronize(device)
-    start = time.perf_counter()
+    start, cpu_start = time.perf_counter(), cpu_seconds()
     for _ in range(repeats):
         run()
     synchronize(device)
-    wall = time.perf_counter() - start
+    wall, cpu = time.perf_counter() - start, cpu_seconds() - cpu_start
+    times = {"wall": wall / repeats, "cpu": cpu / repeats}
     if device != "cuda":
-        return {"wall": wall / repeats}
+        return times
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     # Keeps the device busy while the host queues the calls. torch has no public function for it.
     torch.cuda._sleep(int(min(wall, _MAX_LEAD_SECONDS) * _LEAD_CYCLES_PER_SECOND))
@@ -109,7 +119,7 @@ def time_call(run: Callable[[], object], device: str, repeats: int = 1) -> Times
         run()
     end.record()
     torch.cuda.synchronize()
-    return {"wall": wall / repeats, "device": begin.elapsed_time(end) / 1e3 / repeats}
+    return times | {"device": begin.elapsed_time(end) / 1e3 / repeats}
 
 
 def peak_cuda_bytes(run: Callable[[], object]) -> int:
@@ -194,9 +204,65 @@ def markdown_table(rows: Sequence[dict[str, str]]) -> str:
     return "\n".join([f"Everywhere: {said}.\n"] * bool(said) + lines)
 
 
-def write_report(folder: Path, name: str, report: dict[str, Any], markdown: str) -> None:
-    """Write ``name.json`` and ``name.md`` into a folder, each complete or not at all."""
+def milliseconds(seconds: float) -> str:
+    """A time as tables show it, without the unit."""
+    value = seconds * 1e3
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def bar_chart(title: str, bars: Sequence[tuple[str, str, float, str]]) -> bytes:
+    """Draw times as horizontal bars.
+
+    Args:
+        title: stands above.
+        bars: (group, contender, seconds, note) each; those of a group stand together in this order,
+            a contender has one colour, and the note stands behind its bar.
+
+    Returns:
+        A PNG file.
+    """
+    groups = list(dict.fromkeys(group for group, *_ in bars))
+    contenders = list(dict.fromkeys(contender for _, contender, *_ in bars))
+    longest = max((seconds for *_, seconds, _ in bars), default=1.0) * 1e3
+    shortest = min((seconds for *_, seconds, _ in bars), default=1.0) * 1e3
+    figure = Figure(figsize=(10, 1.6 + 0.22 * len(bars) + 0.18 * len(groups)), layout="constrained")
+    axes = figure.add_subplot()
+    position, ticks = 0.0, []
+    for group in groups:
+        own = [bar for bar in bars if bar[0] == group]
+        ticks.append(position + (len(own) - 1) / 2)
+        for _, contender, seconds, note in own:
+            colour = f"C{contenders.index(contender) % 10}"
+            axes.barh(position, seconds * 1e3, color=colour, height=0.9)
+            text = f" {milliseconds(seconds)} ms" + (f", {note}" if note else "")
+            axes.text(seconds * 1e3, position, text, va="center", fontsize=7)
+            position += 1
+        position += 0.8
+    if longest > 50 * shortest > 0:
+        axes.set_xscale("log")
+        axes.set_xlim(shortest / 2, longest * math.sqrt(longest / shortest))
+    else:
+        axes.set_xlim(0, longest * 1.35)
+    axes.set_yticks(ticks, groups, fontsize=7)
+    axes.invert_yaxis()
+    axes.set_xlabel("milliseconds")
+    axes.set_title(title, fontsize=10, loc="left")
+    for index, contender in enumerate(contenders):
+        axes.barh(0, 0, color=f"C{index % 10}", label=contender)
+    # Above the bars, on the right of the title.
+    axes.legend(fontsize=7, loc="lower right", bbox_to_anchor=(1, 1), ncols=5, frameon=False)
+    file = io.BytesIO()
+    figure.savefig(file, format="png", dpi=120)
+    return file.getvalue()
+
+
+def write_report(
+    folder: Path, name: str, report: dict[str, Any], markdown: str, chart: bytes
+) -> None:
+    """Write ``name.json``, ``name.md`` and ``name.png``, each complete or not at all."""
     folder.mkdir(parents=True, exist_ok=True)
-    for suffix, text in (("json", json.dumps(report, indent=1)), ("md", markdown)):
-        with atomic_write(str(folder / f"{name}.{suffix}")) as file:
-            file.write(text.rstrip("\n") + "\n")
+    texts = {"json": json.dumps(report, indent=1), "md": markdown}
+    contents = {suffix: (text.rstrip("\n") + "\n").encode() for suffix, text in texts.items()}
+    for suffix, content in (contents | {"png": chart}).items():
+        with atomic_write(str(folder / f"{name}.{suffix}"), "wb") as file:
+            file.write(content)

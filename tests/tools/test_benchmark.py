@@ -29,7 +29,7 @@ def load_tool(name: str):
 
 tool = load_tool("benchmark")
 backends = sys.modules["op_backends"]
-CASE = tool.Case("projections", "cpu", "fp32", 64, 96, 2)
+CASE = backends.Case("projections", "cpu", "fp32", 64, 96, 2)
 
 
 def run(tmp_path: Path, *arguments: str) -> tuple[int, dict]:
@@ -72,6 +72,7 @@ def test_report(tmp_path, capsys):
         assert row["peak_bytes"] is None and "device_seconds" not in row
     # A backend is as fast as itself.
     assert rows[0]["ratio"]["median"] == rows[0]["scaling"]["median"] == 1.0
+    assert (tmp_path / "op.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "op.md").read_text()
     assert capsys.readouterr().out == markdown
     table = table_of(markdown)
@@ -93,13 +94,13 @@ def test_memory_on_a_cpu_is_measured_in_another_process(tmp_path):
     assert row["peak_bytes"] >= 126 * 256 * 4
 
 
-@pytest.mark.parametrize("inputs", tool.INPUTS)
-@pytest.mark.parametrize("dtype", tool.DTYPES)
+@pytest.mark.parametrize("inputs", backends.INPUTS)
+@pytest.mark.parametrize("dtype", backends.DTYPES)
 def test_all_backends_that_are_there_agree(inputs, dtype):
     case = replace(CASE, inputs=inputs, dtype=dtype)
-    x = tool.make_inputs(case)
-    usable, absent, failed = tool.usable_backends(
-        case, list(tool.BACKENDS), x, tool.random_gradient(x)
+    x = backends.make_inputs(case)
+    usable, absent, failed = backends.usable_backends(
+        case, list(backends.BACKENDS), x, backends.random_gradient(x)
     )
     assert {"pytorch", "pytorch-stacked"} <= set(usable)
     assert "original" in absent
@@ -117,7 +118,7 @@ def test_wrong_numbers_are_not_timed_and_fail_the_run(tmp_path, monkeypatch):
     assert "output 1.0e-03, value 1.0e-03" in row["error"]
     markdown = (tmp_path / "op.md").read_text()
     assert table_of(markdown)[1]["wall ms"] == "n/a"
-    assert "Failed: classic (cpu, fp32, projections, 64x96, batch 1): WrongNumbers" in markdown
+    assert "Failed: classic (projections, cpu, fp32, 64x96, batch 1): WrongNumbers" in markdown
 
 
 def fail(x):
@@ -152,7 +153,7 @@ def test_original_extension_is_called_as_published(monkeypatch):
     def forward(value, shapes, starts, locations, weights, im2col_step):
         assert starts.tolist() == [0, 6, 30] and im2col_step == value.shape[0]
         assert {x.dtype for x in (value, locations, weights)} == {torch.float32}
-        x = tool.Inputs(value, locations, weights, None, shapes.tolist(), shapes, starts)
+        x = backends.Inputs(value, locations, weights, None, shapes.tolist(), shapes, starts)
         return backends.BACKENDS["pytorch"].call(x)
 
     def backward(value, shapes, starts, locations, weights, grad_output, im2col_step):
@@ -166,10 +167,10 @@ def test_original_extension_is_called_as_published(monkeypatch):
     monkeypatch.setitem(sys.modules, extension.__name__, extension)
     original = replace(backends.BACKENDS["original"], devices=("cpu",))
     monkeypatch.setitem(backends.BACKENDS, "original", original)
-    for inputs, dtype in product(tool.INPUTS, tool.DTYPES):
+    for inputs, dtype in product(backends.INPUTS, backends.DTYPES):
         case = replace(CASE, inputs=inputs, dtype=dtype)
-        x = tool.make_inputs(case)
-        result = tool.usable_backends(case, ["original"], x, tool.random_gradient(x))
+        x = backends.make_inputs(case)
+        result = backends.usable_backends(case, ["original"], x, backends.random_gradient(x))
         assert result == (["original"], {}, {})
 
 
@@ -189,14 +190,14 @@ def test_bytes_moved():
 
 
 def test_inputs():
-    x = tool.make_inputs(CASE)
+    x = backends.make_inputs(CASE)
     assert x.shapes == [(2, 3), (4, 6), (8, 12)]
     assert x.starts.tolist() == [0, 6, 30]
     assert x.value.shape == (2, 126, 8, 32) and x.points.shape == (2, 126, 8, 3, 4, 2)
     assert x.reference.shape == (1, 126, 3, 2)
     # The first position of the last level, at half a pixel of 12x8.
     torch.testing.assert_close(x.reference[0, 30, 0], torch.tensor([0.5 / 12, 0.5 / 8]))
-    torch.testing.assert_close(x.points, tool.make_inputs(CASE).points, rtol=0, atol=0)
+    torch.testing.assert_close(x.points, backends.make_inputs(CASE).points, rtol=0, atol=0)
     # Away from where the gradient of a location jumps.
     fraction = (x.locations() * x.device_shapes.flip(-1)[:, None, :] - 0.5) % 1
     assert 1 / 64 - 1e-4 < fraction.min() and fraction.max() < 63 / 64 + 1e-4
@@ -245,7 +246,14 @@ def test_absent_gpu_is_refused(capsys):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_report_of_a_gpu(tmp_path):
-    arguments = ["--devices", "cuda", "--dtypes", "fp32,bf16", "--passes", ",".join(tool.PASSES)]
+    arguments = [
+        "--devices",
+        "cuda",
+        "--dtypes",
+        "fp32,bf16",
+        "--passes",
+        ",".join(backends.PASSES),
+    ]
     status, report = run(tmp_path, *arguments)
     assert status == 0
     assert report["machine"]["gpu"]

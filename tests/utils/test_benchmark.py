@@ -79,7 +79,7 @@ def test_call_is_repeated_and_timed():
     calls: list[int] = []
     times = benchmark.time_call(lambda: calls.append(1), "cpu", repeats=7)
     assert len(calls) == 7
-    assert times.keys() == {"wall"}
+    assert times.keys() == {"wall", "cpu"}
 
 
 @pytest.mark.gpu
@@ -136,12 +136,36 @@ def test_machine_is_described():
     assert "gpu" not in machine
 
 
+@pytest.mark.parametrize("seconds, text", [(0.00012345, "0.123"), (0.0995, "99.5"), (1.5, "1500")])
+def test_milliseconds(seconds, text):
+    assert benchmark.milliseconds(seconds) == text
+
+
+def test_processor_time_includes_processes_that_ended():
+    before = benchmark.cpu_seconds()
+    subprocess.run([sys.executable, "-c", "sum(range(10**7))"], check=True)
+    assert benchmark.cpu_seconds() > before + 0.05
+
+
+@pytest.mark.parametrize(
+    "bars",
+    [
+        [],
+        [("one", "a", 1e-3, "")],
+        [("one", "a", 1e-3, "2 times b"), ("one", "b", 2e-3, ""), ("two", "a", 5.0, "")],
+    ],
+)
+def test_chart_is_a_png(bars):
+    assert benchmark.bar_chart("title", bars).startswith(b"\x89PNG\r\n")
+
+
 def test_report_is_written_whole(tmp_path):
     folder = tmp_path / "new" / "folder"
-    benchmark.write_report(folder, "op", {"x": 1}, "text\n\n")
+    benchmark.write_report(folder, "op", {"x": 1}, "text\n\n", b"chart")
     assert json.loads((folder / "op.json").read_text()) == {"x": 1}
     assert (folder / "op.md").read_text() == "text\n"
-    assert sorted(path.name for path in folder.iterdir()) == ["op.json", "op.md"]
+    assert (folder / "op.png").read_bytes() == b"chart"
+    assert sorted(path.name for path in folder.iterdir()) == ["op.json", "op.md", "op.png"]
     with pytest.raises(TypeError):
-        benchmark.write_report(folder, "op", {"x": object()}, "")
+        benchmark.write_report(folder, "op", {"x": object()}, "", b"")
     assert json.loads((folder / "op.json").read_text()) == {"x": 1}

@@ -98,8 +98,8 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
                 query, reference_points, src, spatial_shapes, level_start_index, padding_mask
             )
 
-        # All but sampling is cheap beside the memory it takes. Where it is not the compiled operator
-        # there is none to keep.
+        # All but sampling is cheap beside the memory it takes. Where sampling is not the compiled
+        # operator, it could not be kept.
         if type(self.self_attn) is MSDeformAttn and backend(src.device) == "compiled":
             sampling = torch.ops.mask2former.ms_deform_attn_fused.default
             attended = recomputed(attend, src, keep=[sampling])

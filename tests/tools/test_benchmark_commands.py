@@ -1,0 +1,371 @@
+"""tools/benchmark.py beyond `op`, as small as it gets: rows, files, refusals, wrong answers."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools"
+CONFIGS = TOOLS.parent / "configs"
+OURS, PUBLISHED, PEER = "mask2former", "published", "transformers"
+
+
+def load_tool(name: str):
+    # Not an import: other packages install a package of the name `tools`.
+    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    sys.path.insert(0, str(TOOLS))  # as where the script is started
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        sys.path.remove(str(TOOLS))
+    return module
+
+
+tool = load_tool("benchmark")
+modules = {name: module for name, (module, _) in tool.COMMANDS.items()}
+contenders = sys.modules["benchmark_contenders"]
+published_steps = sys.modules["published_steps"]
+
+SMALL_MODEL = f"""
+_BASE_: {CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"}
+MODEL:
+  RESNETS: {{STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 32, WIDTH_PER_GROUP: 8}}
+  SEM_SEG_HEAD: {{CONVS_DIM: 64, MASK_DIM: 32, TRANSFORMER_ENC_LAYERS: 1}}
+  MASK_FORMER:
+    HIDDEN_DIM: 64
+    NUM_OBJECT_QUERIES: 30
+    NHEADS: 4
+    DIM_FEEDFORWARD: 64
+    DEC_LAYERS: 4
+"""
+SMALL = {
+    "model": ["--devices", "cpu", "--sizes", "64x64", "--batches", "2"],
+    "train": ["--devices", "cpu", "--sizes", "64x64", "--targets", "3", "--points", "50"],
+    "postprocess": ["--devices", "cpu", "--sizes", "64x64", "--outputs", "same,50x70"],
+    "data": ["--images", "2", "--jitter", "64"],
+    "evaluate": ["--images", "2", "--instances", "5"],
+}
+
+
+@pytest.fixture
+def small(tmp_path):
+    """Arguments of the smallest run of each subcommand."""
+    config = tmp_path / "small.yaml"
+    config.write_text(SMALL_MODEL)
+    of_model = ["--config", str(config)]
+    return {
+        name: arguments + (of_model if name in ("model", "train") else [])
+        for name, arguments in SMALL.items()
+    }
+
+
+@pytest.fixture
+def run(tmp_path, small):
+    """Function (name, *arguments) → exit status and report of a small run of a subcommand."""
+
+    def run_small(name: str, *arguments: str) -> tuple[int, dict]:
+        common = ["--quick", "--rounds", "2", "--output", str(tmp_path / "out")]
+        status = tool.main([name, *small[name], *common, *arguments])
+        return status, json.loads((tmp_path / "out" / f"{name}.json").read_text())
+
+    return run_small
+
+
+def table_of(markdown: str) -> list[list[str]]:
+    lines = [line.strip("|").split("|") for line in markdown.splitlines() if line.startswith("|")]
+    header, separator, *rows = lines
+    assert set(separator) == {"---"} and all(len(row) == len(header) for row in rows)
+    return rows
+
+
+def check_files(tmp_path, name: str, report: dict, output: str) -> None:
+    folder = tmp_path / "out"
+    assert sorted(path.name for path in folder.iterdir()) == [
+        f"{name}.{suffix}" for suffix in ("json", "md", "png")
+    ]
+    assert (folder / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    markdown = (folder / f"{name}.md").read_text()
+    assert output == markdown
+    assert len(table_of(markdown)) == len(report["results"])
+    assert report["benchmark"] == name and report["machine"]["cores"] >= 1
+    assert report["command"].startswith(f"python tools/benchmark.py {name} ")
+    for row in report["results"]:
+        assert "error" not in row, row["error"]
+        assert row["rounds"] == 2
+        assert row["wall_seconds"]["min"] <= row["wall_seconds"]["median"]
+        assert len(row["cpu_seconds"]["samples"]) == 2
+
+
+def names_of(report: dict, *keys: str) -> list[tuple]:
+    return [tuple(row[key] for key in (*keys, "contender")) for row in report["results"]]
+
+
+def test_model(run, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    threads = torch.get_num_threads()
+    status, report = run("model", "--precisions", "fp32,bf16", "--threads", "1")
+    assert status == 0 and torch.get_num_threads() == threads
+    check_files(tmp_path, "model", report, capsys.readouterr().out)
+    expected = []
+    for precision in ("fp32", "bf16"):
+        for stage in modules["model"].STAGES:
+            names = [OURS, PUBLISHED, PEER] if stage == "forward" else [OURS, PUBLISHED]
+            expected += [(precision, stage, name) for name in names]
+    assert names_of(report, "precision", "part") == expected
+    for row in report["results"]:
+        assert row["ratios"][PUBLISHED]["median"] > 0
+        assert (PEER in row["ratios"]) == (row["part"] == "forward")
+        counted = row["part"] != "post-processing"
+        assert (row["multiply_adds"] is not None) == counted == ("times_arithmetic" in row)
+    adds = {row["part"]: row["multiply_adds"] for row in report["results"]}
+    assert adds["forward"] == adds["end to end"] > adds["backbone"] + adds["pixel decoder"]
+    assert any("Panoptic pixels that differ, published: " in note for note in report["notes"])
+
+
+@pytest.mark.parametrize(
+    "name, arguments, least",
+    [
+        # At least the semantic scores of two images, (133, 64, 64) in float32.
+        ("model", ["--stages", "end to end", "--contenders", OURS], 2 * 133 * 64 * 64 * 4),
+        # At least the gradients.
+        ("train", ["--contenders", OURS], 2**20),
+        # At least the upsampled masks of all queries.
+        ("postprocess", ["--tasks", "panoptic", "--outputs", "same"], 100 * 64 * 64 * 4),
+    ],
+)
+def test_memory_is_measured_in_another_process(name, arguments, least, run):
+    status, report = run(name, "--memory", *arguments)
+    assert status == 0
+    assert report["results"][-1]["peak_bytes"] >= least
+
+
+def test_model_with_weights(run, tmp_path, small):
+    _, model = contenders.build(tool.make_parser().parse_args(["model", *small["model"]]))
+    torch.save({"model": model.state_dict()}, tmp_path / "weights.pth")
+    weights = ["--weights", str(tmp_path / "weights.pth"), "--contenders", OURS]
+    status, report = run("model", *weights, "--stages", "end to end")
+    assert status == 0
+    assert names_of(report, "part") == [("end to end", OURS)]
+
+
+def test_train(run, tmp_path, capsys):
+    pytest.importorskip("transformers")
+    status, report = run("train", "--contenders", f"{OURS},{PUBLISHED},{PEER}")
+    assert status == 0
+    check_files(tmp_path, "train", report, capsys.readouterr().out)
+    parts = modules["train"].PARTS
+    assert names_of(report, "part") == [
+        (part, name) for part in parts for name in (OURS, PUBLISHED, PEER)
+    ]
+    for row in report["results"]:
+        assert (row["part"] == "step") == ("host_synchronisations" in row)
+    ours, published, peer = report["results"][-3:]
+    assert ours["host_synchronisations"] <= 3
+    assert ours["host_synchronisations"] < peer["host_synchronisations"]
+    assert peer["host_synchronisations"] < published["host_synchronisations"]
+    assert ours["peak_bytes"] is None
+    *parts, step = (row["wall_seconds"]["samples"] for row in of(report, OURS))
+    assert np.sum(parts, axis=0) == pytest.approx(step)
+
+
+def of(report: dict, name: str) -> list[dict]:
+    return [row for row in report["results"] if row["contender"] == name]
+
+
+def test_postprocess(run, tmp_path, capsys):
+    status, report = run("postprocess", "--tasks", "panoptic,all")
+    assert status == 0
+    check_files(tmp_path, "postprocess", report, capsys.readouterr().out)
+    assert names_of(report, "output", "part") == [
+        (output, task, name)
+        for output in ("64x64", "50x70")
+        for task in ("panoptic", "all")
+        for name in (OURS, PUBLISHED)
+    ]
+
+
+def test_postprocess_has_segments():
+    postprocess = modules["postprocess"]
+    calls = postprocess.make_calls("all", (256, 320), "same", "cpu")
+    for call in calls.values():
+        result = call()
+        ids, segments = result["panoptic_seg"]
+        assert len(segments) > 8 and (ids > 0).float().mean() > 0.4
+        assert len(result["instances"]) > 30
+    assert postprocess.check(calls) == 0
+
+
+def test_data(run, tmp_path, capsys):
+    status, report = run("data")
+    assert status == 0
+    check_files(tmp_path, "data", report, capsys.readouterr().out)
+    assert names_of(report, "part") == [
+        (task, name)
+        for task in ("panoptic", "instance", "semantic")
+        for name in (OURS, "expanded", PUBLISHED)
+    ]
+
+
+def test_evaluate(run, tmp_path, capsys):
+    status, report = run("evaluate")
+    assert status == 0
+    check_files(tmp_path, "evaluate", report, capsys.readouterr().out)
+    assert names_of(report, "task", "part") == [
+        (task, part, name)
+        for task in ("segm AP", "PQ")
+        for part in ("process", "evaluate", "both")
+        for name in (OURS, "official")
+    ]
+    assert {row["digits"] for row in of(report, OURS)} == {"same"}
+    assert [note.split(":")[0] for note in report["notes"]] == ["segm AP", "PQ"]
+
+
+# ---- wrong answers ----
+
+
+def scaled(monkeypatch, cls: type, method: str, factor: float) -> None:
+    """Let a method of a class give a factor of what it gives."""
+    original = getattr(cls, method)
+    monkeypatch.setattr(cls, method, lambda *args, **kw: original(*args, **kw) * factor)
+
+
+@pytest.mark.parametrize("name", ["model", "train"])
+def test_wrong_model_is_not_timed(name, run, monkeypatch, tmp_path):
+    scaled(monkeypatch, published_steps.PublishedAttention, "forward", 1.1)
+    status, report = run(name, "--contenders", f"{OURS},{PUBLISHED}")
+    assert status == 1
+    assert all("error" not in row for row in of(report, OURS))
+    (row,) = of(report, PUBLISHED)
+    assert "wall_seconds" not in row and row["wrong"]
+    assert row["error"].startswith("WrongNumbers: relative error against mask2former: ")
+    assert (
+        "Failed: published (cpu, 64x64, batch 2, fp32, "
+        in (tmp_path / "out" / f"{name}.md").read_text()
+    )
+
+
+def test_wrong_predictions_are_not_timed(run, monkeypatch):
+    model = published_steps.PublishedMaskFormer
+    scaled(monkeypatch, model, "semantic_inference", 1.001)
+    status, report = run("postprocess", "--tasks", "semantic,panoptic", "--outputs", "same")
+    assert status == 1
+    assert [("error" in row, row["part"]) for row in of(report, PUBLISHED)] == [
+        (True, "semantic"),
+        (False, "panoptic"),
+    ]
+
+
+def test_wrong_samples_are_not_timed(run, monkeypatch):
+    data = modules["data"]
+
+    def other_image(record, augmentations):
+        sample = original(record, augmentations)
+        sample["image"][0, 0, 0] += 1
+        return sample
+
+    original = data.panoptic_sample
+    monkeypatch.setattr(data, "panoptic_sample", other_image)
+    status, report = run("data", "--mappers", "panoptic")
+    assert status == 1
+    (row,) = of(report, PUBLISHED)
+    assert row["error"] == "WrongNumbers: image of 000001.jpg is not that of mask2former"
+
+
+def test_wrong_digits_are_not_timed(run, monkeypatch):
+    evaluate = modules["evaluate"]
+    original = evaluate.digits
+
+    def other_digits(contender):
+        results = original(contender)
+        if contender.name == OURS:
+            results["PQ"] += "1"
+        return results
+
+    monkeypatch.setattr(evaluate, "digits", other_digits)
+    status, report = run("evaluate", "--tasks", "PQ")
+    assert status == 1
+    assert all("error" not in row for row in of(report, "official"))
+    (row,) = of(report, OURS)
+    assert "1 of 9 results are not the official ones: PQ is " in row["error"]
+
+
+def test_missing_peer_is_named(run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    status, report = run("model", "--stages", "forward", "--contenders", f"{OURS},{PEER}")
+    assert status == 0
+    assert [row["contender"] for row in report["results"]] == [OURS]
+    assert "transformers" in report["absent"]["cpu"][PEER]
+
+
+# ---- options ----
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["model", "--sizes", "60x64"], "'60x64' is no size"),
+        (["model", "--contenders", "published"], "--contenders must have mask2former"),
+        (["model", "--contenders", "mine"], "unknown contender 'mine'"),
+        (["model", "--config", "no.yaml"], "no.yaml is no file"),
+        (["model", "--weights", "no.pth"], "no.pth is no file"),
+        (["model", "--precisions", "fp8"], "unknown precision 'fp8', known are fp32, bf16"),
+        (["model", "--stages", "all"], "unknown stage 'all'"),
+        (
+            ["model", "--modes", "compiled", "--stages", "backbone"],
+            "--modes compiled times the stage forward",
+        ),
+        (
+            ["model", "--devices", "cpu", "--published-op", "original"],
+            "--published-op original: does not run on cpu",
+        ),
+        (["train", "--targets", "0"], "invalid positive value: '0'"),
+        (["train", "--points", "x"], "invalid positive value: 'x'"),
+        (["postprocess", "--outputs", "10"], "'10' is no output size: must be HEIGHTxWIDTH"),
+        (["postprocess", "--tasks", "boxes"], "unknown task 'boxes'"),
+        (["data", "--mappers", "video"], "unknown mapper 'video'"),
+        (["evaluate", "--tasks", "mIoU"], "unknown task 'mIoU'"),
+        (["sleep"], "invalid choice: 'sleep'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        tool.main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_waits_are_counted():
+    train = modules["train"]
+    x = torch.tensor([0.0, 1.0, 2.0])
+
+    def three_waits() -> None:
+        x.sum().item()
+        x[x > 0] * 2
+        x.cpu()
+        torch.tensor([1, 2]).cpu()  # indices are on the host already
+        x[torch.tensor([0])] + x.mean() + x.argmax().item()
+
+    cpu = torch.Tensor.cpu
+    assert train.count_waits(three_waits, "cpu") == 3
+    assert torch.Tensor.cpu is cpu
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["model", "train", "postprocess"])
+def test_on_a_gpu(name, run):
+    status, report = run(name, "--devices", "cuda", *GPU.get(name, []))
+    assert status == 0
+    for row in report["results"]:
+        assert row["wall_seconds"]["median"] > 0
+        assert ("peak_bytes" in row) or row["part"] in modules["train"].PARTS
+
+
+# The kernels of the original release are not a package that tests need.
+GPU = dict.fromkeys(("model", "train"), ["--published-op", "pytorch-stacked"])

@@ -1,0 +1,276 @@
+"""Whole models for `benchmark.py model` and `train`: contenders with the same weights.
+
+`mask2former` is ours, `published` ours with the steps of `published_steps.py`, `transformers` that
+package's model. Their answers are compared with ours before anything is timed.
+"""
+
+import argparse
+import contextlib
+import copy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark_options import add_choices, list_of, positive, size
+from benchmark_runner import OURS, PEER, PUBLISHED, Report, relative_error, require_equal
+from detectron2.config import CfgNode
+from detectron2.modeling import build_model
+from op_backends import BACKENDS, Case
+from peer_model import build_peer, has_swin, load_weights
+from published_steps import as_published
+from torch import Tensor, nn
+
+from mask2former.checkpoint import Mask2FormerCheckpointer
+from mask2former.config import load_config
+from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
+
+CONTENDERS = (OURS, PUBLISHED, PEER)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+R50 = (
+    Path(__file__).resolve().parents[1]
+    / "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
+)
+TOLERANCE = 1e-4
+_CONFIDENT = 20
+
+Batch = list[dict[str, Any]]
+
+
+def add_model_options(parser: argparse.ArgumentParser, contenders: tuple[str, ...]) -> None:
+    parser.add_argument("--config", default=str(R50), metavar="FILE", help="model [R50, COCO]")
+    parser.add_argument("--weights", metavar="FILE", help="checkpoint [random weights]")
+    parser.add_argument("--sizes", type=list_of(size, "size"), help="image sizes HxW")
+    parser.add_argument("--batches", type=list_of(positive, "batch size"), help="batch sizes")
+    everyone = f"who takes turns, {OURS} always [{','.join(contenders)}]"
+    add_choices(parser, "contenders", "contender", CONTENDERS, contenders, everyone)
+    add_choices(
+        parser, "precisions", "precision", list(PRECISIONS), ["fp32"], "bf16 is autocast [fp32]"
+    )
+    parser.add_argument(
+        "--published-op",
+        choices=list(BACKENDS),
+        metavar="BACKEND",
+        help="deformable attention of the published steps, a backend of `op` [original where it is "
+        "there, otherwise pytorch-stacked]",
+    )
+
+
+def published_op(options: argparse.Namespace, device: str) -> str:
+    """The backend of the published steps on a device.
+
+    Raises:
+        ValueError: the one that was asked for is not there.
+    """
+    case = Case("locations", device, "fp32", 32, 32, 1)
+    if options.published_op is None:
+        return "pytorch-stacked" if BACKENDS["original"].why_not(case) else "original"
+    if reason := BACKENDS[options.published_op].why_not(case):
+        raise ValueError(f"--published-op {options.published_op}: {reason}")
+    return options.published_op
+
+
+def note_published_op(report: Report, options: argparse.Namespace) -> None:
+    """Say in a report which backend it is."""
+    if PUBLISHED in options.contenders:
+        for device in options.devices:
+            name = published_op(options, device)
+            report.note(f"Deformable attention of {PUBLISHED} on {device}: {name}")
+
+
+def check_model_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    if OURS not in options.contenders:
+        parser.error(f"--contenders must have {OURS}, which the others are compared with")
+    for path in (options.config, options.weights):
+        if path is not None and not Path(path).is_file():
+            parser.error(f"{path} is no file")
+    if PUBLISHED in options.contenders:
+        for device in options.devices:
+            try:
+                published_op(options, device)
+            except ValueError as error:
+                parser.error(str(error))
+
+
+def build(options: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
+    """The config and the model it describes, on the CPU."""
+    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
+    cfg = load_config(options.config, overrides)
+    torch.manual_seed(0)
+    model = build_model(cfg)
+    if options.weights:
+        Mask2FormerCheckpointer(model).load(options.weights)
+    return cfg, model
+
+
+def random_images(size: tuple[int, int], batch: int, device: str) -> Batch:
+    """Smooth noise, the same for the same size."""
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.rand(batch, 3, size[0] // 16, size[1] // 16, generator=generator) * 255
+    pixels = nn.functional.interpolate(noise, size, mode="bilinear", align_corners=False)
+    return [{"image": x.to(device, torch.uint8)} for x in pixels]
+
+
+def precision(name: str, device: str) -> contextlib.AbstractContextManager:
+    if name == "fp32":
+        return contextlib.nullcontext()
+    return torch.autocast(device, PRECISIONS[name])
+
+
+def make_models(
+    options: argparse.Namespace, cfg: CfgNode, ours: nn.Module, device: str
+) -> tuple[dict[str, nn.Module], dict[str, str]]:
+    """The contenders on a device, and why others are missing."""
+    models, absent = {}, {}
+    for name in options.contenders:
+        if name == OURS:
+            models[name] = copy.deepcopy(ours)
+        elif name == PUBLISHED:
+            models[name] = as_published(ours, published_op(options, device))
+        else:
+            try:
+                models[name] = build_peer(cfg)
+            except (ImportError, ValueError) as error:
+                absent[name] = str(error)
+                continue
+            load_weights(models[name], ours, has_swin(cfg))
+        models[name].eval().to(device)
+    return models, absent
+
+
+# ---- running them ----
+
+
+class _Constant(nn.Module):
+    """Stands for a part whose result is there already."""
+
+    def __init__(self, make: Callable[[], Any]):
+        super().__init__()
+        self._make = make
+
+    def forward(self, *_) -> Any:
+        return self._make()
+
+
+def with_outputs(model: nn.Module, make: Callable[[], dict[str, Tensor]]) -> nn.Module:
+    """The model without its network: `make` gives what the head would give."""
+    stub = copy.copy(model)
+    stub._modules = dict(model._modules)
+    stub.backbone, stub.sem_seg_head = _Constant(dict), _Constant(make)
+    return stub
+
+
+def fresh(outputs: dict[str, Any]) -> dict[str, Any]:
+    """The last prediction, its masks not yet multiplied out where they were left as factors."""
+    masks = outputs.mask_logits if isinstance(outputs, MaskPredictions) else outputs["pred_masks"]
+    if isinstance(masks, MaskLogits):
+        masks = MaskLogits(masks.embed, masks.features)
+    return MaskPredictions(pred_logits=outputs["pred_logits"], pred_masks=masks)
+
+
+class Forward(nn.Module):
+    """From normalised images (B, 3, H, W) to class and full-size mask logits."""
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model.sem_seg_head(self.model.backbone(pixels))
+        return outputs["pred_logits"], outputs["pred_masks"]
+
+
+class PeerForward(Forward):
+    def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
+        outputs = self.model(pixel_values=pixels)
+        return outputs.class_queries_logits, outputs.masks_queries_logits
+
+
+def forward_of(name: str, model: nn.Module) -> nn.Module:
+    return PeerForward(model) if name == PEER else Forward(model)
+
+
+def normalized(model: nn.Module, images: Batch) -> Tensor:
+    pixels = torch.stack([x["image"] for x in images])
+    return (pixels - model.pixel_mean) / model.pixel_std
+
+
+# ---- same answers ----
+
+
+def sharpen(model: nn.Module, images: Batch) -> None:
+    """Make some queries of a model with random weights confident, of different classes.
+
+    Their masks lie one over the other, so that no overlap is too much.
+    """
+    model.overlap_threshold = 0.0
+    logits = model.sem_seg_head(model.backbone(normalized(model, images[:1])))["pred_logits"][0]
+    layer, mean = model.sem_seg_head.predictor.class_embed, logits.mean(0)
+    scale = 1.0
+    for _ in range(60):
+        scores, labels = (scale * (logits - mean)).softmax(-1).max(-1)
+        confident = (scores > model.object_mask_threshold) & (labels < logits.shape[-1] - 1)
+        if confident.sum() >= _CONFIDENT:
+            break
+        scale *= 1.2
+    with torch.no_grad():
+        layer.weight *= scale
+        layer.bias.sub_(mean).mul_(scale)
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
+
+
+def result_errors(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
+    """Relative errors of two predictions for one image."""
+    errors = {}
+    if "sem_seg" in expected:
+        errors["sem_seg"] = relative_error(actual["sem_seg"], expected["sem_seg"])
+    if "instances" in expected:
+        scores = [x["instances"].scores.sort().values for x in (actual, expected)]
+        same = len(scores[0]) == len(scores[1])
+        errors["scores"] = relative_error(*scores) if same else float("inf")
+    return errors
+
+
+def different_pixels(actual: dict[str, Any], expected: dict[str, Any]) -> int:
+    """Pixels where two panoptic maps differ; all of them where the segments do."""
+    (ids, segments), (other_ids, other_segments) = actual["panoptic_seg"], expected["panoptic_seg"]
+    if segments != other_segments:
+        return ids.numel()
+    return int((ids != other_ids).sum())
+
+
+def check_answers(name: str, models: dict[str, nn.Module], images: Batch) -> int | None:
+    """Compare a contender with ours in fp32.
+
+    Returns:
+        how many panoptic pixels differ, where it has them.
+
+    Raises:
+        WrongNumbers: its logits or predictions differ.
+    """
+    with torch.no_grad(), _full_precision():
+        pixels = normalized(models[OURS], images)
+        actual = forward_of(name, models[name])(pixels)
+        expected = forward_of(OURS, models[OURS])(pixels)
+        errors = {
+            key: relative_error(x, y)
+            for key, x, y in zip(("class logits", "mask logits"), actual, expected, strict=True)
+        }
+        require_equal(errors, TOLERANCE, OURS)
+        if name == PEER:
+            return None
+        pairs = list(zip(models[name](images), models[OURS](images), strict=True))
+        for pair in pairs:
+            require_equal(result_errors(*pair), TOLERANCE, OURS)
+        if any("panoptic_seg" not in expected for _, expected in pairs):
+            return None
+        return sum(different_pixels(*pair) for pair in pairs)

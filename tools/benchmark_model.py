@@ -1,0 +1,309 @@
+"""`benchmark.py model`: inference of a whole model, by stages and end to end.
+
+Contenders have the same weights: `mask2former` (ours), `published` (`published_steps.py`) and
+`transformers` (that package's model, which has no post-processing like ours: forward alone). Before
+anything is timed their answers are compared in fp32.
+
+Random weights would leave no query confident: the class weights are scaled until about 20 are, and
+panoptic segments may overlap.
+"""
+
+import argparse
+import copy
+import gc
+from collections.abc import Iterator
+from functools import partial
+from itertools import product
+
+import torch
+from analyze_model import count
+from benchmark_contenders import (
+    CONTENDERS,
+    PRECISIONS,
+    TOLERANCE,
+    Batch,
+    Forward,
+    add_model_options,
+    build,
+    check_answers,
+    check_model_options,
+    forward_of,
+    fresh,
+    make_models,
+    normalized,
+    note_published_op,
+    precision,
+    random_images,
+    sharpen,
+    with_outputs,
+)
+from benchmark_options import (
+    add_choices,
+    add_common_options,
+    add_device_options,
+    add_threads_option,
+    size_text,
+)
+from benchmark_runner import (
+    OURS,
+    PEER,
+    PUBLISHED,
+    Call,
+    Report,
+    Row,
+    failure,
+    main_clock,
+    peak_in_process,
+    set_threads,
+    table_row,
+    take_turns,
+    timed_rows,
+    try_each,
+)
+from torch import nn
+
+from mask2former.utils import benchmark
+
+MODES = ("eager", "compiled")
+STAGES = (
+    "backbone",
+    "pixel decoder",
+    "transformer decoder",
+    "forward",
+    "post-processing",
+    "end to end",
+)
+FULL = {"sizes": [(512, 512), (800, 1216)], "batches": [1], "rounds": 5}
+QUICK = {"sizes": [(256, 256)], "batches": [1], "rounds": 3}
+# Rows and columns of the matrices whose product says how fast this machine multiplies: fewer where
+# one takes longer than so many seconds.
+_GEMM = {"cpu": 1024, "cuda": 8192}
+_GEMM_SECONDS = 0.1
+_ARITHMETIC = "arithmetic"
+
+
+def stage_calls(model: nn.Module, images: Batch) -> dict[str, Call]:
+    """What each stage of a model of ours does; inputs are computed here, once."""
+    head, pixels = model.sem_seg_head, normalized(model, images)
+    features = model.backbone(pixels)
+    mask_features, _, scales = head.pixel_decoder.forward_features(features)
+    outputs = fresh(head.predictor(scales, mask_features))
+    post_processing = with_outputs(model, lambda: fresh(outputs))
+    return {
+        "backbone": lambda: model.backbone(pixels),
+        "pixel decoder": lambda: head.pixel_decoder.forward_features(features),
+        "transformer decoder": lambda: head.predictor(scales, mask_features),
+        "forward": partial(Forward(model), pixels),
+        "post-processing": lambda: post_processing(images),
+        "end to end": lambda: model(images),
+    }
+
+
+def _gemm(device: str, dtype: torch.dtype) -> tuple[int, Call]:
+    """A matrix product and its size."""
+    size = _GEMM[device]
+    while True:
+        x = torch.randn(size, size, device=device, dtype=dtype)
+        call = partial(torch.matmul, x, x)
+        call()
+        if size <= 128 or benchmark.time_call(call, device)["wall"] <= _GEMM_SECONDS:
+            return size, call
+        size //= 2
+
+
+def _race(
+    labels: Row,
+    calls: dict[str, Call],
+    multiply_adds: int | None,
+    options: argparse.Namespace,
+    report: Report,
+) -> list[Row]:
+    """Rows of one stage. A matrix product takes turns with it: how long its arithmetic takes."""
+    device, clock = labels["device"], main_clock(labels["device"])
+    autocast = partial(precision, labels["precision"], device)
+
+    def timed(call: Call) -> Call:
+        def run() -> None:
+            with torch.no_grad(), autocast():
+                call()
+
+        return run
+
+    prepared = {name: partial(timed, call) for name, call in calls.items()}
+    if multiply_adds is not None:
+        gemm_size, gemm = _gemm(device, PRECISIONS[labels["precision"]])
+        prepared[_ARITHMETIC] = lambda: timed(gemm)
+    samples, _ = take_turns(prepared, device, options, report.round)
+    speed = samples.pop(_ARITHMETIC, None)
+    rows = timed_rows(labels, samples, (PUBLISHED, PEER), clock)
+    for row in rows:
+        row["multiply_adds"] = multiply_adds
+        if speed is None:
+            continue
+        seconds = [times[clock] * multiply_adds / gemm_size**3 for times in speed]
+        own = [times[clock] for times in samples[row["contender"]]]
+        row["gemm_size"] = gemm_size
+        row["arithmetic_seconds"] = benchmark.summarize(seconds)
+        row["times_arithmetic"] = benchmark.ratios(own, seconds)
+    return rows
+
+
+def _multiply_adds(model: nn.Module, size: tuple[int, int], batch: int) -> dict[str, int]:
+    """Of each stage that has a network; post-processing is not counted."""
+    counts = count(model, *size)
+    result = {
+        stage: batch * sum(n for (part, _), n in counts.multiply_adds.items() if part == stage)
+        for stage in ("backbone", "pixel decoder", "transformer decoder")
+    }
+    return result | dict.fromkeys(("forward", "end to end"), batch * counts.executed())
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures all cases; returns the exit status, see `Report.finish`."""
+    set_threads(options.threads)
+    cfg, ours = build(options)
+    ours.eval()
+    cases = list(product(options.devices, options.sizes, options.batches))
+    rounds = options.rounds * len(options.precisions)
+    stages = sum(len(options.stages) if mode == "eager" else 1 for mode in options.modes)
+    columns = {
+        "arithmetic ms": lambda row: (
+            benchmark.milliseconds(row["arithmetic_seconds"]["median"])
+            if "arithmetic_seconds" in row
+            else ""
+        ),
+        "times the arithmetic": lambda row: (
+            f"{row['times_arithmetic']['median']:.2f}" if "times_arithmetic" in row else ""
+        ),
+    }
+    labels = ("device", "size", "batch", "precision", "mode", "part")
+    row_of = table_row(labels, (PUBLISHED, PEER), columns)
+    head = {"threads": options.threads, "tolerance": TOLERANCE}
+    total = len(cases) * rounds * stages
+    report = Report("model", options, row_of, total, ("transformers",), head=head)
+    note_published_op(report, options)
+    is_sharp = options.weights is not None
+    for device, image_size, batch in cases:
+        images = random_images(image_size, batch, "cpu")
+        if not is_sharp:
+            with torch.no_grad():
+                sharpen(ours, images)
+            is_sharp = True
+        multiply_adds = _multiply_adds(ours, image_size, batch)
+        models, absent = make_models(options, cfg, ours, device)
+        report.absent(device, absent)
+        images = random_images(image_size, batch, device)
+        case = {"device": device, "size": size_text(image_size), "batch": batch}
+        different: dict[str, int | None] = {}
+
+        def compare(name, models=models, images=images, different=different) -> None:
+            different[name] = check_answers(name, models, images)
+
+        usable, failed = try_each([name for name in models if name != OURS], compare)
+        for name, pixels in different.items():
+            if pixels is not None:
+                total = batch * image_size[0] * image_size[1]
+                text = f"Panoptic pixels that differ, {name}: {pixels} of {total}"
+                report.note(f"{text} ({device}, {case['size']}, batch {batch})")
+        models = {name: models[name] for name in (OURS, *usable)}
+        for name, mode in product(options.precisions, options.modes):
+            labels = case | {"precision": name, "mode": mode}
+            report.add(_rows(labels, models, images, multiply_adds, options, report))
+            report.add(
+                labels | {"part": "forward", "contender": name} | failure(error, name == PUBLISHED)
+                for name, error in failed.items()
+            )
+        report.save()
+        del models
+        gc.collect()
+    return report.finish()
+
+
+def _rows(
+    labels: Row,
+    models: dict[str, nn.Module],
+    images: Batch,
+    multiply_adds: dict[str, int],
+    options: argparse.Namespace,
+    report: Report,
+) -> list[Row]:
+    """Rows of all stages of one case."""
+    device, size = labels["device"], images[0]["image"].shape[-2:]
+    calls: dict[str, dict[str, Call]] = {}
+    with torch.no_grad(), precision(labels["precision"], device):
+        for name, model in models.items():
+            forward, pixels = forward_of(name, model), normalized(models[OURS], images)
+            if labels["mode"] == "compiled":
+                mode = "reduce-overhead" if device == "cuda" else None
+                calls[name] = {"forward": partial(torch.compile(forward, mode=mode), pixels)}
+            elif name == PEER:
+                calls[name] = {"forward": partial(forward, pixels)}
+            else:
+                calls[name] = stage_calls(model, images)
+    rows = []
+    for stage in options.stages:
+        own = {name: stages[stage] for name, stages in calls.items() if stage in stages}
+        if not own:
+            continue
+        of_stage = _race(labels | {"part": stage}, own, multiply_adds.get(stage), options, report)
+        for row in of_stage:
+            if device == "cuda":
+                call = own[row["contender"]]
+                with torch.no_grad(), precision(labels["precision"], device):
+                    row["peak_bytes"] = benchmark.peak_cuda_bytes(call)
+            elif options.memory and labels["mode"] == "eager" and stage in _WITH_MEMORY:
+                request = {
+                    key: getattr(options, key) for key in ("config", "weights", "published_op")
+                }
+                request |= {"contender": row["contender"], "stage": stage, "size": list(size)}
+                request |= {"batch": labels["batch"], "precision": labels["precision"]}
+                row["peak_bytes"] = peak_in_process("model", request, options.threads)
+        rows += of_stage
+    return rows
+
+
+# Stages that are measured in a process of their own.
+_WITH_MEMORY = ("forward", "post-processing", "end to end")
+
+
+def peak_calls(arguments: Row) -> Iterator[Call]:
+    """What a process of its own runs to measure memory: a warm-up, then the stage itself."""
+    name, stage, batch = (arguments.pop(key) for key in ("contender", "stage", "batch"))
+    size, precision_ = tuple(arguments.pop("size")), arguments.pop("precision")
+    options = argparse.Namespace(**arguments, contenders=[name])
+    cfg, ours = build(options)
+    ours.eval()
+    with torch.no_grad():
+        if options.weights is None:
+            sharpen(ours, random_images(size, 1, "cpu"))
+        model = make_models(options, cfg, ours, "cpu")[0][name]
+        forward, pixel_source = forward_of(name, model), copy.deepcopy(ours)
+        del ours
+        with precision(precision_, "cpu"):
+            for images in (random_images((64, 64), 1, "cpu"), random_images(size, batch, "cpu")):
+                if name == PEER:
+                    yield partial(forward, normalized(pixel_source, images))
+                else:
+                    yield stage_calls(model, images)[stage]
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_common_options(parser, "256x256, batch 1, 3 rounds, where these are not given")
+    add_device_options(parser)
+    add_threads_option(parser)
+    add_model_options(parser, CONTENDERS)
+    add_choices(
+        parser,
+        "modes",
+        "mode",
+        MODES,
+        ["eager"],
+        "compiled: the forward alone, by torch.compile, as CUDA graphs on a GPU [eager]",
+    )
+    add_choices(parser, "stages", "stage", STAGES, STAGES, "what is timed [all]")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    check_model_options(parser, options)
+    if "compiled" in options.modes and "forward" not in options.stages:
+        parser.error("--modes compiled times the stage forward, which is not among --stages")

@@ -1,0 +1,387 @@
+"""`benchmark.py train`: a training step, its parts, its peak memory and how often the host waits.
+
+A step is network, criterion, backward and optimiser; waits are those of all but the optimiser.
+Contenders: `mask2former` (ours), `published` (`published_steps.py`, its criterion and optimiser
+too) and, when asked for, `transformers`: ours with that package's criterion. Losses are compared at
+the same points before anything is timed.
+
+On a GPU the device is waited for after each part, so that parts are told apart.
+"""
+
+import argparse
+import contextlib
+import copy
+import functools
+import gc
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from itertools import product
+from typing import Any
+
+import torch
+from benchmark_contenders import (
+    TOLERANCE,
+    Batch,
+    add_model_options,
+    build,
+    check_model_options,
+    note_published_op,
+    precision,
+    published_op,
+    random_images,
+)
+from benchmark_options import (
+    add_common_options,
+    add_device_options,
+    add_threads_option,
+    positive,
+    size_text,
+)
+from benchmark_runner import (
+    OURS,
+    PEER,
+    PUBLISHED,
+    Call,
+    Report,
+    Row,
+    failure,
+    peak_in_process,
+    require_equal,
+    set_threads,
+    table_row,
+    timed_rows,
+    try_each,
+)
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from peer_model import PeerCriterion, build_peer
+from published_steps import as_published, published_optimizer
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mask2former.optimizer import build_optimizer
+from mask2former.utils import benchmark
+
+PARTS = ("network", "criterion", "backward", "optimiser", "step")
+FULL = {"sizes": [(512, 512)], "batches": [2], "targets": 20, "points": 12544, "rounds": 5}
+QUICK = {"sizes": [(128, 128)], "batches": [2], "targets": 5, "points": 1024, "rounds": 2}
+
+
+# ---- host synchronisations ----
+
+
+class CountWaits(TorchDispatchMode):
+    """Counts what would make the host wait for a GPU: reading values, and copies to the host.
+
+    On a CPU all is on the host. So only reads and copies (`Tensor.cpu`) of floating-point values
+    count: sizes and indices come from the host. Uploads are not seen.
+    """
+
+    _READS = ("nonzero", "masked_select", "unique", "_unique2", "equal")
+    _INDEXING = ("index", "index_put", "index_put_")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __enter__(self) -> "CountWaits":
+        self._cpu = Tensor.cpu
+
+        @functools.wraps(self._cpu)
+        def counted(tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+            self.number += tensor.is_floating_point()
+            return self._cpu(tensor, *args, **kwargs)
+
+        Tensor.cpu = counted
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Tensor.cpu = self._cpu
+        super().__exit__(*error)
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        name = function.overloadpacket.__name__
+        by_mask = name in self._INDEXING and any(
+            index is not None and index.dtype in (torch.bool, torch.uint8) for index in args[1]
+        )
+        by_value = name == "_local_scalar_dense" and args[0].is_floating_point()
+        self.number += name in self._READS or by_mask or by_value
+        return function(*args, **(kwargs or {}))
+
+
+def count_waits(run: Call, device: str) -> int:
+    """How often the host waits for the device during a call."""
+    if device == "cpu":
+        with CountWaits() as counter:
+            run()
+        return counter.number
+    mode = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            run()
+        finally:
+            torch.cuda.set_sync_debug_mode(mode)
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+# ---- contenders ----
+
+
+def make_batch(size: tuple[int, int], batch: int, targets: int, classes: int, device: str) -> Batch:
+    """Images with ellipses as targets, which may overlap."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = random_images(size, batch, device)
+    y, x = (torch.arange(n)[:, None] / n for n in size)
+    for item in inputs:
+        centre = torch.rand(targets, 2, 1, 1, generator=generator)
+        radius = 0.05 + 0.2 * torch.rand(targets, 2, 1, 1, generator=generator)
+        distance = ((y - centre[:, 0]) / radius[:, 0]).square()
+        distance = distance + ((x.T - centre[:, 1]) / radius[:, 1]).square()
+        instances = Instances(size)
+        instances.gt_classes = torch.randint(classes, (targets,), generator=generator).to(device)
+        instances.gt_masks = (distance < 1).to(device)
+        item["instances"] = instances
+    return inputs
+
+
+class Step:
+    """A training step of one contender.
+
+    Args:
+        name: of the contender.
+        cfg: of the model.
+        model: ours, on the CPU; it is copied.
+        options: read is published_op.
+        device: where it runs.
+        inputs: the batch.
+        autocast: name of the precision.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        cfg: CfgNode,
+        model: nn.Module,
+        options: argparse.Namespace,
+        device: str,
+        inputs: Batch,
+        autocast: str,
+    ):
+        if name == PUBLISHED:
+            model = as_published(model, published_op(options, device))
+        else:
+            model = copy.deepcopy(model)
+        if name == PEER:
+            model.criterion = PeerCriterion(build_peer(cfg), model.criterion.weight_dict)
+        self.model = model.train().to(device)
+        make_optimizer = published_optimizer if name == PUBLISHED else build_optimizer
+        self.optimizer = make_optimizer(cfg, self.model)
+        self._inputs, self._device, self._autocast = inputs, device, autocast
+        self._mark: Callable[[], None] = lambda: None
+        # The network is what comes before the criterion is called.
+        self.model.criterion.register_forward_pre_hook(lambda *_: self._mark())
+
+    def losses(self) -> dict[str, Tensor]:
+        with precision(self._autocast, self._device):
+            return self.model(self._inputs)
+
+    def gradients(self) -> None:
+        """A step without the optimiser, which reads counters of its own on the host."""
+        self.optimizer.zero_grad()
+        total = sum(self.losses().values())
+        self._mark()
+        total.backward()
+
+    def run(self) -> None:
+        """One step, from the batch to new weights."""
+        self.gradients()
+        self._mark()
+        self.optimizer.step()
+        self._mark()
+
+    def measure(self) -> benchmark.Times:
+        """Seconds of each part by each clock, {"part clock": seconds}."""
+        marks = []
+
+        def mark() -> None:
+            benchmark.synchronize(self._device)
+            marks.append((time.perf_counter(), benchmark.cpu_seconds()))
+
+        mark()
+        self._mark = mark
+        self.run()
+        self._mark = lambda: None
+        assert len(marks) == len(PARTS)
+        times = {}
+        for part, start, end in zip(PARTS, marks, marks[1:], strict=False):
+            for clock, before, after in zip(("wall", "cpu"), start, end, strict=True):
+                times[f"{part} {clock}"] = after - before
+        for index, clock in enumerate(("wall", "cpu")):
+            times[f"step {clock}"] = marks[-1][index] - marks[0][index]
+        return times
+
+
+@contextlib.contextmanager
+def same_points() -> Iterator[None]:
+    """Draws of points depend on their number only, whatever the order in which they are drawn."""
+    rand = torch.rand
+
+    def draw(*shape: int, device: torch.device | str | None = None, **_: Any) -> Tensor:
+        generator = torch.Generator().manual_seed(shape[-2])
+        return rand(*shape[-2:], generator=generator).to(device).expand(shape).clone()
+
+    torch.rand = draw
+    try:
+        yield
+    finally:
+        torch.rand = rand
+
+
+def check_losses(step: Step, ours: Step) -> None:
+    """Raise WrongNumbers unless all losses are ours."""
+    with torch.no_grad(), same_points():
+        actual, expected = step.losses(), ours.losses()
+    errors = {
+        name: abs(actual[name].item() - loss.item()) / max(abs(loss.item()), 1e-6)
+        if name in actual
+        else float("inf")
+        for name, loss in expected.items()
+    }
+    require_equal(errors, TOLERANCE, OURS)
+
+
+# ---- the run ----
+
+
+def _config(options: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
+    cfg, model = build(options)
+    model.criterion.num_points = model.criterion.matcher.num_points = options.points
+    cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = options.points
+    return cfg, model
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measures all cases; returns the exit status, see `Report.finish`."""
+    set_threads(options.threads)
+    cfg, model = _config(options)
+    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    cases = list(product(options.devices, options.sizes, options.batches))
+    columns = {"waits": lambda row: str(row.get("host_synchronisations", ""))}
+    labels = ("device", "size", "batch", "precision", "part")
+    row_of = table_row(labels, (PUBLISHED, PEER), columns)
+    total = len(cases) * len(options.precisions) * options.rounds
+    head = {key: getattr(options, key) for key in ("threads", "targets", "points")}
+    head["tolerance"] = TOLERANCE
+    report = Report("train", options, row_of, total, ("transformers",), head=head)
+    note_published_op(report, options)
+    for device, size, batch in cases:
+        inputs = make_batch(size, batch, options.targets, classes, device)
+        case = {"device": device, "size": size_text(size), "batch": batch}
+        exact = {}
+        absent = {}
+        for name in options.contenders:
+            try:
+                exact[name] = Step(name, cfg, model, options, device, inputs, "fp32")
+            except (ImportError, ValueError) as error:
+                if name == OURS:
+                    raise
+                absent[name] = str(error)
+        report.absent(device, absent)
+
+        def compare(name, exact=exact) -> None:
+            check_losses(exact[name], exact[OURS])
+
+        usable, failed = try_each([name for name in exact if name != OURS], compare)
+        for autocast in options.precisions:
+            steps = {name: exact[name] for name in (OURS, *usable)}
+            for step in steps.values():
+                step._autocast = autocast
+            labels = case | {"precision": autocast}
+            report.add(_rows(labels, steps, options, report))
+            report.add(
+                labels | {"part": "step", "contender": name} | failure(error, name == PUBLISHED)
+                for name, error in failed.items()
+            )
+        report.save()
+        del exact, steps
+        gc.collect()
+    return report.finish()
+
+
+def _rows(
+    labels: Row, steps: dict[str, Step], options: argparse.Namespace, report: Report
+) -> list[Row]:
+    """Rows of all parts of one case."""
+    device = labels["device"]
+    waits = {}
+    for name, step in steps.items():
+        step.run()  # warm-up
+        waits[name] = count_waits(step.gradients, device)
+    samples = benchmark.interleave(
+        list(steps),
+        lambda name: steps[name].measure(),
+        options.rounds,
+        options.max_seconds,
+        on_round=report.round,
+    )
+    rows = []
+    for part in PARTS:
+        of_part = {
+            name: [{clock: times[f"{part} {clock}"] for clock in ("wall", "cpu")} for times in own]
+            for name, own in samples.items()
+        }
+        rows += timed_rows(labels | {"part": part}, of_part, (PUBLISHED, PEER))
+    for row in rows[-len(steps) :]:
+        name = row["contender"]
+        row["host_synchronisations"] = waits[name]
+        row["peak_bytes"] = _peak_bytes(name, labels, steps[name], options)
+    return rows
+
+
+def _peak_bytes(name: str, labels: Row, step: Step, options: argparse.Namespace) -> int | None:
+    if labels["device"] == "cuda":
+        step.optimizer.zero_grad()
+        return benchmark.peak_cuda_bytes(step.run)
+    if not options.memory:
+        return None
+    keys = ("config", "weights", "published_op", "targets", "points")
+    request = {key: getattr(options, key) for key in keys} | {"contender": name}
+    height, width = labels["size"].split("x")
+    request |= {"size": [int(height), int(width)], "batch": labels["batch"]}
+    return peak_in_process("train", request | {"precision": labels["precision"]}, options.threads)
+
+
+def peak_calls(arguments: Row) -> Iterator[Call]:
+    """What a process of its own runs to measure memory: a warm-up, then a step.
+
+    Gradients and the optimiser's state are part of what a step needs: the warm-up, on tiny images,
+    leaves them allocated, so they are let go before.
+    """
+    options = argparse.Namespace(**arguments)
+    cfg, model = _config(options)
+    classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
+    for size, batch in (((64, 64), 1), (tuple(options.size), options.batch)):
+        inputs = make_batch(size, batch, options.targets, classes, "cpu")
+        step = Step(options.contender, cfg, model, options, "cpu", inputs, options.precision)
+        gc.collect()
+        yield step.run
+        del step
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    add_common_options(
+        parser,
+        "128x128, 5 targets, 1024 points, 2 rounds, where these are not given",
+    )
+    add_device_options(parser)
+    add_threads_option(parser)
+    add_model_options(parser, (OURS, PUBLISHED))
+    parser.add_argument("--targets", type=positive, help="target masks of an image [20]")
+    parser.add_argument("--points", type=positive, help="at which masks are compared [12544]")
+
+
+def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    check_model_options(parser, options)
