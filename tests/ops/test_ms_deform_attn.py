@@ -393,3 +393,17 @@ def test_module_gradients_reach_every_parameter():
     module, query, reference, memory = module_and_inputs()
     module(query, reference, memory, SHAPES).square().sum().backward()
     assert all(p.grad is not None and p.grad.any() for p in module.parameters())
+
+
+def test_used_in_inference_mode_first():
+    """What is kept for a shape serves training afterwards."""
+    shapes = [(5, 3)]  # that no other test uses
+    value, offsets = torch.randn(1, 15, 1, 2), torch.randn(1, 4, 1, 1, 2, 2)
+    reference, logits = torch.rand(1, 4, 1, 2), torch.randn(1, 4, 1, 2, requires_grad=True)
+    with torch.inference_mode():
+        expected = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
+    offsets.requires_grad_()
+    out = ms_deform_attn_fused(value, shapes, reference, offsets, logits)
+    assert torch.equal(out, expected)
+    out.square().sum().backward()
+    assert offsets.grad.any() and logits.grad.any()
