@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from detectron2.config import CfgNode
+from detectron2.layers import Conv2d
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.projects.point_rend.point_features import (
     get_uncertain_point_coords_with_randomness,
@@ -32,9 +33,13 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from mask2former import MaskFormer
+from mask2former.modeling.backbone.frozen_norm import ConvWithFrozenNorm
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.matcher import HungarianMatcher
-from mask2former.modeling.pixel_decoder.msdeformattn import MSDeformAttnPixelDecoder
+from mask2former.modeling.pixel_decoder.msdeformattn import (
+    MSDeformAttnPixelDecoder,
+    MSDeformAttnTransformerEncoderLayer,
+)
 from mask2former.modeling.transformer_decoder.layers import CrossAttentionLayer, SelfAttentionLayer
 from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
@@ -81,6 +86,15 @@ class PublishedPixelDecoder(MSDeformAttnPixelDecoder):
         device = next(iter(features.values())).device.type
         with torch.autocast(device, enabled=False):
             return super().forward_features({k: v.float() for k, v in features.items()})
+
+
+class PublishedEncoderLayer(MSDeformAttnTransformerEncoderLayer):
+    """All positions at once, and everything is kept for backward."""
+
+    def forward(self, src, pos, *where) -> Tensor:
+        query = src if pos is None else src + pos
+        attended = self.self_attn(query, where[0], src, *where[1:])
+        return self.norm2(self._norm_and_network(src + self.dropout1(attended)))
 
 
 class PublishedSelfAttention(SelfAttentionLayer):
@@ -349,7 +363,9 @@ class PublishedMaskFormer(MaskFormer):
 _PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
     MaskFormer: PublishedMaskFormer,
     MSDeformAttn: PublishedAttention,
+    ConvWithFrozenNorm: Conv2d,
     MSDeformAttnPixelDecoder: PublishedPixelDecoder,
+    MSDeformAttnTransformerEncoderLayer: PublishedEncoderLayer,
     MultiScaleMaskedTransformerDecoder: PublishedDecoder,
     SelfAttentionLayer: PublishedSelfAttention,
     CrossAttentionLayer: PublishedCrossAttention,
