@@ -1,6 +1,5 @@
 """The build of the operators' library: what setup.py finds and decides, with stand-in compilers."""
 
-import importlib.util
 import os
 import re
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from load_script import load_script
 
 from mask2former.ops import _library
 
@@ -19,13 +19,6 @@ VARIABLES = ["CXX", "CXXFLAGS", "LDFLAGS", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH
 VARIABLES += ["TORCH_CUDA_ARCH_LIST", "MAX_JOBS", "MASK2FORMER_NO_OP"]
 LIBRARY = "mask2former/_C.abi3.so"
 CUDA_13 = "75 80 86 87 88 89 90 100 110 103 120 121"
-
-
-def load_module(path: Path) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_under_test", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def write_program(path: Path, body: str) -> Path:
@@ -40,7 +33,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     """setup.py as a module, with none of its environment variables set."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
-    return load_module(ROOT / "setup.py")
+    return load_script("setup.py")
 
 
 # ---------------------------------------------------------------- decisions
@@ -349,7 +342,7 @@ def test_without_a_compiler_it_installs_and_says_so(checkout: Checkout) -> None:
 def test_active_environment_is_built_again_where_the_library_is_old(
     monkeypatch: pytest.MonkeyPatch, checkout: Checkout
 ) -> None:
-    setup_env = load_module(ROOT / "tools" / "setup_env.py")
+    setup_env = load_script("tools/setup_env.py")
     monkeypatch.setattr(setup_env, "ROOT", checkout.folder)
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
@@ -437,7 +430,7 @@ def test_library_is_loaded_once() -> None:
     _library.load()
     assert "CPU" in _library.describe()
     assert str(_library.LIBRARY_PATH) in _library.describe()
-    again = load_module(Path(_library.__file__))
+    again = load_script(Path(_library.__file__))
     assert again.is_loaded()
 
 
@@ -446,14 +439,14 @@ def test_a_second_copy_is_a_clear_error(tmp_path: Path) -> None:
     loader = copy_of_loader(tmp_path)
     shutil.copy(_library.LIBRARY_PATH, tmp_path / "mask2former")
     with pytest.raises(ImportError, match="another copy of mask2former") as error:
-        load_module(loader)
+        load_script(loader)
     assert str(_library.LIBRARY_PATH) in str(error.value)
     assert str(tmp_path) in str(error.value)
 
 
 def test_library_that_does_not_load_is_a_clear_error(tmp_path: Path) -> None:
     loader = copy_of_loader(tmp_path)
-    assert "none were built" in load_module(loader).describe()
+    assert "none were built" in load_script(loader).describe()
     library = tmp_path / LIBRARY
     library.write_text("not a library")
     code = "import runpy, sys; runpy.run_path(sys.argv[1])"

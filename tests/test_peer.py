@@ -7,7 +7,6 @@ or one (sampling offsets, norms, embeddings) included.
 Shape letters: B batch, Q queries, K classes, M heads, L locations of a scale.
 """
 
-import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.layers import FrozenBatchNorm2d
 from detectron2.modeling import build_model
 from detectron2.structures import Instances
+from load_script import load_script
 from torch import nn
 
 from mask2former.config import load_config
@@ -35,16 +35,7 @@ HIDDEN_DIM = {"swin": 64, "resnet": 48}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-def _load_peer_model():
-    # Not an import: other packages install a package of the name `tools`.
-    path = Path(__file__).parents[1] / "tools" / "peer_model.py"
-    spec = importlib.util.spec_from_file_location("peer_model_tool", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-peer_model = _load_peer_model()
+peer_model = load_script("tools/peer_model.py")
 
 
 def _randomise(model: nn.Module, seed: int) -> None:

@@ -1,7 +1,6 @@
 """Set-up and packaging: pins, the wheel, the Makefile and .ci/run."""
 
 import ast
-import importlib.util
 import os
 import re
 import shutil
@@ -13,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+from load_script import load_script
 from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -22,10 +22,7 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 @pytest.fixture
 def setup_env() -> ModuleType:
     """A fresh copy of tools/setup_env.py as a module."""
-    spec = importlib.util.spec_from_file_location("setup_env", ROOT / "tools" / "setup_env.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("tools/setup_env.py")
 
 
 def package_version() -> str:

@@ -1,6 +1,5 @@
 """Training: exact resuming, several processes, and the checks before a run."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -15,6 +14,7 @@ from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from load_script import load_script
 
 from mask2former.evaluation import write_results
 from mask2former.trainer import Trainer
@@ -24,14 +24,7 @@ TOY = Path(__file__).parent / "toy_training.py"
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
 
 
-def _load_toy():
-    spec = importlib.util.spec_from_file_location("toy_training", TOY)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-toy = _load_toy()
+toy = load_script(TOY)
 
 
 @pytest.fixture(autouse=True)

@@ -1,9 +1,9 @@
-import importlib.util
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
+from load_script import load_script
 from pycocotools import mask as mask_util
 
 from mask2former.evaluation import evaluate_boundary_ap, mask_to_boundary
@@ -23,15 +23,7 @@ REAL_BOUNDARIES = """
 """.split()
 
 
-def load_tool():
-    path = ROOT / "tools" / "evaluate_coco_boundary_ap.py"
-    spec = importlib.util.spec_from_file_location("evaluate_coco_boundary_ap", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_script("tools/evaluate_coco_boundary_ap.py")
 
 
 def square(top, left, size=40, shape=(100, 100)):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import logging
 import math
@@ -10,6 +9,7 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
 from detectron2.structures import Boxes, Instances
+from load_script import load_script
 from PIL import Image
 from pycocotools import mask as mask_util
 
@@ -28,15 +28,7 @@ SMALL = """
 """.split()
 
 
-def load_tool():
-    path = ROOT / "tools" / "evaluate_proposals.py"
-    spec = importlib.util.spec_from_file_location("evaluate_proposals", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_script("tools/evaluate_proposals.py")
 
 
 def rectangle(top, left, height, width):

@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import math
 from pathlib import Path
@@ -8,6 +7,7 @@ import pytest
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from load_script import load_script
 from PIL import Image
 
 from mask2former.data.datasets.register_custom import register_semantic
@@ -17,16 +17,7 @@ CLASSES = ["road", "tree", "sky"]
 NAME = "pq_tool_val"
 
 
-def load_tool():
-    name = "evaluate_pq_for_semantic_segmentation"
-    path = Path(__file__).parents[2] / "tools" / f"{name}.py"
-    spec = importlib.util.spec_from_file_location(name, path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool()
+tool = load_script("tools/evaluate_pq_for_semantic_segmentation.py")
 
 
 def columns(*labels, height=2):

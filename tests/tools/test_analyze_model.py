@@ -3,7 +3,6 @@
 import copy
 import functools
 import gc
-import importlib.util
 import json
 import re
 import sys
@@ -14,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from detectron2.data import DatasetCatalog
 from detectron2.modeling import build_model
+from load_script import load_script
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
@@ -28,16 +28,7 @@ ADE20K = ROOT / "configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.
 NUM_PARAMETERS = json.loads((ROOT / "tests/contracts/num_parameters.json").read_text())
 
 
-def load_tool(name: str):
-    # Not an import: other packages install a package of the name `tools`.
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("analyze_model")
+tool = load_script("tools/analyze_model.py")
 
 
 def counted(function) -> tuple[dict[str, int], dict[str, int]]:

@@ -1,6 +1,5 @@
 """tools/benchmark.py on levels of a few positions: what it measures, writes and refuses."""
 
-import importlib.util
 import json
 import sys
 import types
@@ -10,24 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from load_script import load_script
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 
 
-def load_tool(name: str):
-    # Not an import: other packages install a package of the name `tools`.
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(TOOLS))  # as where the script is started
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    return module
-
-
-tool = load_tool("benchmark")
+tool = load_script("tools/benchmark.py")
 backends = sys.modules["op_backends"]
 CASE = backends.Case("projections", "cpu", "fp32", 64, 96, 2)
 

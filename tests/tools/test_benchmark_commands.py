@@ -1,6 +1,5 @@
 """tools/benchmark.py beyond `op`, as small as it gets: rows, files, refusals, wrong answers."""
 
-import importlib.util
 import json
 import sys
 from pathlib import Path
@@ -8,26 +7,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from load_script import load_script
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 CONFIGS = TOOLS.parent / "configs"
 OURS, PUBLISHED, PEER = "mask2former", "published", "transformers"
 
 
-def load_tool(name: str):
-    # Not an import: other packages install a package of the name `tools`.
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", TOOLS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    sys.path.insert(0, str(TOOLS))  # as where the script is started
-    try:
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(TOOLS))
-    return module
-
-
-tool = load_tool("benchmark")
+tool = load_script("tools/benchmark.py")
 modules = {name: module for name, (module, _) in tool.COMMANDS.items()}
 contenders = sys.modules["benchmark_contenders"]
 published_steps = sys.modules["published_steps"]

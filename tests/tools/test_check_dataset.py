@@ -1,9 +1,7 @@
 """tools/check_dataset.py on small data sets, whole and broken, and on real ones."""
 
-import importlib.util
 import json
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +12,7 @@ import yaml
 from dataset_trees import photograph, save, write_json
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances
+from load_script import load_script
 from PIL import Image
 
 from mask2former.data.datasets.register_coco_panoptic_annos_semseg import (
@@ -27,15 +26,7 @@ DATA = ROOT.parent / "shared" / "data"
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside the repository")
 
 
-def load_tool(name: str):
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("check_dataset")
+tool = load_script("tools/check_dataset.py")
 
 
 @pytest.fixture(autouse=True)

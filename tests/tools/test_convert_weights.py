@@ -1,8 +1,6 @@
 """tools/convert_weights.py: names, round trips into our backbones, and what it refuses."""
 
-import importlib.util
 import pickle
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torchvision
 from detectron2.modeling import build_backbone
+from load_script import load_script
 from torch import nn
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
@@ -23,16 +22,7 @@ SMALL_SWIN = [
 ]  # fmt: skip
 
 
-def load_tool(name: str):
-    # Not an import: other packages install a package of the name `tools`.
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-tool = load_tool("convert_weights")
+tool = load_script("tools/convert_weights.py")
 
 
 class WithBackbone(nn.Module):

@@ -1,7 +1,5 @@
 """tools/demo.py with a tiny model of random weights."""
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +7,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.modeling import build_model
+from load_script import load_script
 from PIL import Image
 
 from mask2former.config import load_config
@@ -23,16 +22,7 @@ TINY = [
 ]  # fmt: skip
 
 
-def load_tool(name: str):
-    # Not an import: other packages install a package of the name `tools`.
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-demo = load_tool("demo")
+demo = load_script("tools/demo.py")
 
 
 @pytest.fixture(scope="module")

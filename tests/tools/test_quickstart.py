@@ -1,28 +1,19 @@
 """The pieces of tools/quickstart.py that take no training."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from load_script import load_script
 
 from mask2former.config import load_config
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load_tool(name: str):
-    # Not an import: other packages install a package of the name `tools`.
-    spec = importlib.util.spec_from_file_location(f"{name}_tool", ROOT / "tools" / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-quickstart = load_tool("quickstart")
+quickstart = load_script("tools/quickstart.py")
 
 
 @pytest.fixture

@@ -1,6 +1,5 @@
 """`tools/train_net.py` as a user runs it, with a very small model on very few Shapes."""
 
-import importlib.util
 import json
 import logging
 import os
@@ -14,6 +13,7 @@ import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from load_script import load_script
 
 from mask2former.data.datasets.register_shapes import register_all_shapes
 
@@ -40,14 +40,7 @@ OPTIONS = {
 }
 
 
-def load_program():
-    spec = importlib.util.spec_from_file_location("train_net", PROGRAM)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-train_net = load_program()
+train_net = load_script(PROGRAM)
 
 
 @pytest.fixture(autouse=True)
