@@ -73,6 +73,8 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(options, "memory", False) and not has_peak_memory():
         parser.error("--memory needs Linux's /proc")
     module.check_options(parser, options)
+    if getattr(options, "allocator", None) == "kept":
+        keep_freed_memory()
     options.command = shlex.join(["python", "tools/benchmark.py", *argv])
     threads = torch.get_num_threads()
     try:
@@ -82,6 +84,4 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    if sys.argv[1:] and sys.argv[1] in ("model", "train", "postprocess"):
-        keep_freed_memory()  # as the tools that run models do
     sys.exit(main())

@@ -2,7 +2,8 @@
 
 Contenders have the same weights: `mask2former` (ours), `published` (`published_steps.py`) and
 `transformers` (that package's model, which has no post-processing like ours: forward alone). Before
-anything is timed their answers are compared in fp32.
+anything is timed their answers are compared in fp32 and, where rounding makes a difference there,
+in float64.
 
 Random weights would leave no query confident: the class weights are scaled until about 20 are, and
 panoptic segments may overlap.
@@ -19,8 +20,10 @@ import torch
 from analyze_model import count
 from benchmark_contenders import (
     CONTENDERS,
+    EXACT,
     PRECISIONS,
     TOLERANCE,
+    Answers,
     Batch,
     Forward,
     add_model_options,
@@ -41,7 +44,7 @@ from benchmark_options import (
     add_choices,
     add_common_options,
     add_device_options,
-    add_threads_option,
+    add_model_runtime_options,
     size_text,
 )
 from benchmark_runner import (
@@ -178,7 +181,12 @@ def run(options: argparse.Namespace) -> int:
     }
     labels = ("device", "size", "batch", "precision", "mode", "part")
     row_of = table_row(labels, (PUBLISHED, PEER), columns)
-    head = {"threads": options.threads, "tolerance": TOLERANCE}
+    head = {
+        "threads": options.threads,
+        "allocator": options.allocator,
+        "tolerance": TOLERANCE,
+        "tolerance_float64": EXACT,
+    }
     total = len(cases) * rounds * stages
     report = Report("model", options, row_of, total, ("transformers",), head=head)
     note_published_op(report, options)
@@ -194,17 +202,20 @@ def run(options: argparse.Namespace) -> int:
         report.absent(device, absent)
         images = random_images(image_size, batch, device)
         case = {"device": device, "size": size_text(image_size), "batch": batch}
-        different: dict[str, int | None] = {}
+        answers: dict[str, Answers] = {}
 
-        def compare(name, models=models, images=images, different=different) -> None:
-            different[name] = check_answers(name, models, images)
+        def compare(name, models=models, images=images, answers=answers) -> None:
+            answers[name] = check_answers(name, models, images)
 
         usable, failed = try_each([name for name in models if name != OURS], compare)
-        for name, pixels in different.items():
+        of_case = f"({device}, {case['size']}, batch {batch})"
+        for name, (pixels, rounding) in answers.items():
+            if rounding:
+                text = f"Compared in float64: {name} {of_case}. In fp32 rounding decides bits of"
+                report.note(f"{text} attention masks: {rounding}")
             if pixels is not None:
                 total = batch * image_size[0] * image_size[1]
-                text = f"Panoptic pixels that differ, {name}: {pixels} of {total}"
-                report.note(f"{text} ({device}, {case['size']}, batch {batch})")
+                report.note(f"Panoptic pixels that differ, {name}: {pixels} of {total} {of_case}")
         models = {name: models[name] for name in (OURS, *usable)}
         for name, mode in product(options.precisions, options.modes):
             labels = case | {"precision": name, "mode": mode}
@@ -290,7 +301,7 @@ def peak_calls(arguments: Row) -> Iterator[Call]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, "256x256, batch 1, 3 rounds, where these are not given")
     add_device_options(parser)
-    add_threads_option(parser)
+    add_model_runtime_options(parser)
     add_model_options(parser, CONTENDERS)
     add_choices(
         parser,

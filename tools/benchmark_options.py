@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+# What happens to memory that is freed.
+ALLOCATORS = ("kept", "system")
 DEVICES = ("cpu", "cuda")
 
 
@@ -83,6 +85,18 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
         type=positive,
         default=torch.get_num_threads(),
         help="on a CPU [torch's default]",
+    )
+
+
+def add_model_runtime_options(parser: argparse.ArgumentParser) -> None:
+    """Threads and memory of whole models on a CPU."""
+    add_threads_option(parser)
+    parser.add_argument(
+        "--allocator",
+        choices=ALLOCATORS,
+        default=ALLOCATORS[0],
+        help="of every contender on a CPU: kept, as the tools that run models do, or system, where "
+        "glibc gives large blocks back at once [kept]",
     )
 
 

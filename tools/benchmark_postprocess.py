@@ -18,7 +18,7 @@ from benchmark_options import (
     add_choices,
     add_common_options,
     add_device_options,
-    add_threads_option,
+    add_model_runtime_options,
     list_of,
     size,
     size_text,
@@ -157,7 +157,7 @@ def run(options: argparse.Namespace) -> int:
     cases = list(product(options.devices, options.sizes, options.outputs))
     row_of = table_row(("device", "size", "output", "part"), (PUBLISHED,))
     total = len(cases) * len(options.tasks) * options.rounds
-    head = {"threads": options.threads, "tolerance": TOLERANCE}
+    head = {"threads": options.threads, "allocator": options.allocator, "tolerance": TOLERANCE}
     report = Report("postprocess", options, row_of, total, head=head)
     for device, image_size, output in cases:
         output_text = size_text(image_size if output == "same" else output)
@@ -215,7 +215,7 @@ def _output(text: str) -> str | tuple[int, int]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(parser, "512x512, 3 rounds, where these are not given")
     add_device_options(parser)
-    add_threads_option(parser)
+    add_model_runtime_options(parser)
     parser.add_argument(
         "--sizes", type=list_of(size, "size"), help="of the network's input [512x512,800x1216]"
     )

@@ -36,8 +36,9 @@ class WrongNumbers(ValueError):
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     """norm(difference) / norm(expected), 0 where both are empty or zero."""
-    difference = (actual.float() - expected.float()).norm().item()
-    return difference and difference / max(expected.float().norm().item(), 1e-30)
+    wide = torch.promote_types(expected.dtype, torch.float32)
+    difference = (actual.to(wide) - expected.to(wide)).norm().item()
+    return difference and difference / max(expected.to(wide).norm().item(), 1e-30)
 
 
 def require_equal(errors: dict[str, float], tolerance: float, other: str) -> None:

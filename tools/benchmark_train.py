@@ -34,7 +34,7 @@ from benchmark_contenders import (
 from benchmark_options import (
     add_common_options,
     add_device_options,
-    add_threads_option,
+    add_model_runtime_options,
     positive,
     size_text,
 )
@@ -273,7 +273,7 @@ def run(options: argparse.Namespace) -> int:
     labels = ("device", "size", "batch", "precision", "part")
     row_of = table_row(labels, (PUBLISHED, PEER), columns)
     total = len(cases) * len(options.precisions) * options.rounds
-    head = {key: getattr(options, key) for key in ("threads", "targets", "points")}
+    head = {key: getattr(options, key) for key in ("threads", "allocator", "targets", "points")}
     head["tolerance"] = TOLERANCE
     report = Report("train", options, row_of, total, ("transformers",), head=head)
     note_published_op(report, options)
@@ -377,7 +377,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
         "128x128, 5 targets, 1024 points, 2 rounds, where these are not given",
     )
     add_device_options(parser)
-    add_threads_option(parser)
+    add_model_runtime_options(parser)
     add_model_options(parser, (OURS, PUBLISHED))
     parser.add_argument("--targets", type=positive, help="target masks of an image [20]")
     parser.add_argument("--points", type=positive, help="at which masks are compared [12544]")

@@ -53,7 +53,15 @@ def small(tmp_path):
 
 
 @pytest.fixture
-def run(tmp_path, small):
+def kept(monkeypatch) -> list[bool]:
+    """Filled when memory would be kept: not in this process, which runs more tests."""
+    calls = []
+    monkeypatch.setattr(tool, "keep_freed_memory", lambda: calls.append(True))
+    return calls
+
+
+@pytest.fixture
+def run(tmp_path, small, kept):
     """Function (name, *arguments) → exit status and report of a small run of a subcommand."""
 
     def run_small(name: str, *arguments: str) -> tuple[int, dict]:
@@ -235,6 +243,31 @@ def test_wrong_model_is_not_timed(name, run, monkeypatch, tmp_path):
         "Failed: published (cpu, 64x64, batch 2, fp32, "
         in (tmp_path / "out" / f"{name}.md").read_text()
     )
+
+
+@pytest.mark.parametrize("name", ["model", "train", "postprocess"])
+def test_memory_is_kept_unless_the_allocator_is_the_systems(name, small, kept, monkeypatch):
+    monkeypatch.setattr(modules[name], "run", lambda options: 0)
+    assert tool.main([name, *small[name], "--allocator", "system"]) == 0
+    assert not kept
+    assert tool.main([name, *small[name]]) == 0
+    assert kept
+
+
+def test_rounding_is_told_from_wrong_numbers_in_float64(run, monkeypatch):
+    """A bit of an attention mask, decided by rounding, moves answers beyond the tolerance."""
+    original = published_steps.PublishedAttention.forward
+
+    def rounded(*args, **kw):
+        result = original(*args, **kw)
+        return result * 1.01 if result.dtype == torch.float32 else result
+
+    monkeypatch.setattr(published_steps.PublishedAttention, "forward", rounded)
+    status, report = run("model", "--contenders", f"{OURS},{PUBLISHED}", "--stages", "forward")
+    assert status == 0
+    (row,) = of(report, PUBLISHED)
+    assert row["wall_seconds"]["median"] > 0
+    assert any(note.startswith("Compared in float64: published (cpu, ") for note in report["notes"])
 
 
 def test_wrong_predictions_are_not_timed(run, monkeypatch):
