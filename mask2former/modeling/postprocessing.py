@@ -65,7 +65,8 @@ class ResizedMasks:
     def rows(self, rows: slice, queries: Tensor | None) -> Tensor:
         """Some rows of the masks of some or all queries, (Q, rows, W)."""
         down, used = self._down.block(rows)
-        masks = self._masks[:, used] if queries is None else self._masks[queries, used]
+        masks = self._masks[:, used]
+        masks = masks if queries is None else masks.index_select(0, queries)
         wide = masks.new_empty(*masks.shape[:2], self.shape[2])
         for start in range(0, self.shape[2], _COLUMNS):
             columns = slice(start, min(start + _COLUMNS, self.shape[2]))
@@ -233,8 +234,11 @@ class InstanceResult:
         self._sums = torch.zeros_like(self._areas)
 
     def add(self, rows: slice, logits: Tensor, probabilities: Tensor) -> None:
-        foreground = (logits > 0).to(probabilities.dtype)
-        self._masks[:, rows] = foreground[self._mask_of_instance]
+        # Compared straight into numbers: a mask of booleans would be a pass more.
+        logits = logits.detach()
+        foreground = torch.gt(logits, 0, out=torch.empty_like(logits))
+        of_instances = logits.index_select(0, self._mask_of_instance)
+        torch.gt(of_instances, 0, out=self._masks[:, rows])
         self._areas += foreground.flatten(1).sum(1)
         self._sums = self._sums + (probabilities * foreground).flatten(1).sum(1)
 
@@ -277,7 +281,9 @@ def pass_rows(masks: ResizedMasks | _GivenMasks, results: Collection[Result]) ->
             if place is None:
                 result.add(rows, logits, probabilities)
             else:
-                result.add(rows, logits[place], probabilities[place])
+                result.add(
+                    rows, logits.index_select(0, place), probabilities.index_select(0, place)
+                )
 
 
 def semantic_inference(mask_cls: Tensor, mask_pred: Tensor) -> Tensor:

@@ -366,8 +366,10 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
         shapes = [src.shape[-2:] for src in srcs]
         levels = memory.split([height * width for height, width in shapes], dim=1)
+        # With views in this order a batch of one, too, has the strides of channels last: resizing
+        # on a CPU would otherwise copy its result twice, from one layout to the other.
         out = [
-            level.transpose(1, 2).unflatten(2, shape)
+            level.unflatten(1, shape).permute(0, 3, 1, 2)
             for level, shape in zip(levels, shapes, strict=True)
         ]
         fpn_features = [features[k] for k in reversed(self.in_features[: self.num_fpn_levels])]

@@ -89,6 +89,15 @@ def test_images_of_a_batch_do_not_mix():
         torch.testing.assert_close(alone[0][0], both[0][image], atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+def test_levels_are_resized_without_a_copy(batch):
+    """F.interpolate on a CPU copies its result where strides do not say channels last."""
+    given = {name: x[:batch] for name, x in features().items()}
+    for level in build().forward_features(given)[2]:
+        resized = F.interpolate(level, scale_factor=2.0, mode="bilinear", align_corners=False)
+        assert resized.is_contiguous(memory_format=torch.channels_last)
+
+
 def test_embedding_is_lateral_plus_upsampled_level():
     """The FPN level above the encoder, from the published modules."""
     decoder, given = build(), features()
