@@ -203,9 +203,6 @@ class MaskFormer(nn.Module):
         if self.training:
             outputs = self._network(images.tensor)
             return self._losses(outputs, batched_inputs, images)
-        if self.device.type == "cpu":
-            # Convolutions on a CPU work in this layout: each would rearrange what it reads.
-            images.tensor = images.tensor.contiguous(memory_format=torch.channels_last)
         network = self._network if self._compiled_network is None else self._compiled_network
         return self._predictions(network(images.tensor), batched_inputs, images)
 
