@@ -83,6 +83,13 @@ QUICK = {"sizes": [(256, 256)], "batches": [1], "rounds": 3}
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _GEMM_SECONDS = 0.1
 _ARITHMETIC = "arithmetic"
+_COMPILED = " compiled"  # follows the name of a contender
+
+
+def _baselines(options: argparse.Namespace) -> tuple[str, ...]:
+    """Contenders that others are compared with: ours too where both its modes take turns."""
+    both = set(options.modes) == set(MODES)
+    return (PUBLISHED, PEER, OURS) if both else (PUBLISHED, PEER)
 
 
 def stage_calls(model: nn.Module, images: Batch) -> dict[str, Call]:
@@ -138,7 +145,7 @@ def _race(
         prepared[_ARITHMETIC] = lambda: timed(gemm)
     samples, _ = take_turns(prepared, device, options, report.round)
     speed = samples.pop(_ARITHMETIC, None)
-    rows = timed_rows(labels, samples, (PUBLISHED, PEER), clock)
+    rows = timed_rows(labels, samples, _baselines(options), clock)
     for row in rows:
         row["multiply_adds"] = multiply_adds
         if speed is None:
@@ -168,7 +175,8 @@ def run(options: argparse.Namespace) -> int:
     ours.eval()
     cases = list(product(options.devices, options.sizes, options.batches))
     rounds = options.rounds * len(options.precisions)
-    stages = sum(len(options.stages) if mode == "eager" else 1 for mode in options.modes)
+    stages = len(options.stages) if "eager" in options.modes else 1
+    baselines = _baselines(options)
     columns = {
         "arithmetic ms": lambda row: (
             benchmark.milliseconds(row["arithmetic_seconds"]["median"])
@@ -179,8 +187,8 @@ def run(options: argparse.Namespace) -> int:
             f"{row['times_arithmetic']['median']:.2f}" if "times_arithmetic" in row else ""
         ),
     }
-    labels = ("device", "size", "batch", "precision", "mode", "part")
-    row_of = table_row(labels, (PUBLISHED, PEER), columns)
+    labels = ("device", "size", "batch", "precision", "part")
+    row_of = table_row(labels, baselines, columns)
     head = {
         "threads": options.threads,
         "allocator": options.allocator,
@@ -217,8 +225,8 @@ def run(options: argparse.Namespace) -> int:
                 total = batch * image_size[0] * image_size[1]
                 report.note(f"Panoptic pixels that differ, {name}: {pixels} of {total} {of_case}")
         models = {name: models[name] for name in (OURS, *usable)}
-        for name, mode in product(options.precisions, options.modes):
-            labels = case | {"precision": name, "mode": mode}
+        for name in options.precisions:
+            labels = case | {"precision": name}
             report.add(_rows(labels, models, images, multiply_adds, options, report))
             report.add(
                 labels | {"part": "forward", "contender": name} | failure(error, name == PUBLISHED)
@@ -244,10 +252,13 @@ def _rows(
     with torch.no_grad(), precision(labels["precision"], device):
         for name, model in models.items():
             forward, pixels = forward_of(name, model), normalized(models[OURS], images)
-            if labels["mode"] == "compiled":
+            if "compiled" in options.modes:
                 mode = "reduce-overhead" if device == "cuda" else None
-                calls[name] = {"forward": partial(torch.compile(forward, mode=mode), pixels)}
-            elif name == PEER:
+                compiled = torch.compile(forward, mode=mode)
+                calls[name + _COMPILED] = {"forward": partial(compiled, pixels)}
+            if "eager" not in options.modes:
+                continue
+            if name == PEER:
                 calls[name] = {"forward": partial(forward, pixels)}
             else:
                 calls[name] = stage_calls(model, images)
@@ -262,7 +273,7 @@ def _rows(
                 call = own[row["contender"]]
                 with torch.no_grad(), precision(labels["precision"], device):
                     row["peak_bytes"] = benchmark.peak_cuda_bytes(call)
-            elif options.memory and labels["mode"] == "eager" and stage in _WITH_MEMORY:
+            elif options.memory and row["contender"] in models and stage in _WITH_MEMORY:
                 request = {
                     key: getattr(options, key) for key in ("config", "weights", "published_op")
                 }

@@ -149,6 +149,33 @@ def test_model_with_weights(run, tmp_path, small):
     assert names_of(report, "part") == [("end to end", OURS)]
 
 
+@pytest.mark.parametrize("modes", ["eager,compiled", "compiled"])
+def test_compiled_takes_turns_with_eager(modes, run, monkeypatch):
+    compiled = []
+
+    def compile(module, mode):
+        compiled.append(module)
+        return module
+
+    monkeypatch.setattr(torch, "compile", compile)
+    arguments = ["--contenders", f"{OURS},{PUBLISHED}", "--stages", "backbone,forward"]
+    status, report = run("model", "--modes", modes, *arguments)
+    assert status == 0 and len(compiled) == 2
+    both = [f"{OURS} compiled", f"{PUBLISHED} compiled"]
+    if modes == "compiled":
+        assert names_of(report, "part") == [("forward", name) for name in both]
+        return
+    assert names_of(report, "part") == [
+        ("backbone", OURS),
+        ("backbone", PUBLISHED),
+        ("forward", both[0]),
+        ("forward", OURS),
+        ("forward", both[1]),
+        ("forward", PUBLISHED),
+    ]
+    assert {OURS, PUBLISHED} == set(of(report, both[0])[0]["ratios"])
+
+
 def test_train(run, tmp_path, capsys):
     pytest.importorskip("transformers")
     status, report = run("train", "--contenders", f"{OURS},{PUBLISHED},{PEER}")
