@@ -229,7 +229,8 @@ class Trainer(DefaultTrainer):
         Returns:
             {data set: {task: {metric: value}}}, without the outer level if there is one data set.
         """
-        results = super().test(cfg, model, evaluators)
+        with torch.inference_mode():
+            results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
             names = cfg.DATASETS.TEST
             write_results(cfg.OUTPUT_DIR, {names[0]: results} if len(names) == 1 else results)

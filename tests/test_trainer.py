@@ -254,13 +254,15 @@ def test_no_gpu(tmp_path):
 
 class CountImages(DatasetEvaluator):
     def reset(self):
-        self.images = 0
+        self.images, self.without_autograd = 0, 0
 
     def process(self, inputs, outputs):
         self.images += len(outputs)
+        self.without_autograd += sum(x["sem_seg"].is_inference() for x in outputs)
 
     def evaluate(self):
-        return {"sem_seg": {"images": self.images, "mIoU": float("nan")}}
+        counts = {"images": self.images, "without_autograd": self.without_autograd}
+        return {"sem_seg": counts | {"mIoU": float("nan")}}
 
 
 def test_periodic_evaluation_is_written(tmp_path):
@@ -278,7 +280,8 @@ def test_periodic_evaluation_is_written(tmp_path):
     trainer.resume_or_load(resume=False)
     trainer.train()
     written = json.loads((tmp_path / "evaluation.json").read_text())
-    assert written == {"toy_train": {"sem_seg": {"images": 11.0, "mIoU": None}}}
+    counts = {"images": 11.0, "without_autograd": 11.0}
+    assert written == {"toy_train": {"sem_seg": counts | {"mIoU": None}}}
 
 
 def test_results_of_several_datasets(tmp_path):

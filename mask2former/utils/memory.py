@@ -13,8 +13,8 @@ def keep_freed_memory() -> bool:
 
     By itself it gives blocks of over 32 MiB back to the system at once, and large feature maps are
     such blocks: every one of them then gets fresh pages, which the system first has to clear. With
-    this a model on a CPU runs about a third faster; the process keeps the most memory that it ever
-    needed, and somewhat more.
+    this a model on a CPU runs some percent faster, and models that make more of such blocks up to a
+    third; the process keeps the most memory that it ever needed, and somewhat more.
 
     Returns:
         False where the C library is another, and nothing was changed.
