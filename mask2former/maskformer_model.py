@@ -115,7 +115,15 @@ class MaskFormer(nn.Module):
         self._compiled_network = torch.compile(self._network, **options)
 
     def _network(self, images: Tensor) -> dict[str, Any]:
-        return self.sem_seg_head(self.backbone(images))
+        return self.sem_seg_head(self.backbone(self._arranged(images)))
+
+    def _arranged(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) images in the memory layout that suits the device."""
+        if images.device.type == "cpu" and not torch.is_grad_enabled():
+            # Convolutions on a CPU work in this layout: each would rearrange what it reads. Their
+            # results have it too. In backward it loses.
+            return images.contiguous(memory_format=torch.channels_last)
+        return images
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:

@@ -200,6 +200,19 @@ def images_only(batch: list[dict]) -> list[dict]:
     return [{"image": x["image"]} for x in batch]
 
 
+@pytest.mark.parametrize("norm", ["FrozenBN", "BN"])
+@pytest.mark.parametrize("training", [False, True])
+def test_channels_last_on_a_cpu_in_inference_only(tiny_cfg, batch, norm, training):
+    tiny_cfg.MODEL.RESNETS.NORM = norm
+    model = build(tiny_cfg).train(training)
+    seen = []
+    model.backbone.register_forward_hook(lambda *args: seen.extend(args[-1].values()))
+    with torch.set_grad_enabled(training):
+        model(batch)
+    layouts = {x.is_contiguous(memory_format=torch.channels_last) for x in seen}
+    assert layouts == {not training}
+
+
 def test_inference_of_different_sizes(tiny_cfg, batch):
     model = build(tiny_cfg).eval()
     inputs = images_only(batch)

@@ -186,7 +186,7 @@ class Forward(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model.sem_seg_head(self.model.backbone(pixels))
+        outputs = self.model._network(pixels)
         return outputs["pred_logits"], outputs["pred_masks"]
 
 

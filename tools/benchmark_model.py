@@ -95,12 +95,12 @@ def _baselines(options: argparse.Namespace) -> tuple[str, ...]:
 def stage_calls(model: nn.Module, images: Batch) -> dict[str, Call]:
     """What each stage of a model of ours does; inputs are computed here, once."""
     head, pixels = model.sem_seg_head, normalized(model, images)
-    features = model.backbone(pixels)
+    features = model.backbone(model._arranged(pixels))
     mask_features, _, scales = head.pixel_decoder.forward_features(features)
     outputs = fresh(head.predictor(scales, mask_features))
     post_processing = with_outputs(model, lambda: fresh(outputs))
     return {
-        "backbone": lambda: model.backbone(pixels),
+        "backbone": lambda: model.backbone(model._arranged(pixels)),
         "pixel decoder": lambda: head.pixel_decoder.forward_features(features),
         "transformer decoder": lambda: head.predictor(scales, mask_features),
         "forward": partial(Forward(model), pixels),

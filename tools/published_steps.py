@@ -271,7 +271,7 @@ class PublishedMaskFormer(MaskFormer):
         pixels = [x["image"].to(self.device) for x in batched_inputs]
         pixels = [(x - self.pixel_mean) / self.pixel_std for x in pixels]
         images = ImageList.from_tensors(pixels, self.size_divisibility)
-        outputs = self.sem_seg_head(self.backbone(images.tensor))
+        outputs = self._network(images.tensor)
         if self.training:
             instances = [x["instances"].to(self.device) for x in batched_inputs]
             weights = self.criterion.weight_dict
@@ -301,6 +301,9 @@ class PublishedMaskFormer(MaskFormer):
                 result["instances"] = self.instance_inference(mask_cls, mask_pred)
             results.append(result)
         return results
+
+    def _arranged(self, images: Tensor) -> Tensor:
+        return images
 
     def semantic_inference(self, mask_cls, mask_pred):
         probabilities = mask_cls.softmax(-1)[:, :-1]

@@ -23,10 +23,6 @@ class ConvWithFrozenNorm(Conv2d):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             x = self._convolve(x, weight, offset, options)
         else:
-            if x.device.type == "cpu" and not torch.is_grad_enabled():
-                # The layout that convolutions on a CPU work in: each would rearrange what it reads.
-                # Their results have it too. In backward it loses.
-                x = x.contiguous(memory_format=torch.channels_last)
             x = F.conv2d(x, weight, offset, *options)
         return x if self.activation is None else self.activation(x)
 

@@ -46,14 +46,6 @@ def test_equals_convolution_then_norm(bias, activation, grad):
             assert relative(b.grad, a.grad) < 1e-5
 
 
-@pytest.mark.parametrize("grad", [False, True])
-def test_channels_last_on_a_cpu_in_inference_only(grad):
-    conv = fold_frozen_norms(Conv2d(3, 4, 3, padding=1, norm=frozen(4)))
-    with torch.set_grad_enabled(grad):
-        result = conv(torch.randn(2, 3, 8, 8))
-    assert result.is_contiguous(memory_format=torch.channels_last) is not grad
-
-
 def test_only_frozen_norms_are_folded():
     layers = nn.Sequential(
         Conv2d(3, 4, 1),
