@@ -86,7 +86,8 @@ class TargetMasks:
         self.height, self.width = masks.shape[1:]
         padded = _with_border(masks)
         self._map_size = padded[0].numel() if len(padded) else 0
-        self._flat = padded.flatten()
+        self._are_corners = masks.dtype == torch.bool
+        self._flat = (_corner_bits(padded) if self._are_corners else padded).flatten()
 
     def at(self, index: Tensor, points: Tensor) -> Tensor:
         """Sample mask ``index[n]`` at ``points[n]``.
@@ -100,14 +101,28 @@ class TargetMasks:
         """
         corner, dx, dy = _corners(points, self.height, self.width)
         corner += (index * self._map_size)[:, None]
+        if self._are_corners:
+            bits = self._read(corner)
+            values = [(bits >> place & 1).float() for place in range(4)]
+        else:
+            below = corner + (self.width + _BORDER)
+            values = [self._read(x).float() for x in (corner, corner + 1, below, below + 1)]
+        upper = torch.lerp(values[0], values[1], dx)
+        return torch.lerp(upper, torch.lerp(values[2], values[3], dx), dy)
 
-        def read(offset: int) -> Tensor:
-            values = self._flat.index_select(0, (corner + offset).flatten())
-            return values.view(corner.shape).float()
+    def _read(self, places: Tensor) -> Tensor:
+        return self._flat.index_select(0, places.flatten()).view(places.shape)
 
-        below = self.width + _BORDER
-        upper = torch.lerp(read(0), read(1), dx)
-        return torch.lerp(upper, torch.lerp(read(below), read(below + 1), dx), dy)
+
+def _corner_bits(masks: Tensor) -> Tensor:
+    """Each pixel, its right neighbour and the two below as bits 0 to 3 of one uint8.
+
+    A point of a bool mask is then one read at a random place instead of four.
+    """
+    bits = masks.byte()
+    bits[:, :, :-1] |= bits[:, :, 1:] << 1
+    bits[:, :-1] |= bits[:, 1:] << 2
+    return bits
 
 
 def _largest(values: Tensor, count: int) -> Tensor:
