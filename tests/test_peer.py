@@ -226,9 +226,9 @@ def test_queries_with_empty_masks_attend_everywhere():
 class SharedDraws:
     """Lets the peer have the random points that ours drew, in the order in which it asks for them.
 
-    Ours draws for matching once for all layers and images, then the candidates and the other points
-    of each image, by layer. The peer goes layer by layer: matching of every image, candidates of
-    all images, other points of all images.
+    Ours draws for matching once for all images, the same for all layers, then the candidates and
+    the other points of each image, by layer. The peer goes layer by layer: matching of every image,
+    candidates of all images, other points of all images.
     """
 
     def __init__(self, monkeypatch, num_layers: int, counts: Sequence[int]):
@@ -241,13 +241,13 @@ class SharedDraws:
         self._draws.append(self._rand(*size, **kwargs))
         return self._draws[-1]
 
-    def replay(self) -> None:
+    def replay(self, dtype: torch.dtype = torch.float32) -> None:
         matching, *rest = self._draws
         assert len(rest) == 2 * len(self._counts)
         rest = [draw.chunk(self._num_layers) for draw in rest]
         order = []
         for layer in range(self._num_layers):
-            order += [points[None] for points in matching[layer]]
+            order += [points[None] for points in matching]
             for kind in (0, 1):
                 order.append(
                     torch.cat([
@@ -260,7 +260,7 @@ class SharedDraws:
         def next_draw(*size, **kwargs):
             draw = order.pop(0)
             assert draw.shape == size
-            return draw
+            return draw.to(dtype)
 
         self._patch.setattr(torch, "rand", next_draw)
 
@@ -311,8 +311,9 @@ def test_losses_at_the_same_points(as_factors, counts, monkeypatch):
 
 @pytest.mark.parametrize("backbone", ["swin", "resnet"])
 def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
-    ours, peer = _pair(backbone, seed=7)
-    ours.train()
+    """In float64, where rounding does not move an activation over the kink of a ReLU."""
+    ours, peer = (model.double() for model in _pair(backbone, seed=7))
+    ours.train().criterion.float()  # Ours computes losses in float32 whatever the precision.
     generator = torch.Generator().manual_seed(8)
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator)
     targets = _targets(96, 128, seed=9)
@@ -326,15 +327,15 @@ def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
     torch.manual_seed(10)
     draws = SharedDraws(monkeypatch, NUM_PREDICTIONS, [len(t["labels"]) for t in targets])
     losses = ours(batched_inputs)
-    draws.replay()
+    draws.replay(torch.float64)
     expected = peer(
         pixel_values=(images - ours.pixel_mean) / ours.pixel_std,
-        mask_labels=[t["masks"] for t in targets],
+        mask_labels=[t["masks"].double() for t in targets],
         class_labels=[t["labels"] for t in targets],
     )
     assert len(losses) == 3 * NUM_PREDICTIONS
     total = sum(losses.values())
-    torch.testing.assert_close(total, expected.loss, atol=TOLERANCE, rtol=1e-5)
+    assert total.item() == pytest.approx(expected.loss.item(), rel=1e-5)
 
     total.backward()
     expected.loss.backward()
@@ -351,6 +352,4 @@ def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
         # The key bias of an attention has no effect, up to rounding.
         assert scale > 1e-4 or "k_proj.bias" in name, name
         differences[name] = ((gradient - peer_gradients[name]).norm() / (scale + 1e-2)).item()
-    # Where rounding moves an activation over the kink of a ReLU, a pixel's gradient comes or goes.
-    assert max(differences.values()) < 2e-3, max(differences, key=differences.get)
-    assert sorted(differences.values())[len(differences) // 2] < 1e-5
+    assert max(differences.values()) < 1e-5, max(differences, key=differences.get)
