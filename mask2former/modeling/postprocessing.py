@@ -20,7 +20,7 @@ from torch import Tensor
 from .point_sampling import max_elements
 
 # Mask logits made in one go: on a CPU they should stay in its caches, on a GPU keep it busy.
-_MAX_LOGITS = {"cpu": 2**22, "cuda": 2**27}
+_MAX_LOGITS = {"cpu": 2**21, "cuda": 2**27}
 # Columns made by one product: beyond a band around its diagonal, the matrix is zero.
 _COLUMNS = 160
 
@@ -237,8 +237,7 @@ class InstanceResult:
         # Compared straight into numbers: a mask of booleans would be a pass more.
         logits = logits.detach()
         foreground = torch.gt(logits, 0, out=torch.empty_like(logits))
-        of_instances = logits.index_select(0, self._mask_of_instance)
-        torch.gt(of_instances, 0, out=self._masks[:, rows])
+        torch.index_select(foreground, 0, self._mask_of_instance, out=self._masks[:, rows])
         self._areas += foreground.flatten(1).sum(1)
         self._sums = self._sums + (probabilities * foreground).flatten(1).sum(1)
 
