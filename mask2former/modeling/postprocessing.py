@@ -228,15 +228,15 @@ class InstanceResult:
             scores, classes, queries = scores[keep], classes[keep], queries[keep]
         self.queries, self._mask_of_instance = queries.unique(return_inverse=True)
         self._scores, self._classes = scores, classes
-        self._masks = scores.new_empty(len(scores), *shape[1:])
+        self._masks = scores.new_empty(len(scores), *shape[1:], dtype=torch.float32)
         # Of each mask's foreground.
         self._areas = scores.new_zeros(len(self.queries), dtype=torch.float64)
         self._sums = torch.zeros_like(self._areas)
 
     def add(self, rows: slice, logits: Tensor, probabilities: Tensor) -> None:
         # Compared straight into numbers: a mask of booleans would be a pass more.
-        logits = logits.detach()
-        foreground = torch.gt(logits, 0, out=torch.empty_like(logits))
+        foreground = torch.empty_like(logits, dtype=self._masks.dtype)
+        torch.gt(logits.detach(), 0, out=foreground)
         torch.index_select(foreground, 0, self._mask_of_instance, out=self._masks[:, rows])
         self._areas += foreground.flatten(1).sum(1)
         self._sums = self._sums + (probabilities * foreground).flatten(1).sum(1)

@@ -276,6 +276,26 @@ def test_instance_empty_mask_scores_zero():
     assert not result.pred_masks.any()
 
 
+@pytest.mark.parametrize("of_classes", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("of_masks", [torch.float16, torch.bfloat16, torch.float64])
+def test_instances_of_mixed_precision(of_classes, of_masks):
+    generator = torch.Generator().manual_seed(0)
+    cls = torch.randn(4, 4, generator=generator).to(of_classes)
+    masks = torch.randn(4, 5, 7, generator=generator).to(of_masks)
+    result = instance_inference(cls, masks, 100)
+    expected = instance_inference(cls.float(), masks.float(), 100)
+    assert result.pred_masks.dtype == torch.float32 and result.scores.dtype == of_classes
+    powers = 2.0 ** torch.arange(35, dtype=torch.float64)
+    order, expected_order = (
+        ((r.pred_masks.flatten(1).double() @ powers) * 4 + r.pred_classes).argsort()
+        for r in (result, expected)
+    )
+    assert torch.equal(result.pred_masks[order], expected.pred_masks[expected_order])
+    torch.testing.assert_close(
+        result.scores[order].float(), expected.scores[expected_order], atol=1e-2, rtol=0
+    )
+
+
 def test_inputs_are_left_alone():
     cls, masks = torch.randn(4, 4), torch.randn(4, 2, 3)
     before = cls.clone(), masks.clone()
