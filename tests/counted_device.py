@@ -5,8 +5,9 @@ can look at them. A process can have one such device, for good; hence the progra
 
     python counted_device.py CONFIG.yaml
 
-It prints as JSON the waits and uploads in a training forward of the config's model, each as the
-operator and the functions that led to it, and the counts of a known piece of code.
+It prints as JSON the waits and uploads in a training forward of the config's model and in its
+inference, each as the operator and the functions that led to it, and the counts of a known piece of
+code.
 """
 
 import json
@@ -53,6 +54,9 @@ class CountedTensor(Tensor):
     def __torch_dispatch__(cls, function, types, args=(), kwargs=None):
         raise AssertionError(f"{function} outside of a Counter")
 
+    def tolist(self) -> list:
+        return self.cpu().tolist()
+
 
 class Counter(TorchDispatchMode):
     """Runs what concerns the device on the CPU, and notes where the host would wait for a GPU.
@@ -66,6 +70,20 @@ class Counter(TorchDispatchMode):
         super().__init__()
         self.waits: list[str] = []
         self.uploads: list[str] = []
+
+    def __enter__(self) -> "Counter":
+        # It fills the device's memory without asking the mode.
+        self._tensor = torch.tensor
+        torch.tensor = self._make_tensor
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.tensor = self._tensor
+        super().__exit__(*error)
+
+    def _make_tensor(self, data: Any, *, device: Any = None, **kwargs: Any) -> Tensor:
+        on_host = self._tensor(data, **kwargs)
+        return on_host if device is None else on_host.to(device)
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -124,7 +142,7 @@ def known_code() -> dict[str, int]:
     return {"waits": len(counter.waits), "uploads": len(counter.uploads)}
 
 
-def training_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
+def make_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
     """Three images of different sizes, one without objects, on the device."""
     inputs = []
     for size, count in (((64, 96), 3), ((50, 70), 1), ((64, 64), 0)):
@@ -136,18 +154,32 @@ def training_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
     return inputs
 
 
-def count_training_forward(cfg: CfgNode) -> dict[str, list[str]]:
-    """Waits and uploads of the second forward: the first fills caches."""
+def count_forwards(cfg: CfgNode) -> dict[str, dict[str, list[str]]]:
+    """Waits and uploads of the second training forward and of the second inference.
+
+    The first ones fill caches.
+    """
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     model = build_model(cfg)
+    model.metadata.thing_dataset_id_to_contiguous_id = {1: 0}
     with Counter():
         model.to(NAME)
-        inputs = training_inputs(model.sem_seg_head.num_classes, NAME)
+        inputs = make_inputs(model.sem_seg_head.num_classes, NAME)
         model(inputs)
-    with Counter() as counter:
+    with Counter() as training:
         losses = model(inputs)
     assert all(x.device.type == NAME and torch.isfinite(x.inner) for x in losses.values())
-    return {"waits": counter.waits, "uploads": counter.uploads}
+    model.eval()
+    with torch.no_grad():
+        with Counter():
+            model(inputs)
+        with Counter() as inference:
+            outputs = model(inputs)
+    for output in outputs:
+        tensors = output["sem_seg"], output["panoptic_seg"][0], output["instances"].pred_masks
+        assert all(x.device.type == NAME for x in tensors)
+    counters = {"training": training, "inference": inference}
+    return {k: {"waits": x.waits, "uploads": x.uploads} for k, x in counters.items()}
 
 
 def main() -> None:
@@ -156,7 +188,7 @@ def main() -> None:
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
     cfg.merge_from_file(sys.argv[1])
-    print(json.dumps({"known": known_code(), "training": count_training_forward(cfg)}))
+    print(json.dumps({"known": known_code(), **count_forwards(cfg)}))
 
 
 if __name__ == "__main__":

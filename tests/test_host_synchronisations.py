@@ -1,4 +1,4 @@
-"""How often the host waits for the device in the forward of a training step."""
+"""How often the host waits for the device in the forward of a training step and in inference."""
 
 import json
 import subprocess
@@ -15,7 +15,10 @@ PROGRAM = Path(__file__).with_name("counted_device.py")
     not hasattr(backend_registration, "_setup_privateuseone_for_python_backend"),
     reason="this torch has no devices written in Python",
 )
-def test_at_most_three_in_a_training_forward(tiny_cfg, tmp_path):
+def test_few_in_training_and_inference(tiny_cfg, tmp_path):
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.SEMANTIC_ON = test.PANOPTIC_ON = test.INSTANCE_ON = True
+    test.OBJECT_MASK_THRESHOLD = 0.0  # so that there are segments
     path = tmp_path / "config.yaml"
     path.write_text(tiny_cfg.dump())
     command = [sys.executable, "-W", "ignore", PROGRAM, path]
@@ -28,3 +31,8 @@ def test_at_most_three_in_a_training_forward(tiny_cfg, tmp_path):
     assert len(training["waits"]) == 1 and "_match" in training["waits"][0], training
     # What the host decides, the matched pairs, travels without a wait.
     assert training["uploads"] == []
+    # For each image: the queries of its segments and of its instances, classes and areas of
+    # segments. Which classes are things, and the segment of each pixel's query, are sent.
+    inference = counts["inference"]
+    assert len(inference["waits"]) <= 3 * 5, inference
+    assert len(inference["uploads"]) <= 3 * 2, inference

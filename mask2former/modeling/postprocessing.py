@@ -224,7 +224,8 @@ class InstanceResult:
         queries = torch.div(pairs, num_classes, rounding_mode="floor")
         if thing_ids is not None:
             things = torch.tensor(sorted(thing_ids), dtype=classes.dtype, device=classes.device)
-            keep = torch.isin(classes, things)
+            # As indices: reading by booleans would wait for a GPU each time.
+            keep = torch.isin(classes, things).nonzero()[:, 0]
             scores, classes, queries = scores[keep], classes[keep], queries[keep]
         self.queries, self._mask_of_instance = queries.unique(return_inverse=True)
         self._scores, self._classes = scores, classes
