@@ -258,11 +258,12 @@ class MaskFormer(nn.Module):
         resized = ResizedMasks(masks, padded, *sizes)
         mask_cls = mask_cls.to(resized.dtype)
         shape = resized.shape
+        scores_shape = shape if before else torch.Size((len(masks), *image_size))
         tasks: dict[str, tuple[bool, str, Callable[[], Result]]] = {
             "sem_seg": (
                 self.semantic_on,
                 "semantic_inference",
-                lambda: SemanticResult(mask_cls, shape),
+                lambda: SemanticResult(mask_cls, scores_shape),
             ),
             "panoptic_seg": (
                 self.panoptic_on,
@@ -293,7 +294,8 @@ class MaskFormer(nn.Module):
         predictions |= {key: result.finish() for key, result in shared.items()}
         if self.semantic_on and not before:
             scores = predictions["sem_seg"]
-            predictions["sem_seg"] = sem_seg_postprocess(scores, image_size, *size)
+            if not scores.shape[1:] == image_size == size:
+                predictions["sem_seg"] = sem_seg_postprocess(scores, image_size, *size)
         return predictions
 
     def prepare_targets(

@@ -281,6 +281,26 @@ def test_semantic_only(tiny_cfg, batch, before):
     assert calls == [(7, 100, 200) if before else (7, 64, 96)]
 
 
+@pytest.mark.parametrize("size", [None, (30, 41), (100, 200)])
+def test_scores_resized_after_inference(tiny_cfg, batch, size):
+    """Of images in a padded batch; made where they are wanted if the image has that size."""
+    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test.PANOPTIC_ON = test.INSTANCE_ON = False
+    model = build(tiny_cfg).eval()
+    inputs = images_only(batch)
+    if size:
+        inputs = [{**x, "height": size[0], "width": size[1]} for x in inputs]
+    with torch.no_grad():
+        results = model(inputs)
+        # Its own method gets the masks of the whole batch; scores are cut out and resized then.
+        model.semantic_inference = lambda *args: MaskFormer.semantic_inference(model, *args)
+        expected = model(inputs)
+    assert len({x["image"].shape for x in inputs}) > 1
+    for x, result, other in zip(inputs, results, expected, strict=True):
+        assert result["sem_seg"].shape[1:] == (size or x["image"].shape[1:])
+        torch.testing.assert_close(result["sem_seg"], other["sem_seg"], atol=1e-5, rtol=0)
+
+
 def test_methods_of_a_subclass_take_all_masks(tiny_cfg, batch):
     """Whichever are overridden, the results are those of the model's own."""
     inputs = [{**images_only(batch)[0], "height": 90, "width": 150}]

@@ -138,7 +138,12 @@ class Result(Protocol):
 
 
 class SemanticResult:
-    """A `Result`, see `semantic_inference`."""
+    """A `Result`, see `semantic_inference`.
+
+    Args:
+        mask_cls: (Q, K+1) class logits, no-object last.
+        shape: Q, H and W of the result; what larger masks have to the right and below is cut off.
+    """
 
     queries = None
 
@@ -147,6 +152,8 @@ class SemanticResult:
         self._scores = mask_cls.new_empty(len(self._probabilities), *shape[1:])
 
     def add(self, rows: slice, logits: Tensor, probabilities: Tensor) -> None:
+        height, width = self._scores.shape[1:]
+        probabilities = probabilities[:, : max(0, height - rows.start), :width]
         scores = self._probabilities @ probabilities.flatten(1)
         self._scores[:, rows] = scores.unflatten(1, probabilities.shape[1:])
 

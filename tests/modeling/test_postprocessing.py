@@ -387,6 +387,17 @@ def test_one_pass_gives_what_each_method_gives(monkeypatch, limit, parts):
         torch.testing.assert_close(instances.scores, scores[kept] * means)
 
 
+@pytest.mark.parametrize("limit", [1, 1000, 10**9])
+def test_scores_without_the_padding(monkeypatch, limit):
+    monkeypatch.setattr(postprocessing, "_MAX_LOGITS", {"cuda": limit})
+    cls, masks = torch.randn(5, 4), torch.randn(5, 8, 11)
+    resized = ResizedMasks(masks, (32, 44), (32, 44), (32, 44))
+    result = SemanticResult(cls, torch.Size((5, 21, 37)))
+    pass_rows(resized, [result])
+    expected = semantic_inference(cls, resized.full())[:, :21, :37]
+    torch.testing.assert_close(result.finish(), expected)
+
+
 def test_memory_of_a_pass_does_not_grow_with_the_image(monkeypatch):
     """Logits are made within the limit, or a row at a time, and of needed queries only."""
     monkeypatch.setattr(postprocessing, "_MAX_LOGITS", {"cuda": 40_000})
