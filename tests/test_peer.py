@@ -226,9 +226,9 @@ def test_queries_with_empty_masks_attend_everywhere():
 class SharedDraws:
     """Lets the peer have the random points that ours drew, in the order in which it asks for them.
 
-    Ours draws for matching once for all layers and images, then the candidates and the other points
-    of each image, by layer. The peer goes layer by layer: matching of every image, candidates of
-    all images, other points of all images.
+    Ours draws for matching once for all images, the same for all layers, then the candidates and
+    the other points of each image, by layer. The peer goes layer by layer: matching of every image,
+    candidates of all images, other points of all images.
     """
 
     def __init__(self, monkeypatch, num_layers: int, counts: Sequence[int]):
@@ -247,7 +247,7 @@ class SharedDraws:
         rest = [draw.chunk(self._num_layers) for draw in rest]
         order = []
         for layer in range(self._num_layers):
-            order += [points[None] for points in matching[layer]]
+            order += [points[None] for points in matching]
             for kind in (0, 1):
                 order.append(
                     torch.cat([

@@ -18,9 +18,10 @@ from torch import Tensor
 
 from .point_sampling import PointTable, max_elements
 
-# Numbers sampled from the features in one go when matching (layers x points x channels). One layer
-# at a time keeps a CPU's caches warm; a GPU wants all layers, within 256 MB.
-_MAX_SAMPLED = {"cpu": 2**21, "cuda": 2**26}
+# Logits multiplied out in one go when matching (layers x queries x points). Products of several
+# layers are faster, but on a CPU what follows should find some of them in its caches; a GPU wants
+# all layers, within 256 MB.
+_MAX_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 
 
 class MaskLogits:
@@ -193,22 +194,22 @@ class LayeredMasks:
 
         Args:
             image: index in the batch.
-            points: (L, P, 2) x and y in [0, 1].
+            points: (P, 2) x and y in [0, 1].
 
         Yields:
             a slice of layers and their logits (that many, Q, P), float32.
         """
         if not self._shared:
             for layer, masks in enumerate(self._masks):
-                yield slice(layer, layer + 1), masks.at_points(image, points[layer])[None]
+                yield slice(layer, layer + 1), masks.at_points(image, points)[None]
             return
         features = self._features[image].unflatten(1, self.shape[-2:])
-        table, embed = PointTable(features), self._embed[image].detach().float()
-        sampled_numbers = points.shape[1] * len(features)
-        step = max(1, max_elements(_MAX_SAMPLED, points.device) // sampled_numbers)
-        for start in range(0, len(points), step):
+        sampled, embed = PointTable(features).at(points).T, self._embed[image].detach().float()
+        logits_of_layer = self.shape[1] * len(points)
+        step = max(1, max_elements(_MAX_LOGITS, points.device) // max(1, logits_of_layer))
+        for start in range(0, len(embed), step):
             chunk = slice(start, start + step)
-            yield chunk, embed[chunk] @ table.at(points[chunk]).mT
+            yield chunk, embed[chunk] @ sampled
 
     def select(self, image: int, rows: Tensor, num_rows: list[int]) -> Tensor:
         """Masks of chosen queries of one image.

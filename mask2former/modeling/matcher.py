@@ -43,7 +43,8 @@ class HungarianMatcher(nn.Module):
         cost_class: weight of the negative class probability.
         cost_mask: weight of the binary cross-entropy of the masks.
         cost_dice: weight of the dice loss of the masks.
-        num_points: points P at which masks are compared, drawn for every layer and image.
+        num_points: points P at which masks are compared, drawn for every image.
+            Layers matched together are compared at the same points.
     """
 
     def __init__(
@@ -125,7 +126,7 @@ class HungarianMatcher(nn.Module):
         num_layers, _, num_queries, _ = logits.shape
         most = max((len(target["labels"]) for target in targets), default=0)
         costs = logits.new_zeros(num_layers, len(targets), num_queries, most, dtype=torch.float32)
-        points = torch.rand(num_layers, len(targets), self.num_points, 2, device=logits.device)
+        points = torch.rand(len(targets), self.num_points, 2, device=logits.device)
         masks = LayeredMasks(layers)
         # The probability of the target's class stands for its negative logarithm, after DETR.
         probabilities = logits.float().softmax(-1)
@@ -134,9 +135,8 @@ class HungarianMatcher(nn.Module):
                 labels = target["labels"]
                 if len(labels) == 0:
                     continue
-                target_masks = PointTable(target["masks"])
-                for chunk, predicted in masks.at_points(image, points[:, image]):
-                    wanted = target_masks.at(points[chunk, image]).mT  # (layers, T, P)
+                wanted = PointTable(target["masks"]).at(points[image]).T  # (T, P)
+                for chunk, predicted in masks.at_points(image, points[image]):
                     costs[chunk, image, :, : len(labels)] = (
                         self.cost_mask * batch_sigmoid_ce_loss(predicted, wanted)
                         - self.cost_class * probabilities[chunk, image].index_select(-1, labels)
