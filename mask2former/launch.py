@@ -22,7 +22,6 @@ from .checkpoint import Mask2FormerCheckpointer
 from .config import load_config
 from .data.class_counts import check_class_counts
 from .trainer import Trainer, check_device
-from .utils.memory import keep_freed_memory
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
@@ -40,8 +39,6 @@ def setup(args: argparse.Namespace) -> CfgNode:
     check_device(cfg)
     check_class_counts(cfg)
     cfg.freeze()
-    if cfg.MODEL.DEVICE == "cpu":
-        keep_freed_memory()
     default_setup(cfg, args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     return cfg

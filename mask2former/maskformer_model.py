@@ -30,6 +30,7 @@ from .modeling.postprocessing import (
     pass_rows,
     semantic_inference,
 )
+from .utils.memory import keep_freed_memory
 from .utils.registry import register_unless_taken
 
 
@@ -127,6 +128,8 @@ class MaskFormer(nn.Module):
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            keep_freed_memory()
         backbone = fold_frozen_norms(build_backbone(cfg))
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
         model = cfg.MODEL.MASK_FORMER

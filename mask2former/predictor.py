@@ -8,7 +8,6 @@ from detectron2.modeling import build_model
 
 from .checkpoint import Mask2FormerCheckpointer
 from .trainer import check_device
-from .utils.memory import keep_freed_memory
 
 
 class Predictor(DefaultPredictor):
@@ -34,8 +33,6 @@ class Predictor(DefaultPredictor):
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: name the data set whose classes to predict.")
         self.cfg = cfg.clone()
-        if cfg.MODEL.DEVICE == "cpu":
-            keep_freed_memory()
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
         self.model = build_model(self.cfg).eval()
         Mask2FormerCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)

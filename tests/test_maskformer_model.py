@@ -14,7 +14,7 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from mask2former import MaskFormer
+from mask2former import MaskFormer, maskformer_model
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.mask_predictions import MaskLogits
 from mask2former.modeling.matcher import HungarianMatcher
@@ -369,6 +369,15 @@ def test_bad_configs(tiny_cfg):
     tiny_cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     with pytest.raises(ValueError, match="DATASETS.TRAIN is empty"):
         build(tiny_cfg)
+
+
+@pytest.mark.parametrize("device, keeps", [("cpu", True), ("cuda", False)])
+def test_freed_memory_is_kept_on_a_cpu(tiny_cfg, monkeypatch, device, keeps):
+    calls = []
+    monkeypatch.setattr(maskformer_model, "keep_freed_memory", lambda: calls.append(True))
+    tiny_cfg.MODEL.DEVICE = device
+    MaskFormer(tiny_cfg)
+    assert bool(calls) == keeps
 
 
 def test_keyword_construction(tiny_cfg, batch):

@@ -11,8 +11,10 @@ has; BENCHMARKS.md explains the columns.
 
 import argparse
 import json
+import os
 import shlex
 import sys
+from unittest import mock
 
 import benchmark_data
 import benchmark_evaluate
@@ -21,10 +23,9 @@ import benchmark_op
 import benchmark_postprocess
 import benchmark_train
 import torch
-from benchmark_runner import has_peak_memory
+from benchmark_runner import has_peak_memory, serve, set_threads
 
-from mask2former.utils.benchmark import peak_resident_bytes
-from mask2former.utils.memory import keep_freed_memory
+from mask2former.utils.memory import KEEP_VARIABLE, keep_freed_memory
 
 COMMANDS = {
     "op": (benchmark_op, "multi-scale deformable attention"),
@@ -36,14 +37,16 @@ COMMANDS = {
 }
 
 
-def measure_peak(request: str) -> int:
-    """Prints the bytes by which a call lets this process grow; `peak_in_process` asks for it."""
+def run_alone(request: str) -> int:
+    """The process of `benchmark_runner.Alone`."""
+    # Whatever else is printed goes where progress does.
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     request = json.loads(request)
-    torch.set_num_threads(request["threads"])
+    keep_freed_memory()
+    set_threads(request["threads"])
     module, _ = COMMANDS[request["subcommand"]]
-    for call in module.peak_calls(request["arguments"]):
-        peak = peak_resident_bytes(call)
-    print(peak)
+    serve(module.tasks_alone(request["arguments"]), sys.stdin, answers)
     return 0
 
 
@@ -52,7 +55,7 @@ def make_parser() -> argparse.ArgumentParser:
         description="Measure what the parts cost, next to other implementations.",
     )
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
-    commands.add_parser("peak").add_argument("request")
+    commands.add_parser("alone").add_argument("request")
     for name, (module, text) in COMMANDS.items():
         module.add_options(commands.add_parser(name, help=text))
     return parser
@@ -62,8 +65,8 @@ def main(argv: list[str] | None = None) -> int:
     parser = make_parser()
     argv = sys.argv[1:] if argv is None else argv
     options = parser.parse_args(argv)
-    if options.subcommand == "peak":
-        return measure_peak(options.request)
+    if options.subcommand == "alone":
+        return run_alone(options.request)
     module, _ = COMMANDS[options.subcommand]
     for key, value in (module.QUICK if options.quick else module.FULL).items():
         if getattr(options, key) is None:
@@ -73,12 +76,16 @@ def main(argv: list[str] | None = None) -> int:
     if getattr(options, "memory", False) and not has_peak_memory():
         parser.error("--memory needs Linux's /proc")
     module.check_options(parser, options)
-    if getattr(options, "allocator", None) == "kept":
+    allocator = getattr(options, "allocator", None)
+    if allocator == "kept":
         keep_freed_memory()
     options.command = shlex.join(["python", "tools/benchmark.py", *argv])
     threads = torch.get_num_threads()
+    # A model on a CPU would have its way.
+    as_it_is = {} if allocator in (None, "kept") else {KEEP_VARIABLE: "0"}
     try:
-        return module.run(options)
+        with mock.patch.dict(os.environ, as_it_is):
+            return module.run(options)
     finally:
         torch.set_num_threads(threads)
 

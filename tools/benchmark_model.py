@@ -10,9 +10,8 @@ panoptic segments may overlap.
 """
 
 import argparse
-import copy
 import gc
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
 
@@ -45,6 +44,8 @@ from benchmark_options import (
     add_common_options,
     add_device_options,
     add_model_runtime_options,
+    check_model_runtime_options,
+    runs_alone,
     size_text,
 )
 from benchmark_runner import (
@@ -54,12 +55,15 @@ from benchmark_runner import (
     Call,
     Report,
     Row,
+    Task,
+    cpu_task,
     failure,
     main_clock,
     peak_in_process,
     set_threads,
     table_row,
     take_turns,
+    take_turns_alone,
     timed_rows,
     try_each,
 )
@@ -83,7 +87,6 @@ QUICK = {"sizes": [(256, 256)], "batches": [1], "rounds": 3}
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _GEMM_SECONDS = 0.1
 _ARITHMETIC = "arithmetic"
-_COMPILED = " compiled"  # follows the name of a contender
 
 
 def _baselines(options: argparse.Namespace) -> tuple[str, ...]:
@@ -121,31 +124,37 @@ def _gemm(device: str, dtype: torch.dtype) -> tuple[int, Call]:
         size //= 2
 
 
-def _race(
+def _timed(call: Call, labels: Row) -> Call:
+    def run() -> None:
+        with torch.no_grad(), precision(labels["precision"], labels["device"]):
+            call()
+
+    return run
+
+
+def _with_arithmetic(
     labels: Row,
-    calls: dict[str, Call],
     multiply_adds: int | None,
-    options: argparse.Namespace,
-    report: Report,
+    race: Callable[[dict[str, Call]], dict[str, list[benchmark.Times]]],
+    baselines: tuple[str, ...],
 ) -> list[Row]:
-    """Rows of one stage. A matrix product takes turns with it: how long its arithmetic takes."""
+    """Rows of one stage.
+
+    Args:
+        labels: what is said of all rows.
+        multiply_adds: of the stage; None where they are not counted.
+        race: lets contenders take turns, together with the calls it is given. Here that is a matrix
+            product, which says how long the arithmetic takes at the machine's speed of the moment.
+        baselines: contenders that others are compared with.
+    """
     device, clock = labels["device"], main_clock(labels["device"])
-    autocast = partial(precision, labels["precision"], device)
-
-    def timed(call: Call) -> Call:
-        def run() -> None:
-            with torch.no_grad(), autocast():
-                call()
-
-        return run
-
-    prepared = {name: partial(timed, call) for name, call in calls.items()}
+    beside: dict[str, Call] = {}
     if multiply_adds is not None:
         gemm_size, gemm = _gemm(device, PRECISIONS[labels["precision"]])
-        prepared[_ARITHMETIC] = lambda: timed(gemm)
-    samples, _ = take_turns(prepared, device, options, report.round)
+        beside[_ARITHMETIC] = _timed(gemm, labels)
+    samples = race(beside)
     speed = samples.pop(_ARITHMETIC, None)
-    rows = timed_rows(labels, samples, _baselines(options), clock)
+    rows = timed_rows(labels, samples, baselines, clock)
     for row in rows:
         row["multiply_adds"] = multiply_adds
         if speed is None:
@@ -248,50 +257,76 @@ def _rows(
 ) -> list[Row]:
     """Rows of all stages of one case."""
     device, size = labels["device"], images[0]["image"].shape[-2:]
+    alone = runs_alone(options, device)
+    keys = ("config", "weights", "published_op")
+    common = {key: getattr(options, key) for key in keys}
+    common |= {"size": list(size), "batch": labels["batch"], "precision": labels["precision"]}
     calls: dict[str, dict[str, Call]] = {}
-    with torch.no_grad(), precision(labels["precision"], device):
-        for name, model in models.items():
-            forward, pixels = forward_of(name, model), normalized(models[OURS], images)
-            if "compiled" in options.modes:
-                mode = "reduce-overhead" if device == "cuda" else None
-                compiled = torch.compile(forward, mode=mode)
-                calls[name + _COMPILED] = {"forward": partial(compiled, pixels)}
-            if "eager" not in options.modes:
-                continue
-            if name == PEER:
-                calls[name] = {"forward": partial(forward, pixels)}
-            else:
-                calls[name] = stage_calls(model, images)
+    if not alone:
+        with torch.no_grad(), precision(labels["precision"], device):
+            for name, model in models.items():
+                for mode in options.modes:
+                    calls[_called(name, mode)] = _calls(name, model, models[OURS], images, mode)
     rows = []
     for stage in options.stages:
-        own = {name: stages[stage] for name, stages in calls.items() if stage in stages}
-        if not own:
+        requests = {
+            _called(name, mode): common | {"contender": name, "mode": mode, "stage": stage}
+            for name in models
+            for mode in MODES[::-1]
+            if mode in options.modes and (stage == "forward" or (name != PEER and mode == "eager"))
+        }
+        if not requests:
             continue
-        of_stage = _race(labels | {"part": stage}, own, multiply_adds.get(stage), options, report)
+
+        def race(beside: dict[str, Call], stage=stage, requests=requests):
+            if alone:
+                timed = {key: cpu_task(call).measure for key, call in beside.items()}
+                return take_turns_alone("model", requests, options, report.round, timed)
+            own = {name: _timed(calls[name][stage], labels) for name in requests}
+            prepared = {name: lambda call=call: call for name, call in (own | beside).items()}
+            return take_turns(prepared, device, options, report.round)[0]
+
+        part = labels | {"part": stage}
+        of_stage = _with_arithmetic(part, multiply_adds.get(stage), race, _baselines(options))
         for row in of_stage:
+            name = row["contender"]
             if device == "cuda":
-                call = own[row["contender"]]
-                with torch.no_grad(), precision(labels["precision"], device):
-                    row["peak_bytes"] = benchmark.peak_cuda_bytes(call)
-            elif options.memory and row["contender"] in models and stage in _WITH_MEMORY:
-                request = {
-                    key: getattr(options, key) for key in ("config", "weights", "published_op")
-                }
-                request |= {"contender": row["contender"], "stage": stage, "size": list(size)}
-                request |= {"batch": labels["batch"], "precision": labels["precision"]}
-                row["peak_bytes"] = peak_in_process("model", request, options.threads)
+                row["peak_bytes"] = benchmark.peak_cuda_bytes(_timed(calls[name][stage], labels))
+            elif options.memory and name in models and stage in _WITH_MEMORY:
+                row["peak_bytes"] = peak_in_process("model", requests[name], options.threads)
         rows += of_stage
     return rows
 
 
-# Stages that are measured in a process of their own.
+def _called(name: str, mode: str) -> str:
+    return name if mode == "eager" else f"{name} {mode}"
+
+
+def _calls(
+    name: str, model: nn.Module, ours: nn.Module, images: Batch, mode: str
+) -> dict[str, Call]:
+    """What a contender does in each of the stages in which it takes part."""
+    forward, pixels = forward_of(name, model), normalized(ours, images)
+    if mode == "compiled":
+        on_gpu = pixels.is_cuda
+        forward = torch.compile(forward, mode="reduce-overhead" if on_gpu else None)
+    if mode == "compiled" or name == PEER:
+        return {"forward": partial(forward, pixels)}
+    return stage_calls(model, images)
+
+
+# Stages whose memory is measured.
 _WITH_MEMORY = ("forward", "post-processing", "end to end")
 
 
-def peak_calls(arguments: Row) -> Iterator[Call]:
-    """What a process of its own runs to measure memory: a warm-up, then the stage itself."""
-    name, stage, batch = (arguments.pop(key) for key in ("contender", "stage", "batch"))
-    size, precision_ = tuple(arguments.pop("size")), arguments.pop("precision")
+def tasks_alone(arguments: Row) -> Iterator[Task]:
+    """What a process of its own does: a warm-up on tiny images, then the stage itself.
+
+    What is compiled needs no warm-up, which would compile for any size.
+    """
+    name, mode, stage = (arguments.pop(key) for key in ("contender", "mode", "stage"))
+    size, batch = tuple(arguments.pop("size")), arguments.pop("batch")
+    labels = {"device": "cpu", "precision": arguments.pop("precision")}
     options = argparse.Namespace(**arguments, contenders=[name])
     cfg, ours = build(options)
     ours.eval()
@@ -299,14 +334,10 @@ def peak_calls(arguments: Row) -> Iterator[Call]:
         if options.weights is None:
             sharpen(ours, random_images(size, 1, "cpu"))
         model = make_models(options, cfg, ours, "cpu")[0][name]
-        forward, pixel_source = forward_of(name, model), copy.deepcopy(ours)
-        del ours
-        with precision(precision_, "cpu"):
-            for images in (random_images((64, 64), 1, "cpu"), random_images(size, batch, "cpu")):
-                if name == PEER:
-                    yield partial(forward, normalized(pixel_source, images))
-                else:
-                    yield stage_calls(model, images)[stage]
+        with precision(labels["precision"], "cpu"):
+            for case in (((64, 64), 1), (size, batch))[mode == "compiled" :]:
+                images = random_images(*case, "cpu")
+                yield cpu_task(_timed(_calls(name, model, ours, images, mode)[stage], labels))
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
@@ -326,6 +357,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    check_model_runtime_options(parser, options)
     check_model_options(parser, options)
     if "compiled" in options.modes and "forward" not in options.stages:
         parser.error("--modes compiled times the stage forward, which is not among --stages")

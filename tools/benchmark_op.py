@@ -23,6 +23,8 @@ from benchmark_runner import (
     Call,
     Report,
     Row,
+    Task,
+    cpu_task,
     failure,
     main_clock,
     peak_cell,
@@ -115,14 +117,14 @@ def peak_bytes(
     return peak_in_process("op", head(case, passes, name), threads) if on_cpu else None
 
 
-def peak_calls(arguments: dict[str, Any]) -> Iterator[Call]:
-    """What a process of its own runs to measure memory: a warm-up, then the pass itself."""
+def tasks_alone(arguments: dict[str, Any]) -> Iterator[Task]:
+    """What a process of its own does: a warm-up, then the pass itself."""
     passes, name = arguments.pop("pass"), arguments.pop("backend")
     case = Case(**arguments)
     # What is loaded and set up at the first call is none of the pass's memory.
     for case_or_small in (replace(case, height=32, width=32, batch=1), case):
         inputs = make_inputs(case_or_small)
-        yield make_call(name, inputs, random_gradient(inputs), passes)
+        yield cpu_task(make_call(name, inputs, random_gradient(inputs), passes))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 # What happens to memory that is freed.
-ALLOCATORS = ("kept", "system")
+ALLOCATORS = ("kept", "system", "programs")
+PROCESSES = ("own", "shared")
 DEVICES = ("cpu", "cuda")
 
 
@@ -95,9 +96,30 @@ def add_model_runtime_options(parser: argparse.ArgumentParser) -> None:
         "--allocator",
         choices=ALLOCATORS,
         default=ALLOCATORS[0],
-        help="of every contender on a CPU: kept, as the tools that run models do, or system, where "
-        "glibc gives large blocks back at once [kept]",
+        help="what becomes of freed memory on a CPU: kept by all contenders; system: glibc gives "
+        "large blocks back at once; programs: ours keeps it, as models on a CPU do, others do not "
+        "[kept]",
     )
+    parser.add_argument(
+        "--processes",
+        choices=PROCESSES,
+        help="on a CPU every contender in a process of its own, as its users run it, or all in "
+        "one [own; shared with --quick]",
+    )
+
+
+def check_model_runtime_options(
+    parser: argparse.ArgumentParser, options: argparse.Namespace
+) -> None:
+    if options.processes is None:
+        options.processes = "shared" if options.quick else "own"
+    if options.allocator == "programs" and options.processes == "shared":
+        parser.error("--allocator programs needs --processes own")
+
+
+def runs_alone(options: argparse.Namespace, device: str) -> bool:
+    """Whether contenders get processes of their own; those on a GPU share its memory in one."""
+    return options.processes == "own" and device == "cpu"
 
 
 def add_choices(

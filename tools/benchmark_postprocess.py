@@ -19,7 +19,9 @@ from benchmark_options import (
     add_common_options,
     add_device_options,
     add_model_runtime_options,
+    check_model_runtime_options,
     list_of,
+    runs_alone,
     size,
     size_text,
 )
@@ -29,7 +31,9 @@ from benchmark_runner import (
     Call,
     Report,
     Row,
+    Task,
     WrongNumbers,
+    cpu_task,
     failure,
     main_clock,
     peak_in_process,
@@ -37,6 +41,7 @@ from benchmark_runner import (
     set_threads,
     table_row,
     take_turns,
+    take_turns_alone,
     timed_rows,
     try_each,
 )
@@ -176,16 +181,24 @@ def run(options: argparse.Namespace) -> int:
                     report.note(
                         f"Panoptic pixels that differ ({', '.join(labels.values())}): {pixels}"
                     )
-            prepared = {name: lambda call=calls[name]: call for name in (OURS, *usable)}
-            samples, _ = take_turns(prepared, device, options, report.round)
+            requests = {
+                name: {"contender": name, "task": task, "size": image_size, "output": output}
+                for name in (OURS, *usable)
+            }
+            if runs_alone(options, device):
+                samples = take_turns_alone("postprocess", requests, options, report.round)
+            else:
+                prepared = {name: lambda call=calls[name]: call for name in requests}
+                samples, _ = take_turns(prepared, device, options, report.round)
             rows = timed_rows(labels, samples, (PUBLISHED,), main_clock(device))
             for row in rows:
                 name = row["contender"]
                 if device == "cuda":
                     row["peak_bytes"] = benchmark.peak_cuda_bytes(calls[name])
                 elif options.memory:
-                    request = {"name": name, "task": task, "size": image_size, "output": output}
-                    row["peak_bytes"] = peak_in_process("postprocess", request, options.threads)
+                    row["peak_bytes"] = peak_in_process(
+                        "postprocess", requests[name], options.threads
+                    )
             report.add(rows)
             report.add(
                 labels | {"contender": name} | failure(error, True)
@@ -195,12 +208,12 @@ def run(options: argparse.Namespace) -> int:
     return report.finish()
 
 
-def peak_calls(arguments: Row) -> Iterator[Call]:
-    """What a process of its own runs to measure memory: a warm-up, then the task itself."""
-    name, task, size, output = (arguments[key] for key in ("name", "task", "size", "output"))
+def tasks_alone(arguments: Row) -> Iterator[Task]:
+    """What a process of its own does: a warm-up, then the task itself."""
+    name, task, size, output = (arguments[key] for key in ("contender", "task", "size", "output"))
     output = output if output == "same" else tuple(output)
     for case in (((64, 64), "same"), (tuple(size), output)):
-        yield make_calls(task, *case, "cpu")[name]
+        yield cpu_task(make_calls(task, *case, "cpu")[name])
 
 
 def _output(text: str) -> str | tuple[int, int]:
@@ -227,5 +240,4 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     add_choices(parser, "tasks", "task", TASKS, TASKS, "what is predicted [all four]")
 
 
-def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
-    pass
+check_options = check_model_runtime_options

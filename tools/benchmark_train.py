@@ -35,7 +35,9 @@ from benchmark_options import (
     add_common_options,
     add_device_options,
     add_model_runtime_options,
+    check_model_runtime_options,
     positive,
+    runs_alone,
     size_text,
 )
 from benchmark_runner import (
@@ -45,11 +47,13 @@ from benchmark_runner import (
     Call,
     Report,
     Row,
+    Task,
     failure,
     peak_in_process,
     require_equal,
     set_threads,
     table_row,
+    take_turns_alone,
     timed_rows,
     try_each,
 )
@@ -320,13 +324,17 @@ def _rows(
     for name, step in steps.items():
         step.run()  # warm-up
         waits[name] = count_waits(step.gradients, device)
-    samples = benchmark.interleave(
-        list(steps),
-        lambda name: steps[name].measure(),
-        options.rounds,
-        options.max_seconds,
-        on_round=report.round,
-    )
+    requests = {name: _request(name, labels, options) for name in steps}
+    if runs_alone(options, device):
+        samples = take_turns_alone("train", requests, options, report.round)
+    else:
+        samples = benchmark.interleave(
+            list(steps),
+            lambda name: steps[name].measure(),
+            options.rounds,
+            options.max_seconds,
+            on_round=report.round,
+        )
     rows = []
     for part in PARTS:
         of_part = {
@@ -337,25 +345,26 @@ def _rows(
     for row in rows[-len(steps) :]:
         name = row["contender"]
         row["host_synchronisations"] = waits[name]
-        row["peak_bytes"] = _peak_bytes(name, labels, steps[name], options)
+        row["peak_bytes"] = None
+        if device == "cuda":
+            steps[name].optimizer.zero_grad()
+            row["peak_bytes"] = benchmark.peak_cuda_bytes(steps[name].run)
+        elif options.memory:
+            row["peak_bytes"] = peak_in_process("train", requests[name], options.threads)
     return rows
 
 
-def _peak_bytes(name: str, labels: Row, step: Step, options: argparse.Namespace) -> int | None:
-    if labels["device"] == "cuda":
-        step.optimizer.zero_grad()
-        return benchmark.peak_cuda_bytes(step.run)
-    if not options.memory:
-        return None
+def _request(name: str, labels: Row, options: argparse.Namespace) -> Row:
+    """Arguments of `tasks_alone` for a contender in a case."""
     keys = ("config", "weights", "published_op", "targets", "points")
     request = {key: getattr(options, key) for key in keys} | {"contender": name}
     height, width = labels["size"].split("x")
     request |= {"size": [int(height), int(width)], "batch": labels["batch"]}
-    return peak_in_process("train", request | {"precision": labels["precision"]}, options.threads)
+    return request | {"precision": labels["precision"]}
 
 
-def peak_calls(arguments: Row) -> Iterator[Call]:
-    """What a process of its own runs to measure memory: a warm-up, then a step.
+def tasks_alone(arguments: Row) -> Iterator[Task]:
+    """What a process of its own does: a warm-up, then a step.
 
     Gradients and the optimiser's state are part of what a step needs: the warm-up, on tiny images,
     leaves them allocated, so they are let go before.
@@ -367,7 +376,7 @@ def peak_calls(arguments: Row) -> Iterator[Call]:
         inputs = make_batch(size, batch, options.targets, classes, "cpu")
         step = Step(options.contender, cfg, model, options, "cpu", inputs, options.precision)
         gc.collect()
-        yield step.run
+        yield Task(step.run, step.measure)
         del step
 
 
@@ -384,4 +393,5 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    check_model_runtime_options(parser, options)
     check_model_options(parser, options)

@@ -1,6 +1,7 @@
 """tools/benchmark.py beyond `op`, as small as it gets: rows, files, refusals, wrong answers."""
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from load_script import load_script
+
+from mask2former.utils.memory import KEEP_VARIABLE
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
 CONFIGS = TOOLS.parent / "configs"
@@ -18,6 +21,7 @@ tool = load_script("tools/benchmark.py")
 modules = {name: module for name, (module, _) in tool.COMMANDS.items()}
 contenders = sys.modules["benchmark_contenders"]
 published_steps = sys.modules["published_steps"]
+runner = sys.modules["benchmark_runner"]
 
 SMALL_MODEL = f"""
 _BASE_: {CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"}
@@ -138,6 +142,45 @@ def test_memory_is_measured_in_another_process(name, arguments, least, run):
     status, report = run(name, "--memory", *arguments)
     assert status == 0
     assert report["results"][-1]["peak_bytes"] >= least
+
+
+@pytest.mark.parametrize(
+    "name, arguments, parts",
+    [
+        ("model", ["--stages", "forward", "--modes", "eager"], ["forward"]),
+        ("train", [], modules["train"].PARTS),
+        ("postprocess", ["--tasks", "semantic", "--outputs", "same"], ["semantic"]),
+    ],
+)
+def test_processes_of_their_own(name, arguments, parts, run, monkeypatch):
+    """Ours may keep freed memory while the other leaves it to the system."""
+    processes = {}
+
+    class Watched(runner.Alone):
+        def __init__(self, subcommand, arguments, threads, environment):
+            processes[arguments["contender"]] = environment
+            super().__init__(subcommand, arguments, threads, environment)
+
+    monkeypatch.setattr(runner, "Alone", Watched)
+    if name != "postprocess":
+        arguments = [*arguments, "--contenders", f"{OURS},{PUBLISHED}"]
+    status, report = run(name, "--processes", "own", "--allocator", "programs", *arguments)
+    assert status == 0
+    assert processes == {OURS: {KEEP_VARIABLE: "1"}, PUBLISHED: {KEEP_VARIABLE: "0"}}
+    assert names_of(report, "part") == [(p, who) for p in parts for who in (OURS, PUBLISHED)]
+    for row in report["results"]:
+        assert len(row["wall_seconds"]["samples"]) == 2
+        assert min(row["cpu_seconds"]["samples"]) >= 0 and row["ratios"][PUBLISHED]["median"] > 0
+
+
+def test_process_that_fails(capfd):
+    arguments = {"contender": "nobody", "task": "all", "size": [64, 64], "output": "same"}
+    with (
+        runner.Alone("postprocess", arguments, 1, {}) as alone,
+        pytest.raises(RuntimeError, match="ended with status 1"),
+    ):
+        alone.ask("start")
+    assert "KeyError: 'nobody'" in capfd.readouterr().err
 
 
 def test_model_with_weights(run, tmp_path, small):
@@ -274,11 +317,19 @@ def test_wrong_model_is_not_timed(name, run, monkeypatch, tmp_path):
 
 @pytest.mark.parametrize("name", ["model", "train", "postprocess"])
 def test_memory_is_kept_unless_the_allocator_is_the_systems(name, small, kept, monkeypatch):
-    monkeypatch.setattr(modules[name], "run", lambda options: 0)
-    assert tool.main([name, *small[name], "--allocator", "system"]) == 0
-    assert not kept
+    variables = []
+
+    def note_variable(options) -> int:
+        variables.append(os.environ.get(KEEP_VARIABLE))
+        return 0
+
+    monkeypatch.setattr(modules[name], "run", note_variable)
+    monkeypatch.delenv(KEEP_VARIABLE, raising=False)
+    for allocator in ("system", "programs"):
+        assert tool.main([name, *small[name], "--allocator", allocator]) == 0
+    assert not kept and KEEP_VARIABLE not in os.environ
     assert tool.main([name, *small[name]]) == 0
-    assert kept
+    assert kept and variables == ["0", "0", None]
 
 
 def test_rounding_is_told_from_wrong_numbers_in_float64(run, monkeypatch):
@@ -370,6 +421,10 @@ def test_missing_peer_is_named(run, monkeypatch):
         (
             ["model", "--devices", "cpu", "--published-op", "original"],
             "--published-op original: does not run on cpu",
+        ),
+        (
+            ["postprocess", "--quick", "--allocator", "programs"],
+            "--allocator programs needs --processes own",
         ),
         (["train", "--targets", "0"], "invalid positive value: '0'"),
         (["train", "--points", "x"], "invalid positive value: 'x'"),

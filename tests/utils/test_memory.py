@@ -35,3 +35,15 @@ def test_freed_blocks_are_used_again():
 def test_other_systems_are_left_alone(monkeypatch):
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not memory.keep_freed_memory()
+
+
+def test_the_environment_decides(monkeypatch):
+    def refuse(name):
+        raise AssertionError("the allocator was to be left alone")
+
+    monkeypatch.setattr(ctypes, "CDLL", refuse)
+    monkeypatch.setenv(memory.KEEP_VARIABLE, "0")
+    assert not memory.keep_freed_memory()
+    monkeypatch.setenv(memory.KEEP_VARIABLE, "no")
+    with pytest.raises(ValueError, match="MASK2FORMER_KEEP_FREED_MEMORY is 'no': set it to 0 or 1"):
+        memory.keep_freed_memory()
