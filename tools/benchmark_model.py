@@ -87,6 +87,7 @@ QUICK = {"sizes": [(256, 256)], "batches": [1], "rounds": 3}
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _GEMM_SECONDS = 0.1
 _ARITHMETIC = "arithmetic"
+_WARM_CALLS = 10
 
 
 def _baselines(options: argparse.Namespace) -> tuple[str, ...]:
@@ -280,8 +281,8 @@ def _rows(
 
         def race(beside: dict[str, Call], stage=stage, requests=requests):
             if alone:
-                timed = {key: cpu_task(call).measure for key, call in beside.items()}
-                return take_turns_alone("model", requests, options, report.round, timed)
+                warm = {key: partial(_time_warm, call) for key, call in beside.items()}
+                return take_turns_alone("model", requests, options, report.round, warm)
             own = {name: _timed(calls[name][stage], labels) for name in requests}
             prepared = {name: lambda call=call: call for name, call in (own | beside).items()}
             return take_turns(prepared, device, options, report.round)[0]
@@ -296,6 +297,12 @@ def _rows(
                 row["peak_bytes"] = peak_in_process("model", requests[name], options.threads)
         rows += of_stage
     return rows
+
+
+def _time_warm(call: Call) -> benchmark.Times:
+    """Times of a call in this process, which was idle while others had their turns."""
+    benchmark.time_call(call, "cpu", _WARM_CALLS)
+    return benchmark.time_call(call, "cpu", _WARM_CALLS)
 
 
 def _called(name: str, mode: str) -> str:
