@@ -23,7 +23,8 @@ import benchmark_op
 import benchmark_postprocess
 import benchmark_train
 import torch
-from benchmark_runner import has_peak_memory, serve, set_threads
+from benchmark_processes import has_peak_memory, serve
+from benchmark_runner import set_threads
 
 from mask2former.utils.memory import KEEP_VARIABLE, keep_freed_memory
 
@@ -38,7 +39,7 @@ COMMANDS = {
 
 
 def run_alone(request: str) -> int:
-    """The process of `benchmark_runner.Alone`."""
+    """The process of `benchmark_processes.Alone`."""
     # Whatever else is printed goes where progress does.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())

@@ -48,6 +48,7 @@ from benchmark_options import (
     runs_alone,
     size_text,
 )
+from benchmark_processes import Task, cpu_task, peak_in_process, take_turns_alone
 from benchmark_runner import (
     OURS,
     PEER,
@@ -55,15 +56,11 @@ from benchmark_runner import (
     Call,
     Report,
     Row,
-    Task,
-    cpu_task,
     failure,
     main_clock,
-    peak_in_process,
     set_threads,
     table_row,
     take_turns,
-    take_turns_alone,
     timed_rows,
     try_each,
 )

@@ -19,16 +19,14 @@ from benchmark_options import (
     positive,
     size,
 )
+from benchmark_processes import Task, cpu_task, peak_in_process
 from benchmark_runner import (
     Call,
     Report,
     Row,
-    Task,
-    cpu_task,
     failure,
     main_clock,
     peak_cell,
-    peak_in_process,
     ratio_cell,
     set_threads,
     statistics,

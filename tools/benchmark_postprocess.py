@@ -25,23 +25,20 @@ from benchmark_options import (
     size,
     size_text,
 )
+from benchmark_processes import Task, cpu_task, peak_in_process, take_turns_alone
 from benchmark_runner import (
     OURS,
     PUBLISHED,
     Call,
     Report,
     Row,
-    Task,
     WrongNumbers,
-    cpu_task,
     failure,
     main_clock,
-    peak_in_process,
     require_equal,
     set_threads,
     table_row,
     take_turns,
-    take_turns_alone,
     timed_rows,
     try_each,
 )

@@ -40,6 +40,7 @@ from benchmark_options import (
     runs_alone,
     size_text,
 )
+from benchmark_processes import Task, peak_in_process, take_turns_alone
 from benchmark_runner import (
     OURS,
     PEER,
@@ -47,13 +48,10 @@ from benchmark_runner import (
     Call,
     Report,
     Row,
-    Task,
     failure,
-    peak_in_process,
     require_equal,
     set_threads,
     table_row,
-    take_turns_alone,
     timed_rows,
     try_each,
 )

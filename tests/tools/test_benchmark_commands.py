@@ -21,7 +21,7 @@ tool = load_script("tools/benchmark.py")
 modules = {name: module for name, (module, _) in tool.COMMANDS.items()}
 contenders = sys.modules["benchmark_contenders"]
 published_steps = sys.modules["published_steps"]
-runner = sys.modules["benchmark_runner"]
+processes = sys.modules["benchmark_processes"]
 
 SMALL_MODEL = f"""
 _BASE_: {CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"}
@@ -154,19 +154,19 @@ def test_memory_is_measured_in_another_process(name, arguments, least, run):
 )
 def test_processes_of_their_own(name, arguments, parts, run, monkeypatch):
     """Ours may keep freed memory while the other leaves it to the system."""
-    processes = {}
+    environments = {}
 
-    class Watched(runner.Alone):
+    class Watched(processes.Alone):
         def __init__(self, subcommand, arguments, threads, environment):
-            processes[arguments["contender"]] = environment
+            environments[arguments["contender"]] = environment
             super().__init__(subcommand, arguments, threads, environment)
 
-    monkeypatch.setattr(runner, "Alone", Watched)
+    monkeypatch.setattr(processes, "Alone", Watched)
     if name != "postprocess":
         arguments = [*arguments, "--contenders", f"{OURS},{PUBLISHED}"]
     status, report = run(name, "--processes", "own", "--allocator", "programs", *arguments)
     assert status == 0
-    assert processes == {OURS: {KEEP_VARIABLE: "1"}, PUBLISHED: {KEEP_VARIABLE: "0"}}
+    assert environments == {OURS: {KEEP_VARIABLE: "1"}, PUBLISHED: {KEEP_VARIABLE: "0"}}
     assert names_of(report, "part") == [(p, who) for p in parts for who in (OURS, PUBLISHED)]
     for row in report["results"]:
         assert len(row["wall_seconds"]["samples"]) == 2
@@ -176,7 +176,7 @@ def test_processes_of_their_own(name, arguments, parts, run, monkeypatch):
 def test_process_that_fails(capfd):
     arguments = {"contender": "nobody", "task": "all", "size": [64, 64], "output": "same"}
     with (
-        runner.Alone("postprocess", arguments, 1, {}) as alone,
+        processes.Alone("postprocess", arguments, 1, {}) as alone,
         pytest.raises(RuntimeError, match="ended with status 1"),
     ):
         alone.ask("start")

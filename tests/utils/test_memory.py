@@ -24,7 +24,8 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_freed_blocks_are_used_again():
+def test_freed_blocks_are_used_again(monkeypatch):
+    monkeypatch.delenv(memory.KEEP_VARIABLE, raising=False)
     faults = {}
     for keep in ("no", "yes"):
         command = [sys.executable, "-W", "ignore", "-c", _FAULTS, keep]
@@ -33,6 +34,7 @@ def test_freed_blocks_are_used_again():
 
 
 def test_other_systems_are_left_alone(monkeypatch):
+    monkeypatch.delenv(memory.KEEP_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not memory.keep_freed_memory()
 
