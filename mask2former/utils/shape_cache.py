@@ -1,0 +1,46 @@
+"""A cache for tensors that depend on shapes only: position encodings, reference points, masks.
+
+    @cached_by_shape(maxsize=16)
+    def reference_points(shapes: Shapes, device: torch.device) -> Tensor: ...
+
+Computing such a tensor costs little, but on a GPU it costs many small kernels and often a host sync
+in every forward pass.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def cached_by_shape(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """A decorator: keep the `maxsize` most recently used results of a function.
+
+    Results are shared by all callers: do not write to them. Multi-scale training visits many
+    shapes, so `maxsize` should hold the shapes of a few batches only.
+
+    The function must depend on its arguments alone, and these must be hashable: integers, tuples,
+    dtypes, devices. While a compiler or an exporter traces, nothing is cached: sizes are symbolic
+    and tensors are fake.
+    """
+
+    def decorate(function: Callable[..., T]) -> Callable[..., T]:
+        @functools.lru_cache(maxsize)
+        def compute(*args) -> T:
+            # A tensor made in inference mode could not be used in training afterwards.
+            with torch.inference_mode(False), torch.no_grad():
+                return function(*args)
+
+        @functools.wraps(function)
+        def cached(*args) -> T:
+            if torch.compiler.is_compiling() or torch.jit.is_tracing():
+                return function(*args)
+            return compute(*args)
+
+        cached.cache_clear = compute.cache_clear
+        return cached
+
+    return decorate
