@@ -139,20 +139,24 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
     device = outputs["pred_logits"].device
     num_masks = criterion.average_num_masks(targets, device)
     pairs = MatchedPairs(indices, targets, outputs["pred_logits"].shape[1], device)
-    result: dict[str, Tensor] = {}
+    per_loss = []
     for loss in criterion.losses:
         if loss == "labels":
-            per_layer = _label_losses(criterion, layers, targets, pairs)
+            per_loss.append(_label_losses(criterion, layers, targets, pairs))
         elif loss == "masks":
-            per_layer = _mask_losses(criterion, layers, targets, pairs, num_masks)
+            per_loss.append(_mask_losses(criterion, layers, targets, pairs, num_masks))
         else:
             layers = [_dense(layer) for layer in layers]
-            per_layer = [
-                criterion.get_loss(loss, layer, targets, layer_indices, num_masks)
-                for layer, layer_indices in zip(layers, indices, strict=True)
-            ]
-        for i, values in enumerate(per_layer):
-            suffix = f"_{i - 1}" if i else ""
+            per_loss.append(
+                [
+                    criterion.get_loss(loss, layer, targets, layer_indices, num_masks)
+                    for layer, layer_indices in zip(layers, indices, strict=True)
+                ]
+            )
+    result: dict[str, Tensor] = {}
+    for i, per_layer in enumerate(zip(*per_loss, strict=True)):
+        suffix = f"_{i - 1}" if i else ""
+        for values in per_layer:
             result.update({name + suffix: value for name, value in values.items()})
     return result
 
