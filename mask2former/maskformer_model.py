@@ -180,7 +180,7 @@ class MaskFormer(nn.Module):
                     "a training input has no 'instances': INPUT.DATASET_MAPPER_NAME must name a "
                     "mapper that makes targets"
                 )
-            outputs = self.network(images.tensor)
+            outputs = self.forward_network(images.tensor)
             instances = [x["instances"].to(self.device) for x in batched_inputs]
             targets = self.prepare_targets(instances, images)
             weight_dict = self.criterion.weight_dict
@@ -189,16 +189,16 @@ class MaskFormer(nn.Module):
             losses = self.criterion(outputs, targets)
             return {k: loss * weight_dict[k] for k, loss in losses.items() if k in weight_dict}
 
-        network = self._compiled_network or self.network
-        return self.inference(network(images.tensor), batched_inputs, images)
+        network = self._compiled_network or self.forward_network
+        return self.forward_inference(network(images.tensor), batched_inputs, images)
 
     @has_fast_twin
-    def network(self, images: Tensor) -> dict[str, Any]:
+    def forward_network(self, images: Tensor) -> dict[str, Any]:
         """Backbone and head: (B, 3, H, W) images → `pred_logits`, `pred_masks`, `aux_outputs`."""
         return self.sem_seg_head(self.backbone(images))
 
     @has_fast_twin
-    def inference(
+    def forward_inference(
         self, outputs: dict[str, Any], batched_inputs: list[dict[str, Any]], images: ImageList
     ) -> list[dict[str, Any]]:
         """Post-process the predictions of a batch, see `forward`."""
@@ -278,7 +278,7 @@ class MaskFormer(nn.Module):
         return panoptic_inference(
             mask_cls,
             mask_pred,
-            self.thing_ids(),
+            self._thing_ids(),
             self.object_mask_threshold,
             self.overlap_threshold,
         )
@@ -286,10 +286,10 @@ class MaskFormer(nn.Module):
     def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Instances:
         """(Q, K+1) and (Q, H, W) logits → Instances, see `postprocessing`."""
         # A panoptic model's instances are of thing classes.
-        thing_ids = self.thing_ids() if self.panoptic_on else None
+        thing_ids = self._thing_ids() if self.panoptic_on else None
         return instance_inference(mask_cls, mask_pred, self.test_topk_per_image, thing_ids)
 
-    def thing_ids(self) -> Collection[int]:
+    def _thing_ids(self) -> Collection[int]:
         """Contiguous ids of the thing classes."""
         mapping = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
         if mapping is None:
@@ -309,7 +309,7 @@ class MaskFormer(nn.Module):
         Args:
             options: of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs.
         """
-        self._compiled_network = torch.compile(self.network, **options)
+        self._compiled_network = torch.compile(self.forward_network, **options)
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are not compiled."""

@@ -70,9 +70,16 @@ def decode_to_factors(
         if not runs_fast(cross_attention):
             attn_mask = attn_mask.repeat(1, decoder.num_heads, 1, 1).flatten(0, 1)
         output = cross_attention(
-            output, memory[level], memory_mask=attn_mask, pos=pos[level], query_pos=query_embed
+            output,
+            memory[level],
+            memory_mask=attn_mask,
+            memory_key_padding_mask=None,
+            pos=pos[level],
+            query_pos=query_embed,
         )
-        output = decoder.transformer_self_attention_layers[i](output, query_pos=query_embed)
+        output = decoder.transformer_self_attention_layers[i](
+            output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
+        )
         output = decoder.transformer_ffn_layers[i](output)
     return predictions
 

@@ -29,7 +29,7 @@ _HEAD_METHODS = {"forward": MaskFormerHead.forward, "layers": MaskFormerHead.lay
 
 
 def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
-    """Twin of `MaskFormer.network`.
+    """Twin of `MaskFormer.forward_network`.
 
     In training `pred_masks` are `MaskFactors` if the criterion takes them; in inference there are
     no `aux_outputs`, which nothing reads.
@@ -75,7 +75,7 @@ def inference(
     batched_inputs: list[dict[str, Any]],
     images: ImageList,
 ) -> list[dict[str, Any]]:
-    """Twin of `MaskFormer.inference`."""
+    """Twin of `MaskFormer.forward_inference`."""
     padded = tuple(images.tensor.shape[-2:])
     results = []
     for mask_cls, masks, inputs, image_size in zip(
@@ -119,7 +119,7 @@ def _predict(
             lambda: PanopticResult(
                 mask_cls,
                 shape,
-                model.thing_ids(),
+                model._thing_ids(),
                 model.object_mask_threshold,
                 model.overlap_threshold,
             ),
@@ -131,7 +131,7 @@ def _predict(
                 mask_cls,
                 shape,
                 model.test_topk_per_image,
-                model.thing_ids() if model.panoptic_on else None,
+                model._thing_ids() if model.panoptic_on else None,
             ),
         ),
     }

@@ -26,13 +26,13 @@ from . import attention, criterion, decoder, model, pixel_decoder
 TABLE = (
     Twin(
         MaskFormer,
-        "network",
+        "forward_network",
         model.network,
         condition=model.why_not_factors,
     ),
     Twin(
         MaskFormer,
-        "inference",
+        "forward_inference",
         model.inference,
         stands_for=("semantic_inference", "panoptic_inference", "instance_inference"),
     ),

@@ -167,7 +167,7 @@ CASES = {
     (HungarianMatcher, "forward"): matcher,
     (SetCriterion, "forward"): criterion,
 }
-MODEL_ROWS = {(MaskFormer, "network"), (MaskFormer, "inference")}
+MODEL_ROWS = {(MaskFormer, "forward_network"), (MaskFormer, "forward_inference")}
 
 
 def tensors_of(value) -> list[Tensor]:

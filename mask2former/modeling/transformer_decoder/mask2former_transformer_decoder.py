@@ -177,9 +177,16 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             # A query with an empty mask attends everywhere.
             attn_mask = attn_mask & ~attn_mask.all(-1, keepdim=True)
             output = self.transformer_cross_attention_layers[i](
-                output, memory[level], memory_mask=attn_mask, pos=pos[level], query_pos=query_embed
+                output,
+                memory[level],
+                memory_mask=attn_mask,
+                memory_key_padding_mask=None,
+                pos=pos[level],
+                query_pos=query_embed,
             )
-            output = self.transformer_self_attention_layers[i](output, query_pos=query_embed)
+            output = self.transformer_self_attention_layers[i](
+                output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
+            )
             output = self.transformer_ffn_layers[i](output)
             outputs_class, outputs_mask, attn_mask = self.forward_prediction_heads(
                 output,
@@ -209,7 +216,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         memory, pos, sizes = [], [], []
         for level, features in enumerate(x):
             sizes.append(features.shape[-2:])
-            pos.append(self.pe_layer(features).flatten(2).permute(2, 0, 1))
+            pos.append(self.pe_layer(features, None).flatten(2).permute(2, 0, 1))
             features = self.input_proj[level](features).flatten(2)
             features = features + self.level_embed.weight[level][None, :, None]
             # Contiguous, so that the attention of each layer need not copy it.
