@@ -2,7 +2,7 @@
 
 datasets/          registered names → records
 dataset_mappers/   record → sample, with augmentations.py, targets.py and
-  fused_augmentation.py           Detectron2's transforms, computing only what crops keep
+  lazy_augmentation.py           Detectron2's transforms, computing only what crops keep
   label_maps.py, packed_masks.py  targets as they travel to the device
 loader.py          samples → batches, in an order that can be resumed
 class_counts.py    the number of classes follows from your own data, and must be every data set's

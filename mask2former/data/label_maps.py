@@ -15,7 +15,7 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes
 
-from .fused_augmentation import apply_labels
+from .lazy_augmentation import apply_labels
 from .packed_masks import LABELS_PER_PLANE, PackedMasks
 
 

@@ -20,8 +20,8 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, polygons_to_bitmask
 from torch import Tensor
 
-from .fused_augmentation import apply_labels, apply_polygons
 from .label_maps import Runs, pack_layers, present_values
+from .lazy_augmentation import apply_labels, apply_polygons
 from .packed_masks import BITS_PER_PLANE, PackedMasks, TargetInstances
 
 # Of one object: polygons, each (2 * points,) x y in pixels, or a mask (h, w) uint8 of 0 and 1.

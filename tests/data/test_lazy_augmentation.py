@@ -8,7 +8,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import polygons_to_bitmask
 
 from mask2former.data.augmentations import ColorAugSSDTransform
-from mask2former.data.fused_augmentation import (
+from mask2former.data.lazy_augmentation import (
     apply_labels,
     apply_polygons,
     augment,
