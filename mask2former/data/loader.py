@@ -76,7 +76,7 @@ class SeededSamples(Dataset):
                     return sample
                 index = random.randrange(len(self))
         raise ValueError(
-            f"The dataset mapper returned None for {_MAX_REJECTIONS} samples in a row, starting with "
+            f"The dataset mapper returned None for {_MAX_REJECTIONS} samples in a row, from "
             f"{self._records[draw.index].get('file_name', draw.index)}."
         )
 
