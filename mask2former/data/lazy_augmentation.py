@@ -1,13 +1,14 @@
-"""Detectron2's augmentations with the same result in less time: a crop says what a resize computes.
+"""Detectron2's augmentations, applied lazily: a resize computes only the pixels its crop keeps.
 
-Detectron2 applies each transform before it draws the next, so an image grows to four times the
-pixels of which a crop then keeps a quarter. Most augmentations look at nothing but the size of the
-image. So transforms are drawn first and wait until somebody looks at pixels:
+Detectron2 applies each transform before it draws the next one. Large-scale jittering enlarges an
+image up to four times and then crops most of it away. Most augmentations read only the size of the
+image, so here transforms are drawn first and applied when an augmentation or the caller reads
+pixels:
 
     augmentations → augment → image, labels, transforms → apply_labels, apply_polygons
 
-Random numbers are drawn as Detectron2 does, and every pixel is the same. Transforms that are not
-known here are applied as Detectron2 does, at their place in the order.
+Random draws and every pixel are the same as Detectron2's. Unknown transforms are applied at once,
+as in Detectron2.
 
 Shape letters: h w pixels before a resize, H W after it.
 """
@@ -21,16 +22,16 @@ import shapely
 from detectron2.data import transforms as T
 from PIL import Image
 
-# Those that read the shape of the image and no pixel. Subclasses may read more.
-_READ_SHAPE_ONLY = (
+# Augmentations that read the shape of the image but no pixel. Subclasses may read pixels.
+_SHAPE_ONLY = (
     T.FixedSizeCrop,
     T.RandomCrop,
     T.RandomFlip,
     T.ResizeScale,
     T.ResizeShortestEdge,
 )
-# Those whose result's size is known beforehand.
-_CAN_WAIT = (
+# Transforms that can be deferred, because the size of their result is known without applying them.
+_DEFERRABLE = (
     T.CropTransform,
     T.HFlipTransform,
     T.NoOpTransform,
@@ -43,7 +44,7 @@ _CAN_WAIT = (
 def augment(
     augmentations: Sequence, image: np.ndarray, sem_seg: np.ndarray | None = None
 ) -> tuple[np.ndarray, np.ndarray | None, T.TransformList]:
-    """As Detectron2's `AugmentationList` on an `AugInput`.
+    """Same result as Detectron2's `AugmentationList` on an `AugInput`.
 
     Args:
         augmentations: Detectron2 augmentations and transforms, applied in this order.
@@ -51,70 +52,70 @@ def augment(
         sem_seg: (h, w) labels.
 
     Returns:
-        The image, the labels, and the transforms that were applied.
+        The augmented image and labels, and the applied transforms.
     """
-    inputs = _WaitingInput(image, sem_seg)
+    inputs = _LazyInput(image, sem_seg)
     transforms = []
     for augmentation in T.AugmentationList(augmentations).augs:
-        inputs.shape_is_enough = _reads_shape_only(augmentation)
+        inputs.shape_only = _reads_shape_only(augmentation)
         transforms.append(augmentation(inputs))
-    inputs.shape_is_enough = False
+    inputs.shape_only = False
     return inputs.image, inputs.sem_seg, T.TransformList(transforms)
 
 
 def _reads_shape_only(augmentation: T.Augmentation) -> bool:
     if type(augmentation) is T.RandomCrop_CategoryAreaConstraint:
         return augmentation.single_category_max_area >= 1
-    return type(augmentation) in _READ_SHAPE_ONLY
+    return type(augmentation) in _SHAPE_ONLY
 
 
-class _WaitingInput(T.AugInput):
-    """Image and labels whose transforms wait until their pixels are read.
+class _LazyInput(T.AugInput):
+    """Image and labels that apply pending transforms when their pixels are read.
 
     Attributes:
-        shape_is_enough: give an empty stand-in of the right shape for the image.
+        shape_only: return a zero-stride dummy of the right shape as the image.
     """
 
     boxes = None
 
     def __init__(self, image: np.ndarray, sem_seg: np.ndarray | None) -> None:
-        self.shape_is_enough = False
+        self.shape_only = False
         self._image = image
         self._sem_seg = sem_seg
-        self._waiting: list[T.Transform] = []
+        self._pending: list[T.Transform] = []
         self._size = image.shape[:2]
 
     @property
     def image(self) -> np.ndarray:
-        if self.shape_is_enough:
+        if self.shape_only:
             return np.broadcast_to(np.uint8(0), (*self._size, *self._image.shape[2:]))
-        self._apply_waiting()
+        self._apply_pending()
         return self._image
 
     @property
     def sem_seg(self) -> np.ndarray | None:
-        if not self.shape_is_enough:
-            self._apply_waiting()
+        if not self.shape_only:
+            self._apply_pending()
         return self._sem_seg
 
     def transform(self, tfm: T.Transform) -> None:
         for transform in T.TransformList([tfm]).transforms:
-            if type(transform) in _CAN_WAIT:
-                self._waiting.append(transform)
+            if type(transform) in _DEFERRABLE:
+                self._pending.append(transform)
                 self._size = _size_after(transform, self._size)
                 continue
-            self._apply_waiting()
+            self._apply_pending()
             self._image = transform.apply_image(self._image)
             if self._sem_seg is not None:
                 self._sem_seg = transform.apply_segmentation(self._sem_seg)
             self._size = self._image.shape[:2]
 
-    def _apply_waiting(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        self._image = _apply(waiting, self._image, "apply_image", _resize_crop_image)
+    def _apply_pending(self) -> None:
+        pending, self._pending = self._pending, []
+        self._image = _apply(pending, self._image, "apply_image", _resize_crop_image)
         if self._sem_seg is not None:
             self._sem_seg = _apply(
-                waiting, self._sem_seg, "apply_segmentation", _resize_crop_labels
+                pending, self._sem_seg, "apply_segmentation", _resize_crop_labels
             )
 
 
@@ -131,7 +132,7 @@ def _size_after(transform: T.Transform, size: tuple[int, int]) -> tuple[int, int
 
 
 def _window(crop: T.CropTransform, size: tuple[int, int]) -> tuple[slice, slice]:
-    """Rows and columns that a crop keeps of an image of a size."""
+    """The rows and columns that a crop keeps of an image of the given size."""
     rows = range(size[0])[crop.y0 : crop.y0 + crop.h]
     columns = range(size[1])[crop.x0 : crop.x0 + crop.w]
     return slice(rows.start, rows.stop), slice(columns.start, columns.stop)
@@ -140,7 +141,7 @@ def _window(crop: T.CropTransform, size: tuple[int, int]) -> tuple[slice, slice]
 def _apply(
     transforms: Sequence[T.Transform], pixels: np.ndarray, method: str, resize_crop: Callable
 ) -> np.ndarray:
-    """Apply transforms one after the other, but a resize and the crop that follows together."""
+    """Apply transforms in order, a resize and the crop after it in one step."""
     i = 0
     while i < len(transforms):
         transform = transforms[i]
@@ -150,7 +151,7 @@ def _apply(
             i += 2
             continue
         if type(transform) is T.HFlipTransform and pixels.ndim == 3 and pixels.dtype == np.uint8:
-            # Detectron2 gives a view with negative strides, slow to read for all that follow.
+            # Detectron2 returns a view with negative strides, which is slow to read later.
             pixels = cv2.flip(pixels, 1)
         else:
             pixels = getattr(transform, method)(pixels)
@@ -161,28 +162,31 @@ def _apply(
 def _resize_crop_image(
     image: np.ndarray, resize: T.ResizeTransform, crop: T.CropTransform
 ) -> np.ndarray:
-    """A window of the resized image, to the bit.
+    """Window of the resized image, bit-exact.
 
-    An image that does not become lower is resized by Pillow along its rows, rounded to 8 bits, and
-    then resized along its columns. (Others some versions resize along their columns first.) Each
-    pass on its own is exact on a part of the image; Pillow's `box` rounds its corners to float32.
+    If the image is not downscaled vertically, Pillow resizes horizontally, rounds to 8 bits and
+    then resizes vertically. (Otherwise some versions resize vertically first.) Each pass can be
+    restricted to a part of the image without changing a pixel; Pillow's `box` argument cannot,
+    because it rounds its corners to float32.
     """
     height, width = resize.new_h, resize.new_w
     rows, columns = _window(crop, (height, width))
     whole = rows == slice(0, height) and columns == slice(0, width)
-    plain = image.dtype == np.uint8 and image.shape[2:] == (3,) and resize.interp == Image.BILINEAR
-    if whole or not plain or height < resize.h:
+    is_plain = (
+        image.dtype == np.uint8 and image.shape[2:] == (3,) and resize.interp == Image.BILINEAR
+    )
+    if whole or not is_plain or height < resize.h:
         return crop.apply_image(resize.apply_image(image))
     assert image.shape[:2] == (resize.h, resize.w)
     scale = resize.h / height
-    # Source rows under the filter, and two more so that rounding cannot matter.
+    # Source rows under the filter, plus two as a margin for rounding.
     reach = max(scale, 1.0) + 2
     first = max(math.floor(rows.start * scale - reach), 0)
     last = min(math.ceil(rows.stop * scale + reach), resize.h)
 
     strip = Image.fromarray(image[first:last])
     strip = strip.resize((width, last - first), Image.BILINEAR)
-    # Back to the full height, since the positions of the second pass depend on it.
+    # Restore the full height, on which the sampling positions of the second pass depend.
     strip = strip.crop((columns.start, -first, columns.stop, resize.h - first))
     strip = strip.resize((strip.width, height), Image.BILINEAR)
     return np.asarray(strip.crop((0, rows.start, strip.width, rows.stop)))
@@ -191,45 +195,42 @@ def _resize_crop_image(
 def _resize_crop_labels(
     labels: np.ndarray, resize: T.ResizeTransform, crop: T.CropTransform
 ) -> np.ndarray:
-    """A window of the resized labels: `resize` itself says which pixels it takes.
-
-    Args:
-        labels: (h, w).
-        resize: of Detectron2; it takes other pixels of uint8 labels than of others.
-        crop: the window of the result.
-    """
+    """Window of the resized labels (h, w), which `resize` reads by nearest neighbour."""
     assert labels.shape == (resize.h, resize.w)
     rows, columns = _window(crop, (resize.new_h, resize.new_w))
-    taken_rows = _nearest(resize.h, resize.new_h, labels.dtype)[rows]
-    taken_columns = _nearest(resize.w, resize.new_w, labels.dtype)[columns]
-    return labels.take(taken_columns, axis=1).take(taken_rows, axis=0)
+    source_rows = _nearest(resize.h, resize.new_h, labels.dtype)[rows]
+    source_columns = _nearest(resize.w, resize.new_w, labels.dtype)[columns]
+    return labels.take(source_columns, axis=1).take(source_rows, axis=0)
 
 
 def _nearest(size: int, new_size: int, dtype: np.dtype) -> np.ndarray:
-    """Which of `size` pixels in a row a resize takes for each of `new_size`, (new_size,) int64."""
+    """Source index of each of `new_size` pixels when a row of `size` is resized, (new_size,) int64.
+
+    Found by resizing the indices, since Detectron2 picks other pixels for uint8 than for float64.
+    """
     resize = T.ResizeTransform(1, size, 1, new_size)
     positions = np.arange(size)
     if dtype != np.uint8:
         return resize.apply_segmentation(positions[None].astype(np.float64))[0].astype(np.int64)
-    # Positions do not fit uint8: two bytes each, of which the resize makes the same choice.
+    # Indices do not fit into uint8, so their two bytes are resized separately.
     low = resize.apply_segmentation((positions[None] & 255).astype(np.uint8))[0]
     high = resize.apply_segmentation((positions[None] >> 8).astype(np.uint8))[0]
     return low.astype(np.int64) | high.astype(np.int64) << 8
 
 
 def apply_labels(transforms: T.TransformList, labels: np.ndarray) -> np.ndarray:
-    """As `transforms.apply_segmentation(labels)`, for labels (h, w)."""
+    """Same as `transforms.apply_segmentation(labels)`, for labels (h, w)."""
     return _apply(transforms.transforms, labels, "apply_segmentation", _resize_crop_labels)
 
 
 def padding_mask(transforms: T.TransformList, image_size: tuple[int, int]) -> np.ndarray:
-    """Where the augmented image is not image, (H, W) bool.
+    """Mask (H, W) bool, True where the augmented image is padding.
 
     Args:
-        transforms: what was applied.
-        image_size: (h, w) before.
+        transforms: applied to the image.
+        image_size: (h, w) before augmentation.
     """
-    known = all(type(transform) in _CAN_WAIT for transform in transforms.transforms)
+    known = all(type(transform) in _DEFERRABLE for transform in transforms.transforms)
     *earlier, last = transforms.transforms or [T.NoOpTransform()]
     if known and not any(type(transform) is T.PadTransform for transform in earlier):
         size = image_size
@@ -241,14 +242,14 @@ def padding_mask(transforms: T.TransformList, image_size: tuple[int, int]) -> np
             rows = slice(last.y0, size[0] - last.y1)
             mask[rows, last.x0 : size[1] - last.x1] = False
         return mask
-    # Which value a crop pads segmentations with depends on Detectron2's version: 0 or 255.
+    # Crops pad segmentations with 0 or 255, depending on Detectron2's version.
     return apply_labels(transforms, np.ones(image_size, dtype=np.uint8)) != 1
 
 
 def apply_polygons(transforms: T.TransformList, polygons: list[np.ndarray]) -> list[np.ndarray]:
-    """As `transforms.apply_polygons(polygons)` of (points, 2) each, also in place.
+    """Same as `transforms.apply_polygons(polygons)`, (points, 2) each, also in place.
 
-    Crops build no geometry for polygons that lie on one side of their border.
+    Polygons completely inside or outside a crop skip the slow geometric intersection.
     """
     for transform in transforms.transforms:
         if type(transform) is T.CropTransform:
@@ -265,7 +266,7 @@ def _crop_polygon(crop: T.CropTransform, polygon: np.ndarray) -> list[np.ndarray
     if right <= crop.x0 or left >= x1 or bottom <= crop.y0 or top >= y1:
         return []
     inside = crop.x0 <= left and right <= x1 and crop.y0 <= top and bottom <= y1
-    # What crosses itself is repaired by Detectron2, which changes its outline.
+    # Detectron2 repairs polygons that cross themselves, which changes their outline.
     if inside and shapely.is_valid(shapely.Polygon(polygon)):
         return [crop.apply_coords(polygon)]
     return crop.apply_polygons([polygon])

@@ -1,6 +1,6 @@
-"""Names, class tables and metadata of the published data sets, and their records from download on.
+"""Names, class tables, metadata and records of the benchmark data sets.
 
-The numbers are facts of the original release.
+The numbers are those of the original release.
 """
 
 import dataset_trees
@@ -42,7 +42,7 @@ NAMES = {
     "mapillary_vistas_panoptic_{train,val}": ("mapillary_vistas_panoptic_seg", 65, 65, 65, 37),
 }
 
-# Name → where its files are, below the root.
+# Name → paths of its files below the root.
 PATHS = {
     "coco_2017_test_stuff_10k_sem_seg": {
         "image_root": "coco/coco_stuff_10k/images_detectron2/test",
@@ -85,7 +85,7 @@ def both_splits(pattern: str) -> list[str]:
 
 @pytest.fixture
 def registered(empty_catalogs, tmp_path):
-    """All published data sets, below `tmp_path`."""
+    """All benchmark data sets, registered below `tmp_path`."""
     builtin.register_all_ade20k(str(tmp_path))
     for register in REGISTER_ALL:
         register(str(tmp_path))
@@ -125,7 +125,7 @@ class TestMetadata:
         theirs = [name.split(",")[0] for name in ADE20K_SEM_SEG_CATEGORIES]
         assert sum(a == b for a, b in zip(first, theirs, strict=True)) > 140
         assert panoptic.stuff_dataset_id_to_contiguous_id == {i: i for i in range(150)}
-        # In panoptic segmentation a thing keeps its place among the 150, as instance 0 to 99.
+        # A thing keeps its id among the 150 in the panoptic task and gets 0 to 99 as an instance.
         ids = panoptic.thing_dataset_id_to_contiguous_id
         assert all(key == value for key, value in ids.items())
         assert list(ids)[:3] == [7, 8, 10] and list(ids)[-1] == 149
@@ -158,15 +158,14 @@ class TestMetadata:
         assert panoptic.thing_dataset_id_to_contiguous_id[1] == 0
         assert 65 not in panoptic.thing_dataset_id_to_contiguous_id
 
-    def test_again_changes_nothing(self):
+    def test_registering_again_changes_nothing(self):
         before = {n: MetadataCatalog.get(n).as_dict().copy() for n in MetadataCatalog.list()}
         for register in REGISTER_ALL:
             register("/elsewhere")
         register_ade20k_panoptic._add_colors()
         assert {n: MetadataCatalog.get(n).as_dict() for n in before} == before
 
-    def test_names_of_others_stay(self, empty_catalogs):
-        """Another project may have registered a name, with other metadata."""
+    def test_names_registered_by_other_projects_stay(self, empty_catalogs):
         DatasetCatalog.register("ade20k_panoptic_val", lambda: ["theirs"])
         MetadataCatalog.get("ade20k_panoptic_val").set(ignore_label=7, stuff_classes=["x"])
         MetadataCatalog.get("ade20k_sem_seg_val").set(stuff_colors=[[1, 2, 3]])
@@ -193,14 +192,14 @@ def make_mapper(kind: str, name: str, num_classes: int):
 
 
 def mapped(kind: str, name: str, num_classes: int) -> tuple[int, list[int], list[int]]:
-    """How many records there are, and of the first one the classes and areas of its targets."""
+    """Number of records; classes and areas of the targets of the first one."""
     records = DatasetCatalog.get(name)
     instances = make_mapper(kind, name, num_classes)(records[0])["instances"]
     return len(records), instances.gt_classes.tolist(), instances.gt_masks.sum((1, 2)).tolist()
 
 
 class TestFromDownloadToMapper:
-    """Tiny data sets of the official layout: preparation, records, training samples."""
+    """Tiny data sets in the official layouts: preparation, records, training samples."""
 
     def test_ade20k_semantic(self, registered, prepare):
         dataset_trees.ade20k(registered)
@@ -217,7 +216,7 @@ class TestFromDownloadToMapper:
         dataset_trees.ade20k(registered)
         prepare("prepare_ade20k_sem_seg")
         prepare("prepare_ade20k_pan_seg")
-        # 16 pixels of objects are cut out of the wall and the sky.
+        # Objects cover 16 pixels of the wall and the sky.
         expected = [0, 6, 48, 7, 12, 7, 12], [12, 28, 28, 4, 4, 4, 4]
         assert mapped("panoptic", "ade20k_panoptic_train", 150) == (2, *expected)
         (record,) = DatasetCatalog.get("ade20k_panoptic_val")

@@ -1,4 +1,4 @@
-"""The same pixels and random numbers as Detectron2's transforms, applied one after the other."""
+"""Same pixels and random draws as Detectron2's transforms applied one by one."""
 
 import random
 
@@ -8,7 +8,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import polygons_to_bitmask
 
 from mask2former.data.augmentations import ColorAugSSDTransform
-from mask2former.data.fused_augmentation import (
+from mask2former.data.lazy_augmentation import (
     apply_labels,
     apply_polygons,
     augment,
@@ -44,7 +44,7 @@ AUGMENTATIONS = {
         T.RandomCrop_CategoryAreaConstraint("relative", (0.4, 0.4), 1.0, 3),
     ],
     "bicubic": [T.ResizeScale(1, 2, 40, 40, interp=3), T.FixedSizeCrop((40, 40))],
-    "others read pixels and shape in between": [
+    "pixel reads in between": [
         T.RandomContrast(0.5, 1.5),
         JITTER[1],
         T.RandomSaturation(0.5, 1.5),
@@ -60,7 +60,7 @@ AUGMENTATIONS = {
 
 
 def make_inputs(size: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Image, labels that are decided in blocks, and labels without structure."""
+    """Image, blocks of labels, and noise labels."""
     rng = np.random.default_rng(seed)
     image = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     blocks = rng.integers(0, 5, (size[0] // 5 + 1, size[1] // 5 + 1))
@@ -70,12 +70,12 @@ def make_inputs(size: tuple[int, int], seed: int) -> tuple[np.ndarray, np.ndarra
 
 @pytest.mark.parametrize("name", AUGMENTATIONS)
 @pytest.mark.parametrize("size", SIZES)
-def test_as_detectron2(name, size):
+def test_same_as_detectron2(name, size):
     augmentations = AUGMENTATIONS[name]
     for seed in range(12):
         image, sem_seg, labels = make_inputs(size, seed)
         if seed % 2:
-            image = image[..., ::-1]  # as BGR images come
+            image = image[..., ::-1]  # a view with negative strides, like BGR images
         # Detectron2 cannot flip one float64 label.
         if (image.size == 3 or seed % 4 == 3) and "category area" not in name:
             sem_seg = None
@@ -107,7 +107,7 @@ def test_as_detectron2(name, size):
 
 @pytest.mark.parametrize("new_size", [(700, 1100), (1533, 2048), (231, 90)])
 def test_large_sizes(new_size):
-    """Positions of more than one byte, and of more digits than float32 has."""
+    """Indices of more than one byte and positions beyond float32 precision."""
     image, sem_seg, labels = make_inputs((427, 640), 0)
     height, width = new_size
     crop = T.CropTransform(width // 3, height // 5, width // 2, height // 2)
@@ -121,7 +121,7 @@ def test_large_sizes(new_size):
 
 
 class Given(T.RandomFlip):
-    """Reads nothing, as a subclass of an augmentation that is known."""
+    """Subclass of a known augmentation that returns the given transform."""
 
     def __init__(self, transform: T.Transform) -> None:
         super().__init__()
@@ -131,7 +131,7 @@ class Given(T.RandomFlip):
         return self.transform
 
 
-def test_a_subclass_that_reads_pixels_gets_them():
+def test_subclass_that_reads_pixels():
     class FlipIfDark(T.RandomFlip):
         def get_transform(self, image):
             seen.append(image.copy())
@@ -148,7 +148,7 @@ def test_a_subclass_that_reads_pixels_gets_them():
 
 
 def random_polygon(rng: np.random.Generator, simple: bool) -> np.ndarray:
-    """A star around a point, or corners in any order: most cross themselves."""
+    """A star around a point, or corners in random order, most of which cross themselves."""
     num_points = rng.integers(3, 12)
     if not simple:
         return rng.uniform(0, 40, (num_points, 2))
@@ -160,7 +160,7 @@ def random_polygon(rng: np.random.Generator, simple: bool) -> np.ndarray:
 @pytest.mark.parametrize("simple", [True, False])
 @pytest.mark.parametrize("digits", [0, 1, 2, 9])
 def test_cropped_polygons(simple, digits):
-    """The same pixels as from Detectron2's geometry, and the same boxes."""
+    """Same pixels and boxes as from Detectron2's geometry."""
     rng = np.random.default_rng(digits)
     num_inside = 0
     for _ in range(150):
