@@ -86,7 +86,7 @@ endif
 help:
 	@echo 'make quickstart  train on the Shapes data, evaluate, write pictures to output/quickstart'
 	@echo 'make test        run the tests'
-	@echo 'make lint        check style'
+	@echo 'make lint        check style and types'
 	@echo 'make format      put the code into the style that lint checks'
 	@echo 'make env         only set up what the other commands need'
 	@echo
@@ -102,9 +102,10 @@ quickstart: $(RUNTIME) $(PROJECT)
 test: $(RUNTIME) $(DEV) $(PROJECT)
 	$(PY) -m pytest
 
-lint: $(DEV)
+lint: $(RUNTIME) $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(DEV)
 	$(PY) -m ruff check --fix .

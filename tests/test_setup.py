@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from load_script import load_script
 from packaging.requirements import Requirement
 
@@ -256,6 +257,7 @@ def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path
         for p in (checkout / "mask2former/data/datasets/categories").glob("*.json")
     }
     assert any(name.endswith(".json") for name in expected)
+    expected.add("mask2former/py.typed")
     assert expected <= names
     assert not [name for name in names if "csrc" in name or name.endswith(".so")]
     assert f"{info}/licenses/LICENSE" in names
@@ -276,6 +278,16 @@ def test_source_archive_can_be_built_from(checkout: Path, tmp_path: Path) -> Non
     csrc = checkout / "mask2former" / "csrc"
     parts += [str(p.relative_to(checkout)) for p in csrc.rglob("*.*")]
     assert {f"{top}/{part}" for part in parts} <= names
+
+
+def test_citation_names_the_paper_and_its_authors() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == "MIT"
+    paper = citation["preferred-citation"]
+    assert paper["title"] == "Masked-attention Mask Transformer for Universal Image Segmentation"
+    assert paper["year"] == 2022
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Cheng", "Misra", "Schwing", "Kirillov", "Girdhar"]
 
 
 # ---------------------------------------------------------------- Makefile and .ci/run
@@ -310,7 +322,7 @@ def test_make_alone_lists_the_commands() -> None:
     [
         ("env", ["runtime", "dev", "project"], None),
         ("test", ["runtime", "dev", "project"], "-m pytest"),
-        ("lint", ["dev"], "-m ruff format --check ."),
+        ("lint", ["runtime", "dev"], "-m mypy"),
         ("quickstart", ["runtime", "project"], "tools/quickstart.py"),
     ],
 )
@@ -345,10 +357,10 @@ def test_a_failed_step_is_repeated_and_a_finished_one_is_not(tmp_path: Path) -> 
         status = run_make("lint", f"VENV={venv}", **env).returncode
         return status, [line for line in log.read_text().splitlines() if "setup_env" in line]
 
-    step = ["tools/setup_env.py dev"]
+    steps = ["tools/setup_env.py runtime", "tools/setup_env.py dev"]
     status, calls = setups(FAKE_STATUS="1")
-    assert status != 0 and calls == step
-    assert setups() == (0, step)
+    assert status != 0 and calls == steps[:1]
+    assert setups() == (0, steps)
     assert setups() == (0, [])
 
 
