@@ -138,5 +138,5 @@ def test_tool_with_bad_input(predictions):
     with pytest.raises(ValueError, match="no prediction for 1 of 2 images of .*, the first is b"):
         tool.evaluate(NAME, str(predictions))
     predictions.write_text(json.dumps([{"image_id": 1}]))
-    with pytest.raises(ValueError, match="is no sem_seg_predictions.json"):
+    with pytest.raises(ValueError, match="is not a sem_seg_predictions.json"):
         tool.evaluate(NAME, str(predictions))
