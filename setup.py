@@ -8,7 +8,7 @@ environment has no torch, an isolated build downloads one.
 Environment variables:
     CXX                   C++ compiler, also for nvcc (default: c++, g++ or clang++)
     CXXFLAGS, LDFLAGS     extra flags
-    FORCE_CUDA            1: require CUDA kernels; 0: leave them out; unset: build them with nvcc
+    FORCE_CUDA            1: require CUDA kernels; 0: leave them out; unset: build if nvcc is found
     CUDA_HOME, CUDA_PATH  CUDA toolkit (default: that of nvcc on the PATH, or /usr/local/cuda)
     TORCH_CUDA_ARCH_LIST  compute capabilities such as "8.0;9.0a;12.0+PTX" (default: the main ones)
     MAX_JOBS              number of parallel compile jobs (default: one per CPU)
@@ -290,8 +290,8 @@ def build_library(compiler: list[str], torch: Path, nvcc: Path | None) -> Path:
     objects = [target for target, *_ in commands]
     library = OBJECTS / LIBRARY.name
     if sys.platform == "linux":
-        # Keep the dependency on libtorch, although no symbol of it is used directly: it loads
-        # libtorch_cpu and, in a CUDA build of torch, libtorch_cuda, which has one that is.
+        # Keep the dependency on libtorch, although none of its own symbols is used: it loads
+        # libtorch_cpu and, in a CUDA build of torch, libtorch_cuda, which has a symbol we use.
         link += ["-Wl,--no-as-needed,--no-undefined,--exclude-libs,ALL"]
     command = [*link, *map(str, objects), "-o", str(library), *libraries, *read_flags("LDFLAGS")]
     run_compiler(library, objects, command, WITHOUT_OP)

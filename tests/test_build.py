@@ -442,7 +442,7 @@ def test_a_second_copy_is_a_clear_error(tmp_path: Path) -> None:
     assert str(tmp_path) in str(error.value)
 
 
-def test_library_that_does_not_load_is_a_clear_error(tmp_path: Path) -> None:
+def test_unloadable_library_is_a_clear_error(tmp_path: Path) -> None:
     loader = copy_of_loader(tmp_path)
     assert "none were built" in load_script(loader).describe()
     library = tmp_path / LIBRARY

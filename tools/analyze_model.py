@@ -71,7 +71,7 @@ def _attention(args: tuple, out: tuple[Tensor, ...]) -> int:
 
 
 def _sampling(value: Tensor, locations: Tensor) -> int:
-    """Sample values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
+    """Count sampling of values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
     return locations.numel() // 2 * value.shape[-1] * _PER_SAMPLE
 
 

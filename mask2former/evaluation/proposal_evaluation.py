@@ -68,7 +68,7 @@ class LayerProposals(nn.Module):
         self.layer = layer
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # The model post-processes whatever its head returns.
+        # The model post-processes the outputs of its head, so replace those.
         head: nn.Module = self.model.get_submodule("sem_seg_head")
         hook = head.register_forward_hook(
             lambda head, args, outputs: layer_proposals(outputs, self.layer)

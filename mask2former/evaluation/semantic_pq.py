@@ -23,7 +23,7 @@ class SemanticPQ:
         self._names = class_names
         self._ignore_label = ignore_label
         num_classes = len(class_names)
-        # IoUs of matched segments by class, one per image: summed exactly, whatever their order.
+        # IoUs of matched segments by class, one per image: summed exactly, in any order.
         self._ious: list[list[float]] = [[] for _ in class_names]
         self._tp, self._fp, self._fn = np.zeros((3, num_classes), dtype=np.int64)
         # Pixels by ground truth and prediction; the last row and column are for void.

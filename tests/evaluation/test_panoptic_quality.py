@@ -210,7 +210,7 @@ def test_png_modes(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_ids_that_a_png_cannot_hold(dtype):
+def test_ids_beyond_24_bits(dtype):
     ids = np.array([[-1, 2**24 + 7], [0, 255]]).astype(dtype)
     np.testing.assert_array_equal(as_segment_ids(ids), rgb2id(id2rgb(ids)))
 
