@@ -1,4 +1,4 @@
-"""Evaluation: official metrics, chosen by the data set and by what the config turns on."""
+"""Official metrics, chosen by the evaluator type of the data set and the tasks in the config."""
 
 from .boundary_ap import BoundaryEval, evaluate_boundary_ap, mask_to_boundary
 from .build import build_evaluator
