@@ -511,21 +511,18 @@ def test_replaced_parts_are_called():
 
 
 @pytest.mark.parametrize("use_checkpoint", [False, True])
-def test_compiles_without_a_graph_break(use_checkpoint):
-    model = small_swin(depths=(2, 1, 1, 1), use_checkpoint=use_checkpoint)
-    image = torch.randn(1, 3, 64, 64)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    assert_same_features(compiled(image), [f.detach() for f in model(image).values()], atol=1e-5)
-
-
-def test_exports_for_any_image_size():
-    model = small_swin().eval()
-    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
-    with torch.no_grad():
-        program = torch.export.export(model, (torch.randn(1, 3, 96, 128),), dynamic_shapes=(sizes,))
-        other = torch.randn(1, 3, 160, 64)
-        assert_same_features(program.module()(other), list(model(other).values()), atol=1e-5)
-    copy.deepcopy(model)
+def test_stage_compiles_without_a_graph_break(use_checkpoint):
+    stage = BasicLayer(8, 2, 2, 4, downsample=PatchMerging, use_checkpoint=use_checkpoint)
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 35, 8)
+    grads = []
+    for function in (stage, compiled):
+        stage.zero_grad()
+        out = function(x, 5, 7)[3]
+        out.square().sum().backward()
+        grads.append([out.detach(), *(p.grad.clone() for p in stage.parameters())])
+    for eager, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_stages_stay_frozen_in_training():
