@@ -24,11 +24,20 @@ precision.
 """
 
 from . import backbone, meta_arch, pixel_decoder, transformer_decoder
+from .backbone import D2SwinTransformer
 from .criterion import SetCriterion
 from .matcher import HungarianMatcher
+from .meta_arch import MaskFormerHead, PerPixelBaselineHead, PerPixelBaselinePlusHead
+from .pixel_decoder import BasePixelDecoder, MSDeformAttnPixelDecoder
 
 __all__ = [
+    "BasePixelDecoder",
+    "D2SwinTransformer",
     "HungarianMatcher",
+    "MSDeformAttnPixelDecoder",
+    "MaskFormerHead",
+    "PerPixelBaselineHead",
+    "PerPixelBaselinePlusHead",
     "SetCriterion",
     "backbone",
     "meta_arch",
