@@ -16,15 +16,15 @@ import glob
 import sys
 from pathlib import Path
 
+import torch
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
-from mask2former.config import load_config
-from mask2former.data.class_counts import check_class_counts
-from mask2former.data.loader import check_dataset_names
 from mask2former.predictor import Predictor
+from mask2former.preflight import load_and_check
 from mask2former.utils.files import atomic_write
+from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -167,11 +167,11 @@ def draw_all(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        cfg = load_config(args.config_file, args.opts)
-        check_dataset_names(cfg.DATASETS.TEST[:1])
-        check_class_counts(cfg)
+        cfg = load_and_check(args.config_file, args.opts, "predict")
         tasks = choose_tasks(args.task, enabled_tasks(cfg))
         planned = plan_outputs(find_images(args.input), tasks, args.output)
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            keep_freed_memory()
         predictor = Predictor(cfg)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

@@ -74,7 +74,9 @@ def check_same_config(output: Path, cfg: CfgNode) -> None:
     if not file.is_file():
         return
     # Both through YAML, which has no tuples. A run may move to another machine or folder.
-    now, recorded = (_flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), file.read_text()))
+    now, recorded = (
+        _flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), load_config(str(file)).dump())
+    )
     keys = sorted((now | recorded).keys() - {"MODEL.DEVICE", "OUTPUT_DIR"})
     changed = [key for key in keys if now.get(key) != recorded.get(key)]
     if changed:
