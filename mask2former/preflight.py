@@ -81,7 +81,8 @@ def check_run(
         "predict": cfg.DATASETS.TEST[:1],
         "unknown": (),
     }[purpose]
-    check_once(cfg, f"data sets {needed}", lambda _: check_dataset_names(needed))
+    if needed:
+        check_once(cfg, f"data sets {needed}", lambda _: check_dataset_names(needed))
     if purpose in ("train", "evaluate") and not own_evaluators:
         check_once(cfg, "evaluator types", check_evaluator_types)
     if purpose == "train":

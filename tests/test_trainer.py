@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_training as toy
 from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from load_script import load_script
 
 from mask2former.evaluation import write_results
 from mask2former.trainer import Trainer
@@ -22,9 +22,6 @@ from mask2former.trainer import Trainer
 TOY = Path(__file__).parent / "toy_training.py"
 # What depends on the clock.
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
-
-
-toy = load_script(TOY)
 
 
 @pytest.fixture(autouse=True)
