@@ -3,6 +3,7 @@
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from load_script import load_script
 
 from mask2former import launch as launch_module
 from mask2former.launch import launch, started_by_torchrun
@@ -122,3 +123,9 @@ def test_mistakes_are_reported_before_processes_start(config_file):
     args = parse("--config-file", config_file, "--num-gpus", "2", "SOLVER.BASE_RL", "1")
     with pytest.raises(ValueError, match="SOLVER.BASE_RL"):
         launch(print, args)
+
+
+def test_program_at_the_root_forwards_to_tools():
+    program = load_script("train_net.py")
+    assert program.main is launch_module.main
+    assert (program.Trainer, program.setup) == (Trainer, launch_module.setup)
