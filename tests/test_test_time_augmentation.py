@@ -182,7 +182,7 @@ def test_bad_use(cfg, image):
         SemanticSegmentorWithTTA(cfg, Scores())([{"height": 3}])
     with pytest.raises(ValueError, match=r"no 'sem_seg' but \['instances'\]"):
         SemanticSegmentorWithTTA(cfg, Scores("instances"))([{"image": image}])
-    with pytest.raises(ValueError, match="made no image of a.jpg"):
+    with pytest.raises(ValueError, match="returned no images for a.jpg"):
         SemanticSegmentorWithTTA(cfg, Scores(), tta_mapper=lambda record: [])(
             [{"image": image, "file_name": "a.jpg"}]
         )

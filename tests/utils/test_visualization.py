@@ -9,7 +9,7 @@ from PIL import Image
 
 from mask2former.utils.visualization import (
     contact_sheet,
-    draw_panoptic_truth,
+    draw_panoptic_gt,
     draw_prediction,
     magnify,
 )
@@ -67,7 +67,7 @@ def test_panoptic_truth_and_prediction(metadata, tmp_path):
     Image.fromarray(png).save(tmp_path / "pan.png")
     infos = [{"id": 70_000, "category_id": 1, "isthing": False}]
     record = {"pan_seg_file_name": str(tmp_path / "pan.png"), "segments_info": infos}
-    truth = draw_panoptic_truth(GREY, record, metadata)
+    truth = draw_panoptic_gt(GREY, record, metadata)
     assert changed(truth)[2:10, 2:10].all() and not changed(truth)[:, 40:].any()
     outputs = {"panoptic_seg": (torch.as_tensor(ids), infos)}
     np.testing.assert_array_equal(draw_prediction(GREY, outputs, metadata, "panoptic"), truth)
@@ -91,7 +91,7 @@ def test_panoptic_things_that_are_numbered_among_all_classes():
 def test_nothing_annotated_and_nothing_predicted(metadata, tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "pan.png")
     record = {"pan_seg_file_name": str(tmp_path / "pan.png"), "segments_info": []}
-    assert not changed(draw_panoptic_truth(GREY, record, metadata)).any()
+    assert not changed(draw_panoptic_gt(GREY, record, metadata)).any()
     empty = Instances((40, 60), scores=torch.zeros(0), pred_masks=torch.zeros(0, 40, 60))
     empty.pred_classes = torch.zeros(0, dtype=torch.long)
     assert not changed(draw_prediction(GREY, {"instances": empty}, metadata, "instance")).any()
