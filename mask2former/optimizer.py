@@ -115,7 +115,7 @@ def _clipping_full_model(
 ) -> type[Optimizer]:
     """A subclass whose `step` first clips the norm of all gradients together to `max_norm`."""
 
-    class FullModelGradientClippingOptimizer(optimizer_type):
+    class FullModelGradientClippingOptimizer(optimizer_type):  # type: ignore[valid-type, misc]
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             parameters = itertools.chain(*(group["params"] for group in self.param_groups))
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -159,6 +159,6 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     optimizer = optimizer_type(parameter_groups(cfg, model), **kwargs)
     # Otherwise the gradient scaler of mixed precision would leave unscaling to the fused kernel,
     # and `step` would clip scaled gradients.
-    optimizer._step_supports_amp_scaling = False
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     optimizer.register_load_state_dict_pre_hook(_Regroup(parameters))
     return optimizer

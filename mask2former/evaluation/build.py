@@ -21,12 +21,19 @@ from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator, DatasetEvaluators
 
-from ..data.evaluator_types import builders_of, nothing_to_evaluate, register_evaluator_type
+from ..data.evaluator_types import (
+    EvaluatorBuilder,
+    builders_of,
+    nothing_to_evaluate,
+    register_evaluator_type,
+)
 from .cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
 from .instance_evaluation import InstanceSegEvaluator
 from .lvis_evaluation import LVISEvaluator
 from .panoptic_evaluation import PanopticEvaluator
 from .semantic_evaluation import build_semantic_evaluator
+
+_Builders = dict[str, EvaluatorBuilder]
 
 
 def _instance(dataset_name: str, output_folder: str) -> DatasetEvaluator:
@@ -54,17 +61,17 @@ def _cityscapes_semantic(dataset_name: str, output_folder: str) -> DatasetEvalua
     return CityscapesSemSegEvaluator(dataset_name)
 
 
-_PANOPTIC = {
+_PANOPTIC: _Builders = {
     "PANOPTIC_ON": PanopticEvaluator,
     "INSTANCE_ON": _things,
     "SEMANTIC_ON": build_semantic_evaluator,
 }
-_CITYSCAPES_PANOPTIC = {
+_CITYSCAPES_PANOPTIC: _Builders = {
     "PANOPTIC_ON": PanopticEvaluator,
     "INSTANCE_ON": _cityscapes_instance,
     "SEMANTIC_ON": _cityscapes_semantic,
 }
-for _name, _builders, _classes in (
+_TYPES: tuple[tuple[str, _Builders, str], ...] = (
     ("sem_seg", {"SEMANTIC_ON": build_semantic_evaluator}, "stuff_classes"),
     ("coco", {"INSTANCE_ON": _instance}, "thing_classes"),
     ("lvis", {"INSTANCE_ON": _lvis}, "thing_classes"),
@@ -74,7 +81,8 @@ for _name, _builders, _classes in (
     ("cityscapes_sem_seg", {"SEMANTIC_ON": _cityscapes_semantic}, "stuff_classes"),
     ("cityscapes_instance", {"INSTANCE_ON": _cityscapes_instance}, "thing_classes"),
     ("cityscapes_panoptic_seg", _CITYSCAPES_PANOPTIC, "stuff_classes"),
-):
+)
+for _name, _builders, _classes in _TYPES:
     register_evaluator_type(_name, _builders, classes=_classes)
 
 

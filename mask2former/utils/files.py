@@ -49,7 +49,10 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
     reconstruct = np.empty(0).__reduce__()[0]
     from_buffer = np.empty(0).__reduce_ex__(5)[0]
     scalar = np.float32(0).__reduce__()[0]
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    allowed: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
     for core in ("numpy.core", "numpy._core"):
         allowed[f"{core}.multiarray", "_reconstruct"] = reconstruct
         allowed[f"{core}.multiarray", "scalar"] = scalar
