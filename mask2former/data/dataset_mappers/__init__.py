@@ -3,6 +3,7 @@
 from collections.abc import Callable
 
 from detectron2.config import CfgNode
+from detectron2.utils.registry import Registry
 
 from .coco_instance_new_baseline_dataset_mapper import COCOInstanceNewBaselineDatasetMapper
 from .coco_panoptic_new_baseline_dataset_mapper import COCOPanopticNewBaselineDatasetMapper
@@ -16,6 +17,7 @@ __all__ = [
     "MaskFormerInstanceDatasetMapper",
     "MaskFormerPanopticDatasetMapper",
     "MaskFormerSemanticDatasetMapper",
+    "DATASET_MAPPER_REGISTRY",
     "build_mapper",
 ]
 
@@ -28,6 +30,17 @@ _MAPPERS = {
 }
 
 
+_LSJ = {
+    "INPUT.COLOR_AUG_SSD": False,
+    "INPUT.SIZE_DIVISIBILITY": -1,
+    "INPUT.CROP.ENABLED": False,
+}
+DATASET_MAPPER_REGISTRY = Registry("DATASET_MAPPER")
+for _name, _mapper in _MAPPERS.items():
+    DATASET_MAPPER_REGISTRY._do_register(_name, _mapper)
+    _mapper.unread_keys = _LSJ if _name.endswith("_lsj") else {"INPUT.RANDOM_FLIP": "horizontal"}
+
+
 def build_mapper(cfg: CfgNode, is_train: bool = True) -> Callable[[dict], dict]:
     """Build the mapper that `INPUT.DATASET_MAPPER_NAME` names.
 
@@ -35,8 +48,8 @@ def build_mapper(cfg: CfgNode, is_train: bool = True) -> Callable[[dict], dict]:
         ValueError: there is no mapper of that name.
     """
     name = cfg.INPUT.DATASET_MAPPER_NAME
-    if name not in _MAPPERS:
+    if name not in DATASET_MAPPER_REGISTRY:
         raise ValueError(
             f"INPUT.DATASET_MAPPER_NAME is {name!r}; known mappers: {', '.join(_MAPPERS)}."
         )
-    return _MAPPERS[name](cfg, is_train)
+    return DATASET_MAPPER_REGISTRY.get(name)(cfg, is_train)
