@@ -75,7 +75,7 @@ def check_same_config(output: Path, cfg: CfgNode) -> None:
         return
     # Compare both as YAML, which has no tuples. A run may move to another machine or folder.
     current, recorded = (
-        _flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), file.read_text())
+        _flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), load_config(str(file)).dump())
     )
     keys = sorted((current | recorded).keys() - {"MODEL.DEVICE", "OUTPUT_DIR"})
     changed = [key for key in keys if current.get(key) != recorded.get(key)]

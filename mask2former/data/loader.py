@@ -270,13 +270,13 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
     )
 
 
-def check_batch_size(cfg: CfgNode) -> None:
+def check_batch_size(cfg: CfgNode, num_workers: int | None = None) -> None:
     """Check that the total batch can be split evenly between the workers.
 
     Raises:
         ValueError: SOLVER.IMS_PER_BATCH is not a positive multiple of the number of workers.
     """
-    batch_size, num_workers = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    batch_size, num_workers = cfg.SOLVER.IMS_PER_BATCH, num_workers or comm.get_world_size()
     if batch_size <= 0 or batch_size % num_workers:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {batch_size}, which is not a positive multiple of the number "
