@@ -1,15 +1,12 @@
-"""The model in the published order of steps: the same weights and answers, by the longer way.
+"""The plain model: the same weights and results, step by step as in the paper.
 
-A reference for benchmarks, written from the paper and from what the parts are documented to do. The
-differences to ours:
+Reimplemented from the paper and from the documented behaviour of the parts. Unlike the package:
 
-- deformable attention samples all levels, keeps the samples, and weights and sums them then; the
-  pixel decoder works in fp32 under autocast;
-- the decoder multiplies out full-size masks after every layer, resizes them for the next one and
-  repeats them for every head; attention returns its weights too;
+- the decoder computes full-size masks after every layer, resizes them for the next one and repeats
+  them per head; attention returns its weights too;
 - the criterion goes layer by layer, the matcher image by image, on stacked float masks;
-- post-processing upsamples the masks of all queries twice, then does the three inferences, asking
-  the device for the areas of every segment.
+- post-processing upsamples the masks of all queries twice, then runs the three inferences, with
+  several device syncs per segment.
 
 Shape letters: B batch, Q queries, K classes, C channels, M heads, L levels, T targets of an image,
 N matched masks, P points, H W pixels.
@@ -20,7 +17,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.config import CfgNode
 from detectron2.layers import Conv2d
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.projects.point_rend.point_features import (
@@ -28,7 +24,6 @@ from detectron2.projects.point_rend.point_features import (
     point_sample,
 )
 from detectron2.structures import Boxes, ImageList, Instances
-from op_backends import BACKENDS, Inputs
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
@@ -37,59 +32,20 @@ from mask2former.modeling.backbone.frozen_norm import ConvWithFrozenNorm
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.matcher import HungarianMatcher
 from mask2former.modeling.pixel_decoder.msdeformattn import (
-    MSDeformAttnPixelDecoder,
     MSDeformAttnTransformerEncoderLayer,
 )
 from mask2former.modeling.transformer_decoder.layers import CrossAttentionLayer, SelfAttentionLayer
 from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
 )
-from mask2former.ops import MSDeformAttn
-from mask2former.optimizer import parameter_groups
 from mask2former.utils.misc import nested_tensor_from_tensor_list
 
 Targets = list[dict[str, Tensor]]
 Indices = list[tuple[Tensor, Tensor]]
 
 
-class PublishedAttention(MSDeformAttn):
-    """Locations and weights in PyTorch, then `op`, one of `op_backends.BACKENDS`."""
-
-    op = "pytorch-stacked"
-
-    def forward(
-        self, query, reference_points, input_flatten, input_spatial_shapes, *unused, **also_unused
-    ) -> Tensor:
-        shapes = [(int(height), int(width)) for height, width in input_spatial_shapes]
-        value = self.value_proj(input_flatten).unflatten(2, (self.n_heads, -1))
-        points = (self.n_levels, self.n_points)
-        offsets = self.sampling_offsets(query).unflatten(2, (self.n_heads, *points, 2))
-        logits = self.attention_weights(query).unflatten(2, (self.n_heads, -1))
-        size = torch.tensor(shapes, device=query.device)
-        area = size.prod(1)
-        x = Inputs(
-            value,
-            reference_points[:, :, None, :, None, :] + offsets / size.flip(-1)[:, None, :],
-            logits.softmax(-1).unflatten(-1, points),
-            None,
-            shapes,
-            size,
-            area.cumsum(0) - area,
-        )
-        return self.output_proj(BACKENDS[self.op].call(x))
-
-
-class PublishedPixelDecoder(MSDeformAttnPixelDecoder):
-    """In fp32 whatever the precision of the rest."""
-
-    def forward_features(self, features):
-        device = next(iter(features.values())).device.type
-        with torch.autocast(device, enabled=False):
-            return super().forward_features({k: v.float() for k, v in features.items()})
-
-
-class PublishedEncoderLayer(MSDeformAttnTransformerEncoderLayer):
-    """All positions at once, and everything is kept for backward."""
+class PlainEncoderLayer(MSDeformAttnTransformerEncoderLayer):
+    """All positions at once; all activations are saved for backward."""
 
     def forward(self, src, pos, *where) -> Tensor:
         query = src if pos is None else src + pos
@@ -97,7 +53,7 @@ class PublishedEncoderLayer(MSDeformAttnTransformerEncoderLayer):
         return self.norm2(self._norm_and_network(src + self.dropout1(attended)))
 
 
-class PublishedSelfAttention(SelfAttentionLayer):
+class PlainSelfAttention(SelfAttentionLayer):
     def forward(self, tgt, tgt_mask=None, tgt_key_padding_mask=None, query_pos=None):
         x = self.norm(tgt) if self.normalize_before else tgt
         query = self.with_pos_embed(x, query_pos)
@@ -108,7 +64,7 @@ class PublishedSelfAttention(SelfAttentionLayer):
         return out if self.normalize_before else self.norm(out)
 
 
-class PublishedCrossAttention(CrossAttentionLayer):
+class PlainCrossAttention(CrossAttentionLayer):
     def forward(
         self, tgt, memory, memory_mask=None, memory_key_padding_mask=None, pos=None, query_pos=None
     ):
@@ -124,8 +80,8 @@ class PublishedCrossAttention(CrossAttentionLayer):
         return out if self.normalize_before else self.norm(out)
 
 
-class PublishedDecoder(MultiScaleMaskedTransformerDecoder):
-    """Full-size masks after every layer, resized, one for each head."""
+class PlainDecoder(MultiScaleMaskedTransformerDecoder):
+    """Full-size masks after every layer, resized and repeated per head."""
 
     def forward(
         self, x: list[Tensor], mask_features: Tensor, mask: Tensor | None = None
@@ -150,7 +106,7 @@ class PublishedDecoder(MultiScaleMaskedTransformerDecoder):
             all_masks.append(masks)
             if layer == self.num_layers:
                 break
-            # A query whose mask is empty attends everywhere. Which ones, the host has to ask.
+            # A query with an empty mask attends everywhere. Finding these queries syncs.
             blocked[torch.where(blocked.sum(-1) == blocked.shape[-1])] = False
             output = self.transformer_cross_attention_layers[layer](
                 output,
@@ -175,8 +131,8 @@ class PublishedDecoder(MultiScaleMaskedTransformerDecoder):
         return self.class_embed(output), masks, (foreground.flatten(0, 1) < 0.5).detach()
 
 
-class PublishedMatcher(HungarianMatcher):
-    """One layer, image by image."""
+class PlainMatcher(HungarianMatcher):
+    """Image by image, for one layer."""
 
     @torch.no_grad()
     def forward(self, outputs: dict[str, Any], targets: Targets) -> Indices:
@@ -185,7 +141,7 @@ class PublishedMatcher(HungarianMatcher):
             outputs["pred_logits"], outputs["pred_masks"], targets, strict=True
         ):
             points = torch.rand(1, self.num_points, 2, device=masks.device)
-            predicted, wanted = (
+            mask_logits, mask_labels = (
                 point_sample(
                     x[:, None].to(masks), points.expand(len(x), -1, -1), align_corners=False
                 )[:, 0].float()
@@ -193,33 +149,33 @@ class PublishedMatcher(HungarianMatcher):
             )
             with torch.autocast(masks.device.type, enabled=False):
                 costs = (
-                    self.cost_mask * _pairwise_ce(predicted, wanted)
+                    self.cost_mask * _pairwise_ce(mask_logits, mask_labels)
                     - self.cost_class * logits.softmax(-1)[:, target["labels"]]
-                    + self.cost_dice * _pairwise_dice(predicted, wanted)
+                    + self.cost_dice * _pairwise_dice(mask_logits, mask_labels)
                 )
             pairs = linear_sum_assignment(costs.float().cpu())
             indices.append(tuple(torch.as_tensor(x, dtype=torch.int64) for x in pairs))
         return indices
 
 
-def _pairwise_ce(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """(Q, P) and (T, P) → (Q, T), from the losses for the labels 1 and 0."""
-    ones, zeros = torch.ones_like(predicted), torch.zeros_like(predicted)
-    is_object = F.binary_cross_entropy_with_logits(predicted, ones, reduction="none")
-    is_none = F.binary_cross_entropy_with_logits(predicted, zeros, reduction="none")
-    product = torch.einsum("qp,tp->qt", is_object, wanted)
-    return (product + torch.einsum("qp,tp->qt", is_none, 1 - wanted)) / predicted.shape[1]
+def _pairwise_ce(logits: Tensor, labels: Tensor) -> Tensor:
+    """(Q, P) logits and (T, P) labels → (Q, T), from the losses for the labels 1 and 0."""
+    ones, zeros = torch.ones_like(logits), torch.zeros_like(logits)
+    positive = F.binary_cross_entropy_with_logits(logits, ones, reduction="none")
+    negative = F.binary_cross_entropy_with_logits(logits, zeros, reduction="none")
+    product = torch.einsum("qp,tp->qt", positive, labels)
+    return (product + torch.einsum("qp,tp->qt", negative, 1 - labels)) / logits.shape[1]
 
 
-def _pairwise_dice(predicted: Tensor, wanted: Tensor) -> Tensor:
-    """(Q, P) and (T, P) → (Q, T)."""
-    predicted = predicted.sigmoid()
-    overlap = 2 * torch.einsum("qp,tp->qt", predicted, wanted)
-    total = predicted.sum(-1)[:, None] + wanted.sum(-1)[None]
+def _pairwise_dice(logits: Tensor, labels: Tensor) -> Tensor:
+    """(Q, P) logits and (T, P) labels → (Q, T)."""
+    probabilities = logits.sigmoid()
+    overlap = 2 * torch.einsum("qp,tp->qt", probabilities, labels)
+    total = probabilities.sum(-1)[:, None] + labels.sum(-1)[None]
     return 1 - (overlap + 1) / (total + 1)
 
 
-class PublishedCriterion(SetCriterion):
+class PlainCriterion(SetCriterion):
     """Layer by layer."""
 
     def forward(self, outputs: dict[str, Any], targets: Targets) -> dict[str, Tensor]:
@@ -238,14 +194,14 @@ class PublishedCriterion(SetCriterion):
     def loss_labels(self, outputs, targets, indices, num_masks):
         logits = outputs["pred_logits"].float()
         classes = torch.full(logits.shape[:2], self.num_classes, device=logits.device)
-        found = [t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)]
-        classes[self._get_src_permutation_idx(indices)] = torch.cat(found)
+        matched = [t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)]
+        classes[self._get_src_permutation_idx(indices)] = torch.cat(matched)
         return {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, self.empty_weight)}
 
     def loss_masks(self, outputs, targets, indices, num_masks):
         masks = outputs["pred_masks"]
         stacked, _ = nested_tensor_from_tensor_list([t["masks"] for t in targets]).decompose()
-        wanted = stacked.to(masks)[self._get_tgt_permutation_idx(indices)][:, None]
+        target_masks = stacked.to(masks)[self._get_tgt_permutation_idx(indices)][:, None]
         masks = masks[self._get_src_permutation_idx(indices)][:, None]  # (N, 1, H, W)
         with torch.no_grad():
             points = get_uncertain_point_coords_with_randomness(
@@ -255,7 +211,7 @@ class PublishedCriterion(SetCriterion):
                 self.oversample_ratio,
                 self.importance_sample_ratio,
             )
-            labels = point_sample(wanted, points, align_corners=False)[:, 0]
+            labels = point_sample(target_masks, points, align_corners=False)[:, 0]
         logits = point_sample(masks, points, align_corners=False)[:, 0]  # (N, P)
         ce = F.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(1)
         probabilities = logits.sigmoid()
@@ -264,8 +220,8 @@ class PublishedCriterion(SetCriterion):
         return {"loss_mask": ce.sum() / num_masks, "loss_dice": dice.sum() / num_masks}
 
 
-class PublishedMaskFormer(MaskFormer):
-    """Upsample everything, then the three inferences."""
+class PlainMaskFormer(MaskFormer):
+    """Upsamples all masks, then runs the three inferences."""
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> Any:
         pixels = [x["image"].to(self.device) for x in batched_inputs]
@@ -363,57 +319,23 @@ class PublishedMaskFormer(MaskFormer):
         return result
 
 
-_PUBLISHED: dict[type[nn.Module], type[nn.Module]] = {
-    MaskFormer: PublishedMaskFormer,
-    MSDeformAttn: PublishedAttention,
+_PLAIN: dict[type[nn.Module], type[nn.Module]] = {
+    MaskFormer: PlainMaskFormer,
     ConvWithFrozenNorm: Conv2d,
-    MSDeformAttnPixelDecoder: PublishedPixelDecoder,
-    MSDeformAttnTransformerEncoderLayer: PublishedEncoderLayer,
-    MultiScaleMaskedTransformerDecoder: PublishedDecoder,
-    SelfAttentionLayer: PublishedSelfAttention,
-    CrossAttentionLayer: PublishedCrossAttention,
-    SetCriterion: PublishedCriterion,
-    HungarianMatcher: PublishedMatcher,
+    MSDeformAttnTransformerEncoderLayer: PlainEncoderLayer,
+    MultiScaleMaskedTransformerDecoder: PlainDecoder,
+    SelfAttentionLayer: PlainSelfAttention,
+    CrossAttentionLayer: PlainCrossAttention,
+    SetCriterion: PlainCriterion,
+    HungarianMatcher: PlainMatcher,
 }
 
 
-def as_published(model: nn.Module, op: str = PublishedAttention.op) -> nn.Module:
-    """A copy of a model whose parts, where known, take the published steps.
-
-    Args:
-        model: a `MaskFormer`, or a part of one.
-        op: deformable attention, one of `op_backends.BACKENDS`.
-    """
+def plain_copy(model: nn.Module) -> nn.Module:
+    """A copy of a `MaskFormer`, or of a part of one, that takes the plain steps."""
     model = copy.deepcopy(model)
     for module in model.modules():
-        # The parts differ in what they do, not in what they hold.
-        if type(module) in _PUBLISHED:
-            module.__class__ = _PUBLISHED[type(module)]
-        if isinstance(module, PublishedAttention):
-            module.op = op
+        # These classes differ in their steps only, not in their state.
+        if type(module) in _PLAIN:
+            module.__class__ = _PLAIN[type(module)]
     return model
-
-
-def published_optimizer(cfg: CfgNode, model: nn.Module) -> torch.optim.Optimizer:
-    """AdamW with a group for each parameter and no fused update, clipping all gradients together.
-
-    Raises:
-        ValueError: the config asks for another optimiser.
-    """
-    clip = cfg.SOLVER.CLIP_GRADIENTS
-    if cfg.SOLVER.OPTIMIZER != "ADAMW" or (clip.ENABLED and clip.CLIP_TYPE != "full_model"):
-        raise ValueError("published steps are known of AdamW with CLIP_TYPE full_model only")
-    groups = [
-        {**group, "params": [parameter]}
-        for group in parameter_groups(cfg, model)
-        for parameter in group["params"]
-    ]
-    optimizer = torch.optim.AdamW(groups, cfg.SOLVER.BASE_LR)
-    if clip.ENABLED and clip.CLIP_VALUE > 0:
-        parameters = [group["params"][0] for group in groups]
-
-        def limit_gradients(*_) -> None:
-            torch.nn.utils.clip_grad_norm_(parameters, clip.CLIP_VALUE, clip.NORM_TYPE)
-
-        optimizer.register_step_pre_hook(limit_gradients)
-    return optimizer
