@@ -1,4 +1,4 @@
-"""The five mappers against the published steps: full-size arrays, one boolean mask per target."""
+"""The five mappers against the original's steps: full-size arrays, a boolean mask per target."""
 
 import copy
 import random
@@ -28,12 +28,12 @@ SIZES = [(48, 64), (70, 33), (7, 9)]
 
 
 def make_record(folder, size: tuple[int, int], num_objects: int, seed: int) -> dict:
-    """Noise with blocks of labels and segments, void, crowds, and objects that overlap."""
+    """A noise image with blocks of labels and segments, void, crowds and overlapping objects."""
     rng = np.random.default_rng(seed)
     height, width = size
     blocks = rng.integers(0, 9, (height // 6 + 1, width // 6 + 1))
     labels = np.kron(blocks, np.ones((6, 6), dtype=int))[:height, :width]
-    labels[0, 0] = 0  # a segment of one pixel, where it is no larger block's
+    labels[0, 0] = 0  # a one-pixel segment, unless its class has another block
     files = {key: str(folder / f"{key}.png") for key in ("image", "semantic", "panoptic")}
     pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(files["image"])
@@ -53,7 +53,7 @@ def make_record(folder, size: tuple[int, int], num_objects: int, seed: int) -> d
             mask = rng.random(size) < 0.3
             segmentation = mask_util.encode(np.asfortranarray(mask.astype(np.uint8)))
         elif i % 4 == 1:
-            segmentation.append(rng.uniform(0, min(size), 10).tolist())  # crosses itself
+            segmentation.append(rng.uniform(0, min(size), 10).tolist())  # self-intersecting
         annotations.append(
             {"category_id": i % 5, "segmentation": segmentation, "iscrowd": int(i % 7 == 5)}
         )
@@ -68,16 +68,16 @@ def make_record(folder, size: tuple[int, int], num_objects: int, seed: int) -> d
 
 def record_for(name: str, record: dict) -> dict:
     keys = {"instance": ["annotations"], "panoptic": ["pan_seg_file_name", "segments_info"]}
-    wanted = ["file_name", *next((v for k, v in keys.items() if k in name), [])]
+    used = ["file_name", *next((v for k, v in keys.items() if k in name), [])]
     if name in ("mask_former_panoptic", "mask_former_semantic"):
-        wanted.append("sem_seg_file_name")
-    return {key: record[key] for key in wanted}
+        used.append("sem_seg_file_name")
+    return {key: record[key] for key in used}
 
 
-def published_sample(
+def upstream_sample(
     name: str, record: dict, augmentations: list, padded_size: int
 ) -> dict[str, torch.Tensor]:
-    """What the mapper is to give, from Detectron2's own steps and N masks of full size."""
+    """The expected sample, from Detectron2's functions and N full-size masks."""
     image = utils.read_image(record["file_name"], "RGB")
     sem_seg = None
     if "sem_seg_file_name" in record:
@@ -139,7 +139,7 @@ def record_size(record: dict) -> tuple[int, int]:
 @pytest.mark.parametrize("num_objects", [0, 1, 30])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
-def test_same_as_published(name, size, num_objects, cfg, tmp_path):
+def test_same_as_upstream(name, size, num_objects, cfg, tmp_path):
     cfg.INPUT.DATASET_MAPPER_NAME = name
     cfg.INPUT.RANDOM_FLIP = "horizontal"
     cfg.INPUT.IMAGE_SIZE, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE = 80, 0.2, 2.0
@@ -156,7 +156,7 @@ def test_same_as_published(name, size, num_objects, cfg, tmp_path):
         record = record_for(name, make_record(tmp_path, size, num_objects, seed))
         random.seed(seed)
         np.random.seed(seed)
-        expected = published_sample(name, record, mapper.tfm_gens, padded_size)
+        expected = upstream_sample(name, record, mapper.tfm_gens, padded_size)
         draws = random.random(), np.random.rand()
         random.seed(seed)
         np.random.seed(seed)
