@@ -16,22 +16,12 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor, nn
 
-from .modeling.backbone.frozen_norm import fold_frozen_norms
+from .fast.setup import apply_config, follow_parts
 from .modeling.criterion import SetCriterion
-from .modeling.matcher import HungarianMatcher
-from .modeling.postprocessing import (
-    InstanceResult,
-    PanopticResult,
-    ResizedMasks,
-    Result,
-    SemanticResult,
-    instance_inference,
-    panoptic_inference,
-    pass_rows,
-    semantic_inference,
-)
-from .utils.memory import keep_freed_memory
+from .modeling.matcher import MATCHER_REGISTRY
+from .modeling.postprocessing import instance_inference, panoptic_inference, semantic_inference
 from .utils.registry import register_unless_taken
+from .utils.twins import has_fast_twin
 
 
 @register_unless_taken(META_ARCH_REGISTRY)
@@ -39,21 +29,22 @@ class MaskFormer(nn.Module):
     """Mask classification for semantic, instance and panoptic segmentation.
 
     Args:
-        backbone: gives multi-scale features.
+        backbone: returns multi-scale features.
         sem_seg_head: predicts from them, see `MaskFormerHead`.
-        criterion: the losses and, in ``weight_dict``, their weights.
+        criterion: the losses and, in `weight_dict`, their weights.
         num_queries: Q.
-        object_mask_threshold: class probability above which a query counts in panoptic inference.
-        overlap_threshold: part of its mask that a panoptic segment must have won.
-        metadata: of the data set; panoptic inference takes its thing classes from it.
-        size_divisibility: images are padded to a multiple; negative: what the backbone asks for.
+        object_mask_threshold: class probability above which a query takes part in panoptic
+            inference.
+        overlap_threshold: share of its own mask that a panoptic segment must keep.
+        metadata: of the data set; panoptic inference takes the thing classes from it.
+        size_divisibility: images are padded to a multiple of it; negative: to the backbone's own.
         sem_seg_postprocess_before_inference: resize masks to the output size before inference
-            instead of resizing the semantic result.
+            instead of resizing the semantic scores.
         pixel_mean: per channel, in the order of the input's channels.
         pixel_std: likewise.
-        semantic_on: give ``sem_seg``.
-        panoptic_on: give ``panoptic_seg``; instances are then of thing classes only.
-        instance_on: give ``instances``.
+        semantic_on: return `sem_seg`.
+        panoptic_on: return `panoptic_seg`; instances are then of thing classes only.
+        instance_on: return `instances`.
         test_topk_per_image: instances per image.
     """
 
@@ -99,56 +90,32 @@ class MaskFormer(nn.Module):
         self.instance_on = instance_on
         self.panoptic_on = panoptic_on
         self.test_topk_per_image = test_topk_per_image
-        self._compiled_network: Callable[[Tensor], Any] | None = None
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Copies and pickles are not compiled."""
-        return {**self.__dict__, "_compiled_network": None}
-
-    def compile_inference(self, **options: Any) -> None:
-        """Compile backbone and head for inference; training and post-processing stay as they are.
-
-        Numbers stay the same but for rounding. The first image of each size takes minutes.
-
-        Args:
-            options: of `torch.compile`; ``mode="reduce-overhead"`` uses CUDA graphs.
-        """
-        self._compiled_network = torch.compile(self._network, **options)
-
-    def _network(self, images: Tensor) -> dict[str, Any]:
-        return self.sem_seg_head(self.backbone(self._arranged(images)))
-
-    def _arranged(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) images in the memory layout that suits the device."""
-        if images.device.type == "cpu" and not torch.is_grad_enabled():
-            # Convolutions on a CPU work in this layout: each would rearrange what it reads. Their
-            # results have it too. In backward it loses.
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
+        self._compiled_network: Callable[[Tensor], dict[str, Any]] | None = None
+        follow_parts(self)
 
     @classmethod
     def from_config(cls, cfg: CfgNode) -> dict[str, Any]:
-        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
-            keep_freed_memory()
-        backbone = fold_frozen_norms(build_backbone(cfg))
+        backbone = build_backbone(cfg)
         sem_seg_head = build_sem_seg_head(cfg, backbone.output_shape())
-        model = cfg.MODEL.MASK_FORMER
         if not cfg.DATASETS.TRAIN:
             raise ValueError(
                 "DATASETS.TRAIN is empty: the model takes its class metadata from the first "
                 "training set, in inference too"
             )
-
-        matcher = HungarianMatcher(
+        model = cfg.MODEL.MASK_FORMER
+        # The config function of another project may lack the keys that are new here.
+        matcher = MATCHER_REGISTRY.get(model.get("MATCHER_NAME", "HungarianMatcher"))(
             cost_class=model.CLASS_WEIGHT,
             cost_mask=model.MASK_WEIGHT,
             cost_dice=model.DICE_WEIGHT,
             num_points=model.TRAIN_NUM_POINTS,
         )
+        extra_losses = {name: weight for name, weight in model.get("EXTRA_LOSSES", [])}
         weights = {
             "loss_ce": model.CLASS_WEIGHT,
             "loss_mask": model.MASK_WEIGHT,
             "loss_dice": model.DICE_WEIGHT,
+            **{f"loss_{name}": weight for name, weight in extra_losses.items()},
         }
         weight_dict = dict(weights)
         if model.DEEP_SUPERVISION:
@@ -159,11 +126,12 @@ class MaskFormer(nn.Module):
             matcher=matcher,
             weight_dict=weight_dict,
             eos_coef=model.NO_OBJECT_WEIGHT,
-            losses=["labels", "masks"],
+            losses=["labels", "masks", *extra_losses],
             num_points=model.TRAIN_NUM_POINTS,
             oversample_ratio=model.OVERSAMPLE_RATIO,
             importance_sample_ratio=model.IMPORTANCE_SAMPLE_RATIO,
         )
+        apply_config(cfg, backbone, sem_seg_head, criterion)
         test = model.TEST
         return {
             "backbone": backbone,
@@ -193,113 +161,88 @@ class MaskFormer(nn.Module):
         """Losses in training, predictions otherwise.
 
         Args:
-            batched_inputs: for each image a dict with ``image`` (3, H, W) in the range of the
-                pixel mean; in training ``instances`` with ``gt_classes`` (T,) and ``gt_masks``
-                (T, H, W); in inference optionally ``height`` and ``width`` of the wanted output.
+            batched_inputs: for each image a dict with `image` (3, H, W) in the range of the pixel
+                mean; in training `instances` with `gt_classes` (T,) and `gt_masks` (T, H, W); in
+                inference optionally `height` and `width` of the output.
 
         Returns:
             In training the weighted losses by name. Otherwise for each image a dict with, as
-            turned on, ``sem_seg`` (K, H, W) scores, ``panoptic_seg`` a pair of (H, W) int32 ids
-            and segment dicts, ``instances`` as `instance_inference` gives them.
+            turned on, `sem_seg` (K, H, W) scores, `panoptic_seg` a pair of (H, W) int32 ids and
+            segment dicts, `instances` as `instance_inference` returns them.
         """
         images = [x["image"].to(self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         images = ImageList.from_tensors(images, self.size_divisibility)
-        if self.training and not all("instances" in x for x in batched_inputs):
-            raise ValueError(
-                "a training input has no 'instances': INPUT.DATASET_MAPPER_NAME must name a mapper "
-                "that makes targets"
-            )
 
         if self.training:
-            outputs = self._network(images.tensor)
-            return self._losses(outputs, batched_inputs, images)
-        network = self._network if self._compiled_network is None else self._compiled_network
-        return self._predictions(network(images.tensor), batched_inputs, images)
+            if not all("instances" in x for x in batched_inputs):
+                raise ValueError(
+                    "a training input has no 'instances': INPUT.DATASET_MAPPER_NAME must name a "
+                    "mapper that makes targets"
+                )
+            outputs = self.forward_network(images.tensor)
+            instances = [x["instances"].to(self.device) for x in batched_inputs]
+            targets = self.prepare_targets(instances, images)
+            weight_dict = self.criterion.weight_dict
+            if not any(name.rpartition("_")[2].isdigit() for name in weight_dict):
+                outputs.pop("aux_outputs", None)  # without deep supervision
+            losses = self.criterion(outputs, targets)
+            return {k: loss * weight_dict[k] for k, loss in losses.items() if k in weight_dict}
 
-    def _losses(
-        self, outputs: dict[str, Any], batched_inputs: list[dict[str, Any]], images: ImageList
-    ) -> dict[str, Tensor]:
-        """Losses times their weights; those without a weight are not wanted."""
-        instances = [x["instances"].to(self.device) for x in batched_inputs]
-        targets = self.prepare_targets(instances, images)
-        weight_dict = self.criterion.weight_dict
-        if not any(name.rpartition("_")[2].isdigit() for name in weight_dict):
-            # No deep supervision: do not compute what would only be thrown away.
-            outputs.pop("aux_outputs", None)
-        losses = self.criterion(outputs, targets)
-        return {k: loss * weight_dict[k] for k, loss in losses.items() if k in weight_dict}
+        network = self._compiled_network or self.forward_network
+        return self.forward_inference(network(images.tensor), batched_inputs, images)
 
-    def _predictions(
+    @has_fast_twin
+    def forward_network(self, images: Tensor) -> dict[str, Any]:
+        """Backbone and head: (B, 3, H, W) images → `pred_logits`, `pred_masks`, `aux_outputs`."""
+        return self.sem_seg_head(self.backbone(images))
+
+    @has_fast_twin
+    def forward_inference(
         self, outputs: dict[str, Any], batched_inputs: list[dict[str, Any]], images: ImageList
     ) -> list[dict[str, Any]]:
-        padded = tuple(images.tensor.shape[-2:])
-        results = []
-        for mask_cls, masks, inputs, image_size in zip(
-            outputs["pred_logits"],
+        """Post-process the predictions of a batch, see `forward`."""
+        # To the size of the padded batch.
+        mask_pred_results = F.interpolate(
             outputs["pred_masks"],
+            size=images.tensor.shape[-2:],
+            mode="bilinear",
+            align_corners=False,
+        )
+        results = []
+        for mask_cls, mask_pred, inputs, image_size in zip(
+            outputs["pred_logits"],
+            mask_pred_results,
             batched_inputs,
             images.image_sizes,
             strict=True,
         ):
-            size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
-            predict = retry_if_cuda_oom(self._predictions_of_image)
-            results.append(predict(mask_cls, masks, padded, tuple(image_size), size))
+            height = inputs.get("height", image_size[0])
+            width = inputs.get("width", image_size[1])
+            result: dict[str, Any] = {}
+            if self.sem_seg_postprocess_before_inference:
+                # Cut off the padding, resize to the output.
+                mask_pred = retry_if_cuda_oom(sem_seg_postprocess)(
+                    mask_pred, image_size, height, width
+                )
+                mask_cls = mask_cls.to(mask_pred)
+            if self.semantic_on:
+                sem_seg = retry_if_cuda_oom(self.semantic_inference)(mask_cls, mask_pred)
+                if not self.sem_seg_postprocess_before_inference:
+                    sem_seg = retry_if_cuda_oom(sem_seg_postprocess)(
+                        sem_seg, image_size, height, width
+                    )
+                result["sem_seg"] = sem_seg
+            if self.panoptic_on:
+                result["panoptic_seg"] = retry_if_cuda_oom(self.panoptic_inference)(
+                    mask_cls, mask_pred
+                )
+            if self.instance_on:
+                result["instances"] = retry_if_cuda_oom(self.instance_inference)(
+                    mask_cls, mask_pred
+                )
+            results.append(result)
         return results
-
-    def _predictions_of_image(
-        self,
-        mask_cls: Tensor,
-        masks: Tensor,
-        padded: tuple[int, int],
-        image_size: tuple[int, int],
-        size: tuple[int, int],
-    ) -> dict[str, Any]:
-        """Predictions from (Q, K+1) and (Q, h, w) logits."""
-        before = self.sem_seg_postprocess_before_inference
-        sizes = (image_size, size) if before else (padded, padded)
-        resized = ResizedMasks(masks, padded, *sizes)
-        mask_cls = mask_cls.to(resized.dtype)
-        shape = resized.shape
-        scores_shape = shape if before else torch.Size((len(masks), *image_size))
-        tasks: dict[str, tuple[bool, str, Callable[[], Result]]] = {
-            "sem_seg": (
-                self.semantic_on,
-                "semantic_inference",
-                lambda: SemanticResult(mask_cls, scores_shape),
-            ),
-            "panoptic_seg": (
-                self.panoptic_on,
-                "panoptic_inference",
-                lambda: PanopticResult(mask_cls, shape, *self._panoptic_arguments()),
-            ),
-            "instances": (
-                self.instance_on,
-                "instance_inference",
-                lambda: InstanceResult(mask_cls, shape, *self._instance_arguments()),
-            ),
-        }
-        predictions: dict[str, Any] = {}
-        shared: dict[str, Result] = {}
-        full = None
-        for key, (is_on, name, start) in tasks.items():
-            method = getattr(self, name)
-            if not is_on:
-                continue
-            if getattr(method, "__func__", None) is getattr(MaskFormer, name):
-                shared[key] = start()
-            else:  # a subclass has its own, which takes all masks at once
-                full = resized.full() if full is None else full
-                predictions[key] = method(mask_cls, full)
-        del full
-        with torch.autocast(masks.device.type, enabled=False):
-            pass_rows(resized, shared.values())
-        predictions |= {key: result.finish() for key, result in shared.items()}
-        if self.semantic_on and not before:
-            scores = predictions["sem_seg"]
-            if not scores.shape[1:] == image_size == size:
-                predictions["sem_seg"] = sem_seg_postprocess(scores, image_size, *size)
-        return predictions
 
     def prepare_targets(
         self, targets: list[Instances], images: ImageList
@@ -307,7 +250,7 @@ class MaskFormer(nn.Module):
         """Pad target masks to the size of the padded batch.
 
         Returns:
-            For each image ``labels`` (T,) int64 and ``masks`` (T, H, W) of the masks' own dtype.
+            For each image `labels` (T,) int64 and `masks` (T, H, W) of the masks' own dtype.
         """
         height, width = images.tensor.shape[-2:]
         prepared = []
@@ -324,6 +267,28 @@ class MaskFormer(nn.Module):
             prepared.append({"labels": instances.gt_classes, "masks": masks})
         return prepared
 
+    def semantic_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Tensor:
+        """(Q, K+1) and (Q, H, W) logits → (K, H, W) scores, see `postprocessing`."""
+        return semantic_inference(mask_cls, mask_pred)
+
+    def panoptic_inference(
+        self, mask_cls: Tensor, mask_pred: Tensor
+    ) -> tuple[Tensor, list[dict[str, Any]]]:
+        """(Q, K+1) and (Q, H, W) logits → (H, W) ids and segments, see `postprocessing`."""
+        return panoptic_inference(
+            mask_cls,
+            mask_pred,
+            self._thing_ids(),
+            self.object_mask_threshold,
+            self.overlap_threshold,
+        )
+
+    def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Instances:
+        """(Q, K+1) and (Q, H, W) logits → Instances, see `postprocessing`."""
+        # A panoptic model's instances are of thing classes.
+        thing_ids = self._thing_ids() if self.panoptic_on else None
+        return instance_inference(mask_cls, mask_pred, self.test_topk_per_image, thing_ids)
+
     def _thing_ids(self) -> Collection[int]:
         """Contiguous ids of the thing classes."""
         mapping = getattr(self.metadata, "thing_dataset_id_to_contiguous_id", None)
@@ -336,22 +301,16 @@ class MaskFormer(nn.Module):
             )
         return set(mapping.values())
 
-    def semantic_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Tensor:
-        """(Q, K+1) and (Q, H, W) logits → (K, H, W) scores, see `postprocessing`."""
-        return semantic_inference(mask_cls, mask_pred)
+    def compile_inference(self, **options: Any) -> None:
+        """Compile backbone and head for inference; training and post-processing stay as they are.
 
-    def panoptic_inference(
-        self, mask_cls: Tensor, mask_pred: Tensor
-    ) -> tuple[Tensor, list[dict[str, Any]]]:
-        """(Q, K+1) and (Q, H, W) logits → (H, W) ids and segments, see `postprocessing`."""
-        return panoptic_inference(mask_cls, mask_pred, *self._panoptic_arguments())
+        Numbers stay the same up to rounding. The first image of each size takes minutes.
 
-    def _panoptic_arguments(self) -> tuple[Collection[int], float, float]:
-        return self._thing_ids(), self.object_mask_threshold, self.overlap_threshold
+        Args:
+            options: of `torch.compile`; `mode="reduce-overhead"` uses CUDA graphs.
+        """
+        self._compiled_network = torch.compile(self.forward_network, **options)
 
-    def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Instances:
-        """(Q, K+1) and (Q, H, W) logits → Instances, see `postprocessing`."""
-        return instance_inference(mask_cls, mask_pred, *self._instance_arguments())
-
-    def _instance_arguments(self) -> tuple[int, Collection[int] | None]:
-        return self.test_topk_per_image, self._thing_ids() if self.panoptic_on else None
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies and pickles are not compiled."""
+        return {**self.__dict__, "_compiled_network": None}

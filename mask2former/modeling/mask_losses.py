@@ -1,16 +1,22 @@
 """Mask losses on sampled points: binary cross-entropy and dice, matched and pairwise.
 
-The matched forms train (paper, equation 3); the pairwise forms are matching costs.
+The matched forms are training losses (paper, equation 3); the pairwise forms are matching costs.
 
 Shape letters: N matched masks, Q predicted masks, T target masks, P points; … is any batch.
 """
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 
-def dice_loss_of_each(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Dice loss of every matched mask, with one added to both sides of the fraction.
+def at_least_float32(x: Tensor) -> Tensor:
+    """Costs and losses are computed in float32, whatever the precision of the model."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def dice_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Dice loss of each matched mask, smoothed by 1 in numerator and denominator.
 
     Args:
         inputs: (N, P) logits.
@@ -25,23 +31,23 @@ def dice_loss_of_each(inputs: Tensor, targets: Tensor) -> Tensor:
     return 1 - (numerator + 1) / (denominator + 1)
 
 
-def sigmoid_ce_loss_of_each(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of every matched mask, averaged over points. As `dice_loss_of_each`."""
+def sigmoid_ce_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Binary cross-entropy of each matched mask, averaged over points; as `dice_losses`."""
     return F.binary_cross_entropy_with_logits(inputs, targets, reduction="none").mean(1)
 
 
 def dice_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
-    """Sum of `dice_loss_of_each` divided by ``num_masks``, a scalar."""
-    return dice_loss_of_each(inputs, targets).sum() / num_masks
+    """Sum of `dice_losses` divided by `num_masks`, a scalar."""
+    return dice_losses(inputs, targets).sum() / num_masks
 
 
 def sigmoid_ce_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
-    """Sum of `sigmoid_ce_loss_of_each` divided by ``num_masks``, a scalar."""
-    return sigmoid_ce_loss_of_each(inputs, targets).sum() / num_masks
+    """Sum of `sigmoid_ce_losses` divided by `num_masks`, a scalar."""
+    return sigmoid_ce_losses(inputs, targets).sum() / num_masks
 
 
 def batch_dice_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Dice loss of every prediction with every target.
+    """Dice loss of each pair of prediction and target.
 
     Args:
         inputs: (..., Q, P) logits.
@@ -57,16 +63,16 @@ def batch_dice_loss(inputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def batch_sigmoid_ce_loss(inputs: Tensor, targets: Tensor) -> Tensor:
-    """Binary cross-entropy of every prediction with every target, averaged over points.
+    """Binary cross-entropy of each pair of prediction and target, averaged over points.
 
-    Per point it is softplus(x) - x·t, so that one matrix product covers all pairs. Arguments and
-    result as `batch_dice_loss`.
+    At one point it is softplus(x) - x·t, so one matrix product covers all pairs. Arguments and
+    result as in `batch_dice_loss`.
     """
     num_points = inputs.shape[-1]
     return (F.softplus(inputs).sum(-1)[..., :, None] - inputs @ targets.mT) / num_points
 
 
-# The original release compiled these with TorchScript; other projects import the names.
+# The original compiles these with TorchScript; other projects import the names.
 dice_loss_jit = dice_loss
 sigmoid_ce_loss_jit = sigmoid_ce_loss
 batch_dice_loss_jit = batch_dice_loss

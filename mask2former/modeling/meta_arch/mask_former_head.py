@@ -8,7 +8,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ...utils.registry import register_unless_taken
-from ..pixel_decoder.fpn import build_pixel_decoder
+from ..pixel_decoder.build import build_pixel_decoder
 from ..transformer_decoder.build import build_transformer_decoder
 
 

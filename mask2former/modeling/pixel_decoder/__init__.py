@@ -1,6 +1,7 @@
 """From backbone features to per-pixel embeddings and the scales the decoder attends to."""
 
-from .fpn import BasePixelDecoder, TransformerEncoderPixelDecoder, build_pixel_decoder
+from .build import build_pixel_decoder
+from .fpn import BasePixelDecoder, TransformerEncoderPixelDecoder
 from .msdeformattn import MSDeformAttnPixelDecoder
 
 __all__ = [

@@ -1,9 +1,9 @@
-"""Pixel decoders in the manner of feature pyramid networks, and the function that builds any.
+"""Pixel decoders based on feature pyramid networks.
 
 A pixel decoder turns backbone features into per-pixel embeddings at the finest resolution and into
-the coarser feature maps that the transformer decoder attends to. `BasePixelDecoder` is a plain
-FPN; `TransformerEncoderPixelDecoder` (the default of MaskFormer, the predecessor) puts a
-transformer encoder on its coarsest map. Mask2Former's own is in `msdeformattn.py`.
+the coarser feature maps that the transformer decoder attends to. `BasePixelDecoder` is an FPN;
+`TransformerEncoderPixelDecoder` (the default of MaskFormer, the predecessor) adds a transformer
+encoder on its coarsest map. Mask2Former's own is in `msdeformattn.py`.
 
 Shape letters: B batch, C channels of all inner maps, C_i channels and s_i stride in pixels of
 backbone feature i, E mask embedding channels, H W input height and width in pixels.
@@ -19,37 +19,19 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ...utils.registry import register_unless_taken
-from ..transformer_decoder.position_encoding import PositionEmbeddingSine
+from ..layers import PositionEmbeddingSine
 from ..transformer_decoder.transformer import TransformerEncoder, TransformerEncoderLayer
+from .build import build_pixel_decoder
+
+__all__ = [
+    "BasePixelDecoder",
+    "TransformerEncoderOnly",
+    "TransformerEncoderPixelDecoder",
+    "build_pixel_decoder",
+]
 
 Norm = str | Callable[[int], nn.Module] | None
 PixelDecoderOutput = tuple[Tensor, Tensor | None, list[Tensor]]
-
-
-def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
-    """Build the pixel decoder named by `MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME`.
-
-    Args:
-        cfg: the full config.
-        input_shape: channels and stride of each backbone feature.
-
-    Raises:
-        ValueError: the name is not registered, or is that of a module without `forward_features`.
-    """
-    name = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
-    if name not in SEM_SEG_HEADS_REGISTRY:
-        known = ", ".join(sorted(key for key, _ in SEM_SEG_HEADS_REGISTRY))
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {name!r}, which is not registered. "
-            f"Registered in SEM_SEG_HEADS: {known}."
-        )
-    pixel_decoder = SEM_SEG_HEADS_REGISTRY.get(name)(cfg, input_shape)
-    if not callable(getattr(pixel_decoder, "forward_features", None)):
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {name!r}, which has no method "
-            "forward_features(features), so it cannot serve as a pixel decoder."
-        )
-    return pixel_decoder
 
 
 @register_unless_taken(SEM_SEG_HEADS_REGISTRY)
@@ -92,7 +74,7 @@ class BasePixelDecoder(nn.Module):
                     bias=self._use_bias,
                     norm=get_norm(norm, conv_dim),
                 )
-                # Filled only once both exist, so that a seed gives the published initial weights.
+                # Initialised once both exist, so that a seed gives the original's initial weights.
                 output_conv = self._output_conv(conv_dim, conv_dim, norm, init=False)
                 weight_init.c2_xavier_fill(lateral_conv)
                 weight_init.c2_xavier_fill(output_conv)
@@ -100,7 +82,7 @@ class BasePixelDecoder(nn.Module):
                 lateral_convs.append(lateral_conv)
             self.add_module(f"layer_{index}", output_conv)
             output_convs.append(output_conv)
-        # Plain lists, coarsest first: the modules are registered above under their published names.
+        # Plain lists, coarsest first: the modules are registered above under the original's names.
         self.lateral_convs = lateral_convs[::-1]
         self.output_convs = output_convs[::-1]
 
@@ -276,7 +258,7 @@ class TransformerEncoderPixelDecoder(BasePixelDecoder):
         self.pe_layer = PositionEmbeddingSine(conv_dim // 2, normalize=True)
 
         # The coarsest output convolution now follows the encoder, which is conv_dim wide. It is
-        # removed first, so that it comes last in the state dict, as in published checkpoints.
+        # removed first, so that it comes last in the state dict, as in the original's checkpoints.
         name = f"layer_{len(self.in_features)}"
         output_conv = self._output_conv(conv_dim, conv_dim, norm)
         delattr(self, name)

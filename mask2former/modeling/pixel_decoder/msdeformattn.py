@@ -8,7 +8,6 @@ Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of al
 """
 
 import copy
-import functools
 import math
 
 import fvcore.nn.weight_init as weight_init
@@ -19,32 +18,11 @@ from detectron2.layers import Conv2d, ShapeSpec, get_norm
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
-from ...ops import MSDeformAttn, backend
+from ...ops import MSDeformAttn
 from ...utils.registry import register_unless_taken
-from ..recompute import recomputed
-from ..transformer_decoder.layers import _get_activation_fn
-from ..transformer_decoder.position_encoding import PositionEmbeddingSine
-
-Shapes = tuple[tuple[int, int], ...]
-
-# Positions that the feed-forward network of a layer takes at once on a CPU.
-_POSITIONS = 2048
-
-
-@functools.lru_cache(maxsize=32)
-def _reference_points(shapes: Shapes, device: torch.device) -> Tensor:
-    """Centres of all values of all levels, x and y in (0, 1): (1, S, L, 2)."""
-    # A tensor made in inference mode could not be used for training afterwards.
-    with torch.inference_mode(False), torch.no_grad():
-        centres = []
-        for height, width in shapes:
-            y, x = torch.meshgrid(
-                torch.linspace(0.5, height - 0.5, height, device=device) / height,
-                torch.linspace(0.5, width - 0.5, width, device=device) / width,
-                indexing="ij",
-            )
-            centres.append(torch.stack((x, y), -1).flatten(0, 1))
-        return torch.cat(centres)[None, :, None].expand(-1, -1, len(shapes), -1)
+from ...utils.twins import has_fast_twin
+from ..layers import PositionEmbeddingSine
+from ..layers.mlp import _get_activation_fn
 
 
 class MSDeformAttnTransformerEncoderLayer(nn.Module):
@@ -81,66 +59,117 @@ class MSDeformAttnTransformerEncoderLayer(nn.Module):
         self.dropout3 = nn.Dropout(dropout)
         self.norm2 = nn.LayerNorm(d_model)
 
+    @staticmethod
+    def with_pos_embed(tensor: Tensor, pos: Tensor | None) -> Tensor:
+        return tensor if pos is None else tensor + pos
+
+    def forward_ffn(self, src: Tensor) -> Tensor:
+        """The feed-forward network with residual connection and norm: (B, S, C) → (B, S, C)."""
+        hidden = self.dropout2(self.activation(self.linear1(src)))
+        return self.norm2(src + self.dropout3(self.linear2(hidden)))
+
+    @has_fast_twin
     def forward(
         self,
         src: Tensor,
         pos: Tensor | None,
         reference_points: Tensor,
-        spatial_shapes: Shapes,
+        spatial_shapes: Tensor,
         level_start_index: Tensor | None = None,
         padding_mask: Tensor | None = None,
     ) -> Tensor:
-        """``src`` and ``pos`` (B, S, C), ``reference_points`` (1 or B, S, L, 2) → (B, S, C)."""
+        """Apply the layer.
 
-        def attend(src: Tensor) -> Tensor:
-            query = src if pos is None else src + pos
-            return self.self_attn(
-                query, reference_points, src, spatial_shapes, level_start_index, padding_mask
-            )
+        Args:
+            src: (B, S, C).
+            pos: (B, S, C) position encoding, added to the queries.
+            reference_points: (1 or B, S, L, 2) x and y in [0, 1].
+            spatial_shapes: (L, 2) int64, height and width of each level.
+            level_start_index: (L,) int64, index of each level's first value.
+            padding_mask: (B, S) bool, True at padding.
 
-        # All but sampling is cheap beside the memory it takes. Where sampling is not the compiled
-        # operator, it could not be kept.
-        if type(self.self_attn) is MSDeformAttn and backend(src.device) == "compiled":
-            sampling = torch.ops.mask2former.ms_deform_attn_fused.default
-            attended = recomputed(attend, src, keep=[sampling])
-        else:
-            attended = attend(src)
-        return self.norm2(self._feed_forward(src + self.dropout1(attended)))
-
-    def _feed_forward(self, summed: Tensor) -> Tensor:
-        """Norm, network and residual connection: (B, S, C) → (B, S, C)."""
-        random = self.training and max(self.dropout2.p, self.dropout3.p) > 0
-        if summed.device.type != "cpu" or random or torch.compiler.is_compiling():
-            return recomputed(self._norm_and_network, summed, random=random)
-        # What is hidden stays in the caches, and never takes memory for all positions.
-        parts = summed.flatten(0, 1).split(_POSITIONS)
-        parts = [recomputed(self._norm_and_network, part) for part in parts]
-        return torch.cat(parts).view_as(summed)
-
-    def _norm_and_network(self, summed: Tensor) -> Tensor:
-        """(..., C) → (..., C)."""
-        src = self.norm1(summed)
-        hidden = self.dropout2(self.activation(self.linear1(src)))
-        return src + self.dropout3(self.linear2(hidden))
+        Returns:
+            (B, S, C).
+        """
+        attended = self.self_attn(
+            self.with_pos_embed(src, pos),
+            reference_points,
+            src,
+            spatial_shapes,
+            level_start_index,
+            padding_mask,
+        )
+        src = self.norm1(src + self.dropout1(attended))
+        return self.forward_ffn(src)
 
 
 class MSDeformAttnTransformerEncoder(nn.Module):
-    """A stack of independent copies of a layer."""
+    """A stack of independent copies of a layer.
 
-    def __init__(self, layers: list[MSDeformAttnTransformerEncoderLayer]):
+    Args:
+        encoder_layer: the layer to copy.
+        num_layers: number of copies.
+    """
+
+    def __init__(self, encoder_layer: nn.Module, num_layers: int):
         super().__init__()
-        self.layers = nn.ModuleList(layers)
-        self.num_layers = len(layers)
+        # Copies, so that a seed gives the original's initial weights.
+        self.layers = nn.ModuleList(copy.deepcopy(encoder_layer) for _ in range(num_layers))
+        self.num_layers = num_layers
 
-    def forward(self, src: Tensor, spatial_shapes: Shapes, pos: Tensor | None = None) -> Tensor:
-        """``src`` and ``pos`` (B, S, C) → (B, S, C)."""
-        # The cache must not keep the fake tensors that torch.export traces with.
-        compiling = torch.compiler.is_compiling()
-        compute = _reference_points.__wrapped__ if compiling else _reference_points
-        reference_points = compute(spatial_shapes, src.device)
+    @staticmethod
+    def get_reference_points(
+        spatial_shapes: Tensor | list[tuple[int, int]],
+        valid_ratios: Tensor | None,
+        device: torch.device | str,
+    ) -> Tensor:
+        """Centres of all values of all levels.
+
+        Args:
+            spatial_shapes: height and width of each level.
+            valid_ratios: (B, L, 2) share of each level's width and height that is not padding; None
+                without padding.
+            device: of the result.
+
+        Returns:
+            (1 or B, S, L, 2) x and y in (0, 1), over the part that is not padding.
+        """
+        if isinstance(spatial_shapes, Tensor):
+            spatial_shapes = spatial_shapes.tolist()
+        centers = []
+        for height, width in spatial_shapes:
+            y, x = torch.meshgrid(
+                torch.linspace(0.5, height - 0.5, height, device=device) / height,
+                torch.linspace(0.5, width - 0.5, width, device=device) / width,
+                indexing="ij",
+            )
+            centers.append(torch.stack((x, y), -1).flatten(0, 1))
+        num_levels = len(centers)
+        if valid_ratios is None:
+            return torch.cat(centers)[None, :, None].expand(-1, -1, num_levels, -1)
+        # A centre relative to the valid part of its own level, then in units of each level.
+        relative = torch.cat(
+            [center / valid_ratios[:, None, level] for level, center in enumerate(centers)], 1
+        )  # (B, S, 2)
+        return relative[:, :, None] * valid_ratios[:, None]
+
+    def forward(
+        self,
+        src: Tensor,
+        spatial_shapes: Tensor,
+        level_start_index: Tensor,
+        valid_ratios: Tensor | None = None,
+        pos: Tensor | None = None,
+        padding_mask: Tensor | None = None,
+    ) -> Tensor:
+        """Encode; arguments as in `MSDeformAttnTransformerEncoderLayer.forward`."""
+        reference_points = self.get_reference_points(spatial_shapes, valid_ratios, src.device)
+        output = src
         for layer in self.layers:
-            src = layer(src, pos, reference_points, spatial_shapes)
-        return src
+            output = layer(
+                output, pos, reference_points, spatial_shapes, level_start_index, padding_mask
+            )
+        return output
 
 
 class MSDeformAttnTransformerEncoderOnly(nn.Module):
@@ -171,13 +200,10 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
         super().__init__()
         self.d_model = d_model
         self.nhead = nhead
-        layer = MSDeformAttnTransformerEncoderLayer(
+        encoder_layer = MSDeformAttnTransformerEncoderLayer(
             d_model, dim_feedforward, dropout, activation, num_feature_levels, nhead, enc_n_points
         )
-        # Copies, as published, so that a seed gives the published initial weights.
-        self.encoder = MSDeformAttnTransformerEncoder(
-            [copy.deepcopy(layer) for _ in range(num_encoder_layers)]
-        )
+        self.encoder = MSDeformAttnTransformerEncoder(encoder_layer, num_encoder_layers)
         self.level_embed = nn.Parameter(torch.empty(num_feature_levels, d_model))
         self._reset_parameters()
 
@@ -190,6 +216,7 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
                 module._reset_parameters()
         nn.init.normal_(self.level_embed)
 
+    @has_fast_twin
     def forward(
         self, srcs: list[Tensor], pos_embeds: list[Tensor]
     ) -> tuple[Tensor, Tensor, Tensor]:
@@ -200,13 +227,19 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
             pos_embeds: likewise.
 
         Returns:
-            memory (B, S, C); level sizes (L, 2) and the start of each level (L,), int64 on the
-            host.
+            memory (B, S, C); height and width of each level (L, 2), and the index of each level's
+            first value (L,), int64.
         """
-        shapes: Shapes = tuple((src.shape[2], src.shape[3]) for src in srcs)
-        # The residual stream, in full precision whatever normalisation gives under autocast.
-        flat = torch.cat([src.flatten(2).transpose(1, 2) for src in srcs], 1)
-        flat = flat.to(self.level_embed.dtype)
+        src, pos = self.flatten_levels(srcs, pos_embeds)
+        spatial_shapes = torch.tensor([x.shape[-2:] for x in srcs], device=src.device)
+        sizes = spatial_shapes.prod(1)
+        level_start_index = sizes.cumsum(0) - sizes
+        memory = self.encoder(src, spatial_shapes, level_start_index, pos=pos)
+        return memory, spatial_shapes, level_start_index
+
+    def flatten_levels(self, srcs: list[Tensor], pos_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """All levels as one sequence (B, S, C), and its position plus level embedding."""
+        src = torch.cat([x.flatten(2).transpose(1, 2) for x in srcs], 1)
         pos = torch.cat(
             [
                 pos_embed.flatten(2).transpose(1, 2) + self.level_embed[level]
@@ -214,10 +247,8 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
             ],
             1,
         )
-        memory = self.encoder(flat, shapes, pos)
-        spatial_shapes = torch.tensor(shapes, dtype=torch.int64)
-        sizes = spatial_shapes.prod(1)
-        return memory, spatial_shapes, sizes.cumsum(0) - sizes
+        # The residual stream is in full precision, also under autocast.
+        return src.to(self.level_embed.dtype), pos
 
 
 @register_unless_taken(SEM_SEG_HEADS_REGISTRY)
@@ -334,7 +365,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "norm": head.NORM,
             "transformer_dropout": cfg.MODEL.MASK_FORMER.DROPOUT,
             "transformer_nheads": cfg.MODEL.MASK_FORMER.NHEADS,
-            # Published width: MASK_FORMER.DIM_FEEDFORWARD is the transformer decoder's.
+            # Fixed in the original; MASK_FORMER.DIM_FEEDFORWARD is the transformer decoder's.
             "transformer_dim_feedforward": 1024,
             "transformer_enc_layers": head.TRANSFORMER_ENC_LAYERS,
             "transformer_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
@@ -366,42 +397,38 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
         shapes = [src.shape[-2:] for src in srcs]
         levels = memory.split([height * width for height, width in shapes], dim=1)
-        # With views in this order a batch of one, too, has the strides of channels last: resizing
-        # on a CPU would otherwise copy its result twice, from one layout to the other.
         out = [
             level.unflatten(1, shape).permute(0, 3, 1, 2)
             for level, shape in zip(levels, shapes, strict=True)
         ]
-        fpn_features = [features[k] for k in reversed(self.in_features[: self.num_fpn_levels])]
-        # Normalisation and resizing are cheap beside the memory that their results take.
-        mask_features, *finer = recomputed(
-            self._fpn, out[-1], *fpn_features, keep=[torch.ops.aten.convolution.default]
-        )
-        out += finer
+        finer_features = [features[k] for k in reversed(self.in_features[: self.num_fpn_levels])]
+        mask_features, finer_levels = self.add_fpn_levels(out[-1], finer_features)
+        out += finer_levels
         return mask_features, out[0], out[: self.maskformer_num_feature_levels]
 
-    def _fpn(self, coarser: Tensor, *features: Tensor) -> list[Tensor]:
-        """Add finer levels.
+    @has_fast_twin
+    def add_fpn_levels(self, finest: Tensor, features: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+        """Add the FPN levels above the encoded ones.
 
         Args:
-            coarser: the finest encoded level (B, C, H, W).
+            finest: the finest encoded level (B, C, H, W).
             features: backbone features of the levels to add, from coarse to fine.
 
         Returns:
-            the per-pixel embedding; the levels.
+            the per-pixel embedding; the levels added.
         """
-        levels = [coarser]
-        for lateral, output, feature in zip(
-            self.lateral_convs, self.output_convs, features, strict=True
+        levels = [finest]
+        for feature, lateral, output in zip(
+            features, self.lateral_convs, self.output_convs, strict=True
         ):
             current = lateral(_as_parameter(feature, lateral.weight))
             upsampled = F.interpolate(
                 levels[-1], size=current.shape[-2:], mode="bilinear", align_corners=False
             )
             levels.append(output(current + upsampled))
-        return [self.mask_features(levels[-1]), *levels[1:]]
+        return self.mask_features(levels[-1]), levels[1:]
 
 
 def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:
-    """Give features of a backbone in another precision this decoder's, unless autocast does."""
+    """Convert backbone features to the precision of this decoder, unless autocast does."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)

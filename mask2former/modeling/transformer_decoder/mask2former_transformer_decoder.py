@@ -1,15 +1,15 @@
 """Masked-attention transformer decoder (paper, section 3.2).
 
 Nine layers visit the three scales of the pixel decoder round robin. A layer is masked
-cross-attention, self-attention, feed-forward, in that order; cross-attention of a query sees only
-where the mask predicted by the layer before is foreground. Classes and masks are predicted from
-the learnable query features and after every layer.
+cross-attention, self-attention and feed-forward network, in that order; in cross-attention a query
+sees only the foreground of the mask that the previous layer predicted for it. Classes and masks are
+predicted from the learnable query features and after every layer.
 
 Shape letters: B batch, Q queries, C hidden channels, M heads, K classes, L = H·W locations of a
 scale.
 """
 
-from collections.abc import Callable
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -18,10 +18,16 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from ..mask_predictions import MaskLogits, MaskPredictions
+from ...utils.twins import has_fast_twin
+from ..layers import (
+    MLP,
+    CrossAttentionLayer,
+    FFNLayer,
+    PositionEmbeddingSine,
+    SelfAttentionLayer,
+)
+from ..layers.mlp import _get_activation_fn
 from .build import TRANSFORMER_DECODER_REGISTRY
-from .layers import MLP, CrossAttentionLayer, FFNLayer, SelfAttentionLayer, _get_activation_fn
-from .position_encoding import PositionEmbeddingSine
 
 __all__ = [
     "MLP",
@@ -81,7 +87,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.transformer_self_attention_layers = nn.ModuleList()
         self.transformer_cross_attention_layers = nn.ModuleList()
         self.transformer_ffn_layers = nn.ModuleList()
-        # Layer by layer, so that a seed gives the published initial weights.
+        # Layer by layer, so that a seed gives the original's initial weights.
         for _ in range(dec_layers):
             self.transformer_self_attention_layers.append(
                 SelfAttentionLayer(hidden_dim, nheads, **layer)
@@ -139,99 +145,88 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
                 state_dict[key.replace("static_query", "query_feat")] = state_dict.pop(key)
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
+    @has_fast_twin
     def forward(
         self, x: list[Tensor], mask_features: Tensor, mask: Tensor | None = None
-    ) -> MaskPredictions:
+    ) -> dict[str, Any]:
         """Predict from the pixel decoder's features.
 
         Args:
             x: three (B, in_channels, H, W), from 1/32 to 1/8 resolution.
             mask_features: (B, mask_dim, H/4, W/4) per-pixel embeddings.
-            mask: published argument; images are padded, not masked, so it is not used.
+            mask: not used (argument of the original): images are padded, not masked.
 
         Returns:
-            dict with ``pred_logits`` (B, Q, K+1), ``pred_masks`` (B, Q, H/4, W/4) logits (computed
-            when read) and ``aux_outputs``, the same two for each earlier prediction, first first.
+            dict with `pred_logits` (B, Q, K+1), `pred_masks` (B, Q, H/4, W/4) logits and
+            `aux_outputs`, the same two for each earlier prediction in order.
+        """
+        del mask
+        memory, pos, sizes = self.project_features(x)
+        batch = mask_features.shape[0]
+        query_embed = self.query_embed.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
+        output = self.query_feat.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
+
+        predictions_class, predictions_mask = [], []
+        outputs_class, outputs_mask, attn_mask = self.forward_prediction_heads(
+            output, mask_features, attn_mask_target_size=sizes[0]
+        )
+        predictions_class.append(outputs_class)
+        predictions_mask.append(outputs_mask)
+        for i in range(self.num_layers):
+            level = i % self.num_feature_levels
+            # A query with an empty mask attends everywhere.
+            attn_mask = attn_mask & ~attn_mask.all(-1, keepdim=True)
+            output = self.transformer_cross_attention_layers[i](
+                output,
+                memory[level],
+                memory_mask=attn_mask,
+                memory_key_padding_mask=None,
+                pos=pos[level],
+                query_pos=query_embed,
+            )
+            output = self.transformer_self_attention_layers[i](
+                output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
+            )
+            output = self.transformer_ffn_layers[i](output)
+            outputs_class, outputs_mask, attn_mask = self.forward_prediction_heads(
+                output,
+                mask_features,
+                attn_mask_target_size=sizes[(i + 1) % self.num_feature_levels],
+            )
+            predictions_class.append(outputs_class)
+            predictions_mask.append(outputs_mask)
+
+        return {
+            "pred_logits": predictions_class[-1],
+            "pred_masks": predictions_mask[-1],
+            "aux_outputs": self._set_aux_loss(predictions_class, predictions_mask),
+        }
+
+    def project_features(
+        self, x: list[Tensor]
+    ) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
+        """Turn feature maps into sequences that attention reads.
+
+        Returns:
+            For each scale the projected features plus level embedding (L, B, C), their position
+            encoding (L, B, C), and (H, W).
         """
         if len(x) != self.num_feature_levels:
             raise ValueError(f"expected {self.num_feature_levels} feature scales, got {len(x)}")
-        del mask
         memory, pos, sizes = [], [], []
         for level, features in enumerate(x):
             sizes.append(features.shape[-2:])
-            pos.append(self.pe_layer(features).flatten(2).permute(2, 0, 1))  # (L, B, C)
+            pos.append(self.pe_layer(features, None).flatten(2).permute(2, 0, 1))
             features = self.input_proj[level](features).flatten(2)
             features = features + self.level_embed.weight[level][None, :, None]
-            # Laid out once; otherwise the projections of every layer would copy it.
-            memory.append(features.permute(2, 0, 1).contiguous())  # (L, B, C)
-
-        batch = mask_features.shape[0]
-        query_embed = self.query_embed.weight.unsqueeze(1).expand(-1, batch, -1)  # (Q, B, C)
-        output = self.query_feat.weight.unsqueeze(1).expand(-1, batch, -1)  # (Q, B, C)
-
-        predict = self._predictor(mask_features, sizes)
-        predictions_class, predictions_mask = [], []
-        logits, masks, attn_mask = predict(output, 0)
-        predictions_class.append(logits)
-        predictions_mask.append(masks)
-        for i in range(self.num_layers):
-            level = i % self.num_feature_levels
-            # A query whose mask is empty attends everywhere.
-            attn_mask = attn_mask & ~attn_mask.all(dim=-1, keepdim=True)
-            output = self.transformer_cross_attention_layers[i](
-                output, memory[level], memory_mask=attn_mask, pos=pos[level], query_pos=query_embed
-            )
-            output = self.transformer_self_attention_layers[i](output, query_pos=query_embed)
-            output = self.transformer_ffn_layers[i](output)
-            logits, masks, attn_mask = predict(output, (i + 1) % self.num_feature_levels)
-            predictions_class.append(logits)
-            predictions_mask.append(masks)
-
-        return MaskPredictions(
-            pred_logits=predictions_class[-1],
-            pred_masks=predictions_mask[-1],
-            aux_outputs=self._set_aux_loss(predictions_class, predictions_mask),
-        )
-
-    def _predictor(
-        self, mask_features: Tensor, sizes: list[torch.Size]
-    ) -> Callable[[Tensor, int], tuple[Tensor, MaskLogits | Tensor, Tensor]]:
-        """The prediction heads over one batch: (output, level of the next layer) → predictions.
-
-        Masks and resizing are both linear, so the attention masks come from features resized once
-        per scale and full-size masks are left as factors. A subclass that overrides
-        `forward_prediction_heads` is served through that method instead.
-        """
-        heads = MultiScaleMaskedTransformerDecoder.forward_prediction_heads
-        if type(self).forward_prediction_heads is not heads:
-            return lambda output, level: self.forward_prediction_heads(
-                output, mask_features, attn_mask_target_size=sizes[level]
-            )
-
-        resized: dict[int, Tensor] = {}
-
-        def predict(output: Tensor, level: int) -> tuple[Tensor, MaskLogits, Tensor]:
-            logits, embed = self._class_and_embed(output)
-            with torch.no_grad():
-                if level not in resized:
-                    resized[level] = _resize(mask_features, sizes[level]).flatten(2)
-                # sigmoid(mask) < 0.5, one mask for all heads: (B, 1, Q, L)
-                attn_mask = (embed @ resized[level] < 0).unsqueeze(1)
-            return logits, MaskLogits(embed, mask_features), attn_mask
-
-        return predict
-
-    def _class_and_embed(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """(Q, B, C) → class logits (B, Q, K+1) and mask embeddings (B, Q, mask_dim)."""
-        output = self.decoder_norm(output).transpose(0, 1)
-        return self.class_embed(output), self.mask_embed(output)
+            # Contiguous, so that the attention of each layer need not copy it.
+            memory.append(features.permute(2, 0, 1).contiguous())
+        return memory, pos, sizes
 
     def forward_prediction_heads(
         self, output: Tensor, mask_features: Tensor, attn_mask_target_size: tuple[int, int]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Predict classes, full-size masks and the next layer's attention mask, as published.
-
-        For subclasses that run their own decoder loop.
+        """Predict classes and masks, and from the masks the next layer's attention mask.
 
         Args:
             output: (Q, B, C) query features.
@@ -242,30 +237,24 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             class logits (B, Q, K+1); mask logits (B, Q, H, W); attention mask (B·M, Q, L) bool,
             True where attention is blocked.
         """
-        logits, embed = self._class_and_embed(output)
-        masks = torch.einsum("bqc,bchw->bqhw", embed, mask_features)
-        attn_mask = _resize(masks.detach(), attn_mask_target_size).flatten(2) < 0
+        decoder_output = self.decoder_norm(output).transpose(0, 1)  # (B, Q, C)
+        outputs_class = self.class_embed(decoder_output)
+        mask_embed = self.mask_embed(decoder_output)
+        outputs_mask = torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)
+
+        attn_mask = F.interpolate(
+            outputs_mask, size=attn_mask_target_size, mode="bilinear", align_corners=False
+        )
+        # Background is blocked; one copy of the mask for each head.
+        attn_mask = attn_mask.sigmoid().flatten(2) < 0.5
         attn_mask = attn_mask.unsqueeze(1).repeat(1, self.num_heads, 1, 1).flatten(0, 1)
-        return logits, masks, attn_mask
+        return outputs_class, outputs_mask, attn_mask.detach()
 
     def _set_aux_loss(
-        self, outputs_class: list[Tensor], outputs_seg_masks: list[MaskLogits | Tensor]
-    ) -> list[MaskPredictions]:
+        self, outputs_class: list[Tensor], outputs_seg_masks: list[Tensor]
+    ) -> list[dict[str, Tensor]]:
         """Every prediction but the last, as the criterion expects them."""
         return [
-            MaskPredictions(pred_logits=logits, pred_masks=masks)
+            {"pred_logits": logits, "pred_masks": masks}
             for logits, masks in zip(outputs_class[:-1], outputs_seg_masks[:-1], strict=True)
         ]
-
-
-def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
-    """Bilinear resizing, not antialiased: (B, C, H, W) → (B, C, *size)."""
-    step_y, step_x = (old // new for old, new in zip(x.shape[-2:], size, strict=True))
-    whole = x.shape[-2:] == (step_y * size[0], step_x * size[1])
-    if not whole or step_y % 2 or step_x % 2:
-        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
-    # By an even factor each sample lies in the middle between two pixels. Reading just these is
-    # faster than F.interpolate, which on a CPU first rearranges the whole map.
-    upper, lower = x[:, :, step_y // 2 - 1 :: step_y], x[:, :, step_y // 2 :: step_y]
-    left, right = slice(step_x // 2 - 1, None, step_x), slice(step_x // 2, None, step_x)
-    return (upper[..., left] + upper[..., right] + lower[..., left] + lower[..., right]) * 0.25

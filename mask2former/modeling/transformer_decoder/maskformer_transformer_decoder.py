@@ -1,4 +1,4 @@
-"""The transformer decoder of MaskFormer, the predecessor, and the published home of the registry.
+"""The transformer decoder of MaskFormer, the predecessor; original home of the registry.
 
 It attends to one feature map, without masks. Other projects import the registry and its builder
 from here; they are defined in `build.py`.
@@ -7,7 +7,7 @@ Shape letters: B batch, Q queries, C hidden channels, E mask embedding channels,
 "no object", L layers, H W size of the per-pixel mask embeddings, h w size of the attended map.
 """
 
-from collections.abc import Sequence
+from typing import Any
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -16,10 +16,8 @@ from detectron2.config import CfgNode, configurable
 from detectron2.layers import Conv2d
 from torch import Tensor, nn
 
-from ..mask_predictions import MaskLogits, MaskPredictions
+from ..layers import MLP, PositionEmbeddingSine
 from .build import TRANSFORMER_DECODER_REGISTRY, build_transformer_decoder
-from .layers import MLP
-from .position_encoding import PositionEmbeddingSine
 from .transformer import Transformer
 
 __all__ = [
@@ -118,7 +116,7 @@ class StandardTransformerDecoder(nn.Module):
 
     def forward(
         self, x: Tensor, mask_features: Tensor, mask: Tensor | None = None
-    ) -> MaskPredictions:
+    ) -> dict[str, Any]:
         """Predict classes and masks.
 
         Args:
@@ -135,24 +133,25 @@ class StandardTransformerDecoder(nn.Module):
         pos = self.pe_layer(x, mask)
         queries, _ = self.transformer(self.input_proj(x), mask, self.query_embed.weight, pos)
 
-        class_logits = self.class_embed(queries) if self.mask_classification else None
-        masks = [MaskLogits(embed, mask_features) for embed in self.mask_embed(queries)]
-        outputs = MaskPredictions(pred_masks=masks[-1])
-        if class_logits is not None:
-            outputs["pred_logits"] = class_logits[-1]
+        outputs: dict[str, Any] = {}
+        outputs_class = None
+        if self.mask_classification:
+            outputs_class = self.class_embed(queries)  # (L, B, Q, K+1)
+            outputs["pred_logits"] = outputs_class[-1]
+        mask_embed = self.mask_embed(queries)  # (L, B, Q, E)
+        outputs_masks = torch.einsum("lbqc,bchw->lbqhw", mask_embed, mask_features)
+        outputs["pred_masks"] = outputs_masks[-1]
         if self.aux_loss:
-            outputs["aux_outputs"] = self._set_aux_loss(class_logits, masks)
+            outputs["aux_outputs"] = self._set_aux_loss(outputs_class, outputs_masks)
         return outputs
 
     def _set_aux_loss(
-        self,
-        outputs_class: Tensor | None,
-        outputs_seg_masks: Sequence[MaskLogits | Tensor],
-    ) -> list[MaskPredictions]:
+        self, outputs_class: Tensor | None, outputs_seg_masks: Tensor
+    ) -> list[dict[str, Tensor]]:
         """The predictions of every layer but the last, each in a dict of its own."""
         if outputs_class is None:
-            return [MaskPredictions(pred_masks=masks) for masks in outputs_seg_masks[:-1]]
+            return [{"pred_masks": masks} for masks in outputs_seg_masks[:-1]]
         return [
-            MaskPredictions(pred_logits=logits, pred_masks=masks)
+            {"pred_logits": logits, "pred_masks": masks}
             for logits, masks in zip(outputs_class[:-1], outputs_seg_masks[:-1], strict=True)
         ]

@@ -14,7 +14,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from .layers import _get_activation_fn
+from ..layers.mlp import _get_activation_fn
 
 
 class Transformer(nn.Module):

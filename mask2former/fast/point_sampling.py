@@ -1,8 +1,8 @@
 """Bilinear samples of maps at points, in the forms that matching and loss need.
 
-All agree with ``grid_sample(align_corners=False, padding_mode="zeros")`` at points x, y in [0, 1];
-each is the cheapest for its case. Maps get a border of zeros, so that the four corners of a point
-can be read without looking whether they exist.
+All agree with `grid_sample(align_corners=False, padding_mode="zeros")` at points x, y in [0, 1];
+each is the fastest for its case. Maps get a border of zeros, so that the four corners of a point
+always exist.
 
 Shape letters: C channels, H W pixels, P points, N maps with points of their own, T target masks.
 """
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from detectron2.projects.point_rend.point_features import point_sample
 from torch import Tensor
 
-from .mask_losses import calculate_uncertainty
+from ..modeling.mask_losses import calculate_uncertainty
 
 # One zero before the first pixel and two after the last: a corner may lie one pixel outside, and
 # has a neighbour to its right.
@@ -22,7 +22,7 @@ _BORDER = _BEFORE + _AFTER
 
 
 def max_elements(limits: dict[str, int], device: torch.device) -> int:
-    """The limit of a kind of device; unknown accelerators are taken to be like CUDA."""
+    """The limit for a device type; unknown accelerators are treated like CUDA."""
     return limits.get(device.type, limits["cuda"])
 
 
@@ -31,7 +31,7 @@ def _with_border(maps: Tensor) -> Tensor:
 
 
 def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Upper left corner of every point in a bordered map, and how far the point is from it.
+    """Upper left corner of every point in a bordered map, and the point's offset from it.
 
     Args:
         points: (..., 2) x and y.
@@ -45,38 +45,39 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, T
     return top.long() * (width + _BORDER) + left.long(), x - left, y - top
 
 
-class PointTable:
-    """Maps that are sampled together, all at the same points: one row of C values per pixel.
+class BilinearSampler:
+    """Maps that are all sampled at the same points: one row of C values per pixel.
 
     A point then reads four contiguous rows instead of 4·C scattered numbers. No gradients.
 
     Args:
-        maps: (C, H, W), any dtype; values are taken as float32.
+        maps: (C, H, W), any dtype.
+        dtype: of the samples; by default that of the maps, at least float32.
     """
 
-    def __init__(self, maps: Tensor):
+    def __init__(self, maps: Tensor, dtype: torch.dtype | None = None):
         self.height, self.width = maps.shape[1:]
+        dtype = dtype or torch.promote_types(maps.dtype, torch.float32)
         rows = _with_border(maps.detach()).flatten(1).T
-        # Converted and transposed in one pass; the second copies only where nothing was converted.
-        rows = rows.to(torch.float32, memory_format=torch.contiguous_format)
+        # Convert and transpose in one pass; the second line copies only if nothing was converted.
+        rows = rows.to(dtype, memory_format=torch.contiguous_format)
         self._rows = rows.contiguous()
 
     def at(self, points: Tensor) -> Tensor:
-        """Sample all maps at ``points`` (..., P, 2) → (..., P, C) float32."""
+        """Sample all maps at `points` (..., P, 2) → (..., P, C)."""
         index, dx, dy = _corners(points.flatten(0, -2), self.height, self.width)
         below = index + (self.width + _BORDER)
+        weights = ((1 - dx) * (1 - dy), dx * (1 - dy), (1 - dx) * dy, dx * dy)
         return F.embedding_bag(
             torch.stack((index, index + 1, below, below + 1), 1),
             self._rows,
-            per_sample_weights=torch.stack(
-                ((1 - dx) * (1 - dy), dx * (1 - dy), (1 - dx) * dy, dx * dy), 1
-            ),
+            per_sample_weights=torch.stack(weights, 1).to(self._rows.dtype),
             mode="sum",
         ).unflatten(0, points.shape[:-1])
 
 
 class TargetMasks:
-    """Target masks of one image, sampled each at points of its own. No gradients.
+    """Target masks of one image, each sampled at points of its own. No gradients.
 
     Args:
         masks: (T, H, W) bool, integer or float; kept in that dtype.
@@ -90,23 +91,24 @@ class TargetMasks:
         self._flat = (_corner_bits(padded) if self._are_corners else padded).flatten()
 
     def at(self, index: Tensor, points: Tensor) -> Tensor:
-        """Sample mask ``index[n]`` at ``points[n]``.
+        """Sample mask `index[n]` at `points[n]`.
 
         Args:
             index: (N,) int64.
             points: (N, P, 2).
 
         Returns:
-            (N, P) float32.
+            (N, P), dtype of the points.
         """
         corner, dx, dy = _corners(points, self.height, self.width)
         corner += (index * self._map_size)[:, None]
         if self._are_corners:
             bits = self._read(corner)
-            values = [(bits >> place & 1).float() for place in range(4)]
+            values = [(bits >> place & 1).to(points.dtype) for place in range(4)]
         else:
             below = corner + (self.width + _BORDER)
-            values = [self._read(x).float() for x in (corner, corner + 1, below, below + 1)]
+            places = (corner, corner + 1, below, below + 1)
+            values = [self._read(place).to(points.dtype) for place in places]
         upper = torch.lerp(values[0], values[1], dx)
         return torch.lerp(upper, torch.lerp(values[2], values[3], dx), dy)
 
@@ -117,7 +119,7 @@ class TargetMasks:
 def _corner_bits(masks: Tensor) -> Tensor:
     """Each pixel, its right neighbour and the two below as bits 0 to 3 of one uint8.
 
-    A point of a bool mask is then one read at a random place instead of four.
+    A point of a bool mask is then one random read instead of four.
     """
     bits = masks.byte()
     bits[:, :, :-1] |= bits[:, :, 1:] << 1
@@ -138,13 +140,13 @@ def _largest(values: Tensor, count: int) -> Tensor:
 def sample_uncertain_points(
     logits: Tensor, num_points: int, oversample_ratio: float, importance_sample_ratio: float
 ) -> Tensor:
-    """Points for the mask losses (PointRend): most where the prediction is least certain.
+    """Points for the mask losses, as PointRend's `get_uncertain_point_coords_with_randomness`.
 
-    Of ``oversample_ratio`` x P candidates, drawn uniformly for every map, those are taken whose
-    logits are nearest to 0, ``importance_sample_ratio`` x P of them. The rest is drawn uniformly.
+    Of `oversample_ratio` · P candidates, drawn uniformly for every map, take the
+    `importance_sample_ratio` · P whose logits are nearest to 0. The others are drawn uniformly.
 
     Args:
-        logits: (N, 1, H, W) float32.
+        logits: (N, 1, H, W).
 
     Returns:
         (N, P, 2) x and y in [0, 1], in no particular order.
@@ -158,7 +160,7 @@ def sample_uncertain_points(
     candidates = torch.rand(len(logits), num_candidates, 2, device=logits.device)
     uncertainty = calculate_uncertainty(point_sample(logits, candidates, align_corners=False))
     nearest = _largest(uncertainty[:, 0], num_uncertain)
-    # A pair of coordinates is fetched as one number.
+    # Fetch a pair of coordinates as one number.
     uncertain = torch.view_as_real(torch.view_as_complex(candidates).gather(1, nearest))
     others = torch.rand(len(logits), num_points - num_uncertain, 2, device=logits.device)
     return torch.cat((uncertain, others), 1)

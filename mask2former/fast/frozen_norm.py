@@ -1,30 +1,40 @@
-"""Convolutions with their frozen batch norm multiplied into the weight."""
+"""Convolutions with their frozen batch norm folded into the weight."""
 
 import torch
 import torch.nn.functional as F
 from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from torch import Tensor, nn
 
+from ..utils.twins import why_hooked, why_touched
+
 
 class ConvWithFrozenNorm(Conv2d):
     """Detectron2's convolution, whose norm costs nothing.
 
-    A frozen batch norm is one factor and one offset per channel; applied to the weight instead of
+    A frozen batch norm is one factor and one offset per channel. Applied to the weight instead of
     the result, it saves reading and writing the whole feature map, and once more in backward.
     """
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C_out, H', W')."""
-        if x.is_cuda and not torch.is_grad_enabled():
-            # One batch norm kernel against several small ones for the factors.
+        # On CUDA one batch norm kernel is faster than several small ones that fold the weight.
+        if (x.is_cuda and not torch.is_grad_enabled()) or self._norm_is_touched():
             return super().forward(x)
         weight, offset = self._folded()
         options = (self.stride, self.padding, self.dilation, self.groups)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        saves_all = self.__dict__.get("_saves_all", False)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and not saves_all:
             x = self._convolve(x, weight, offset, options)
         else:
             x = F.conv2d(x, weight, offset, *options)
         return x if self.activation is None else self.activation(x)
+
+    def _norm_is_touched(self) -> bool:
+        """Whether somebody replaced, patched or hooked the norm, or wants it as written."""
+        if "_always_plain" in self.__dict__:
+            return True
+        reason = why_touched(self.norm, FrozenBatchNorm2d, _NORM_METHODS) or why_hooked(self.norm)
+        return reason is not None
 
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weight and offset of convolution and norm in one."""
@@ -39,7 +49,7 @@ class ConvWithFrozenNorm(Conv2d):
         return weight.to(self.weight.dtype), offset.to(self.weight.dtype)
 
     def _convolve(self, x: Tensor, weight: Tensor, offset: Tensor, options: tuple) -> Tensor:
-        """The convolution; its folded weight is not kept for backward but computed once more."""
+        """The convolution; its folded weight is not saved for backward but recomputed."""
 
         def pack(saved: Tensor) -> Tensor | None:
             return None if saved.data_ptr() == weight_address else saved
@@ -55,15 +65,20 @@ class ConvWithFrozenNorm(Conv2d):
             return F.conv2d(x, weight, offset, *options)
 
 
-def fold_frozen_norms(module: nn.Module) -> nn.Module:
-    """Make every convolution of a module that has a frozen batch norm a `ConvWithFrozenNorm`.
+_NORM_METHODS = {"forward": FrozenBatchNorm2d.forward}
 
-    Parameters, buffers, their names and hooks stay what they are.
+
+def fold_frozen_norms(module: nn.Module) -> nn.Module:
+    """Make every convolution with a frozen batch norm a `ConvWithFrozenNorm`.
+
+    Detectron2's class is not ours to mark as having a twin, so the modules change their class.
+    Parameters, buffers, their names and hooks stay.
 
     Returns:
         the module.
     """
     for child in module.modules():
-        if type(child) is Conv2d and isinstance(child.norm, FrozenBatchNorm2d):
+        has_frozen_norm = type(child) is Conv2d and type(child.norm) is FrozenBatchNorm2d
+        if has_frozen_norm and "_always_plain" not in child.__dict__:
             child.__class__ = ConvWithFrozenNorm
     return module

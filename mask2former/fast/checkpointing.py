@@ -1,0 +1,75 @@
+"""Activation checkpointing: recompute activations in backward instead of saving them.
+
+The policy is the config key MODEL.CHECKPOINTING, applied to a built model from outside:
+
+none        save all activations.
+selective   recompute what is large and cheap: everything in the pixel decoder but convolutions and
+            the sampling op, folded weights of convolutions, point losses.
+blocks      in addition whole layers of the pixel decoder's encoder, cross-attention layers of the
+            decoder, and blocks of Swin.
+
+Gradients are the same with each policy.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from ..modeling.backbone.swin import BasicLayer
+from ..modeling.layers import CrossAttentionLayer
+from ..modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderLayer
+
+POLICIES = ("none", "selective", "blocks")
+_BLOCKS = (MSDeformAttnTransformerEncoderLayer, CrossAttentionLayer)
+
+
+def set_checkpointing(model: nn.Module, policy: str) -> None:
+    """Apply a policy to all parts of a model.
+
+    Raises:
+        ValueError: no such policy.
+    """
+    if policy not in POLICIES:
+        raise ValueError(f"MODEL.CHECKPOINTING is {policy!r}; allowed: {', '.join(POLICIES)}")
+    for module in model.modules():
+        module._saves_all = policy == "none"
+    if policy == "blocks":
+        for module in model.modules():
+            if isinstance(module, _BLOCKS):
+                for part in module.modules():
+                    part._saves_all = True  # the block is recomputed as a whole
+                module._recompute_whole = True
+            elif isinstance(module, BasicLayer):
+                module.use_checkpoint = True
+
+
+def checkpointed(
+    module: nn.Module,
+    function: Callable[..., Any],
+    *args: Any,
+    keep: Sequence[torch._ops.OpOverload] = (),
+    random: bool = False,
+) -> Any:
+    """`function(*args)`, of which only the arguments and results of `keep` are saved for backward.
+
+    A plain call if the module's policy says so, without gradients, and for a compiler, which
+    decides for itself.
+
+    Args:
+        module: whose policy counts.
+        function: computes from its arguments and parameters; called again in backward.
+        args: its arguments.
+        keep: operators whose results are saved because they take long.
+        random: whether the function draws random numbers; they are then drawn alike again.
+    """
+    saves_all = module.__dict__.get("_saves_all", False)
+    if saves_all or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return function(*args)
+    options: dict[str, Any] = {}
+    if keep:
+        options["context_fn"] = functools.partial(create_selective_checkpoint_contexts, list(keep))
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=random, **options)

@@ -1,0 +1,97 @@
+"""The masked-attention decoder without full-size masks.
+
+Mask logits are ⟨embedding, feature⟩ and resizing is linear, so the attention mask of a layer comes
+from features resized once per scale instead of masks resized once per layer. Full-size masks stay
+factors (`mask_factors.py`); the public `forward` multiplies them out.
+
+Shape letters: B batch, Q queries, C hidden channels, M heads, K classes, L = H·W locations of a
+scale.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
+    MultiScaleMaskedTransformerDecoder,
+)
+from ..utils.twins import runs_fast
+from .mask_factors import MaskFactors
+
+
+def decode(
+    decoder: MultiScaleMaskedTransformerDecoder,
+    x: list[Tensor],
+    mask_features: Tensor,
+    mask: Tensor | None = None,
+) -> dict[str, Any]:
+    """Twin of `MultiScaleMaskedTransformerDecoder.forward`."""
+    predictions = decode_to_factors(decoder, x, mask_features)
+    classes = [prediction["pred_logits"] for prediction in predictions]
+    masks = [prediction["pred_masks"].full() for prediction in predictions]
+    return {
+        "pred_logits": classes[-1],
+        "pred_masks": masks[-1],
+        "aux_outputs": decoder._set_aux_loss(classes, masks),
+    }
+
+
+def decode_to_factors(
+    decoder: MultiScaleMaskedTransformerDecoder, x: list[Tensor], mask_features: Tensor
+) -> list[dict[str, Any]]:
+    """The predictions from the queries and after each layer, in order.
+
+    Returns:
+        dicts with `pred_logits` (B, Q, K+1) and `pred_masks`, `MaskFactors`.
+    """
+    memory, pos, sizes = decoder.project_features(x)
+    batch = mask_features.shape[0]
+    query_embed = decoder.query_embed.weight.unsqueeze(1).expand(-1, batch, -1)  # (Q, B, C)
+    output = decoder.query_feat.weight.unsqueeze(1).expand(-1, batch, -1)  # (Q, B, C)
+
+    resized: dict[int, Tensor] = {}
+    predictions = []
+    for i in range(decoder.num_layers + 1):
+        decoder_output = decoder.decoder_norm(output).transpose(0, 1)  # (B, Q, C)
+        logits, embed = decoder.class_embed(decoder_output), decoder.mask_embed(decoder_output)
+        predictions.append({"pred_logits": logits, "pred_masks": MaskFactors(embed, mask_features)})
+        if i == decoder.num_layers:
+            break
+        level = i % decoder.num_feature_levels
+        with torch.no_grad():
+            if level not in resized:
+                resized[level] = _resize(mask_features, sizes[level]).flatten(2)
+            # sigmoid(mask) < 0.5, unless that is everywhere: (B, Q, L)
+            attn_mask = embed @ resized[level] < 0
+            attn_mask = (attn_mask & ~attn_mask.all(-1, keepdim=True)).unsqueeze(1)
+        cross_attention = decoder.transformer_cross_attention_layers[i]
+        if not runs_fast(cross_attention):
+            attn_mask = attn_mask.repeat(1, decoder.num_heads, 1, 1).flatten(0, 1)
+        output = cross_attention(
+            output,
+            memory[level],
+            memory_mask=attn_mask,
+            memory_key_padding_mask=None,
+            pos=pos[level],
+            query_pos=query_embed,
+        )
+        output = decoder.transformer_self_attention_layers[i](
+            output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
+        )
+        output = decoder.transformer_ffn_layers[i](output)
+    return predictions
+
+
+def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear resizing, not antialiased: (B, C, H, W) → (B, C, *size)."""
+    step_y, step_x = (old // new for old, new in zip(x.shape[-2:], size, strict=True))
+    whole = x.shape[-2:] == (step_y * size[0], step_x * size[1])
+    if not whole or step_y % 2 or step_x % 2:
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
+    # By an even factor each sample lies in the middle between two pixels. Reading only these is
+    # faster than F.interpolate, which on a CPU first rearranges the whole map.
+    upper, lower = x[:, :, step_y // 2 - 1 :: step_y], x[:, :, step_y // 2 :: step_y]
+    left, right = slice(step_x // 2 - 1, None, step_x), slice(step_x // 2, None, step_x)
+    return (upper[..., left] + upper[..., right] + lower[..., left] + lower[..., right]) * 0.25

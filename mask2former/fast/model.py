@@ -1,0 +1,146 @@
+"""The model's forward pass with mask logits as factors, and its streamed post-processing."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from detectron2.modeling.postprocessing import sem_seg_postprocess
+from detectron2.structures import ImageList
+from detectron2.utils.memory import retry_if_cuda_oom
+from torch import Tensor
+
+from ..maskformer_model import MaskFormer
+from ..modeling.meta_arch.mask_former_head import MaskFormerHead
+from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
+    MultiScaleMaskedTransformerDecoder,
+)
+from ..utils.twins import runs_fast, why_hooked, why_touched
+from .decoder import decode_to_factors
+from .postprocessing import (
+    InstanceResult,
+    PanopticResult,
+    ResizedMasks,
+    Result,
+    SemanticResult,
+    stream_rows,
+)
+
+_HEAD_METHODS = {"forward": MaskFormerHead.forward, "layers": MaskFormerHead.layers}
+
+
+def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
+    """Twin of `MaskFormer.forward_network`.
+
+    In training `pred_masks` are `MaskFactors` if the criterion takes them; in inference there are
+    no `aux_outputs`, which nothing reads.
+    """
+    if images.device.type == "cpu" and not torch.is_grad_enabled():
+        # Convolutions on a CPU are faster in this layout, and pass it on. In training they are not.
+        images = images.contiguous(memory_format=torch.channels_last)
+    features = model.backbone(images)
+    head = model.sem_seg_head
+    decoder = head.predictor
+    mask_features, _, multi_scale_features = head.pixel_decoder.forward_features(features)
+    predictions = decode_to_factors(decoder, multi_scale_features, mask_features)
+    outputs = dict(predictions[-1])
+    if not model.training:
+        return outputs | {"pred_masks": outputs["pred_masks"].full()}
+    return outputs | {"aux_outputs": predictions[:-1]}
+
+
+def why_not_factors(model: MaskFormer) -> str | None:
+    """Why somebody may want full-size masks of all layers, or None: nobody reads them."""
+    head = model.sem_seg_head
+    decoder = getattr(head, "predictor", None)
+    reason = (
+        why_touched(head, MaskFormerHead, _HEAD_METHODS)
+        or why_hooked(head)
+        or why_touched(decoder, MultiScaleMaskedTransformerDecoder, {})
+        or why_hooked(decoder)
+    )
+    if reason is not None:
+        return f"sem_seg_head: {reason}"
+    if head.transformer_in_feature != "multi_scale_pixel_decoder":
+        return f"sem_seg_head.transformer_in_feature is {head.transformer_in_feature}"
+    if not runs_fast(decoder):
+        return "sem_seg_head.predictor runs as written"
+    if model.training and (not runs_fast(model.criterion) or why_hooked(model.criterion)):
+        return "criterion runs as written"
+    return None
+
+
+def inference(
+    model: MaskFormer,
+    outputs: dict[str, Any],
+    batched_inputs: list[dict[str, Any]],
+    images: ImageList,
+) -> list[dict[str, Any]]:
+    """Twin of `MaskFormer.forward_inference`."""
+    padded = tuple(images.tensor.shape[-2:])
+    results = []
+    for mask_cls, masks, inputs, image_size in zip(
+        outputs["pred_logits"],
+        outputs["pred_masks"],
+        batched_inputs,
+        images.image_sizes,
+        strict=True,
+    ):
+        size = (inputs.get("height", image_size[0]), inputs.get("width", image_size[1]))
+        predict = retry_if_cuda_oom(_predict)
+        results.append(predict(model, mask_cls, masks, padded, tuple(image_size), size))
+    return results
+
+
+def _predict(
+    model: MaskFormer,
+    mask_cls: Tensor,
+    masks: Tensor,
+    padded: tuple[int, int],
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+) -> dict[str, Any]:
+    """Predictions of one image from (Q, K+1) and (Q, h, w) logits."""
+    before = model.sem_seg_postprocess_before_inference
+    sizes = (image_size, size) if before else (padded, padded)
+    resized = ResizedMasks(masks, padded, *sizes)
+    mask_cls = mask_cls.to(resized.dtype)
+    shape = resized.shape
+    # Semantic scores of the padding are never made.
+    scores_shape = shape if before else torch.Size((len(masks), *image_size))
+    tasks: dict[str, tuple[bool, str, Callable[[], Result]]] = {
+        "sem_seg": (
+            model.semantic_on,
+            "semantic_inference",
+            lambda: SemanticResult(mask_cls, scores_shape),
+        ),
+        "panoptic_seg": (
+            model.panoptic_on,
+            "panoptic_inference",
+            lambda: PanopticResult(
+                mask_cls,
+                shape,
+                model._thing_ids(),
+                model.object_mask_threshold,
+                model.overlap_threshold,
+            ),
+        ),
+        "instances": (
+            model.instance_on,
+            "instance_inference",
+            lambda: InstanceResult(
+                mask_cls,
+                shape,
+                model.test_topk_per_image,
+                model._thing_ids() if model.panoptic_on else None,
+            ),
+        ),
+    }
+    streamed = {key: start() for key, (is_on, _, start) in tasks.items() if is_on}
+    with torch.autocast(masks.device.type, enabled=False):
+        stream_rows(resized, streamed.values())
+    predictions = {key: result.finish() for key, result in streamed.items()}
+    if model.semantic_on and not before:
+        scores = predictions["sem_seg"]
+        if not scores.shape[1:] == image_size == size:
+            predictions["sem_seg"] = sem_seg_postprocess(scores, image_size, *size)
+    return predictions

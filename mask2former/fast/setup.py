@@ -1,0 +1,28 @@
+"""What a config switches in a built model: fast twins and activation checkpointing."""
+
+from detectron2.config import CfgNode
+from torch import nn
+
+from ..utils.twins import run_plain
+from .checkpointing import set_checkpointing
+from .frozen_norm import fold_frozen_norms
+
+
+def follow_parts(model: nn.Module) -> None:
+    """Prepare a model whose parts were built somewhere, with or without `apply_config`."""
+    if any("_always_plain" in part.__dict__ for part in model.children()):
+        model._always_plain = True
+    fold_frozen_norms(model)
+
+
+def apply_config(cfg: CfgNode, *modules: nn.Module) -> None:
+    """Apply MODEL.FAST and MODEL.CHECKPOINTING to parts of a model, or to the whole.
+
+    The config function of another project may lack these keys; they then have their defaults.
+    """
+    for module in modules:
+        if cfg.MODEL.get("FAST", True):
+            fold_frozen_norms(module)
+        else:
+            run_plain(module)
+        set_checkpointing(module, cfg.MODEL.get("CHECKPOINTING", "selective"))

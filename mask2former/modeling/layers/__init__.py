@@ -1,0 +1,13 @@
+"""Layers that several parts share: attention, feed-forward, MLP, position encoding."""
+
+from .attention import CrossAttentionLayer, FFNLayer, SelfAttentionLayer
+from .mlp import MLP
+from .position_encoding import PositionEmbeddingSine
+
+__all__ = [
+    "MLP",
+    "CrossAttentionLayer",
+    "FFNLayer",
+    "PositionEmbeddingSine",
+    "SelfAttentionLayer",
+]

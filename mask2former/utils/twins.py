@@ -1,0 +1,147 @@
+"""Plain parts and their fast twins: which of the two runs.
+
+A method marked `has_fast_twin` runs as written unless `mask2former.fast` has registered a twin for
+it: a function with the same arguments and the same numbers in less time and memory. The twin runs
+only where nobody could tell the difference, see `why_plain`; otherwise the plain method runs, and
+one log line says why. Whoever subclasses, patches, replaces or hooks a part gets the plain one.
+"""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import _has_any_global_hook
+from torch.utils.checkpoint import checkpoint
+
+_logger = logging.getLogger(__name__)
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A row of the table in `mask2former/fast/table.py`.
+
+    Attributes:
+        plain: the class whose method has the twin.
+        method: name of the method, marked `has_fast_twin`.
+        fast: the twin; called as the method is, with the module first.
+        stands_for: names of the plain methods that the twin does not call: of the module itself, or
+            dotted, of a module in `parts`.
+        parts: submodules (dotted names) that the twin does not call as modules, and their types.
+        condition: further reason to run plain, or None.
+    """
+
+    plain: type[nn.Module]
+    method: str
+    fast: Callable[..., Any]
+    stands_for: tuple[str, ...] = ()
+    parts: Mapping[str, type[nn.Module]] = field(default_factory=dict)
+    condition: Callable[[Any], str | None] | None = None
+
+    def __post_init__(self) -> None:
+        owned: dict[str, dict[str, Any]] = {path: {} for path in ("", *self.parts)}
+        for name in self.stands_for:
+            path, _, method = name.rpartition(".")
+            owner = self.parts[path] if path else self.plain
+            owned[path][method] = getattr(owner, method)
+        object.__setattr__(self, "originals", owned)
+        object.__setattr__(self, "dispatcher", self.plain.__dict__[self.method])
+
+
+_twins: dict[tuple[type[nn.Module], str], Twin] = {}
+_told: set[str] = set()
+
+
+def register_twin(twin: Twin) -> None:
+    """Let a twin run for its plain method."""
+    _twins[twin.plain, twin.method] = twin
+
+
+def has_fast_twin(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Mark a method of an nn.Module that may be served by its fast twin."""
+    name = method.__name__
+
+    @functools.wraps(method)
+    def dispatch(self, *args, **kwargs):
+        twin = _twins.get((type(self), name))
+        if twin is not None:
+            reason = why_plain(self, twin)
+        else:
+            reason = "" if "_always_plain" in self.__dict__ else "it is a subclass"
+        run = twin.fast if twin is not None and reason is None else method
+        if reason and not torch.compiler.is_compiling():
+            _tell_once(f"{type(self).__name__}.{name} runs as written, not fast: {reason}")
+        if "_recompute_whole" in self.__dict__ and torch.is_grad_enabled():
+            return checkpoint(run, self, *args, use_reentrant=False, **kwargs)
+        return run(self, *args, **kwargs)
+
+    return dispatch
+
+
+def why_plain(module: nn.Module, twin: Twin) -> str | None:
+    """Why a module must run as written, or None where its twin may run.
+
+    The module's type must be exactly the plain class. Nothing that the twin stands for may be
+    patched (on class or instance), replaced by another module, or hooked.
+    """
+    if "_always_plain" in module.__dict__:
+        return ""  # the config says so, which needs no explanation
+    for path, originals in twin.originals.items():
+        part = module
+        for name in path.split(".") if path else ():
+            part = getattr(part, name, None)
+        reason = why_touched(part, twin.parts[path] if path else twin.plain, originals)
+        if reason is None and path:
+            reason = why_hooked(part)
+        if reason is not None:
+            return f"{path}: {reason}" if path else reason
+    return twin.condition(module) if twin.condition is not None else None
+
+
+def why_touched(module: Any, expected: type[nn.Module], originals: Mapping[str, Any]) -> str | None:
+    """Why a module is not an `expected` with its original methods, or None where it is."""
+    if type(module) is not expected:
+        return f"a {type(module).__name__} replaces {expected.__name__}"
+    for name, original in originals.items():
+        if name in module.__dict__:
+            return f"{name} is replaced on the instance"
+        if getattr(expected, name) is not original:
+            return f"{expected.__name__}.{name} is replaced on the class"
+    return None
+
+
+def why_hooked(module: nn.Module) -> str | None:
+    """Why somebody could notice that a module is not called, or None: it has no hooks."""
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        return "it has hooks"
+    return "there are global module hooks" if _has_any_global_hook() else None
+
+
+def runs_fast(module: nn.Module, method: str = "forward") -> bool:
+    """Whether calling the method would run its fast twin."""
+    twin = _twins.get((type(module), method))
+    forward = type(module).__dict__.get(method)
+    return (
+        twin is not None
+        and method not in module.__dict__
+        and forward is twin.dispatcher
+        and why_plain(module, twin) is None
+    )
+
+
+def run_plain(model: nn.Module) -> nn.Module:
+    """Make all parts of a model run as written (config key MODEL.FAST False). Returns the model."""
+    for module in model.modules():
+        module._always_plain = True
+    return model
+
+
+def _tell_once(text: str) -> None:
+    if text not in _told:
+        _told.add(text)
+        _logger.info(text)
