@@ -7,7 +7,7 @@
 import argparse
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,14 +18,12 @@ from detectron2.modeling import build_model
 from op_backends import BACKENDS, Case
 from options import ALIASES, OURS, PEER, UPSTREAM, add_choices, list_of, positive, size
 from peer import build_peer, has_swin, load_weights
-from plain_steps import plain_copy
 from report import Report
 from torch import Tensor, nn
 from upstream_steps import UpstreamAttention, use_upstream_steps
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
-from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
 
 CONTENDERS = (OURS, UPSTREAM, PEER)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -122,8 +120,13 @@ def precision(name: str, device: str) -> contextlib.AbstractContextManager:
 
 
 def plain_model(cfg: CfgNode, ours: nn.Module) -> nn.Module:
-    """The plain model of a config, with our weights."""
-    return plain_copy(ours)
+    """The plain model of a config, with our weights and without activation checkpointing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FAST, cfg.MODEL.CHECKPOINTING = False, "none"
+    model = build_model(cfg)
+    model.load_state_dict(ours.state_dict())
+    return model.train(ours.training)
 
 
 def upstream_model(cfg: CfgNode, ours: nn.Module, op: str = UpstreamAttention.op) -> nn.Module:
@@ -164,28 +167,20 @@ def make_models(
 class _Constant(nn.Module):
     """Replaces a part by its precomputed result."""
 
-    def __init__(self, make: Callable[[], Any]):
+    def __init__(self, result: Any):
         super().__init__()
-        self._make = make
+        self._result = result
 
     def forward(self, *_) -> Any:
-        return self._make()
+        return self._result
 
 
-def with_outputs(model: nn.Module, make: Callable[[], dict[str, Tensor]]) -> nn.Module:
-    """The model without its network: `make` returns the outputs of the head."""
+def with_outputs(model: nn.Module, outputs: dict[str, Tensor]) -> nn.Module:
+    """The model without its network: `outputs` stand in for those of the head."""
     stub = copy.copy(model)
     stub._modules = dict(model._modules)
-    stub.backbone, stub.sem_seg_head = _Constant(dict), _Constant(make)
+    stub.backbone, stub.sem_seg_head = _Constant({}), _Constant(outputs)
     return stub
-
-
-def fresh(outputs: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the last layer's prediction; masks kept as factors are not multiplied out yet."""
-    masks = outputs.mask_logits if isinstance(outputs, MaskPredictions) else outputs["pred_masks"]
-    if isinstance(masks, MaskLogits):
-        masks = MaskLogits(masks.embed, masks.features)
-    return MaskPredictions(pred_logits=outputs["pred_logits"], pred_masks=masks)
 
 
 class Forward(nn.Module):
@@ -196,7 +191,7 @@ class Forward(nn.Module):
         self.model = model
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model._network(pixels)
+        outputs = self.model.forward_network(pixels)
         return outputs["pred_logits"], outputs["pred_masks"]
 
 

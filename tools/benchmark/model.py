@@ -31,7 +31,6 @@ from contenders import (
     check_model_options,
     check_results,
     forward_of,
-    fresh,
     make_models,
     normalized,
     note_upstream_op,
@@ -68,7 +67,10 @@ from timing import (
     time_call,
     timed_rows,
 )
-from torch import nn
+from torch import Tensor, nn
+
+from mask2former.fast.decoder import decode_to_factors
+from mask2former.utils.twins import runs_fast
 
 # For the multiply-adds: a program one folder up.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
@@ -100,20 +102,36 @@ def _baselines(options: argparse.Namespace) -> tuple[str, ...]:
 
 
 def stage_calls(model: nn.Module, images: Batch) -> dict[str, Call]:
-    """The call of each stage of our model, with inputs computed once."""
+    """The call of each stage of our model, fast or plain, with inputs computed once."""
     head, pixels = model.sem_seg_head, normalized(model, images)
-    features = model.backbone(model._arranged(pixels))
+    arrange, decode = nn.Identity(), head.predictor
+    # The twin of the network does not call these as modules do.
+    if runs_fast(model, "forward_network"):
+        decode = partial(_last_prediction, head.predictor)
+        if not pixels.is_cuda:
+            arrange = partial(Tensor.contiguous, memory_format=torch.channels_last)
+    features = model.backbone(arrange(pixels))
     mask_features, _, scales = head.pixel_decoder.forward_features(features)
-    outputs = fresh(head.predictor(scales, mask_features))
-    post_processing = with_outputs(model, lambda: fresh(outputs))
+    outputs = decode(scales, mask_features)
+    last = {key: outputs[key] for key in ("pred_logits", "pred_masks")}
+    del outputs
+    post_processing = with_outputs(model, last)
     return {
-        "backbone": lambda: model.backbone(model._arranged(pixels)),
+        "backbone": lambda: model.backbone(arrange(pixels)),
         "pixel decoder": lambda: head.pixel_decoder.forward_features(features),
-        "transformer decoder": lambda: head.predictor(scales, mask_features),
+        "transformer decoder": lambda: decode(scales, mask_features),
         "forward": partial(Forward(model), pixels),
         "post-processing": lambda: post_processing(images),
         "end to end": lambda: model(images),
     }
+
+
+def _last_prediction(
+    decoder: nn.Module, scales: list[Tensor], mask_features: Tensor
+) -> dict[str, Tensor]:
+    """The decoder as it runs in the twin of the network: masks of the last layer only."""
+    prediction = decode_to_factors(decoder, scales, mask_features)[-1]
+    return prediction | {"pred_masks": prediction["pred_masks"].full()}
 
 
 def _gemm(device: str, dtype: torch.dtype) -> tuple[int, Call]:

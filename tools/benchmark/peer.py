@@ -10,8 +10,6 @@ import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
 
-from mask2former.modeling.mask_predictions import mask_logits_of
-
 _RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
 
@@ -188,11 +186,11 @@ class PeerCriterion(nn.Module):
     def forward(
         self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """As `SetCriterion.forward`. The peer needs full-size masks."""
+        """As `SetCriterion.forward`, with full-size masks."""
         layers = [
             {
                 "class_queries_logits": layer["pred_logits"],
-                "masks_queries_logits": mask_logits_of(layer).full(),
+                "masks_queries_logits": layer["pred_masks"],
             }
             for layer in (outputs, *outputs.get("aux_outputs", ()))
         ]

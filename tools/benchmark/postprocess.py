@@ -1,8 +1,7 @@
-"""`postprocess`: from class logits and mask factors to the three kinds of output.
+"""`postprocess`: from class and mask logits to the three kinds of output.
 
 Masks are blobs: 20 of 100 queries are confident, and neighbours touch, which gives segments. The
-contenders `mask2former` and `upstream steps` run their inference after the network. The time to
-compute masks from their factors counts.
+contenders `mask2former` and `upstream steps` run their inference after the network.
 
 Shape letters: Q queries, C mask channels, H W pixels of the input.
 """
@@ -18,7 +17,6 @@ from contenders import (
     R50,
     TOLERANCE,
     different_pixels,
-    fresh,
     result_errors,
     upstream_model,
     with_outputs,
@@ -51,7 +49,6 @@ from timing import (
 from torch import Tensor, nn
 
 from mask2former.config import load_config
-from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
 
 TASKS = ("panoptic", "instance", "semantic", "all")
 FULL = {"sizes": [(512, 512), (800, 1216)], "outputs": ["same", (427, 640)], "rounds": 7}
@@ -71,7 +68,7 @@ _SMALL_NETWORK = (
 )
 
 
-def make_outputs(size: tuple[int, int], device: str) -> MaskPredictions:
+def make_outputs(size: tuple[int, int], device: str) -> dict[str, Tensor]:
     """Decoder outputs for an image of a size, the same for the same size."""
     generator = torch.Generator().manual_seed(0)
     height, width = size[0] // 4, size[1] // 4
@@ -98,13 +95,11 @@ def make_outputs(size: tuple[int, int], device: str) -> MaskPredictions:
     classes = torch.randint(NUM_CLASSES, (_CONFIDENT,), generator=generator)
     logits[0, torch.arange(_CONFIDENT), classes] += 12
     logits[0, _CONFIDENT:, -1] += 6
-    return MaskPredictions(
-        pred_logits=logits.to(device),
-        pred_masks=MaskLogits(embed.to(device), features.to(device)),
-    )
+    masks = torch.einsum("bqc,bchw->bqhw", embed, features)
+    return {"pred_logits": logits.to(device), "pred_masks": masks.to(device)}
 
 
-def make_models(task: str, outputs: MaskPredictions) -> dict[str, nn.Module]:
+def make_models(task: str, outputs: dict[str, Tensor]) -> dict[str, nn.Module]:
     """Both contenders with given outputs of the network, configured as the recipe of a task."""
     switches = {
         f"MODEL.MASK_FORMER.TEST.{name.upper()}_ON": task in (name, "all") for name in TASKS[:-1]
@@ -116,7 +111,7 @@ def make_models(task: str, outputs: MaskPredictions) -> dict[str, nn.Module]:
     )
     ours = build_model(cfg).eval()
     models = {OURS: ours, UPSTREAM: upstream_model(cfg, ours)}
-    return {name: with_outputs(model, partial(fresh, outputs)) for name, model in models.items()}
+    return {name: with_outputs(model, outputs) for name, model in models.items()}
 
 
 def make_calls(

@@ -185,8 +185,15 @@ class Step:
         self.optimizer = make_optimizer(cfg, self.model)
         self._inputs, self._device, self._autocast = inputs, device, autocast
         self._mark: Callable[[], None] = lambda: None
-        # The network ends when the criterion is called.
-        self.model.criterion.register_forward_pre_hook(lambda *_: self._mark())
+        prepare_targets = self.model.prepare_targets
+
+        def mark_end_of_network(*args) -> list[dict[str, Tensor]]:
+            targets = prepare_targets(*args)
+            self._mark()
+            return targets
+
+        # A hook on the criterion would make it run plain.
+        self.model.prepare_targets = mark_end_of_network
 
     def losses(self) -> dict[str, Tensor]:
         with precision(self._autocast, self._device):

@@ -27,12 +27,13 @@ class UpstreamAttention(MSDeformAttn):
     def forward(
         self, query, reference_points, input_flatten, input_spatial_shapes, *unused, **also_unused
     ) -> Tensor:
-        shapes = [(int(height), int(width)) for height, width in input_spatial_shapes]
+        size = torch.as_tensor(input_spatial_shapes, device=query.device)
+        # The original's kernels read the sizes on the device.
+        shapes = [] if self.op == "original" else [(h, w) for h, w in size.tolist()]
         value = self.value_proj(input_flatten).unflatten(2, (self.n_heads, -1))
         points = (self.n_levels, self.n_points)
         offsets = self.sampling_offsets(query).unflatten(2, (self.n_heads, *points, 2))
         logits = self.attention_weights(query).unflatten(2, (self.n_heads, -1))  # (B, S, M, L·P)
-        size = torch.tensor(shapes, device=query.device)
         area = size.prod(1)
         x = Inputs(
             value,

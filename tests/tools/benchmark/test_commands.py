@@ -279,8 +279,8 @@ def test_train(run, tmp_path, capsys):
         assert (row["part"] == "step") == ("host_syncs" in row)
     ours, upstream, peer = report["results"][-3:]
     assert ours["host_syncs"] <= 3
-    assert ours["host_syncs"] < peer["host_syncs"]
-    assert peer["host_syncs"] < upstream["host_syncs"]
+    # The others copy costs per image and layer: 2 images, 4 layers.
+    assert min(peer["host_syncs"], upstream["host_syncs"]) >= 2 * 4
     assert ours["peak_bytes"] is None
     *parts, step = (row["wall_seconds"]["samples"] for row in rows_of(report, OURS))
     assert np.sum(parts, axis=0) == pytest.approx(step)
