@@ -28,7 +28,7 @@ def test_few_host_syncs(tiny_cfg, tmp_path):
     assert counts["known"] == {"syncs": 4, "uploads": 1}
     training = counts["training"]
     # One copy of the matching costs of all layers and images; targets are on the device.
-    assert len(training["syncs"]) == 1 and "_match" in training["syncs"][0], training
+    assert len(training["syncs"]) == 1 and "match_layers" in training["syncs"][0], training
     # The matched pairs are uploaded without blocking.
     assert training["uploads"] == []
     # Syncs per image: queries of segments and of instances, classes and areas of segments.

@@ -115,11 +115,11 @@ def run(options: argparse.Namespace) -> int:
         records = write_dataset(Path(folder), options.images)
         for task in options.mappers:
             keys = ("file_name", "image_id", "height", "width", *_READ[task])
-            own = [{key: record[key] for key in keys} for record in records]
+            inputs = [{key: record[key] for key in keys} for record in records]
             mappers = make_mappers(task, options)
-            check = partial(check_samples, mappers=mappers, records=own[:8])
+            check = partial(check_samples, mappers=mappers, records=inputs[:8])
             usable, failed = try_each([EXPANDED, UPSTREAM], check)
-            timed = {name: partial(map_all, mappers[name], own) for name in (OURS, *usable)}
+            timed = {name: partial(map_all, mappers[name], inputs) for name in (OURS, *usable)}
             calls: dict[str, Callable[[], Call]] = {
                 name: lambda call=call: call for name, call in timed.items()
             }

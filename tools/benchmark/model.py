@@ -9,6 +9,7 @@ and panoptic segments may overlap.
 """
 
 import argparse
+import functools
 import gc
 import sys
 from collections.abc import Callable, Iterator
@@ -87,8 +88,8 @@ STAGES = (
 )
 FULL = {"sizes": [(512, 512), (800, 1216)], "batches": [1], "rounds": 5}
 QUICK = {"sizes": [(256, 256)], "batches": [1], "rounds": 3}
-# Side of the square matrices whose product measures the machine's speed. It is halved until the
-# product takes at most this long.
+# Largest side of the square matrices whose product measures the machine's speed, and how long the
+# product may take.
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _GEMM_SECONDS = 0.1
 _ARITHMETIC = "arithmetic"
@@ -134,16 +135,26 @@ def _last_prediction(
     return prediction | {"pred_masks": prediction["pred_masks"].full()}
 
 
-def _gemm(device: str, dtype: torch.dtype) -> tuple[int, Call]:
-    """A matrix product and the side of its matrices."""
-    size = _GEMM[device]
-    while True:
-        x = torch.randn(size, size, device=device, dtype=dtype)
-        call = partial(torch.matmul, x, x)
-        call()
-        if size <= 128 or time_call(call, device)["wall"] <= _GEMM_SECONDS:
-            return size, call
-        size //= 2
+@functools.cache
+def _gemm_size(device: str, dtype: torch.dtype) -> int:
+    """The largest side of square matrices that are multiplied in time, see _GEMM."""
+    size = 128
+    # Twice the side takes eight times as long. Half precision is very slow on some CPUs.
+    while (
+        size < _GEMM[device] and 8 * _seconds(_gemm(device, dtype, size), device) <= _GEMM_SECONDS
+    ):
+        size *= 2
+    return size
+
+
+def _seconds(call: Call, device: str) -> float:
+    call()  # warm-up
+    return time_call(call, device)["wall"]
+
+
+def _gemm(device: str, dtype: torch.dtype, size: int) -> Call:
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    return partial(torch.matmul, x, x)
 
 
 def _timed(call: Call, labels: Row) -> Call:
@@ -172,8 +183,9 @@ def _with_arithmetic(
     device, clock = labels["device"], main_clock(labels["device"])
     beside: dict[str, Call] = {}
     if multiply_adds is not None:
-        gemm_size, gemm = _gemm(device, PRECISIONS[labels["precision"]])
-        beside[_ARITHMETIC] = _timed(gemm, labels)
+        dtype = PRECISIONS[labels["precision"]]
+        gemm_size = _gemm_size(device, dtype)
+        beside[_ARITHMETIC] = _timed(_gemm(device, dtype, gemm_size), labels)
     samples = race(beside)
     speed = samples.pop(_ARITHMETIC, None)
     rows = timed_rows(labels, samples, baselines, clock)
@@ -182,10 +194,10 @@ def _with_arithmetic(
         if speed is None:
             continue
         seconds = [times[clock] * multiply_adds / gemm_size**3 for times in speed]
-        own = [times[clock] for times in samples[row["contender"]]]
+        stage_seconds = [times[clock] for times in samples[row["contender"]]]
         row["gemm_size"] = gemm_size
         row["arithmetic_seconds"] = summarize(seconds)
-        row["times_arithmetic"] = ratios(own, seconds)
+        row["times_arithmetic"] = ratios(stage_seconds, seconds)
     return rows
 
 
@@ -308,8 +320,8 @@ def _rows(
             if alone:
                 warm = {key: partial(_time_warm, call) for key, call in beside.items()}
                 return take_turns_alone("model", requests, options, report.round, warm)
-            own = {name: _timed(calls[name][stage], labels) for name in requests}
-            prepared = {name: lambda call=call: call for name, call in (own | beside).items()}
+            timed = {name: _timed(calls[name][stage], labels) for name in requests}
+            prepared = {name: lambda call=call: call for name, call in (timed | beside).items()}
             return take_turns(prepared, device, options, report.round)[0]
 
         part = labels | {"part": stage}
