@@ -13,6 +13,7 @@ import torch
 from load_script import load_script
 
 from mask2former.utils.memory import KEEP_VARIABLE
+from mask2former.utils.twins import runs_fast
 
 CONFIGS = Path(__file__).resolve().parents[3] / "configs"
 OURS, UPSTREAM, PEER = "mask2former", "upstream steps", "transformers"
@@ -302,6 +303,19 @@ def test_postprocess(run, tmp_path, capsys):
     ]
 
 
+def test_timing_switches_no_part_to_plain(small):
+    train, postprocess = modules["train"], modules["postprocess"]
+    options = tool.make_parser().parse_args(["train", *small["train"]])
+    cfg, model = train._build(options)
+    inputs = train.make_batch((64, 64), 1, 3, 133, "cpu")
+    stubs = postprocess.make_models("all", postprocess.make_outputs((64, 64), "cpu"))
+    for name in (OURS, UPSTREAM):
+        step = train.Step(name, cfg, model, options, "cpu", inputs, "fp32")
+        assert runs_fast(step.model, "forward_network") == (name == OURS)
+        assert runs_fast(step.model.criterion) == (name == OURS)
+        assert runs_fast(stubs[name], "forward_inference") == (name == OURS)
+
+
 def test_postprocess_has_segments():
     postprocess = modules["postprocess"]
     calls = postprocess.make_calls("all", (256, 320), "same", "cpu")
@@ -499,6 +513,12 @@ def test_invalid_arguments(arguments, message, capsys):
         tool.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_older_names_of_the_upstream_steps():
+    arguments = ["--contenders", f"{OURS},published", "--published-op", "original"]
+    options = tool.make_parser().parse_args(["model", *arguments])
+    assert options.contenders == [OURS, UPSTREAM] and options.upstream_op == "original"
 
 
 def test_host_syncs_are_counted():
