@@ -1,7 +1,7 @@
-"""Contenders of `benchmark.py` on a CPU, each in a process of its own.
+"""Contenders on a CPU, each in a process of its own.
 
-In one process a contender would get the memory that others left free, which hides what fresh pages
-for large tensors cost those who run it by itself; and peak memory is that of a process.
+In a shared process a contender would reuse memory that the others freed. That hides what fresh
+pages for large tensors cost its users. Peak memory can only be measured per process, too.
 """
 
 import argparse
@@ -15,43 +15,43 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
-from benchmark_runner import OURS, Call, Key, Row
+from options import OURS
+from timing import Call, Key, Row, Times, interleave, peak_resident_bytes, time_call
 
-from mask2former.utils import benchmark
 from mask2former.utils.memory import KEEP_VARIABLE
 
 
 class Task(NamedTuple):
-    """What a process of its own does.
+    """The work of a process.
 
     Attributes:
         run: does it once.
-        measure: does it once and says how long that took.
+        measure: does it once and returns the times.
     """
 
     run: Call
-    measure: Callable[[], benchmark.Times]
+    measure: Callable[[], Times]
 
 
 def cpu_task(call: Call) -> Task:
-    return Task(call, partial(benchmark.time_call, call, "cpu"))
+    return Task(call, partial(time_call, call, "cpu"))
 
 
 class Alone:
     """The process of one contender.
 
     Args:
-        subcommand: whose `tasks_alone` gives warm-up and task.
+        subcommand: the one whose `tasks_alone` gives warm-up and task.
         arguments: of that function.
         threads: of the process.
-        environment: further variables.
+        environment: further environment variables.
     """
 
     def __init__(self, subcommand: str, arguments: Row, threads: int, environment: dict[str, str]):
         request = {"subcommand": subcommand, "arguments": arguments, "threads": threads}
-        script = Path(__file__).with_name("benchmark.py")
+        program = str(Path(__file__).parent)
         self._process = subprocess.Popen(
-            [sys.executable, "-W", "ignore", str(script), "alone", json.dumps(request)],
+            [sys.executable, "-W", "ignore", program, "alone", json.dumps(request)],
             env=os.environ | environment,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -62,13 +62,13 @@ class Alone:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._process.communicate()  # without input it ends
+        self._process.communicate()  # closes its input, so that it ends
 
     def ask(self, order: str) -> Any:
-        """Have it do something, see `serve`, and wait for the result.
+        """Send an order, see `serve`, and wait for the answer.
 
         Raises:
-            RuntimeError: it failed; its own message stands in the output.
+            RuntimeError: the process failed; its own message is in the output.
         """
         with contextlib.suppress(BrokenPipeError):
             print(order, file=self._process.stdin, flush=True)
@@ -79,13 +79,14 @@ class Alone:
 
 
 def serve(tasks: Iterable[Task], orders: Iterator[str], answers: TextIO) -> None:
-    """What a process of `Alone` does.
+    """The loop inside a process of `Alone`.
 
     Args:
-        tasks: warm-up, then the task itself.
-        orders: lines. The first one, "start" or "peak", has all tasks done, "peak" for the bytes by
-            which the task itself lets this process grow. Each further one measures it.
-        answers: gets a line of JSON for each order.
+        tasks: warm-ups, then the task itself.
+        orders: lines. The first one runs all tasks: "start" answers with the times of the last
+            one, "peak" with the bytes by which the process grew during it. Each further line
+            measures the task once.
+        answers: receives a line of JSON for each order.
     """
 
     def answer(result: Any) -> None:
@@ -93,7 +94,7 @@ def serve(tasks: Iterable[Task], orders: Iterator[str], answers: TextIO) -> None
 
     wants_peak = next(orders).strip() == "peak"
     for task in tasks:
-        result = benchmark.peak_resident_bytes(task.run) if wants_peak else task.measure()
+        result = peak_resident_bytes(task.run) if wants_peak else task.measure()
     answer(result)
     for _ in orders:
         answer(task.measure())
@@ -104,19 +105,19 @@ def take_turns_alone(
     requests: dict[Key, Row],
     options: argparse.Namespace,
     on_round: Call,
-    beside: dict[Key, Callable[[], benchmark.Times]] | None = None,
-) -> dict[Key, list[benchmark.Times]]:
-    """`take_turns` on a CPU for contenders in processes of their own.
+    beside: dict[Key, Callable[[], Times]] | None = None,
+) -> dict[Key, list[Times]]:
+    """`timing.take_turns` on a CPU for contenders in processes of their own.
 
     Args:
         subcommand: of each process.
-        requests: arguments of each process; the entry contender says whose it is.
-        options: read are allocator, threads, rounds and max_seconds.
+        requests: arguments of each process, with its contender's name as "contender".
+        options: `allocator`, `threads`, `rounds` and `max_seconds` are read.
         on_round: called after each round.
-        beside: what else takes turns with them, in this process.
+        beside: further calls that take turns with them, in this process.
 
     Returns:
-        for each contender its times by round.
+        for each contender its times, one per round.
     """
     measures = dict(beside or {})
     with contextlib.ExitStack() as stack:
@@ -128,7 +129,7 @@ def take_turns_alone(
             alone = Alone(subcommand, request, options.threads, environment)
             stack.enter_context(alone).ask("start")
             measures[name] = partial(alone.ask, "measure")
-        return benchmark.interleave(
+        return interleave(
             list(measures),
             lambda name: measures[name](),
             options.rounds,
@@ -137,13 +138,8 @@ def take_turns_alone(
         )
 
 
-def has_peak_memory() -> bool:
-    """Whether the peak of a process on the CPU can be measured."""
-    return Path("/proc/self/clear_refs").exists()
-
-
 def peak_in_process(subcommand: str, arguments: Row, threads: int) -> int:
-    """Bytes by which a process grows in the last of the tasks for the arguments."""
+    """Bytes by which a new process grows during the last of the tasks for the arguments."""
     environment = {"MALLOC_MMAP_THRESHOLD_": str(1 << 16), KEEP_VARIABLE: "0"}
     with Alone(subcommand, arguments, threads, environment) as alone:
         return alone.ask("peak")

@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Measure what the parts cost, next to other implementations of the same thing.
+"""Measure what the parts cost, next to other implementations of the same method.
 
-    python tools/benchmark.py op|model|train|postprocess|data|evaluate [--quick] [...]
+    python tools/benchmark op|model|train|postprocess|data|evaluate [--quick] [...]
 
-Contenders take turns, and each ratio is one of two times of the same round. Answers are compared
-before anything is timed. Each subcommand prints a table and writes it with a chart and every sample
-to NAME.md, NAME.png and NAME.json after every case, so that a run that is cut short keeps what it
-has; BENCHMARKS.md explains the columns.
+Results are compared before anything is timed. Contenders take turns, and each ratio is formed
+within a round. Each subcommand prints a table and writes it, with a chart and every sample, to
+NAME.md, NAME.png and NAME.json. The files are updated after every case, so an interrupted run keeps
+its results. BENCHMARKS.md explains the columns.
 """
 
 import argparse
@@ -16,31 +16,31 @@ import shlex
 import sys
 from unittest import mock
 
-import benchmark_data
-import benchmark_evaluate
-import benchmark_model
-import benchmark_op
-import benchmark_postprocess
-import benchmark_train
+import data
+import evaluate
+import model
+import op
+import postprocess
 import torch
-from benchmark_processes import has_peak_memory, serve
-from benchmark_runner import set_threads
+import train
+from processes import serve
+from timing import has_peak_resident, set_threads
 
 from mask2former.utils.memory import KEEP_VARIABLE, keep_freed_memory
 
 COMMANDS = {
-    "op": (benchmark_op, "multi-scale deformable attention"),
-    "model": (benchmark_model, "inference, by stages and end to end"),
-    "train": (benchmark_train, "a training step and its parts"),
-    "postprocess": (benchmark_postprocess, "from logits to panoptic, instances and semantic"),
-    "data": (benchmark_data, "dataset mappers"),
-    "evaluate": (benchmark_evaluate, "evaluators"),
+    "op": (op, "multi-scale deformable attention"),
+    "model": (model, "inference, by stages and end to end"),
+    "train": (train, "a training step and its parts"),
+    "postprocess": (postprocess, "from logits to panoptic, instance and semantic outputs"),
+    "data": (data, "dataset mappers"),
+    "evaluate": (evaluate, "evaluators"),
 }
 
 
 def run_alone(request: str) -> int:
-    """The process of `benchmark_processes.Alone`."""
-    # Whatever else is printed goes where progress does.
+    """The process that `processes.Alone` starts."""
+    # Keep the pipe for answers: anything else that is printed goes to stderr.
     answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     request = json.loads(request)
@@ -53,6 +53,7 @@ def run_alone(request: str) -> int:
 
 def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
+        prog="benchmark",
         description="Measure what the parts cost, next to other implementations.",
     )
     commands = parser.add_subparsers(dest="subcommand", required=True, metavar="COMMAND")
@@ -74,18 +75,18 @@ def main(argv: list[str] | None = None) -> int:
             setattr(options, key, value)
     if "cuda" in options.devices and not torch.cuda.is_available():
         parser.error("--devices cuda: torch finds no CUDA device")
-    if getattr(options, "memory", False) and not has_peak_memory():
+    if getattr(options, "memory", False) and not has_peak_resident():
         parser.error("--memory needs Linux's /proc")
     module.check_options(parser, options)
     allocator = getattr(options, "allocator", None)
     if allocator == "kept":
         keep_freed_memory()
-    options.command = shlex.join(["python", "tools/benchmark.py", *argv])
+    options.command = shlex.join(["python", "tools/benchmark", *argv])
     threads = torch.get_num_threads()
-    # A model on a CPU would have its way.
-    as_it_is = {} if allocator in (None, "kept") else {KEEP_VARIABLE: "0"}
+    # Otherwise building a model for the CPU would switch the allocator.
+    environment = {} if allocator in (None, "kept") else {KEEP_VARIABLE: "0"}
     try:
-        with mock.patch.dict(os.environ, as_it_is):
+        with mock.patch.dict(os.environ, environment):
             return module.run(options)
     finally:
         torch.set_num_threads(threads)

@@ -1,45 +1,50 @@
-"""`benchmark.py model`: inference of a whole model, by stages and end to end.
+"""`model`: inference of a whole model, by stages and end to end.
 
-Contenders have the same weights: `mask2former` (ours), `published` (`published_steps.py`) and
-`transformers` (that package's model, which has no post-processing like ours: forward alone). Before
-anything is timed their answers are compared in fp32 and, where rounding makes a difference there,
-in float64.
+Contenders, see `contenders.py`: `mask2former`, `upstream steps` and, for the stage `forward` only,
+`transformers`, whose post-processing differs. Results are compared in fp32 before anything is
+timed, and in float64 if rounding makes them differ.
 
-Random weights would leave no query confident: the class weights are scaled until about 20 are, and
-panoptic segments may overlap.
+With random weights no query would be confident. So the class weights are scaled until about 20 are,
+and panoptic segments may overlap.
 """
 
 import argparse
+import functools
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import product
+from pathlib import Path
 
 import torch
-from analyze_model import count
-from benchmark_contenders import (
+from checks import try_each
+from contenders import (
     CONTENDERS,
     EXACT,
     PRECISIONS,
     TOLERANCE,
-    Answers,
     Batch,
     Forward,
+    Match,
     add_model_options,
     build,
-    check_answers,
     check_model_options,
+    check_results,
     forward_of,
-    fresh,
     make_models,
     normalized,
-    note_published_op,
+    note_upstream_op,
     precision,
     random_images,
     sharpen,
     with_outputs,
 )
-from benchmark_options import (
+from detectron2.config import CfgNode
+from options import (
+    OURS,
+    PEER,
+    UPSTREAM,
     add_choices,
     add_common_options,
     add_device_options,
@@ -48,25 +53,29 @@ from benchmark_options import (
     runs_alone,
     size_text,
 )
-from benchmark_processes import Task, cpu_task, peak_in_process, take_turns_alone
-from benchmark_runner import (
-    OURS,
-    PEER,
-    PUBLISHED,
+from processes import Task, cpu_task, peak_in_process, take_turns_alone
+from report import Report, failure, milliseconds, table_row
+from timing import (
     Call,
-    Report,
     Row,
-    failure,
+    Times,
     main_clock,
+    peak_cuda_bytes,
+    ratios,
     set_threads,
-    table_row,
+    summarize,
     take_turns,
+    time_call,
     timed_rows,
-    try_each,
 )
-from torch import nn
+from torch import Tensor, nn
 
-from mask2former.utils import benchmark
+from mask2former.fast.decoder import decode_to_factors
+from mask2former.utils.twins import runs_fast
+
+# For the multiply-adds: a program one folder up.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+from analyze_model import count
 
 MODES = ("eager", "compiled")
 STAGES = (
@@ -79,8 +88,8 @@ STAGES = (
 )
 FULL = {"sizes": [(512, 512), (800, 1216)], "batches": [1], "rounds": 5}
 QUICK = {"sizes": [(256, 256)], "batches": [1], "rounds": 3}
-# Rows and columns of the matrices whose product says how fast this machine multiplies: fewer where
-# one takes longer than so many seconds.
+# Largest side of the square matrices whose product measures the machine's speed, and how long the
+# product may take.
 _GEMM = {"cpu": 1024, "cuda": 8192}
 _GEMM_SECONDS = 0.1
 _ARITHMETIC = "arithmetic"
@@ -88,38 +97,64 @@ _WARM_CALLS = 10
 
 
 def _baselines(options: argparse.Namespace) -> tuple[str, ...]:
-    """Contenders that others are compared with: ours too where both its modes take turns."""
+    """Contenders that others are compared with; includes ours if both modes are timed."""
     both = set(options.modes) == set(MODES)
-    return (PUBLISHED, PEER, OURS) if both else (PUBLISHED, PEER)
+    return (UPSTREAM, PEER, OURS) if both else (UPSTREAM, PEER)
 
 
 def stage_calls(model: nn.Module, images: Batch) -> dict[str, Call]:
-    """What each stage of a model of ours does; inputs are computed here, once."""
+    """The call of each stage of our model, fast or plain, with inputs computed once."""
     head, pixels = model.sem_seg_head, normalized(model, images)
-    features = model.backbone(model._arranged(pixels))
+    arrange, decode = nn.Identity(), head.predictor
+    # The twin of the network does not call these as modules do.
+    if runs_fast(model, "forward_network"):
+        decode = partial(_last_prediction, head.predictor)
+        if not pixels.is_cuda:
+            arrange = partial(Tensor.contiguous, memory_format=torch.channels_last)
+    features = model.backbone(arrange(pixels))
     mask_features, _, scales = head.pixel_decoder.forward_features(features)
-    outputs = fresh(head.predictor(scales, mask_features))
-    post_processing = with_outputs(model, lambda: fresh(outputs))
+    outputs = decode(scales, mask_features)
+    last = {key: outputs[key] for key in ("pred_logits", "pred_masks")}
+    del outputs
+    post_processing = with_outputs(model, last)
     return {
-        "backbone": lambda: model.backbone(model._arranged(pixels)),
+        "backbone": lambda: model.backbone(arrange(pixels)),
         "pixel decoder": lambda: head.pixel_decoder.forward_features(features),
-        "transformer decoder": lambda: head.predictor(scales, mask_features),
+        "transformer decoder": lambda: decode(scales, mask_features),
         "forward": partial(Forward(model), pixels),
         "post-processing": lambda: post_processing(images),
         "end to end": lambda: model(images),
     }
 
 
-def _gemm(device: str, dtype: torch.dtype) -> tuple[int, Call]:
-    """A matrix product and its size."""
-    size = _GEMM[device]
-    while True:
-        x = torch.randn(size, size, device=device, dtype=dtype)
-        call = partial(torch.matmul, x, x)
-        call()
-        if size <= 128 or benchmark.time_call(call, device)["wall"] <= _GEMM_SECONDS:
-            return size, call
-        size //= 2
+def _last_prediction(
+    decoder: nn.Module, scales: list[Tensor], mask_features: Tensor
+) -> dict[str, Tensor]:
+    """The decoder as it runs in the twin of the network: masks of the last layer only."""
+    prediction = decode_to_factors(decoder, scales, mask_features)[-1]
+    return prediction | {"pred_masks": prediction["pred_masks"].full()}
+
+
+@functools.cache
+def _gemm_size(device: str, dtype: torch.dtype) -> int:
+    """The largest side of square matrices that are multiplied in time, see _GEMM."""
+    size = 128
+    # Twice the side takes eight times as long. Half precision is very slow on some CPUs.
+    while (
+        size < _GEMM[device] and 8 * _seconds(_gemm(device, dtype, size), device) <= _GEMM_SECONDS
+    ):
+        size *= 2
+    return size
+
+
+def _seconds(call: Call, device: str) -> float:
+    call()  # warm-up
+    return time_call(call, device)["wall"]
+
+
+def _gemm(device: str, dtype: torch.dtype, size: int) -> Call:
+    x = torch.randn(size, size, device=device, dtype=dtype)
+    return partial(torch.matmul, x, x)
 
 
 def _timed(call: Call, labels: Row) -> Call:
@@ -133,23 +168,24 @@ def _timed(call: Call, labels: Row) -> Call:
 def _with_arithmetic(
     labels: Row,
     multiply_adds: int | None,
-    race: Callable[[dict[str, Call]], dict[str, list[benchmark.Times]]],
+    race: Callable[[dict[str, Call]], dict[str, list[Times]]],
     baselines: tuple[str, ...],
 ) -> list[Row]:
     """Rows of one stage.
 
     Args:
-        labels: what is said of all rows.
-        multiply_adds: of the stage; None where they are not counted.
-        race: lets contenders take turns, together with the calls it is given. Here that is a matrix
-            product, which says how long the arithmetic takes at the machine's speed of the moment.
+        labels: entries common to all rows.
+        multiply_adds: of the stage; None if they are not counted.
+        race: lets contenders take turns with the calls it is given: here a matrix product, which
+            measures how long the arithmetic takes at the machine's current speed.
         baselines: contenders that others are compared with.
     """
     device, clock = labels["device"], main_clock(labels["device"])
     beside: dict[str, Call] = {}
     if multiply_adds is not None:
-        gemm_size, gemm = _gemm(device, PRECISIONS[labels["precision"]])
-        beside[_ARITHMETIC] = _timed(gemm, labels)
+        dtype = PRECISIONS[labels["precision"]]
+        gemm_size = _gemm_size(device, dtype)
+        beside[_ARITHMETIC] = _timed(_gemm(device, dtype, gemm_size), labels)
     samples = race(beside)
     speed = samples.pop(_ARITHMETIC, None)
     rows = timed_rows(labels, samples, baselines, clock)
@@ -158,15 +194,22 @@ def _with_arithmetic(
         if speed is None:
             continue
         seconds = [times[clock] * multiply_adds / gemm_size**3 for times in speed]
-        own = [times[clock] for times in samples[row["contender"]]]
+        stage_seconds = [times[clock] for times in samples[row["contender"]]]
         row["gemm_size"] = gemm_size
-        row["arithmetic_seconds"] = benchmark.summarize(seconds)
-        row["times_arithmetic"] = benchmark.ratios(own, seconds)
+        row["arithmetic_seconds"] = summarize(seconds)
+        row["times_arithmetic"] = ratios(stage_seconds, seconds)
     return rows
 
 
+def _build(options: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
+    """The config and our model; `sharpen` it if no weights are given."""
+    overlaps = [] if options.weights else ["MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD", 0.0]
+    cfg, model = build(options, *overlaps)
+    return cfg, model.eval()
+
+
 def _multiply_adds(model: nn.Module, size: tuple[int, int], batch: int) -> dict[str, int]:
-    """Of each stage that has a network; post-processing is not counted."""
+    """Multiply-adds of each stage, without post-processing."""
     counts = count(model, *size)
     result = {
         stage: batch * sum(n for (part, _), n in counts.multiply_adds.items() if part == stage)
@@ -176,19 +219,16 @@ def _multiply_adds(model: nn.Module, size: tuple[int, int], batch: int) -> dict[
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures all cases; returns the exit status, see `Report.finish`."""
+    """Measure all cases; returns the exit status, see `Report.finish`."""
     set_threads(options.threads)
-    cfg, ours = build(options)
-    ours.eval()
+    cfg, ours = _build(options)
     cases = list(product(options.devices, options.sizes, options.batches))
     rounds = options.rounds * len(options.precisions)
     stages = len(options.stages) if "eager" in options.modes else 1
     baselines = _baselines(options)
     columns = {
         "arithmetic ms": lambda row: (
-            benchmark.milliseconds(row["arithmetic_seconds"]["median"])
-            if "arithmetic_seconds" in row
-            else ""
+            milliseconds(row["arithmetic_seconds"]["median"]) if "arithmetic_seconds" in row else ""
         ),
         "times the arithmetic": lambda row: (
             f"{row['times_arithmetic']['median']:.2f}" if "times_arithmetic" in row else ""
@@ -204,7 +244,7 @@ def run(options: argparse.Namespace) -> int:
     }
     total = len(cases) * rounds * stages
     report = Report("model", options, row_of, total, ("transformers",), head=head)
-    note_published_op(report, options)
+    note_upstream_op(report, options)
     is_sharp = options.weights is not None
     for device, image_size, batch in cases:
         images = random_images(image_size, batch, "cpu")
@@ -217,26 +257,26 @@ def run(options: argparse.Namespace) -> int:
         report.absent(device, absent)
         images = random_images(image_size, batch, device)
         case = {"device": device, "size": size_text(image_size), "batch": batch}
-        answers: dict[str, Answers] = {}
+        matches: dict[str, Match] = {}
 
-        def compare(name, models=models, images=images, answers=answers) -> None:
-            answers[name] = check_answers(name, models, images)
+        def compare(name, models=models, images=images, matches=matches) -> None:
+            matches[name] = check_results(name, models, images)
 
         usable, failed = try_each([name for name in models if name != OURS], compare)
-        of_case = f"({device}, {case['size']}, batch {batch})"
-        for name, (pixels, rounding) in answers.items():
+        case_text = f"({device}, {case['size']}, batch {batch})"
+        for name, (pixels, rounding) in matches.items():
             if rounding:
-                text = f"Compared in float64: {name} {of_case}. In fp32 rounding decides bits of"
+                text = f"Compared in float64: {name} {case_text}. In fp32 rounding decides bits of"
                 report.note(f"{text} attention masks: {rounding}")
             if pixels is not None:
                 total = batch * image_size[0] * image_size[1]
-                report.note(f"Panoptic pixels that differ, {name}: {pixels} of {total} {of_case}")
+                report.note(f"Panoptic pixels that differ, {name}: {pixels} of {total} {case_text}")
         models = {name: models[name] for name in (OURS, *usable)}
         for name in options.precisions:
             labels = case | {"precision": name}
             report.add(_rows(labels, models, images, multiply_adds, options, report))
             report.add(
-                labels | {"part": "forward", "contender": name} | failure(error, name == PUBLISHED)
+                labels | {"part": "forward", "contender": name} | failure(error, name == UPSTREAM)
                 for name, error in failed.items()
             )
         report.save()
@@ -256,7 +296,7 @@ def _rows(
     """Rows of all stages of one case."""
     device, size = labels["device"], images[0]["image"].shape[-2:]
     alone = runs_alone(options, device)
-    keys = ("config", "weights", "published_op")
+    keys = ("config", "weights", "upstream_op")
     common = {key: getattr(options, key) for key in keys}
     common |= {"size": list(size), "batch": labels["batch"], "precision": labels["precision"]}
     calls: dict[str, dict[str, Call]] = {}
@@ -264,11 +304,11 @@ def _rows(
         with torch.no_grad(), precision(labels["precision"], device):
             for name, model in models.items():
                 for mode in options.modes:
-                    calls[_called(name, mode)] = _calls(name, model, models[OURS], images, mode)
+                    calls[_label(name, mode)] = _calls(name, model, models[OURS], images, mode)
     rows = []
     for stage in options.stages:
         requests = {
-            _called(name, mode): common | {"contender": name, "mode": mode, "stage": stage}
+            _label(name, mode): common | {"contender": name, "mode": mode, "stage": stage}
             for name in models
             for mode in MODES[::-1]
             if mode in options.modes and (stage == "forward" or (name != PEER and mode == "eager"))
@@ -280,36 +320,36 @@ def _rows(
             if alone:
                 warm = {key: partial(_time_warm, call) for key, call in beside.items()}
                 return take_turns_alone("model", requests, options, report.round, warm)
-            own = {name: _timed(calls[name][stage], labels) for name in requests}
-            prepared = {name: lambda call=call: call for name, call in (own | beside).items()}
+            timed = {name: _timed(calls[name][stage], labels) for name in requests}
+            prepared = {name: lambda call=call: call for name, call in (timed | beside).items()}
             return take_turns(prepared, device, options, report.round)[0]
 
         part = labels | {"part": stage}
-        of_stage = _with_arithmetic(part, multiply_adds.get(stage), race, _baselines(options))
-        for row in of_stage:
+        stage_rows = _with_arithmetic(part, multiply_adds.get(stage), race, _baselines(options))
+        for row in stage_rows:
             name = row["contender"]
             if device == "cuda":
-                row["peak_bytes"] = benchmark.peak_cuda_bytes(_timed(calls[name][stage], labels))
+                row["peak_bytes"] = peak_cuda_bytes(_timed(calls[name][stage], labels))
             elif options.memory and name in models and stage in _WITH_MEMORY:
                 row["peak_bytes"] = peak_in_process("model", requests[name], options.threads)
-        rows += of_stage
+        rows += stage_rows
     return rows
 
 
-def _time_warm(call: Call) -> benchmark.Times:
-    """Times of a call in this process, which was idle while others had their turns."""
-    benchmark.time_call(call, "cpu", _WARM_CALLS)
-    return benchmark.time_call(call, "cpu", _WARM_CALLS)
+def _time_warm(call: Call) -> Times:
+    """Times of a call after a warm-up: this process was idle while others took their turns."""
+    time_call(call, "cpu", _WARM_CALLS)
+    return time_call(call, "cpu", _WARM_CALLS)
 
 
-def _called(name: str, mode: str) -> str:
+def _label(name: str, mode: str) -> str:
     return name if mode == "eager" else f"{name} {mode}"
 
 
 def _calls(
     name: str, model: nn.Module, ours: nn.Module, images: Batch, mode: str
 ) -> dict[str, Call]:
-    """What a contender does in each of the stages in which it takes part."""
+    """The call of each stage that a contender takes part in."""
     forward, pixels = forward_of(name, model), normalized(ours, images)
     if mode == "compiled":
         on_gpu = pixels.is_cuda
@@ -324,16 +364,15 @@ _WITH_MEMORY = ("forward", "post-processing", "end to end")
 
 
 def tasks_alone(arguments: Row) -> Iterator[Task]:
-    """What a process of its own does: a warm-up on tiny images, then the stage itself.
+    """The tasks of a process: a warm-up on tiny images, then the stage itself.
 
-    What is compiled needs no warm-up, which would compile for any size.
+    Compiled contenders skip the warm-up: a second size would make them compile for any size.
     """
     name, mode, stage = (arguments.pop(key) for key in ("contender", "mode", "stage"))
     size, batch = tuple(arguments.pop("size")), arguments.pop("batch")
     labels = {"device": "cpu", "precision": arguments.pop("precision")}
     options = argparse.Namespace(**arguments, contenders=[name])
-    cfg, ours = build(options)
-    ours.eval()
+    cfg, ours = _build(options)
     with torch.no_grad():
         if options.weights is None:
             sharpen(ours, random_images(size, 1, "cpu"))
@@ -345,7 +384,7 @@ def tasks_alone(arguments: Row) -> Iterator[Task]:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser, "256x256, batch 1, 3 rounds, where these are not given")
+    add_common_options(parser, "256x256, batch 1, 3 rounds, unless given")
     add_device_options(parser)
     add_model_runtime_options(parser)
     add_model_options(parser, CONTENDERS)

@@ -1,8 +1,7 @@
-"""`benchmark.py postprocess`: from class logits and mask factors to the three kinds of output.
+"""`postprocess`: from class and mask logits to the three kinds of output.
 
-Masks are blobs, so that there are segments: 20 of 100 queries are confident, and neighbours touch.
-`mask2former` is `MaskFormer`'s inference after the network, `published` that of
-`published_steps.py`. Masks are multiplied out within the measured time.
+Masks are blobs: 20 of 100 queries are confident, and neighbours touch, which gives segments. The
+contenders `mask2former` and `upstream steps` run their inference after the network.
 
 Shape letters: Q queries, C mask channels, H W pixels of the input.
 """
@@ -13,8 +12,19 @@ from functools import partial
 from itertools import product
 
 import torch
-from benchmark_contenders import TOLERANCE, different_pixels, fresh, result_errors, with_outputs
-from benchmark_options import (
+from checks import WrongNumbers, require_equal, try_each
+from contenders import (
+    R50,
+    TOLERANCE,
+    different_pixels,
+    result_errors,
+    upstream_model,
+    with_outputs,
+)
+from detectron2.modeling import build_model
+from options import (
+    OURS,
+    UPSTREAM,
     add_choices,
     add_common_options,
     add_device_options,
@@ -25,43 +35,41 @@ from benchmark_options import (
     size,
     size_text,
 )
-from benchmark_processes import Task, cpu_task, peak_in_process, take_turns_alone
-from benchmark_runner import (
-    OURS,
-    PUBLISHED,
+from processes import Task, cpu_task, peak_in_process, take_turns_alone
+from report import Report, failure, table_row
+from timing import (
     Call,
-    Report,
     Row,
-    WrongNumbers,
-    failure,
     main_clock,
-    require_equal,
+    peak_cuda_bytes,
     set_threads,
-    table_row,
     take_turns,
     timed_rows,
-    try_each,
 )
-from detectron2.data import Metadata
-from published_steps import as_published
 from torch import Tensor, nn
 
-from mask2former import MaskFormer
-from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
-from mask2former.utils import benchmark
+from mask2former.config import load_config
 
 TASKS = ("panoptic", "instance", "semantic", "all")
 FULL = {"sizes": [(512, 512), (800, 1216)], "outputs": ["same", (427, 640)], "rounds": 7}
 QUICK = {"sizes": [(512, 512)], "outputs": ["same"], "rounds": 3}
-NUM_QUERIES, NUM_CLASSES, NUM_THINGS, MASK_DIM = 100, 133, 80, 256
+NUM_QUERIES, NUM_CLASSES, MASK_DIM = 100, 133, 256
 _CONFIDENT = 20
 _GRID = 15  # blobs along a side; with a constant they are the channels of the masks
-# Scores hardly tie; where they do, roundings decide. Of all pixels:
+# Share of panoptic pixels that may differ: rounding decides ties between scores.
 _MAX_DIFFERENT = 1e-4
+# The network is replaced by its outputs, so a small one is built.
+_SMALL_NETWORK = (
+    ["MODEL.RESNETS.RES2_OUT_CHANNELS", 16]
+    + ["MODEL.RESNETS.STEM_OUT_CHANNELS", 8]
+    + ["MODEL.RESNETS.WIDTH_PER_GROUP", 8]
+    + ["MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS", 1]
+    + ["MODEL.MASK_FORMER.DEC_LAYERS", 2]
+)
 
 
-def make_outputs(size: tuple[int, int], device: str) -> MaskPredictions:
-    """What the decoder would give for one image of a size, the same for the same size."""
+def make_outputs(size: tuple[int, int], device: str) -> dict[str, Tensor]:
+    """Decoder outputs for an image of a size, the same for the same size."""
     generator = torch.Generator().manual_seed(0)
     height, width = size[0] // 4, size[1] // 4
     centres = (torch.arange(_GRID) + 0.5) / _GRID
@@ -75,7 +83,7 @@ def make_outputs(size: tuple[int, int], device: str) -> MaskPredictions:
     embed = torch.zeros(1, NUM_QUERIES, MASK_DIM)
     embed[0, :, 0] = -4
     for query in range(NUM_QUERIES):
-        # Confident queries side by side, the others anywhere.
+        # Confident queries form a grid, the others are anywhere.
         if query < _CONFIDENT:
             row, column = 1 + query // 5 * 4, 1 + query % 5 * 3
         else:
@@ -87,41 +95,29 @@ def make_outputs(size: tuple[int, int], device: str) -> MaskPredictions:
     classes = torch.randint(NUM_CLASSES, (_CONFIDENT,), generator=generator)
     logits[0, torch.arange(_CONFIDENT), classes] += 12
     logits[0, _CONFIDENT:, -1] += 6
-    return MaskPredictions(
-        pred_logits=logits.to(device),
-        pred_masks=MaskLogits(embed.to(device), features.to(device)),
-    )
+    masks = torch.einsum("bqc,bchw->bqhw", embed, features)
+    return {"pred_logits": logits.to(device), "pred_masks": masks.to(device)}
 
 
-def make_models(task: str, outputs: MaskPredictions) -> dict[str, nn.Module]:
-    """Both contenders, without a network, as a recipe for the task configures them."""
-    ids = {index: index for index in range(NUM_THINGS)}
-    ours = MaskFormer(
-        backbone=nn.Identity(),
-        sem_seg_head=nn.Identity(),
-        criterion=nn.Identity(),
-        num_queries=NUM_QUERIES,
-        object_mask_threshold=0.8,
-        overlap_threshold=0.8,
-        metadata=Metadata(name="benchmark", thing_dataset_id_to_contiguous_id=ids),
-        size_divisibility=32,
-        sem_seg_postprocess_before_inference=task != "semantic",
-        pixel_mean=(123.675, 116.28, 103.53),
-        pixel_std=(58.395, 57.12, 57.375),
-        semantic_on=task in ("semantic", "all"),
-        panoptic_on=task in ("panoptic", "all"),
-        instance_on=task in ("instance", "all"),
-        test_topk_per_image=100,
+def make_models(task: str, outputs: dict[str, Tensor]) -> dict[str, nn.Module]:
+    """Both contenders with given outputs of the network, configured as the recipe of a task."""
+    switches = {
+        f"MODEL.MASK_FORMER.TEST.{name.upper()}_ON": task in (name, "all") for name in TASKS[:-1]
+    }
+    overrides = [x for switch in switches.items() for x in switch]
+    device = str(outputs["pred_logits"].device)
+    cfg = load_config(
+        str(R50), ["MODEL.DEVICE", device, "MODEL.WEIGHTS", "", *_SMALL_NETWORK, *overrides]
     )
-    ours = ours.eval().to(outputs["pred_logits"].device)
-    models = {OURS: ours, PUBLISHED: as_published(ours)}
-    return {name: with_outputs(model, partial(fresh, outputs)) for name, model in models.items()}
+    ours = build_model(cfg).eval()
+    models = {OURS: ours, UPSTREAM: upstream_model(cfg, ours)}
+    return {name: with_outputs(model, outputs) for name, model in models.items()}
 
 
 def make_calls(
     task: str, size: tuple[int, int], output: str | tuple[int, int], device: str
 ) -> dict[str, Call]:
-    """What each contender does with an image of a size."""
+    """The call of each contender for an image of a size."""
     height, width = size if output == "same" else output
     image = torch.zeros(3, *size, dtype=torch.uint8, device=device)
     inputs = [{"image": image, "height": height, "width": width}]
@@ -135,29 +131,29 @@ def _predict(model: nn.Module, inputs: list[dict[str, Tensor]]) -> Row:
 
 
 def check(calls: dict[str, Call]) -> int | None:
-    """Compare the published steps with ours.
+    """Compare the results of the upstream steps with ours.
 
     Returns:
-        how many panoptic pixels differ.
+        the number of panoptic pixels that differ; None without panoptic results.
 
     Raises:
-        WrongNumbers: more than roundings explain.
+        WrongNumbers: the results differ by more than rounding.
     """
-    actual, expected = calls[PUBLISHED](), calls[OURS]()
+    actual, expected = calls[UPSTREAM](), calls[OURS]()
     require_equal(result_errors(actual, expected), TOLERANCE, OURS)
     if "panoptic_seg" not in expected:
         return None
     pixels, total = different_pixels(actual, expected), expected["panoptic_seg"][0].numel()
     if pixels > _MAX_DIFFERENT * total:
-        raise WrongNumbers(f"{pixels} of {total} panoptic pixels are not those of {OURS}")
+        raise WrongNumbers(f"{pixels} of {total} panoptic pixels differ from {OURS}")
     return pixels
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures all cases; returns the exit status, see `Report.finish`."""
+    """Measure all cases; returns the exit status, see `Report.finish`."""
     set_threads(options.threads)
     cases = list(product(options.devices, options.sizes, options.outputs))
-    row_of = table_row(("device", "size", "output", "part"), (PUBLISHED,))
+    row_of = table_row(("device", "size", "output", "part"), (UPSTREAM,))
     total = len(cases) * len(options.tasks) * options.rounds
     head = {"threads": options.threads, "allocator": options.allocator, "tolerance": TOLERANCE}
     report = Report("postprocess", options, row_of, total, head=head)
@@ -172,7 +168,7 @@ def run(options: argparse.Namespace) -> int:
             def compare(_, calls=calls, different=different) -> None:
                 different.append(check(calls))
 
-            usable, failed = try_each([PUBLISHED], compare)
+            usable, failed = try_each([UPSTREAM], compare)
             for pixels in different:
                 if pixels:
                     report.note(
@@ -187,11 +183,11 @@ def run(options: argparse.Namespace) -> int:
             else:
                 prepared = {name: lambda call=calls[name]: call for name in requests}
                 samples, _ = take_turns(prepared, device, options, report.round)
-            rows = timed_rows(labels, samples, (PUBLISHED,), main_clock(device))
+            rows = timed_rows(labels, samples, (UPSTREAM,), main_clock(device))
             for row in rows:
                 name = row["contender"]
                 if device == "cuda":
-                    row["peak_bytes"] = benchmark.peak_cuda_bytes(calls[name])
+                    row["peak_bytes"] = peak_cuda_bytes(calls[name])
                 elif options.memory:
                     row["peak_bytes"] = peak_in_process(
                         "postprocess", requests[name], options.threads
@@ -206,7 +202,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def tasks_alone(arguments: Row) -> Iterator[Task]:
-    """What a process of its own does: a warm-up, then the task itself."""
+    """The tasks of a process: a warm-up, then the task itself."""
     name, task, size, output = (arguments[key] for key in ("contender", "task", "size", "output"))
     output = output if output == "same" else tuple(output)
     for case in (((64, 64), "same"), (tuple(size), output)):
@@ -218,12 +214,12 @@ def _output(text: str) -> str | tuple[int, int]:
         return text
     sides = tuple(int(side) for side in text.split("x"))
     if len(sides) != 2 or min(sides) < 1:
-        raise ValueError("must be HEIGHTxWIDTH, or same")
+        raise ValueError("must be HEIGHTxWIDTH or same")
     return sides
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser, "512x512, 3 rounds, where these are not given")
+    add_common_options(parser, "512x512, 3 rounds, unless given")
     add_device_options(parser)
     add_model_runtime_options(parser)
     parser.add_argument(
@@ -232,7 +228,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--outputs",
         type=list_of(_output, "output size"),
-        help="HxW of what is wanted, or same: the input's [same,427x640]",
+        help="HxW of the outputs, or same: as the input [same,427x640]",
     )
     add_choices(parser, "tasks", "task", TASKS, TASKS, "what is predicted [all four]")
 

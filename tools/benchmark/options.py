@@ -1,30 +1,37 @@
-"""Options that several subcommands of `benchmark.py` have."""
+"""Names of contenders, and options that several subcommands share."""
 
 import argparse
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
-# What happens to memory that is freed.
+OURS, UPSTREAM, PEER = "mask2former", "upstream steps", "transformers"
+# Short forms for the command line.
+ALIASES = MappingProxyType({"upstream": UPSTREAM, "published": UPSTREAM})
 ALLOCATORS = ("kept", "system", "programs")
 PROCESSES = ("own", "shared")
 DEVICES = ("cpu", "cuda")
 
 
 def list_of(
-    parse: Callable[[str], Any], kind: str, choices: Sequence[Any] = ()
+    parse: Callable[[str], Any],
+    kind: str,
+    choices: Sequence[Any] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> Callable[[str], list[Any]]:
-    """A type for argparse: values of a kind, separated by commas, each once."""
+    """A type for argparse: a comma-separated list without duplicates."""
 
     def parse_list(text: str) -> list[Any]:
         values = []
         for part in text.split(","):
+            part = aliases.get(part, part)
             try:
                 value = parse(part)
             except ValueError as error:
-                raise argparse.ArgumentTypeError(f"{part!r} is no {kind}: {error}") from error
+                raise argparse.ArgumentTypeError(f"invalid {kind} {part!r}: {error}") from error
             if choices and value not in choices:
                 known = ", ".join(choices)
                 raise argparse.ArgumentTypeError(f"unknown {kind} {part!r}, known are {known}")
@@ -54,14 +61,14 @@ def size_text(size: tuple[int, int]) -> str:
 
 
 def add_common_options(parser: argparse.ArgumentParser, quick: str) -> None:
-    """Options of every subcommand; `quick` says what --quick changes."""
+    """Options of every subcommand; `quick` describes what --quick changes."""
     parser.add_argument("--quick", action="store_true", help=f"a first impression: {quick}")
-    parser.add_argument("--rounds", type=positive, help="rounds in which each is measured once")
+    parser.add_argument("--rounds", type=positive, help="rounds; each contender runs once a round")
     parser.add_argument(
         "--max-seconds",
         type=float,
         default=60.0,
-        help="no round of a thing starts later than this after its first one [60]",
+        help="start no further round of a part this long after its first one [60]",
     )
     default = Path("output/benchmark")
     parser.add_argument("--output", type=Path, default=default, help=f"folder [{default}]")
@@ -73,10 +80,12 @@ def add_device_options(parser: argparse.ArgumentParser) -> None:
         "--devices",
         type=list_of(str, "device", DEVICES),
         default=here,
-        help=f"devices [all there are]; of {', '.join(DEVICES)}",
+        help=f"devices [all available]; of {', '.join(DEVICES)}",
     )
     parser.add_argument(
-        "--memory", action="store_true", help="peak memory on a CPU too: one process for each row"
+        "--memory",
+        action="store_true",
+        help="measure peak memory on a CPU too, in a process per row",
     )
 
 
@@ -90,20 +99,19 @@ def add_threads_option(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_runtime_options(parser: argparse.ArgumentParser) -> None:
-    """Threads and memory of whole models on a CPU."""
+    """Threads, allocator and processes of whole models on a CPU."""
     add_threads_option(parser)
     parser.add_argument(
         "--allocator",
         choices=ALLOCATORS,
         default=ALLOCATORS[0],
-        help="what becomes of freed memory on a CPU: kept by all contenders; system: glibc gives "
-        "large blocks back at once; programs: ours keeps it, as models on a CPU do, others do not "
-        "[kept]",
+        help="freed memory on a CPU. kept: all contenders keep it; system: glibc returns large "
+        "blocks at once; programs: ours keeps it, as our programs do, the others do not [kept]",
     )
     parser.add_argument(
         "--processes",
         choices=PROCESSES,
-        help="on a CPU every contender in a process of its own, as its users run it, or all in "
+        help="on a CPU, run each contender in a process of its own, as its users do, or all in "
         "one [own; shared with --quick]",
     )
 
@@ -118,7 +126,7 @@ def check_model_runtime_options(
 
 
 def runs_alone(options: argparse.Namespace, device: str) -> bool:
-    """Whether contenders get processes of their own; those on a GPU share its memory in one."""
+    """Whether contenders run in processes of their own. On a GPU they share one."""
     return options.processes == "own" and device == "cpu"
 
 
@@ -129,11 +137,12 @@ def add_choices(
     known: Sequence[str],
     default: Sequence[str] | None,
     text: str,
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
-    """An option --name that takes some of `known`, separated by commas."""
+    """An option --name that takes a comma-separated subset of `known`."""
     parser.add_argument(
         f"--{name}",
-        type=list_of(str, kind, known),
+        type=list_of(str, kind, known, aliases),
         default=default if default is None else list(default),
         help=f"{text}; of {', '.join(known)}",
     )

@@ -1,9 +1,9 @@
-"""`benchmark.py data`: mappers, from a record of the data set to a training sample.
+"""`data`: mappers, from a record of the data set to a training sample.
 
-Images are random, 480x640, with COCO's kinds of files. The mappers are those of the COCO panoptic
-and instance recipes (large-scale jittering) and of the ADE20K semantic one. `published` takes the
-steps of `published_mappers.py`; `expanded` is ours with the masks unpacked, which otherwise happens
-on the device. The same random numbers give the same samples, which is checked first.
+Images are random, 480x640, with files in COCO's formats. The mappers are those of the COCO panoptic
+and instance recipes (large-scale jittering) and of the ADE20K semantic one. `upstream steps` are
+the functions of `upstream_mappers.py`; `expanded` is ours with the masks unpacked, which otherwise
+happens on the device. The same random numbers give the same samples, which is checked first.
 """
 
 import argparse
@@ -16,28 +16,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_options import add_choices, add_common_options, positive
-from benchmark_runner import (
-    OURS,
-    PUBLISHED,
-    Call,
-    Report,
-    Row,
-    WrongNumbers,
-    failure,
-    set_threads,
-    table_row,
-    take_turns,
-    timed_rows,
-    try_each,
-)
-from published_mappers import instance_sample, panoptic_sample, semantic_sample
+from checks import WrongNumbers, try_each
+from options import OURS, UPSTREAM, add_choices, add_common_options, positive
+from report import Report, failure, table_row
 from synthetic_coco import write_dataset
+from timing import Call, Row, set_threads, take_turns, timed_rows
+from upstream_mappers import instance_sample, panoptic_sample, semantic_sample
 
 from mask2former.config import load_config
 from mask2former.data.dataset_mappers import build_mapper
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+CONFIGS = Path(__file__).resolve().parents[2] / "configs"
 RECIPES = {
     "panoptic": "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
     "instance": "coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml",
@@ -61,7 +50,7 @@ def make_mappers(task: str, options: argparse.Namespace) -> dict[str, Mapper]:
     if task != "semantic":
         cfg.INPUT.IMAGE_SIZE = options.jitter
     ours = build_mapper(cfg)
-    published = {
+    upstream = {
         "panoptic": panoptic_sample,
         "instance": instance_sample,
         "semantic": partial(
@@ -79,7 +68,7 @@ def make_mappers(task: str, options: argparse.Namespace) -> dict[str, Mapper]:
     return {
         OURS: ours,
         EXPANDED: expanded,
-        PUBLISHED: partial(published, augmentations=ours.tfm_gens),
+        UPSTREAM: partial(upstream, augmentations=ours.tfm_gens),
     }
 
 
@@ -95,7 +84,7 @@ def map_all(mapper: Mapper, records: list[Row]) -> None:
 
 
 def check_samples(name: str, mappers: dict[str, Mapper], records: list[Row]) -> None:
-    """Raise WrongNumbers unless a mapper gives our samples."""
+    """Raise WrongNumbers unless a mapper gives the same samples as ours."""
 
     def tensors(sample: Row) -> dict[str, Any]:
         fields = sample | sample["instances"].get_fields()
@@ -107,20 +96,18 @@ def check_samples(name: str, mappers: dict[str, Mapper], records: list[Row]) -> 
         seed()
         for key, actual in tensors(mappers[name](record)).items():
             if not torch.equal(actual, expected[key]):
-                raise WrongNumbers(
-                    f"{key} of {Path(record['file_name']).name} is not that of {OURS}"
-                )
+                raise WrongNumbers(f"{key} of {Path(record['file_name']).name} differs from {OURS}")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures all mappers; returns the exit status, see `Report.finish`."""
+    """Measure all mappers; returns the exit status, see `Report.finish`."""
     set_threads(1)  # as in the processes that load data
     columns = {
         "samples/s/core": lambda row: (
             f"{options.images / row['cpu_seconds']['median']:.1f}" if "cpu_seconds" in row else ""
         )
     }
-    row_of = table_row(("part",), (PUBLISHED,), columns)
+    row_of = table_row(("part",), (UPSTREAM,), columns)
     total = len(options.mappers) * options.rounds
     head = {"images": options.images, "jitter": options.jitter}
     report = Report("data", options, row_of, total, ("pillow", "opencv-python-headless"), head=head)
@@ -128,16 +115,16 @@ def run(options: argparse.Namespace) -> int:
         records = write_dataset(Path(folder), options.images)
         for task in options.mappers:
             keys = ("file_name", "image_id", "height", "width", *_READ[task])
-            own = [{key: record[key] for key in keys} for record in records]
+            inputs = [{key: record[key] for key in keys} for record in records]
             mappers = make_mappers(task, options)
-            check = partial(check_samples, mappers=mappers, records=own[:8])
-            usable, failed = try_each([EXPANDED, PUBLISHED], check)
-            timed = {name: partial(map_all, mappers[name], own) for name in (OURS, *usable)}
+            check = partial(check_samples, mappers=mappers, records=inputs[:8])
+            usable, failed = try_each([EXPANDED, UPSTREAM], check)
+            timed = {name: partial(map_all, mappers[name], inputs) for name in (OURS, *usable)}
             calls: dict[str, Callable[[], Call]] = {
                 name: lambda call=call: call for name, call in timed.items()
             }
             samples, _ = take_turns(calls, "cpu", options, report.round)
-            report.add(timed_rows({"part": task}, samples, (PUBLISHED,)))
+            report.add(timed_rows({"part": task}, samples, (UPSTREAM,)))
             report.add(
                 {"part": task, "contender": name} | failure(error, True)
                 for name, error in failed.items()
@@ -147,7 +134,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser, "8 images, 3 rounds, where these are not given")
+    add_common_options(parser, "8 images, 3 rounds, unless given")
     parser.set_defaults(devices=["cpu"])
     parser.add_argument("--images", type=positive, help="number of images [32]")
     parser.add_argument(

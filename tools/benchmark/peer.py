@@ -1,7 +1,6 @@
-"""The `transformers` package's Mask2Former, built from one of our configs, with our weights.
+"""Mask2Former of the `transformers` package, built from one of our configs, with our weights.
 
-It is an independent implementation of the same published model: tests compare numbers with it, and
-`benchmark.py` times.
+An independent implementation of the same model: tests compare numbers with it, benchmarks times.
 """
 
 import re
@@ -10,8 +9,6 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from torch import Tensor, nn
-
-from mask2former.modeling.mask_predictions import mask_logits_of
 
 _RESNET_BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3), 152: (3, 8, 36, 3)}
 _STAGES = ["stage1", "stage2", "stage3", "stage4"]
@@ -58,22 +55,22 @@ _SWIN_RENAMES = [
     (r"\.attn\.(relative_position_bias_table)", r".attention.relative_position_bias.\1"),
     (r"\.attn\.", ".attention."),
 ]
-# What has no counterpart is not used: a norm after Swin's last stage, and counters.
+# Unused, so without a counterpart: a norm after Swin's last stage, and counters.
 _UNUSED = ("encoder.swin.layernorm.weight", "encoder.swin.layernorm.bias", "num_batches_tracked")
 
 
 def to_peer(tensors: dict[str, Tensor], is_swin: bool) -> dict[str, Tensor]:
-    """The same tensors (parameters or their gradients) under the peer's names."""
+    """Rename tensors (parameters or their gradients) to the peer's names."""
     renames = [*_HEAD_RENAMES, *(_SWIN_RENAMES if is_swin else _RESNET_RENAMES)]
     renames.append((r"^backbone\.", "model.pixel_level_module.encoder."))
     result = {}
     for name, tensor in tensors.items():
-        # Kept in our state dict only: it follows from the window size.
+        # In our state dict only: it follows from the window size.
         if name.endswith("relative_position_index"):
             continue
         for pattern, replacement in renames:
             name = re.sub(pattern, replacement, name)
-        # One matrix for queries, keys and values is three in the peer.
+        # The peer splits the matrix for queries, keys and values into three.
         fused = re.fullmatch(r"(.*\.self_attn\.)in_proj_(.*)|(.*\.)qkv\.(.*)", name)
         if fused is None:
             result[name] = tensor
@@ -106,12 +103,12 @@ def _backbone_config(cfg: CfgNode) -> Any:
     resnet = cfg.MODEL.RESNETS
     if cfg.MODEL.BACKBONE.NAME != "build_resnet_backbone" or resnet.DEPTH not in _RESNET_BLOCKS:
         raise ValueError(
-            f"transformers' Mask2Former has no counterpart of {cfg.MODEL.BACKBONE.NAME} with depth "
-            f"{resnet.DEPTH}"
+            f"transformers' Mask2Former has no counterpart of MODEL.BACKBONE.NAME "
+            f"{cfg.MODEL.BACKBONE.NAME} with MODEL.RESNETS.DEPTH {resnet.DEPTH}"
         )
     width = resnet.RES2_OUT_CHANNELS
     if resnet.STRIDE_IN_1X1 or resnet.NUM_GROUPS != 1 or 4 * resnet.WIDTH_PER_GROUP != width:
-        raise ValueError("transformers' ResNet has another bottleneck than MODEL.RESNETS")
+        raise ValueError("transformers' ResNet lacks the bottleneck of MODEL.RESNETS")
     return transformers.ResNetConfig(
         embedding_size=resnet.STEM_OUT_CHANNELS,
         hidden_sizes=[width * 2**stage for stage in range(4)],
@@ -121,7 +118,7 @@ def _backbone_config(cfg: CfgNode) -> Any:
 
 
 def build_peer(cfg: CfgNode) -> nn.Module:
-    """The peer's model of the architecture that a config describes, with weights of its own.
+    """The peer's model of the architecture in a config, randomly initialised.
 
     Raises:
         ValueError: the peer has no such architecture.
@@ -159,22 +156,22 @@ def build_peer(cfg: CfgNode) -> nn.Module:
 
 
 def load_weights(peer: nn.Module, ours: nn.Module, is_swin: bool) -> None:
-    """Give the peer copies of our weights.
+    """Copy our weights to the peer.
 
     Raises:
-        ValueError: something on one side has no counterpart on the other.
+        ValueError: a weight on one side has no counterpart on the other.
     """
     result = peer.load_state_dict(to_peer(ours.state_dict(), is_swin), strict=False)
     missing = [k for k in result.missing_keys if not k.endswith(_UNUSED)]
     if missing or result.unexpected_keys:
         raise ValueError(
-            f"weights of transformers' model without a counterpart: {missing[:3]}; of ours: "
-            f"{result.unexpected_keys[:3]}"
+            f"weights without a counterpart: {missing[:3]} of transformers' model, "
+            f"{result.unexpected_keys[:3]} of ours"
         )
 
 
 class PeerCriterion(nn.Module):
-    """The peer's criterion in the place of ours: same arguments, same losses.
+    """The peer's criterion behind the interface of ours: same arguments, same losses.
 
     Args:
         peer: from `build_peer`.
@@ -189,11 +186,11 @@ class PeerCriterion(nn.Module):
     def forward(
         self, outputs: dict[str, Any], targets: list[dict[str, Tensor]]
     ) -> dict[str, Tensor]:
-        """As `SetCriterion.forward`. The peer works on full-size masks: they are multiplied out."""
+        """As `SetCriterion.forward`, with full-size masks."""
         layers = [
             {
                 "class_queries_logits": layer["pred_logits"],
-                "masks_queries_logits": mask_logits_of(layer).full(),
+                "masks_queries_logits": layer["pred_masks"],
             }
             for layer in (outputs, *outputs.get("aux_outputs", ()))
         ]

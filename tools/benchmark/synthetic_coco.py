@@ -1,4 +1,4 @@
-"""A random data set in COCO's formats for benchmarks: star-shaped objects on patches of stuff."""
+"""A random data set in COCO's formats: star-shaped objects on vertical patches of stuff."""
 
 import json
 from pathlib import Path
@@ -13,17 +13,17 @@ from pycocotools import mask as mask_util
 
 HEIGHT, WIDTH = 480, 640
 NUM_THINGS, NUM_CLASSES = 80, 133
-# Semantic maps are read as of a data set with this label.
+# The ignore label of the semantic maps.
 IGNORE_LABEL = 255
 
 
 def category_id(class_id: int) -> int:
-    """The id in the files of a contiguous class id."""
+    """The category id in the files for a contiguous class id."""
     return class_id + 1
 
 
 def random_polygon(rng: np.random.Generator) -> np.ndarray:
-    """The outline (points, 2) of an object, x and y in pixels, within the image."""
+    """The outline (points, 2) of an object within the image, x and y in pixels."""
     angle = np.sort(rng.uniform(0, 2 * np.pi, rng.integers(12, 60)))
     radius = np.exp(rng.uniform(np.log(10), np.log(160))) * rng.uniform(0.7, 1, len(angle))
     centre = rng.uniform(0, 1, 2) * (WIDTH, HEIGHT)
@@ -41,8 +41,8 @@ def write_image(folder: Path, image_id: int, rng: np.random.Generator) -> dict[s
     """Write one image with all its annotations.
 
     Returns:
-        its record, as a registered data set would give it, with `annotations` of polygons and
-        `segments_info`, both with contiguous class ids.
+        its record, as from a registered data set, with polygons in `annotations` and with
+        `segments_info`; class ids are contiguous.
     """
     files = {
         key: str(folder / key / f"{image_id:06d}.{'jpg' if key == 'image' else 'png'}")

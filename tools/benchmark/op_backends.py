@@ -1,4 +1,4 @@
-"""What `benchmark.py op` compares: its inputs, and the implementations of the op that it knows.
+"""Inputs of `op`, and the implementations of multi-scale deformable attention that it compares.
 
 Shape letters: B batch, S values of all levels together, Q queries (here Q = S), M heads, D channels
 of a head, L levels, P points per level and head.
@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from benchmark_options import DEVICES
-from benchmark_runner import relative_error, require_equal, try_each
+from checks import relative_error, require_equal, try_each
+from options import DEVICES
 from torch import Tensor
 
 from mask2former.ops import backend, ms_deform_attn, ms_deform_attn_fused
@@ -22,7 +22,7 @@ from mask2former.ops.ms_deform_attn import _pytorch_formulation
 NUM_HEADS, HEAD_DIM, NUM_POINTS = 8, 32, 4
 STRIDES = (32, 16, 8)
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-# Of norm(difference) / norm(reference). Wide in half precision: some peers sum in it.
+# On norm(difference) / norm(reference). Wide in half precision: some peers accumulate in it.
 TOLERANCES = {"fp32": 1e-4, "bf16": 5e-2, "fp16": 1e-2}
 INPUTS = ("projections", "locations")
 PASSES = ("forward", "backward", "forward+backward")
@@ -30,7 +30,7 @@ PASSES = ("forward", "backward", "forward+backward")
 
 @dataclass(frozen=True)
 class Case:
-    """What is attended to; `inputs` and `dtype` are names of INPUTS and DTYPES."""
+    """One case; `inputs` and `dtype` are names in INPUTS and DTYPES."""
 
     inputs: str
     device: str
@@ -58,7 +58,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Arguments for all backends: projections, or what becomes of them.
+    """Arguments of all backends: projections, or the locations and weights made from them.
 
     Args:
         value: (B, S, M, D).
@@ -66,8 +66,8 @@ class Inputs:
         weights: logits (B, Q, M, L·P), or with `reference` None weights (B, Q, M, L, P).
         reference: (1, Q, L, 2) or None.
         shapes: size of each level.
-        device_shapes: the same as a tensor on the device.
-        starts: (L,), start of each level among the values, on the device.
+        device_shapes: (L, 2), the same as a tensor on the device.
+        starts: (L,), index of the first value of each level, on the device.
     """
 
     value: Tensor
@@ -99,10 +99,10 @@ class Inputs:
 def make_inputs(case: Case) -> Inputs:
     """Random inputs, the same for the same case.
 
-    Offsets spread over some pixels of every level, as the module's initial ones do and as training
-    widens them: head m looks in direction 2πm/M, point p p pixels away, plus noise with a standard
-    deviation of 2 pixels, drawn anew for every query, head, level and point. No sample is nearer
-    than 1/64 pixel to where its gradient jumps, so that rounding does not choose the side.
+    Offsets spread over some pixels of every level, as after training: head m looks in direction
+    2πm/M, point p is p pixels away (the module's initial state), plus independent noise with a
+    standard deviation of 2 pixels. Samples stay at least 1/64 pixel away from where the gradient
+    jumps, so that rounding does not decide the side.
     """
     generator = torch.Generator().manual_seed(0)
     size = torch.tensor(case.shapes)  # (L, 2)
@@ -152,7 +152,7 @@ def _pytorch(x: Inputs) -> Tensor:
 
 
 def _pytorch_stacked(x: Inputs) -> Tensor:
-    """As commonly published: samples of all levels are kept, then weighted and summed at once."""
+    """The common formulation: keep the samples of all levels, then weight and sum them at once."""
     batch, _, num_heads, dim = x.value.shape
     grids = (2 * x.locations() - 1).transpose(1, 2).flatten(0, 1)  # (B·M, Q, L, P, 2)
     areas = [height * width for height, width in x.shapes]
@@ -167,12 +167,12 @@ def _pytorch_stacked(x: Inputs) -> Tensor:
 
 
 class _OriginalFunction(torch.autograd.Function):
-    """Gradients for the extension of the original release, which has forward and backward only."""
+    """Autograd for the extension of the original release, which has separate passes only."""
 
     @staticmethod
     def forward(ctx, *inputs: Tensor) -> Tensor:
         ctx.save_for_backward(*inputs)
-        # The last argument: all images at once, what its users set it to.
+        # The last argument, im2col_step: all images at once, as its users set it.
         extension = importlib.import_module("MultiScaleDeformableAttention")
         return extension.ms_deform_attn_forward(*inputs, inputs[0].shape[0])
 
@@ -193,7 +193,7 @@ def _original(x: Inputs) -> Tensor:
 
 def _deformops(x: Inputs, name: str, **options: Any) -> Tensor:
     registry = importlib.import_module("deformops.registry")
-    method = "linear" if x.reference is None else "softmax"  # it has the softmax inside too
+    method = "linear" if x.reference is None else "softmax"  # the op includes the softmax
     arguments = (x.value, x.device_shapes, x.starts, x.locations(), x.weights)
     return registry.msda(*arguments, method=method, backend=registry.Backend(name), **options)
 
@@ -204,13 +204,13 @@ class Backend:
 
     Args:
         call: computes (B, Q, M·D).
-        module: what must be importable.
-        package: the distribution that has the module.
-        devices: where it runs.
-        inputs: those it takes.
-        compiled: stands for this project's kernels, where they were built.
-        is_float32: takes float32 values only, so that it gets them cast beforehand.
-        weights_as_value: takes weights or logits only in the dtype of the value.
+        module: the module it needs.
+        package: the distribution of that module.
+        devices: the devices it runs on.
+        inputs: the inputs it takes.
+        compiled: whether it needs this project's compiled kernels.
+        is_float32: takes float32 values only; they are cast before the clock starts.
+        weights_as_value: takes weights or logits in the dtype of the value only.
     """
 
     call: Callable[[Inputs], Tensor]
@@ -223,7 +223,7 @@ class Backend:
     weights_as_value: bool = False
 
     def why_not(self, case: Case) -> str:
-        """Why it cannot take the case; empty where it can."""
+        """Why it cannot take the case; empty if it can."""
         if case.inputs not in self.inputs:
             return f"does not take {case.inputs}"
         if case.device not in self.devices:
@@ -237,7 +237,7 @@ class Backend:
         return ""
 
     def leaves(self, x: Inputs) -> Inputs:
-        """Inputs that gradients are taken for, in the dtypes of this backend."""
+        """Inputs as leaves that require gradients, in the dtypes of this backend."""
         value = x.value.float() if self.is_float32 else x.value
         weights = x.weights.to(value.dtype) if self.weights_as_value else x.weights
         value, points, weights = (y.detach().requires_grad_() for y in (value, x.points, weights))
@@ -267,7 +267,7 @@ BACKENDS = {
 
 
 def make_call(name: str, inputs: Inputs, grad: Tensor, passes: str) -> Callable[[], object]:
-    """The function that one measurement of a pass times."""
+    """The call that a measurement of a pass times."""
     backend = BACKENDS[name]
     x = backend.leaves(inputs)
 
@@ -287,7 +287,7 @@ def make_call(name: str, inputs: Inputs, grad: Tensor, passes: str) -> Callable[
 
 
 def random_gradient(inputs: Inputs) -> Tensor:
-    """Of the output, (B, Q, M·D)."""
+    """A gradient of the output, (B, Q, M·D)."""
     generator = torch.Generator().manual_seed(1)
     grad = torch.randn(inputs.value.flatten(2).shape, generator=generator)
     return grad.to(inputs.value.device, inputs.value.dtype)
@@ -310,11 +310,11 @@ def check_numbers(results: dict[str, Tensor], reference: dict[str, Tensor], dtyp
 def usable_backends(
     case: Case, names: Sequence[str], inputs: Inputs, grad: Tensor
 ) -> tuple[list[str], dict[str, str], dict[str, Exception]]:
-    """Tries every backend once and compares it with the PyTorch formulation in float32.
+    """Try every backend once and compare it with the PyTorch formulation in float32.
 
     Returns:
-        names of those that do; {name: reason} of those that do not take the case; {name: error} of
-        those that failed at it.
+        names of the backends that pass; {name: reason} of those that do not take the case;
+        {name: error} of those that failed.
     """
     in_float32 = replace(inputs, value=inputs.value.float())
     reference = results_of("pytorch", in_float32, grad.float())

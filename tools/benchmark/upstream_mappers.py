@@ -1,7 +1,6 @@
-"""Training samples by the published steps: full-size arrays and one boolean mask for each target.
+"""Training samples by the original's steps: full-size arrays and a boolean mask per target.
 
-A reference for benchmarks, with Detectron2's own functions; the same random numbers give the same
-samples as our mappers.
+Written with Detectron2's functions. The same random numbers give the same samples as our mappers.
 
 Shape letters: N targets, H W pixels of the augmented image, h w of the file.
 """
@@ -33,7 +32,7 @@ def _stack(masks: list[np.ndarray], size: tuple[int, int]) -> BitMasks:
 
 
 def panoptic_sample(record: Sample, augmentations: list) -> Sample:
-    """As `coco_panoptic_lsj`: the PNG's colours are augmented, then compared with every id."""
+    """As `coco_panoptic_lsj`: augment the PNG's colours, then compare them with every id."""
     sample = copy.deepcopy(record)
     image = utils.read_image(sample["file_name"], "RGB")
     utils.check_image_size(sample, image)
@@ -53,7 +52,7 @@ def panoptic_sample(record: Sample, augmentations: list) -> Sample:
 
 
 def instance_sample(record: Sample, augmentations: list) -> Sample:
-    """As `coco_instance_lsj`: polygons are transformed one by one, then drawn at full size."""
+    """As `coco_instance_lsj`: transform polygons one by one, then draw them at full size."""
     sample = copy.deepcopy(record)
     image = utils.read_image(sample["file_name"], "RGB")
     utils.check_image_size(sample, image)
@@ -80,7 +79,7 @@ def instance_sample(record: Sample, augmentations: list) -> Sample:
 
 
 def _draw(polygons: list[np.ndarray], size: tuple[int, int]) -> Tensor:
-    """Polygons of one object → (H, W) bool."""
+    """Polygons of an object → (H, W) bool."""
     mask = mask_util.decode(mask_util.frPyObjects([p.tolist() for p in polygons], *size))
     return torch.as_tensor(mask, dtype=torch.uint8).any(dim=2)
 
@@ -88,7 +87,7 @@ def _draw(polygons: list[np.ndarray], size: tuple[int, int]) -> Tensor:
 def semantic_sample(
     record: Sample, augmentations: list, padded_size: int, ignore_label: int
 ) -> Sample:
-    """As `mask_former_semantic`: float64 labels, compared with every class."""
+    """As `mask_former_semantic`: compare float64 labels with every class."""
     sample = copy.deepcopy(record)
     image = utils.read_image(sample["file_name"], "RGB")
     utils.check_image_size(sample, image)

@@ -1,46 +1,38 @@
-"""Whole models for `benchmark.py model` and `train`: contenders with the same weights.
+"""Whole models with the same weights: contenders of `model` and `train`.
 
-`mask2former` is ours, `published` ours with the steps of `published_steps.py`, `transformers` that
-package's model. Their answers are compared with ours before anything is timed.
+`mask2former` is ours, `upstream steps` the plain model with the steps of `upstream_steps.py`, and
+`transformers` the model of that package. Results are compared with ours before anything is timed.
 """
 
 import argparse
 import contextlib
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from benchmark_options import add_choices, list_of, positive, size
-from benchmark_runner import (
-    OURS,
-    PEER,
-    PUBLISHED,
-    Report,
-    WrongNumbers,
-    relative_error,
-    require_equal,
-)
+from checks import WrongNumbers, relative_error, require_equal
 from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from op_backends import BACKENDS, Case
-from peer_model import build_peer, has_swin, load_weights
-from published_steps import as_published
+from options import ALIASES, OURS, PEER, UPSTREAM, add_choices, list_of, positive, size
+from peer import build_peer, has_swin, load_weights
+from report import Report
 from torch import Tensor, nn
+from upstream_steps import UpstreamAttention, use_upstream_steps
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
-from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
 
-CONTENDERS = (OURS, PUBLISHED, PEER)
+CONTENDERS = (OURS, UPSTREAM, PEER)
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 R50 = (
-    Path(__file__).resolve().parents[1]
+    Path(__file__).resolve().parents[2]
     / "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
 )
 TOLERANCE = 1e-4
-# In float64, where the peer still has constants in fp32.
+# In float64. The peer keeps some constants in fp32.
 EXACT = 1e-5
 _CONFIDENT = 20
 
@@ -52,60 +44,60 @@ def add_model_options(parser: argparse.ArgumentParser, contenders: tuple[str, ..
     parser.add_argument("--weights", metavar="FILE", help="checkpoint [random weights]")
     parser.add_argument("--sizes", type=list_of(size, "size"), help="image sizes HxW")
     parser.add_argument("--batches", type=list_of(positive, "batch size"), help="batch sizes")
-    everyone = f"who takes turns, {OURS} always [{','.join(contenders)}]"
-    add_choices(parser, "contenders", "contender", CONTENDERS, contenders, everyone)
+    text = f"who takes turns, {OURS} always [{','.join(contenders)}]"
+    add_choices(parser, "contenders", "contender", CONTENDERS, contenders, text, ALIASES)
     add_choices(
         parser, "precisions", "precision", list(PRECISIONS), ["fp32"], "bf16 is autocast [fp32]"
     )
     parser.add_argument(
+        "--upstream-op",
         "--published-op",
         choices=list(BACKENDS),
         metavar="BACKEND",
-        help="deformable attention of the published steps, a backend of `op` [original where it is "
-        "there, otherwise pytorch-stacked]",
+        help="deformable attention of the upstream steps, a backend of `op` [original if "
+        "installed, otherwise pytorch-stacked]",
     )
 
 
-def published_op(options: argparse.Namespace, device: str) -> str:
-    """The backend of the published steps on a device.
+def upstream_op(options: argparse.Namespace, device: str) -> str:
+    """The deformable attention backend of the upstream steps on a device.
 
     Raises:
-        ValueError: the one that was asked for is not there.
+        ValueError: the requested one is not available.
     """
     case = Case("locations", device, "fp32", 32, 32, 1)
-    if options.published_op is None:
+    if options.upstream_op is None:
         return "pytorch-stacked" if BACKENDS["original"].why_not(case) else "original"
-    if reason := BACKENDS[options.published_op].why_not(case):
-        raise ValueError(f"--published-op {options.published_op}: {reason}")
-    return options.published_op
+    if reason := BACKENDS[options.upstream_op].why_not(case):
+        raise ValueError(f"--upstream-op {options.upstream_op}: {reason}")
+    return options.upstream_op
 
 
-def note_published_op(report: Report, options: argparse.Namespace) -> None:
-    """Say in a report which backend it is."""
-    if PUBLISHED in options.contenders:
+def note_upstream_op(report: Report, options: argparse.Namespace) -> None:
+    """Note that backend in a report."""
+    if UPSTREAM in options.contenders:
         for device in options.devices:
-            name = published_op(options, device)
-            report.note(f"Deformable attention of {PUBLISHED} on {device}: {name}")
+            name = upstream_op(options, device)
+            report.note(f"Deformable attention of {UPSTREAM} on {device}: {name}")
 
 
 def check_model_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if OURS not in options.contenders:
-        parser.error(f"--contenders must have {OURS}, which the others are compared with")
+        parser.error(f"--contenders must include {OURS}, which the others are compared with")
     for path in (options.config, options.weights):
         if path is not None and not Path(path).is_file():
-            parser.error(f"{path} is no file")
-    if PUBLISHED in options.contenders:
+            parser.error(f"{path} is not a file")
+    if UPSTREAM in options.contenders:
         for device in options.devices:
             try:
-                published_op(options, device)
+                upstream_op(options, device)
             except ValueError as error:
                 parser.error(str(error))
 
 
-def build(options: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
-    """The config and the model it describes, on the CPU."""
-    overrides = ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", ""]
-    cfg = load_config(options.config, overrides)
+def build(options: argparse.Namespace, *overrides: Any) -> tuple[CfgNode, nn.Module]:
+    """The config with overrides (key, value, ...), and its model on the CPU."""
+    cfg = load_config(options.config, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", "", *overrides])
     torch.manual_seed(0)
     model = build_model(cfg)
     if options.weights:
@@ -127,16 +119,37 @@ def precision(name: str, device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, PRECISIONS[name])
 
 
+def plain_model(cfg: CfgNode, ours: nn.Module) -> nn.Module:
+    """The plain model of a config, with our weights and without activation checkpointing."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.FAST, cfg.MODEL.CHECKPOINTING = False, "none"
+    model = build_model(cfg)
+    model.load_state_dict(ours.state_dict())
+    return model.train(ours.training)
+
+
+def upstream_model(cfg: CfgNode, ours: nn.Module, op: str = UpstreamAttention.op) -> nn.Module:
+    """The model of a config with the original's steps and our weights.
+
+    Args:
+        cfg: the config.
+        ours: our model of that config.
+        op: the backend of deformable attention, one of `op_backends.BACKENDS`.
+    """
+    return use_upstream_steps(plain_model(cfg, ours), op)
+
+
 def make_models(
     options: argparse.Namespace, cfg: CfgNode, ours: nn.Module, device: str
 ) -> tuple[dict[str, nn.Module], dict[str, str]]:
-    """The contenders on a device, and why others are missing."""
+    """The contenders on a device, and {name: reason} of those that are not available."""
     models, absent = {}, {}
     for name in options.contenders:
         if name == OURS:
             models[name] = copy.deepcopy(ours)
-        elif name == PUBLISHED:
-            models[name] = as_published(ours, published_op(options, device))
+        elif name == UPSTREAM:
+            models[name] = upstream_model(cfg, ours, upstream_op(options, device))
         else:
             try:
                 models[name] = build_peer(cfg)
@@ -152,41 +165,33 @@ def make_models(
 
 
 class _Constant(nn.Module):
-    """Stands for a part whose result is there already."""
+    """Replaces a part by its precomputed result."""
 
-    def __init__(self, make: Callable[[], Any]):
+    def __init__(self, result: Any):
         super().__init__()
-        self._make = make
+        self._result = result
 
     def forward(self, *_) -> Any:
-        return self._make()
+        return self._result
 
 
-def with_outputs(model: nn.Module, make: Callable[[], dict[str, Tensor]]) -> nn.Module:
-    """The model without its network: `make` gives what the head would give."""
+def with_outputs(model: nn.Module, outputs: dict[str, Tensor]) -> nn.Module:
+    """The model without its network: `outputs` stand in for those of the head."""
     stub = copy.copy(model)
     stub._modules = dict(model._modules)
-    stub.backbone, stub.sem_seg_head = _Constant(dict), _Constant(make)
+    stub.backbone, stub.sem_seg_head = _Constant({}), _Constant(outputs)
     return stub
 
 
-def fresh(outputs: dict[str, Any]) -> dict[str, Any]:
-    """The last prediction, its masks not yet multiplied out where they were left as factors."""
-    masks = outputs.mask_logits if isinstance(outputs, MaskPredictions) else outputs["pred_masks"]
-    if isinstance(masks, MaskLogits):
-        masks = MaskLogits(masks.embed, masks.features)
-    return MaskPredictions(pred_logits=outputs["pred_logits"], pred_masks=masks)
-
-
 class Forward(nn.Module):
-    """From normalised images (B, 3, H, W) to class and full-size mask logits."""
+    """Normalised images (B, 3, H, W) → class logits and full-size mask logits."""
 
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model = model
 
     def forward(self, pixels: Tensor) -> tuple[Tensor, Tensor]:
-        outputs = self.model._network(pixels)
+        outputs = self.model.forward_network(pixels)
         return outputs["pred_logits"], outputs["pred_masks"]
 
 
@@ -205,15 +210,14 @@ def normalized(model: nn.Module, images: Batch) -> Tensor:
     return (pixels - model.pixel_mean) / model.pixel_std
 
 
-# ---- same answers ----
+# ---- same results ----
 
 
 def sharpen(model: nn.Module, images: Batch) -> None:
-    """Make some queries of a model with random weights confident, of different classes.
+    """Scale the class weights of a randomly initialised model until some queries are confident.
 
-    Their masks lie one over the other, so that no overlap is too much.
+    Their masks overlap: build the model with OVERLAP_THRESHOLD 0 to get panoptic segments.
     """
-    model.overlap_threshold = 0.0
     logits = model.sem_seg_head(model.backbone(normalized(model, images[:1])))["pred_logits"][0]
     layer, mean = model.sem_seg_head.predictor.class_embed, logits.mean(0)
     scale = 1.0
@@ -239,7 +243,7 @@ def _full_precision() -> Iterator[None]:
 
 
 def result_errors(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str, float]:
-    """Relative errors of two predictions for one image."""
+    """Relative errors between two predictions for an image."""
     errors = {}
     if "sem_seg" in expected:
         errors["sem_seg"] = relative_error(actual["sem_seg"], expected["sem_seg"])
@@ -251,47 +255,47 @@ def result_errors(actual: dict[str, Any], expected: dict[str, Any]) -> dict[str,
 
 
 def different_pixels(actual: dict[str, Any], expected: dict[str, Any]) -> int:
-    """Pixels where two panoptic maps differ; all of them where the segments do."""
+    """Number of pixels where two panoptic maps differ; all pixels if the segments differ."""
     (ids, segments), (other_ids, other_segments) = actual["panoptic_seg"], expected["panoptic_seg"]
     if segments != other_segments:
         return ids.numel()
     return int((ids != other_ids).sum())
 
 
-class Answers(NamedTuple):
-    """How the answers of a contender compare with ours, where they are equal.
+class Match(NamedTuple):
+    """How the results of a contender match ours.
 
     Attributes:
-        panoptic_pixels: how many differ; None where there is no panoptic result to compare.
-        rounding: why they were compared in float64, empty where fp32 was enough.
+        panoptic_pixels: number of pixels that differ; None without panoptic results to compare.
+        rounding: the fp32 error that made a comparison in float64 necessary; empty if none did.
     """
 
     panoptic_pixels: int | None
     rounding: str
 
 
-def check_answers(name: str, models: dict[str, nn.Module], images: Batch) -> Answers:
-    """Compare a contender with ours.
+def check_results(name: str, models: dict[str, nn.Module], images: Batch) -> Match:
+    """Compare the results of a contender with ours.
 
-    Where a mask logit is 0 within rounding, its bit of the next layer's attention mask is decided
-    by the order of additions, and one such bit moves predictions by more than the tolerance. So
-    where fp32 shows a difference, float64 says whether it is one.
+    If a mask logit is 0 within rounding, the order of additions decides its bit of the next
+    attention mask, and a single bit moves predictions by more than the tolerance. So results that
+    differ in fp32 are compared again in float64.
 
     Raises:
-        WrongNumbers: its logits or predictions differ, in float64 too.
+        WrongNumbers: logits or predictions differ, in float64 too.
     """
     with torch.no_grad(), _full_precision():
         try:
-            return Answers(_compare(name, models, images, TOLERANCE), "")
+            return Match(_compare(name, models, images, TOLERANCE), "")
         except WrongNumbers as error:
             exact = {key: copy.deepcopy(models[key]).double() for key in (OURS, name)}
-            return Answers(_compare(name, exact, images, EXACT), str(error))
+            return Match(_compare(name, exact, images, EXACT), str(error))
 
 
 def _compare(
     name: str, models: dict[str, nn.Module], images: Batch, tolerance: float
 ) -> int | None:
-    """Panoptic pixels that differ, see `Answers`; WrongNumbers where anything else does."""
+    """Number of panoptic pixels that differ, see `Match`; WrongNumbers if anything else does."""
     pixels = normalized(models[OURS], images)
     actual = forward_of(name, models[name])(pixels)
     expected = forward_of(OURS, models[OURS])(pixels)

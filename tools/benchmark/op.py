@@ -1,4 +1,4 @@
-"""`benchmark.py op`: multi-scale deformable attention as the pixel decoder calls it.
+"""`op`: multi-scale deformable attention as the pixel decoder calls it.
 
 All positions of the levels 1/32, 1/16 and 1/8 are queries; 8 heads of 32 channels, 4 points per
 level. Outputs and gradients of all backends are compared before anything is timed.
@@ -11,28 +11,6 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmark_options import (
-    add_choices,
-    add_common_options,
-    add_device_options,
-    list_of,
-    positive,
-    size,
-)
-from benchmark_processes import Task, cpu_task, peak_in_process
-from benchmark_runner import (
-    Call,
-    Report,
-    Row,
-    failure,
-    main_clock,
-    peak_cell,
-    ratio_cell,
-    set_threads,
-    statistics,
-    take_turns,
-    time_cells,
-)
 from op_backends import (
     BACKENDS,
     DTYPES,
@@ -46,14 +24,32 @@ from op_backends import (
     random_gradient,
     usable_backends,
 )
+from options import (
+    add_choices,
+    add_common_options,
+    add_device_options,
+    list_of,
+    positive,
+    size,
+)
+from processes import Task, cpu_task, peak_in_process
+from report import Report, failure, peak_cell, ratio_cell, time_cells
+from timing import (
+    Call,
+    Row,
+    main_clock,
+    peak_cuda_bytes,
+    ratios,
+    set_threads,
+    statistics,
+    take_turns,
+)
 from torch import Tensor
-
-from mask2former.utils import benchmark
 
 PEER_PACKAGES = ("deformops", "ms-deform-attn")
 FULL = {"sizes": [(512, 512), (1024, 1024), (800, 1216)], "batches": [1, 2, 8], "rounds": 7}
 QUICK = {"sizes": [(512, 512)], "batches": [1], "rounds": 3}
-# Slow, and no news to someone in a hurry.
+# Slow.
 NOT_QUICK = ("pytorch-stacked", "deformops-eager")
 
 
@@ -66,7 +62,7 @@ def time_pass(
     options: argparse.Namespace,
     on_round: Call,
 ) -> list[Row]:
-    """Times one pass of all backends at all numbers of threads; a row of results for each."""
+    """Time one pass of all backends at all thread counts; a row of results for each."""
     all_threads = options.threads if case.device == "cpu" else [0]
 
     def prepare(name: str, threads: int) -> Call:
@@ -93,40 +89,40 @@ def time_pass(
         }
         row["bytes_per_second"] = row["bytes_moved"] / row[f"{clock}_seconds"]["median"]
         if options.baseline in names:
-            row["ratio"] = benchmark.ratios(seconds[options.baseline, threads], own)
+            row["ratio"] = ratios(seconds[options.baseline, threads], own)
             row["ratios"] = {options.baseline: row["ratio"]}
         if len(all_threads) > 1:
-            row["scaling"] = benchmark.ratios(seconds[name, all_threads[0]], own)
+            row["scaling"] = ratios(seconds[name, all_threads[0]], own)
         rows.append(row)
     return rows
 
 
 def head(case: Case, passes: str, name: str) -> Row:
-    """What is said of a row of results, measured or not."""
+    """The label entries of a row, measured or not."""
     return asdict(case) | {"pass": passes, "backend": name}
 
 
 def peak_bytes(
     case: Case, passes: str, name: str, threads: int, inputs: Inputs, grad: Tensor, on_cpu: bool
 ) -> int | None:
-    """Memory a pass needs beyond its inputs; None where it is not measured."""
+    """Memory a pass needs beyond its inputs; None if it is not measured."""
     if case.device == "cuda":
-        return benchmark.peak_cuda_bytes(make_call(name, inputs, grad, passes))
+        return peak_cuda_bytes(make_call(name, inputs, grad, passes))
     return peak_in_process("op", head(case, passes, name), threads) if on_cpu else None
 
 
 def tasks_alone(arguments: dict[str, Any]) -> Iterator[Task]:
-    """What a process of its own does: a warm-up, then the pass itself."""
+    """The tasks of a process: a warm-up, then the pass itself."""
     passes, name = arguments.pop("pass"), arguments.pop("backend")
     case = Case(**arguments)
-    # What is loaded and set up at the first call is none of the pass's memory.
+    # The warm-up keeps one-time set-up out of the memory of the pass.
     for case_or_small in (replace(case, height=32, width=32, batch=1), case):
         inputs = make_inputs(case_or_small)
         yield cpu_task(make_call(name, inputs, random_gradient(inputs), passes))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures all cases; returns the exit status, see `Report.finish`."""
+    """Measure all cases; returns the exit status, see `Report.finish`."""
     cases = [
         Case(inputs, device, dtype, *size, batch)
         for inputs, device, dtype, batch, size in product(
@@ -181,8 +177,7 @@ def _table_row(row: Row, baseline: str) -> dict[str, str]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(
         parser,
-        "512x512, batch 1, 3 rounds and no slow backend but the baseline, where these are not "
-        "given",
+        "512x512, batch 1, 3 rounds and no slow backend but the baseline, unless given",
     )
     add_device_options(parser)
     parser.add_argument(
@@ -193,24 +188,24 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     dtypes = list(DTYPES)
     add_choices(
-        parser, "dtypes", "dtype", dtypes, ["fp32"], "of the values; all else is fp32 [fp32]"
+        parser, "dtypes", "dtype", dtypes, ["fp32"], "of the values; the rest is fp32 [fp32]"
     )
-    starts = "where calls start [projections]"
-    add_choices(parser, "inputs", "input", INPUTS, ["projections"], starts)
+    text = "what calls start from [projections]"
+    add_choices(parser, "inputs", "input", INPUTS, ["projections"], text)
     timed = ["forward", "forward+backward"]
     add_choices(parser, "passes", "pass", PASSES, timed, f"what is timed [{','.join(timed)}]")
-    everyone = "who takes turns [all that are there]"
-    add_choices(parser, "backends", "backend", list(BACKENDS), None, everyone)
+    text = "who takes turns [all available]"
+    add_choices(parser, "backends", "backend", list(BACKENDS), None, text)
     parser.add_argument(
         "--baseline",
         choices=list(BACKENDS),
         default="pytorch",
         metavar="BACKEND",
-        help="what ratios are to: how many times faster than it [pytorch]",
+        help="the backend that ratios refer to [pytorch]",
     )
     parser.add_argument(
         "--threads",
-        type=list_of(positive, "number of threads"),
+        type=list_of(positive, "thread count"),
         default=[torch.get_num_threads()],
         help="on a CPU [torch's default]",
     )
@@ -218,7 +213,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
     if options.backends is None:
-        left_out = NOT_QUICK if options.quick else ()
-        options.backends = [name for name in BACKENDS if name not in left_out]
+        excluded = NOT_QUICK if options.quick else ()
+        options.backends = [name for name in BACKENDS if name not in excluded]
     if options.baseline not in options.backends:
         parser.error(f"--baseline {options.baseline} is not among --backends")

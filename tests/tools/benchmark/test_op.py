@@ -1,4 +1,4 @@
-"""tools/benchmark.py on levels of a few positions: what it measures, writes and refuses."""
+"""tools/benchmark op on levels of a few positions: results, reports, invalid options."""
 
 import json
 import sys
@@ -11,10 +11,7 @@ import pytest
 import torch
 from load_script import load_script
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-
-
-tool = load_script("tools/benchmark.py")
+tool = load_script("tools/benchmark")
 backends = sys.modules["op_backends"]
 CASE = backends.Case("projections", "cpu", "fp32", 64, 96, 2)
 
@@ -39,7 +36,7 @@ def test_report(tmp_path, capsys):
     assert status == 0
     assert torch.get_num_threads() == threads
     assert report["benchmark"] == "op" and report["baseline"] == "pytorch"
-    assert report["command"].startswith("python tools/benchmark.py op --devices cpu")
+    assert report["command"].startswith("python tools/benchmark op --devices cpu")
     assert {"cpu", "cores", "torch", "compiled_for", "library_cuda"} <= report["machine"].keys()
     rows = report["results"]
     assert [(row["pass"], row["backend"], row["threads"]) for row in rows] == [
@@ -67,14 +64,14 @@ def test_report(tmp_path, capsys):
     assert table[1]["threads"] == "2" and table[0]["times pytorch"] == "1.00 (1.00-1.00)"
 
 
-def test_quick_changes_only_what_is_not_given(tmp_path):
+def test_quick_keeps_given_options(tmp_path):
     _, report = run(tmp_path, "--quick", "--backends", "pytorch", "--passes", "backward")
     (row,) = report["results"]
     assert (row["height"], row["rounds"], row["pass"]) == (64, 2, "backward")
     assert "scaling" not in row
 
 
-def test_memory_on_a_cpu_is_measured_in_another_process(tmp_path):
+def test_memory_on_a_cpu_is_measured_in_a_new_process(tmp_path):
     _, report = run(tmp_path, "--backends", "pytorch", "--passes", "forward", "--memory")
     (row,) = report["results"]
     # At least its output, (1, 126, 256) in float32: levels of 2x3, 4x6 and 8x12.
@@ -83,7 +80,7 @@ def test_memory_on_a_cpu_is_measured_in_another_process(tmp_path):
 
 @pytest.mark.parametrize("inputs", backends.INPUTS)
 @pytest.mark.parametrize("dtype", backends.DTYPES)
-def test_all_backends_that_are_there_agree(inputs, dtype):
+def test_available_backends_agree(inputs, dtype):
     case = replace(CASE, inputs=inputs, dtype=dtype)
     x = backends.make_inputs(case)
     usable, absent, failed = backends.usable_backends(
@@ -134,8 +131,8 @@ def test_missing_backends_are_named(tmp_path, capsys, monkeypatch):
     assert output.err.count("Not measured on cpu: original (does not run on cpu), classic") == 1
 
 
-def test_original_extension_is_called_as_published(monkeypatch):
-    """With a stand-in for the extension, which needs a GPU; it has functions for both passes."""
+def test_calls_of_the_original_extension(monkeypatch):
+    """With a stand-in, as the extension needs a GPU; it has a function for each pass."""
 
     def forward(value, shapes, starts, locations, weights, im2col_step):
         assert starts.tolist() == [0, 6, 30] and im2col_step == value.shape[0]
@@ -185,7 +182,7 @@ def test_inputs():
     # The first position of the last level, at half a pixel of 12x8.
     torch.testing.assert_close(x.reference[0, 30, 0], torch.tensor([0.5 / 12, 0.5 / 8]))
     torch.testing.assert_close(x.points, backends.make_inputs(CASE).points, rtol=0, atol=0)
-    # Away from where the gradient of a location jumps.
+    # Samples stay away from where the gradient jumps.
     fraction = (x.locations() * x.device_shapes.flip(-1)[:, None, :] - 0.5) % 1
     assert 1 / 64 - 1e-4 < fraction.min() and fraction.max() < 63 / 64 + 1e-4
     # Head 0 looks right, point p p pixels away, over all queries and levels.
@@ -206,17 +203,17 @@ def test_inputs():
         (["--passes", "backwards"], "unknown pass 'backwards'"),
         (
             ["--sizes", "500x512"],
-            "'500x512' is no size: must be HEIGHTxWIDTH, both multiples of 32",
+            "invalid size '500x512': must be HEIGHTxWIDTH, both multiples of 32",
         ),
-        (["--sizes", "512"], "'512' is no size"),
-        (["--sizes", "axb"], "'axb' is no size"),
-        (["--batches", "0"], "'0' is no batch size: must be at least 1"),
-        (["--threads", ""], "'' is no number of threads"),
+        (["--sizes", "512"], "invalid size '512'"),
+        (["--sizes", "axb"], "invalid size 'axb'"),
+        (["--batches", "0"], "invalid batch size '0': must be at least 1"),
+        (["--threads", ""], "invalid thread count ''"),
         (["--rounds", "0"], "invalid positive value: '0'"),
         (["--backends", "pytorch", "--baseline", "classic"], "--baseline classic is not among"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message, capsys):
+def test_invalid_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         tool.main(["op", *arguments])
     assert stop.value.code == 2
@@ -224,7 +221,7 @@ def test_bad_arguments_are_refused(arguments, message, capsys):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="for machines without CUDA")
-def test_absent_gpu_is_refused(capsys):
+def test_cuda_needs_a_gpu(capsys):
     with pytest.raises(SystemExit):
         tool.main(["op", "--devices", "cuda"])
     assert "torch finds no CUDA device" in capsys.readouterr().err
@@ -232,7 +229,7 @@ def test_absent_gpu_is_refused(capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_report_of_a_gpu(tmp_path):
+def test_report_on_a_gpu(tmp_path):
     arguments = [
         "--devices",
         "cuda",

@@ -1,10 +1,10 @@
-"""`benchmark.py evaluate`: mask AP and panoptic quality, our evaluators against the official code.
+"""`evaluate`: mask AP and panoptic quality, our evaluators against the official code.
 
-Truth and predictions are random, 480x640: every object is predicted somewhat moved and mostly with
-its class, and instances besides that are wrong. The official code is pycocotools and panopticapi,
-the same evaluators with `use_fast_impl=False`. Only where both give the same digits is ours timed.
-`process` is what happens to the outputs of the model, image by image; `evaluate` what happens at
-the end. All times are per image.
+Ground truth and predictions are random, 480x640: every object is predicted slightly shifted and
+mostly with its class; the remaining instances are wrong. The official code is pycocotools and
+panopticapi: the same evaluators with `use_fast_impl=False`. Ours is timed only if both give the
+same digits. `process` handles the outputs of an image; `evaluate` runs once at the end. All times
+are per image.
 """
 
 import argparse
@@ -19,25 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_options import add_choices, add_common_options, add_threads_option, positive
-from benchmark_runner import (
-    OURS,
-    Call,
-    Report,
-    Row,
-    WrongNumbers,
-    failure,
-    set_threads,
-    table_row,
-    take_turns,
-    timed_rows,
-    try_each,
-)
+from checks import WrongNumbers, try_each
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.structures import Boxes, Instances
+from options import OURS, add_choices, add_common_options, add_threads_option, positive
 from panopticapi.utils import rgb2id
 from PIL import Image
+from report import Report, failure, table_row
 from synthetic_coco import (
     HEIGHT,
     NUM_CLASSES,
@@ -48,6 +37,7 @@ from synthetic_coco import (
     random_polygon,
     write_dataset,
 )
+from timing import Call, Row, set_threads, take_turns, timed_rows
 
 from mask2former.evaluation import InstanceSegEvaluator, PanopticEvaluator
 
@@ -57,7 +47,7 @@ FULL = {"images": 100, "instances": 100, "rounds": 5}
 QUICK = {"images": 10, "instances": 40, "rounds": 3}
 _DATASET = "benchmark_evaluate"
 _EVALUATORS = {"segm AP": InstanceSegEvaluator, "PQ": PanopticEvaluator}
-# Images whose outputs are kept for timing `process`: masks are large.
+# Number of images used to time `process`: their masks are kept, and large.
 _PROCESSED = 4
 
 Outputs = dict[str, Any]
@@ -78,7 +68,7 @@ def register(folder: Path) -> None:
 
 
 def predict(record: Row, num_instances: int) -> Outputs:
-    """What a model would give for an image, the same for the same image."""
+    """Random predictions, the same for the same image."""
     rng = np.random.default_rng(record["image_id"])
     masks, classes = [], []
     for annotation in record["annotations"][:num_instances]:
@@ -96,13 +86,13 @@ def predict(record: Row, num_instances: int) -> Outputs:
     instances.scores = torch.from_numpy(rng.random(num_instances))
     instances.pred_classes = torch.from_numpy(classes)
 
-    truth = rgb2id(np.array(Image.open(record["pan_seg_file_name"])))
+    gt_ids = rgb2id(np.array(Image.open(record["pan_seg_file_name"])))
     ids = torch.zeros(HEIGHT, WIDTH, dtype=torch.int32)
     infos = []
     for segment in record["segments_info"]:
         if rng.random() < 0.9:
             class_id = segment["category_id"]
-            mask = np.roll(truth == segment["id"], rng.integers(-3, 4, 2), (0, 1))
+            mask = np.roll(gt_ids == segment["id"], rng.integers(-3, 4, 2), (0, 1))
             number = len(infos) + 1
             ids[torch.from_numpy(mask)] = number
             is_thing = class_id < NUM_THINGS
@@ -113,7 +103,7 @@ def predict(record: Row, num_instances: int) -> Outputs:
 
 
 class Contender:
-    """An evaluator of one task with what it has made of all images."""
+    """An evaluator of one task that has processed all images."""
 
     def __init__(self, task: str, name: str, records: list[Row], options: argparse.Namespace):
         arguments: dict[str, Any] = {"use_fast_impl": name == OURS}
@@ -134,7 +124,7 @@ class Contender:
 
     def _process(self, record: Row, outputs: Outputs) -> None:
         ids, infos = outputs["panoptic_seg"]
-        # Evaluators write into the segments.
+        # Evaluators modify the segments.
         copied = outputs | {"panoptic_seg": (ids, copy.deepcopy(infos))}
         self.evaluator.process([record], [copied])
 
@@ -144,7 +134,7 @@ class Contender:
             self._process(record, outputs)
 
     def prepare(self) -> Call:
-        """`evaluate` uses its predictions up, so that each call gets a copy."""
+        """`evaluate` consumes its predictions, so each call gets a copy."""
         self.evaluator._predictions = copy.deepcopy(self._predictions)
         return self.evaluate
 
@@ -160,7 +150,7 @@ def _quiet():
 
 
 def digits(contender: Contender) -> dict[str, str]:
-    """All results as exact text, in which NaN equals NaN."""
+    """All results as exact text, so that NaN equals NaN."""
     contender.prepare()
     (results,) = contender.evaluate().values()
     return {key: repr(float(value)) for key, value in results.items()}
@@ -171,13 +161,13 @@ def check_digits(actual: dict[str, str], expected: dict[str, str]) -> None:
     if wrong := [key for key in {**expected, **actual} if actual.get(key) != expected.get(key)]:
         key = wrong[0]
         raise WrongNumbers(
-            f"{len(wrong)} of {len(expected)} results are not the official ones: {key} is "
+            f"{len(wrong)} of {len(expected)} results differ from the official ones: {key} is "
             f"{actual.get(key)}, not {expected.get(key)}"
         )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures all evaluators; returns the exit status, see `Report.finish`."""
+    """Measure all evaluators; returns the exit status, see `Report.finish`."""
     set_threads(options.threads)
     columns = {
         "digits": lambda row: row.get("digits", ""),
@@ -228,7 +218,7 @@ def _rows(task: str, records: list[Row], options: argparse.Namespace, report: Re
             for name, own in samples.items()
         }
         rows += timed_rows({"task": task, "part": part}, per_image, (OFFICIAL,))
-        # Work may be done early or late: what counts is the sum.
+        # Evaluators do the same work early or late: the sum counts.
         total = {
             name: [
                 {clock: value + before.get(clock, 0) for clock, value in times.items()}
@@ -245,11 +235,11 @@ def _rows(task: str, records: list[Row], options: argparse.Namespace, report: Re
 
 
 def add_options(parser: argparse.ArgumentParser) -> None:
-    add_common_options(parser, "10 images, 40 instances each, 3 rounds, where these are not given")
+    add_common_options(parser, "10 images, 40 instances each, 3 rounds, unless given")
     parser.set_defaults(devices=["cpu"])
     add_threads_option(parser)
     parser.add_argument("--images", type=positive, help="number of images [100]")
-    parser.add_argument("--instances", type=positive, help="predicted in each image [100]")
+    parser.add_argument("--instances", type=positive, help="predicted instances per image [100]")
     add_choices(parser, "tasks", "task", TASKS, TASKS, "what is measured [all]")
 
 

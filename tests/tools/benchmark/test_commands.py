@@ -1,8 +1,10 @@
-"""tools/benchmark.py beyond `op`, as small as it gets: rows, files, refusals, wrong answers."""
+"""tools/benchmark beyond `op`, on tiny cases: rows, files, wrong numbers, invalid options."""
 
 import json
 import os
+import queue
 import sys
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -11,17 +13,17 @@ import torch
 from load_script import load_script
 
 from mask2former.utils.memory import KEEP_VARIABLE
+from mask2former.utils.twins import runs_fast
 
-TOOLS = Path(__file__).resolve().parents[2] / "tools"
-CONFIGS = TOOLS.parent / "configs"
-OURS, PUBLISHED, PEER = "mask2former", "published", "transformers"
+CONFIGS = Path(__file__).resolve().parents[3] / "configs"
+OURS, UPSTREAM, PEER = "mask2former", "upstream steps", "transformers"
 
 
-tool = load_script("tools/benchmark.py")
+tool = load_script("tools/benchmark")
 modules = {name: module for name, (module, _) in tool.COMMANDS.items()}
-contenders = sys.modules["benchmark_contenders"]
-published_steps = sys.modules["published_steps"]
-processes = sys.modules["benchmark_processes"]
+contenders = sys.modules["contenders"]
+upstream_steps = sys.modules["upstream_steps"]
+processes = sys.modules["processes"]
 
 SMALL_MODEL = f"""
 _BASE_: {CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"}
@@ -46,19 +48,19 @@ SMALL = {
 
 @pytest.fixture
 def small(tmp_path):
-    """Arguments of the smallest run of each subcommand."""
+    """Arguments of a tiny run of each subcommand."""
     config = tmp_path / "small.yaml"
     config.write_text(SMALL_MODEL)
-    of_model = ["--config", str(config)]
+    model = ["--config", str(config)]
     return {
-        name: arguments + (of_model if name in ("model", "train") else [])
+        name: arguments + (model if name in ("model", "train") else [])
         for name, arguments in SMALL.items()
     }
 
 
 @pytest.fixture
 def kept(monkeypatch) -> list[bool]:
-    """Filled when memory would be kept: not in this process, which runs more tests."""
+    """Records calls of keep_freed_memory, which would affect the other tests of this process."""
     calls = []
     monkeypatch.setattr(tool, "keep_freed_memory", lambda: calls.append(True))
     return calls
@@ -66,7 +68,7 @@ def kept(monkeypatch) -> list[bool]:
 
 @pytest.fixture
 def run(tmp_path, small, kept):
-    """Function (name, *arguments) → exit status and report of a small run of a subcommand."""
+    """A function (name, *arguments) → exit status and report of a tiny run of a subcommand."""
 
     def run_small(name: str, *arguments: str) -> tuple[int, dict]:
         common = ["--quick", "--rounds", "2", "--output", str(tmp_path / "out")]
@@ -93,7 +95,7 @@ def check_files(tmp_path, name: str, report: dict, output: str) -> None:
     assert output == markdown
     assert len(table_of(markdown)) == len(report["results"])
     assert report["benchmark"] == name and report["machine"]["cores"] >= 1
-    assert report["command"].startswith(f"python tools/benchmark.py {name} ")
+    assert report["command"].startswith(f"python tools/benchmark {name} ")
     for row in report["results"]:
         assert "error" not in row, row["error"]
         assert row["rounds"] == 2
@@ -114,17 +116,17 @@ def test_model(run, tmp_path, capsys):
     expected = []
     for precision in ("fp32", "bf16"):
         for stage in modules["model"].STAGES:
-            names = [OURS, PUBLISHED, PEER] if stage == "forward" else [OURS, PUBLISHED]
+            names = [OURS, UPSTREAM, PEER] if stage == "forward" else [OURS, UPSTREAM]
             expected += [(precision, stage, name) for name in names]
     assert names_of(report, "precision", "part") == expected
     for row in report["results"]:
-        assert row["ratios"][PUBLISHED]["median"] > 0
+        assert row["ratios"][UPSTREAM]["median"] > 0
         assert (PEER in row["ratios"]) == (row["part"] == "forward")
         counted = row["part"] != "post-processing"
         assert (row["multiply_adds"] is not None) == counted == ("times_arithmetic" in row)
     adds = {row["part"]: row["multiply_adds"] for row in report["results"]}
     assert adds["forward"] == adds["end to end"] > adds["backbone"] + adds["pixel decoder"]
-    assert any("Panoptic pixels that differ, published: " in note for note in report["notes"])
+    assert any("Panoptic pixels that differ, upstream steps: " in note for note in report["notes"])
 
 
 @pytest.mark.parametrize(
@@ -134,43 +136,89 @@ def test_model(run, tmp_path, capsys):
         ("model", ["--stages", "end to end", "--contenders", OURS], 2 * 133 * 64 * 64 * 4),
         # At least the gradients.
         ("train", ["--contenders", OURS], 2**20),
-        # At least the upsampled masks of all queries.
-        ("postprocess", ["--tasks", "panoptic", "--outputs", "same"], 100 * 64 * 64 * 4),
     ],
 )
-def test_memory_is_measured_in_another_process(name, arguments, least, run):
+def test_memory_is_measured_in_a_new_process(name, arguments, least, run):
     status, report = run(name, "--memory", *arguments)
     assert status == 0
     assert report["results"][-1]["peak_bytes"] >= least
 
 
+def test_memory_of_postprocessing():
+    arguments = {"contender": UPSTREAM, "task": "panoptic", "size": [64, 64], "output": "same"}
+    # At least the upsampled masks of all queries.
+    assert processes.peak_in_process("postprocess", arguments, 1) >= 100 * 64 * 64 * 4
+
+
+class InThread:
+    """Stands in for `processes.Alone`, which takes seconds to start: serves the same orders."""
+
+    def __init__(self, subcommand, arguments, threads, environment):
+        self._orders, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
+        tasks = modules[subcommand].tasks_alone(json.loads(json.dumps(arguments)))
+        served = tasks, iter(self._orders.get, None), self
+        self._thread = threading.Thread(target=processes.serve, args=served, daemon=True)
+        self._thread.start()
+
+    def __enter__(self) -> "InThread":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._orders.put(None)
+        self._thread.join()
+
+    def ask(self, order: str):
+        self._orders.put(order)
+        return json.loads(self._answers.get(timeout=60))
+
+    def write(self, text: str) -> None:
+        if text.strip():
+            self._answers.put(text)
+
+    def flush(self) -> None:
+        pass
+
+
+OWN_PROCESSES = {
+    "model": (["--stages", "forward", "--modes", "eager"], ["forward"]),
+    "train": ([], modules["train"].PARTS),
+    "postprocess": (["--tasks", "semantic", "--outputs", "same"], ["semantic"]),
+}
+
+
 @pytest.mark.parametrize(
-    "name, arguments, parts",
+    "name, process",
     [
-        ("model", ["--stages", "forward", "--modes", "eager"], ["forward"]),
-        ("train", [], modules["train"].PARTS),
-        ("postprocess", ["--tasks", "semantic", "--outputs", "same"], ["semantic"]),
+        ("model", InThread),
+        ("train", InThread),
+        ("postprocess", InThread),
+        ("postprocess", processes.Alone),
     ],
 )
-def test_processes_of_their_own(name, arguments, parts, run, monkeypatch):
-    """Ours may keep freed memory while the other leaves it to the system."""
+def test_processes_of_their_own(name, process, run, monkeypatch):
+    """With the allocator of their programs: ours keeps freed memory, the other does not."""
     environments = {}
+    arguments, parts = OWN_PROCESSES[name]
+    if name != "postprocess":
+        arguments = [*arguments, "--contenders", f"{OURS},upstream"]
+    if process is InThread:
+        arguments = [*arguments, "--memory"]
 
-    class Watched(processes.Alone):
+    class Watched(process):
         def __init__(self, subcommand, arguments, threads, environment):
-            environments[arguments["contender"]] = environment
+            environments.setdefault(arguments["contender"], environment)
             super().__init__(subcommand, arguments, threads, environment)
 
     monkeypatch.setattr(processes, "Alone", Watched)
-    if name != "postprocess":
-        arguments = [*arguments, "--contenders", f"{OURS},{PUBLISHED}"]
     status, report = run(name, "--processes", "own", "--allocator", "programs", *arguments)
     assert status == 0
-    assert environments == {OURS: {KEEP_VARIABLE: "1"}, PUBLISHED: {KEEP_VARIABLE: "0"}}
-    assert names_of(report, "part") == [(p, who) for p in parts for who in (OURS, PUBLISHED)]
+    assert environments == {OURS: {KEEP_VARIABLE: "1"}, UPSTREAM: {KEEP_VARIABLE: "0"}}
+    assert names_of(report, "part") == [(p, who) for p in parts for who in (OURS, UPSTREAM)]
     for row in report["results"]:
         assert len(row["wall_seconds"]["samples"]) == 2
-        assert min(row["cpu_seconds"]["samples"]) >= 0 and row["ratios"][PUBLISHED]["median"] > 0
+        assert min(row["cpu_seconds"]["samples"]) >= 0 and row["ratios"][UPSTREAM]["median"] > 0
+        measures_memory = process is InThread and row["part"] == parts[-1]
+        assert (row.get("peak_bytes") is not None) == measures_memory
 
 
 def test_process_that_fails(capfd):
@@ -201,45 +249,45 @@ def test_compiled_takes_turns_with_eager(modes, run, monkeypatch):
         return module
 
     monkeypatch.setattr(torch, "compile", compile)
-    arguments = ["--contenders", f"{OURS},{PUBLISHED}", "--stages", "backbone,forward"]
+    arguments = ["--contenders", f"{OURS},{UPSTREAM}", "--stages", "backbone,forward"]
     status, report = run("model", "--modes", modes, *arguments)
     assert status == 0 and len(compiled) == 2
-    both = [f"{OURS} compiled", f"{PUBLISHED} compiled"]
+    both = [f"{OURS} compiled", f"{UPSTREAM} compiled"]
     if modes == "compiled":
         assert names_of(report, "part") == [("forward", name) for name in both]
         return
     assert names_of(report, "part") == [
         ("backbone", OURS),
-        ("backbone", PUBLISHED),
+        ("backbone", UPSTREAM),
         ("forward", both[0]),
         ("forward", OURS),
         ("forward", both[1]),
-        ("forward", PUBLISHED),
+        ("forward", UPSTREAM),
     ]
-    assert {OURS, PUBLISHED} == set(of(report, both[0])[0]["ratios"])
+    assert {OURS, UPSTREAM} == set(rows_of(report, both[0])[0]["ratios"])
 
 
 def test_train(run, tmp_path, capsys):
     pytest.importorskip("transformers")
-    status, report = run("train", "--contenders", f"{OURS},{PUBLISHED},{PEER}")
+    status, report = run("train", "--contenders", f"{OURS},{UPSTREAM},{PEER}")
     assert status == 0
     check_files(tmp_path, "train", report, capsys.readouterr().out)
     parts = modules["train"].PARTS
     assert names_of(report, "part") == [
-        (part, name) for part in parts for name in (OURS, PUBLISHED, PEER)
+        (part, name) for part in parts for name in (OURS, UPSTREAM, PEER)
     ]
     for row in report["results"]:
-        assert (row["part"] == "step") == ("host_synchronisations" in row)
-    ours, published, peer = report["results"][-3:]
-    assert ours["host_synchronisations"] <= 3
-    assert ours["host_synchronisations"] < peer["host_synchronisations"]
-    assert peer["host_synchronisations"] < published["host_synchronisations"]
+        assert (row["part"] == "step") == ("host_syncs" in row)
+    ours, upstream, peer = report["results"][-3:]
+    assert ours["host_syncs"] <= 3
+    # The others copy costs per image and layer: 2 images, 4 layers.
+    assert min(peer["host_syncs"], upstream["host_syncs"]) >= 2 * 4
     assert ours["peak_bytes"] is None
-    *parts, step = (row["wall_seconds"]["samples"] for row in of(report, OURS))
+    *parts, step = (row["wall_seconds"]["samples"] for row in rows_of(report, OURS))
     assert np.sum(parts, axis=0) == pytest.approx(step)
 
 
-def of(report: dict, name: str) -> list[dict]:
+def rows_of(report: dict, name: str) -> list[dict]:
     return [row for row in report["results"] if row["contender"] == name]
 
 
@@ -251,8 +299,21 @@ def test_postprocess(run, tmp_path, capsys):
         (output, task, name)
         for output in ("64x64", "50x70")
         for task in ("panoptic", "all")
-        for name in (OURS, PUBLISHED)
+        for name in (OURS, UPSTREAM)
     ]
+
+
+def test_timing_switches_no_part_to_plain(small):
+    train, postprocess = modules["train"], modules["postprocess"]
+    options = tool.make_parser().parse_args(["train", *small["train"]])
+    cfg, model = train._build(options)
+    inputs = train.make_batch((64, 64), 1, 3, 133, "cpu")
+    stubs = postprocess.make_models("all", postprocess.make_outputs((64, 64), "cpu"))
+    for name in (OURS, UPSTREAM):
+        step = train.Step(name, cfg, model, options, "cpu", inputs, "fp32")
+        assert runs_fast(step.model, "forward_network") == (name == OURS)
+        assert runs_fast(step.model.criterion) == (name == OURS)
+        assert runs_fast(stubs[name], "forward_inference") == (name == OURS)
 
 
 def test_postprocess_has_segments():
@@ -273,7 +334,7 @@ def test_data(run, tmp_path, capsys):
     assert names_of(report, "part") == [
         (task, name)
         for task in ("panoptic", "instance", "semantic")
-        for name in (OURS, "expanded", PUBLISHED)
+        for name in (OURS, "expanded", UPSTREAM)
     ]
 
 
@@ -287,36 +348,36 @@ def test_evaluate(run, tmp_path, capsys):
         for part in ("process", "evaluate", "both")
         for name in (OURS, "official")
     ]
-    assert {row["digits"] for row in of(report, OURS)} == {"same"}
+    assert {row["digits"] for row in rows_of(report, OURS)} == {"same"}
     assert [note.split(":")[0] for note in report["notes"]] == ["segm AP", "PQ"]
 
 
-# ---- wrong answers ----
+# ---- wrong numbers ----
 
 
 def scaled(monkeypatch, cls: type, method: str, factor: float) -> None:
-    """Let a method of a class give a factor of what it gives."""
+    """Scale the results of a method."""
     original = getattr(cls, method)
     monkeypatch.setattr(cls, method, lambda *args, **kw: original(*args, **kw) * factor)
 
 
 @pytest.mark.parametrize("name", ["model", "train"])
 def test_wrong_model_is_not_timed(name, run, monkeypatch, tmp_path):
-    scaled(monkeypatch, published_steps.PublishedAttention, "forward", 1.1)
-    status, report = run(name, "--contenders", f"{OURS},{PUBLISHED}")
+    scaled(monkeypatch, upstream_steps.UpstreamAttention, "forward", 1.1)
+    status, report = run(name, "--contenders", f"{OURS},{UPSTREAM}")
     assert status == 1
-    assert all("error" not in row for row in of(report, OURS))
-    (row,) = of(report, PUBLISHED)
+    assert all("error" not in row for row in rows_of(report, OURS))
+    (row,) = rows_of(report, UPSTREAM)
     assert "wall_seconds" not in row and row["wrong"]
     assert row["error"].startswith("WrongNumbers: relative error against mask2former: ")
     assert (
-        "Failed: published (cpu, 64x64, batch 2, fp32, "
+        "Failed: upstream steps (cpu, 64x64, batch 2, fp32, "
         in (tmp_path / "out" / f"{name}.md").read_text()
     )
 
 
 @pytest.mark.parametrize("name", ["model", "train", "postprocess"])
-def test_memory_is_kept_unless_the_allocator_is_the_systems(name, small, kept, monkeypatch):
+def test_freed_memory_is_kept_with_allocator_kept_only(name, small, kept, monkeypatch):
     variables = []
 
     def note_variable(options) -> int:
@@ -333,27 +394,36 @@ def test_memory_is_kept_unless_the_allocator_is_the_systems(name, small, kept, m
 
 
 def test_rounding_is_told_from_wrong_numbers_in_float64(run, monkeypatch):
-    """A bit of an attention mask, decided by rounding, moves answers beyond the tolerance."""
-    original = published_steps.PublishedAttention.forward
+    """Rounding decides a bit of an attention mask and moves results beyond the tolerance."""
+    original = upstream_steps.UpstreamAttention.forward
 
     def rounded(*args, **kw):
         result = original(*args, **kw)
         return result * 1.01 if result.dtype == torch.float32 else result
 
-    monkeypatch.setattr(published_steps.PublishedAttention, "forward", rounded)
-    status, report = run("model", "--contenders", f"{OURS},{PUBLISHED}", "--stages", "forward")
+    monkeypatch.setattr(upstream_steps.UpstreamAttention, "forward", rounded)
+    status, report = run("model", "--contenders", f"{OURS},{UPSTREAM}", "--stages", "forward")
     assert status == 0
-    (row,) = of(report, PUBLISHED)
+    (row,) = rows_of(report, UPSTREAM)
     assert row["wall_seconds"]["median"] > 0
-    assert any(note.startswith("Compared in float64: published (cpu, ") for note in report["notes"])
+    assert any(
+        note.startswith("Compared in float64: upstream steps (cpu, ") for note in report["notes"]
+    )
 
 
 def test_wrong_predictions_are_not_timed(run, monkeypatch):
-    model = published_steps.PublishedMaskFormer
-    scaled(monkeypatch, model, "semantic_inference", 1.001)
+    plain_model = contenders.plain_model
+
+    def wrong_model(cfg, ours):
+        model = plain_model(cfg, ours)
+        semantic_inference = model.semantic_inference
+        model.semantic_inference = lambda *args: semantic_inference(*args) * 1.001
+        return model
+
+    monkeypatch.setattr(contenders, "plain_model", wrong_model)
     status, report = run("postprocess", "--tasks", "semantic,panoptic", "--outputs", "same")
     assert status == 1
-    assert [("error" in row, row["part"]) for row in of(report, PUBLISHED)] == [
+    assert [("error" in row, row["part"]) for row in rows_of(report, UPSTREAM)] == [
         (True, "semantic"),
         (False, "panoptic"),
     ]
@@ -371,8 +441,8 @@ def test_wrong_samples_are_not_timed(run, monkeypatch):
     monkeypatch.setattr(data, "panoptic_sample", other_image)
     status, report = run("data", "--mappers", "panoptic")
     assert status == 1
-    (row,) = of(report, PUBLISHED)
-    assert row["error"] == "WrongNumbers: image of 000001.jpg is not that of mask2former"
+    (row,) = rows_of(report, UPSTREAM)
+    assert row["error"] == "WrongNumbers: image of 000001.jpg differs from mask2former"
 
 
 def test_wrong_digits_are_not_timed(run, monkeypatch):
@@ -388,9 +458,9 @@ def test_wrong_digits_are_not_timed(run, monkeypatch):
     monkeypatch.setattr(evaluate, "digits", other_digits)
     status, report = run("evaluate", "--tasks", "PQ")
     assert status == 1
-    assert all("error" not in row for row in of(report, "official"))
-    (row,) = of(report, OURS)
-    assert "1 of 9 results are not the official ones: PQ is " in row["error"]
+    assert all("error" not in row for row in rows_of(report, "official"))
+    (row,) = rows_of(report, OURS)
+    assert "1 of 9 results differ from the official ones: PQ is " in row["error"]
 
 
 def test_missing_peer_is_named(run, monkeypatch):
@@ -407,11 +477,11 @@ def test_missing_peer_is_named(run, monkeypatch):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["model", "--sizes", "60x64"], "'60x64' is no size"),
-        (["model", "--contenders", "published"], "--contenders must have mask2former"),
+        (["model", "--sizes", "60x64"], "invalid size '60x64'"),
+        (["model", "--contenders", "upstream"], "--contenders must include mask2former"),
         (["model", "--contenders", "mine"], "unknown contender 'mine'"),
-        (["model", "--config", "no.yaml"], "no.yaml is no file"),
-        (["model", "--weights", "no.pth"], "no.pth is no file"),
+        (["model", "--config", "no.yaml"], "no.yaml is not a file"),
+        (["model", "--weights", "no.pth"], "no.pth is not a file"),
         (["model", "--precisions", "fp8"], "unknown precision 'fp8', known are fp32, bf16"),
         (["model", "--stages", "all"], "unknown stage 'all'"),
         (
@@ -419,8 +489,8 @@ def test_missing_peer_is_named(run, monkeypatch):
             "--modes compiled times the stage forward",
         ),
         (
-            ["model", "--devices", "cpu", "--published-op", "original"],
-            "--published-op original: does not run on cpu",
+            ["model", "--devices", "cpu", "--upstream-op", "original"],
+            "--upstream-op original: does not run on cpu",
         ),
         (
             ["postprocess", "--quick", "--allocator", "programs"],
@@ -428,25 +498,34 @@ def test_missing_peer_is_named(run, monkeypatch):
         ),
         (["train", "--targets", "0"], "invalid positive value: '0'"),
         (["train", "--points", "x"], "invalid positive value: 'x'"),
-        (["postprocess", "--outputs", "10"], "'10' is no output size: must be HEIGHTxWIDTH"),
+        (
+            ["postprocess", "--outputs", "10"],
+            "invalid output size '10': must be HEIGHTxWIDTH",
+        ),
         (["postprocess", "--tasks", "boxes"], "unknown task 'boxes'"),
         (["data", "--mappers", "video"], "unknown mapper 'video'"),
         (["evaluate", "--tasks", "mIoU"], "unknown task 'mIoU'"),
         (["sleep"], "invalid choice: 'sleep'"),
     ],
 )
-def test_bad_arguments_are_refused(arguments, message, capsys):
+def test_invalid_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit) as stop:
         tool.main(arguments)
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
 
 
-def test_waits_are_counted():
+def test_older_names_of_the_upstream_steps():
+    arguments = ["--contenders", f"{OURS},published", "--published-op", "original"]
+    options = tool.make_parser().parse_args(["model", *arguments])
+    assert options.contenders == [OURS, UPSTREAM] and options.upstream_op == "original"
+
+
+def test_host_syncs_are_counted():
     train = modules["train"]
     x = torch.tensor([0.0, 1.0, 2.0])
 
-    def three_waits() -> None:
+    def three_syncs() -> None:
         x.sum().item()
         x[x > 0] * 2
         x.cpu()
@@ -454,7 +533,7 @@ def test_waits_are_counted():
         x[torch.tensor([0])] + x.mean() + x.argmax().item()
 
     cpu = torch.Tensor.cpu
-    assert train.count_waits(three_waits, "cpu") == 3
+    assert train.count_syncs(three_syncs, "cpu") == 3
     assert torch.Tensor.cpu is cpu
 
 
@@ -470,4 +549,4 @@ def test_on_a_gpu(name, run):
 
 
 # The kernels of the original release are not a package that tests need.
-GPU = dict.fromkeys(("model", "train"), ["--published-op", "pytorch-stacked"])
+GPU = dict.fromkeys(("model", "train"), ["--upstream-op", "pytorch-stacked"])

@@ -1,11 +1,11 @@
-"""`benchmark.py train`: a training step, its parts, its peak memory and how often the host waits.
+"""`train`: a training step, its parts, its peak memory and its host syncs.
 
-A step is network, criterion, backward and optimiser; waits are those of all but the optimiser.
-Contenders: `mask2former` (ours), `published` (`published_steps.py`, its criterion and optimiser
-too) and, when asked for, `transformers`: ours with that package's criterion. Losses are compared at
-the same points before anything is timed.
+A step is network, criterion, backward and optimiser; syncs are counted in all but the optimiser.
+Contenders: `mask2former`, `upstream steps` (with its criterion and optimiser) and, on request,
+`transformers`: our network with that package's criterion. Losses at the same points are compared
+before anything is timed.
 
-On a GPU the device is waited for after each part, so that parts are told apart.
+On a GPU each part ends with a sync, so that the parts are timed separately.
 """
 
 import argparse
@@ -20,18 +20,25 @@ from itertools import product
 from typing import Any
 
 import torch
-from benchmark_contenders import (
+from checks import require_equal, try_each
+from contenders import (
     TOLERANCE,
     Batch,
     add_model_options,
     build,
     check_model_options,
-    note_published_op,
+    note_upstream_op,
     precision,
-    published_op,
     random_images,
+    upstream_model,
+    upstream_op,
 )
-from benchmark_options import (
+from detectron2.config import CfgNode
+from detectron2.structures import Instances
+from options import (
+    OURS,
+    PEER,
+    UPSTREAM,
     add_common_options,
     add_device_options,
     add_model_runtime_options,
@@ -40,44 +47,39 @@ from benchmark_options import (
     runs_alone,
     size_text,
 )
-from benchmark_processes import Task, peak_in_process, take_turns_alone
-from benchmark_runner import (
-    OURS,
-    PEER,
-    PUBLISHED,
+from peer import PeerCriterion, build_peer
+from processes import Task, peak_in_process, take_turns_alone
+from report import Report, failure, table_row
+from timing import (
     Call,
-    Report,
     Row,
-    failure,
-    require_equal,
+    Times,
+    cpu_seconds,
+    interleave,
+    peak_cuda_bytes,
     set_threads,
-    table_row,
+    synchronize,
     timed_rows,
-    try_each,
 )
-from detectron2.config import CfgNode
-from detectron2.structures import Instances
-from peer_model import PeerCriterion, build_peer
-from published_steps import as_published, published_optimizer
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from upstream_steps import upstream_optimizer
 
 from mask2former.optimizer import build_optimizer
-from mask2former.utils import benchmark
 
 PARTS = ("network", "criterion", "backward", "optimiser", "step")
 FULL = {"sizes": [(512, 512)], "batches": [2], "targets": 20, "points": 12544, "rounds": 5}
 QUICK = {"sizes": [(128, 128)], "batches": [2], "targets": 5, "points": 1024, "rounds": 2}
 
 
-# ---- host synchronisations ----
+# ---- host syncs ----
 
 
-class CountWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a GPU: reading values, and copies to the host.
+class CountSyncs(TorchDispatchMode):
+    """Counts on a CPU what would be a host sync with a GPU: reading values, copies to the host.
 
-    On a CPU all is on the host. So only reads and copies (`Tensor.cpu`) of floating-point values
-    count: sizes and indices come from the host. Uploads are not seen.
+    Only reads and copies (`Tensor.cpu`) of floating-point values count, since sizes and indices
+    usually come from the host. Uploads are not counted.
     """
 
     _READS = ("nonzero", "masked_select", "unique", "_unique2", "equal")
@@ -87,7 +89,7 @@ class CountWaits(TorchDispatchMode):
         super().__init__()
         self.number = 0
 
-    def __enter__(self) -> "CountWaits":
+    def __enter__(self) -> "CountSyncs":
         self._cpu = Tensor.cpu
 
         @functools.wraps(self._cpu)
@@ -112,10 +114,10 @@ class CountWaits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def count_waits(run: Call, device: str) -> int:
-    """How often the host waits for the device during a call."""
+def count_syncs(run: Call, device: str) -> int:
+    """Number of host syncs during a call."""
     if device == "cpu":
-        with CountWaits() as counter:
+        with CountSyncs() as counter:
             run()
         return counter.number
     mode = torch.cuda.get_sync_debug_mode()
@@ -133,7 +135,7 @@ def count_waits(run: Call, device: str) -> int:
 
 
 def make_batch(size: tuple[int, int], batch: int, targets: int, classes: int, device: str) -> Batch:
-    """Images with ellipses as targets, which may overlap."""
+    """Images with ellipses as targets; they may overlap."""
     generator = torch.Generator().manual_seed(1)
     inputs = random_images(size, batch, device)
     y, x = (torch.arange(n)[:, None] / n for n in size)
@@ -156,8 +158,8 @@ class Step:
         name: of the contender.
         cfg: of the model.
         model: ours, on the CPU; it is copied.
-        options: read is published_op.
-        device: where it runs.
+        options: `upstream_op` is read.
+        device: "cpu" or "cuda".
         inputs: the batch.
         autocast: name of the precision.
     """
@@ -172,26 +174,33 @@ class Step:
         inputs: Batch,
         autocast: str,
     ):
-        if name == PUBLISHED:
-            model = as_published(model, published_op(options, device))
+        if name == UPSTREAM:
+            model = upstream_model(cfg, model, upstream_op(options, device))
         else:
             model = copy.deepcopy(model)
         if name == PEER:
             model.criterion = PeerCriterion(build_peer(cfg), model.criterion.weight_dict)
         self.model = model.train().to(device)
-        make_optimizer = published_optimizer if name == PUBLISHED else build_optimizer
+        make_optimizer = upstream_optimizer if name == UPSTREAM else build_optimizer
         self.optimizer = make_optimizer(cfg, self.model)
         self._inputs, self._device, self._autocast = inputs, device, autocast
         self._mark: Callable[[], None] = lambda: None
-        # The network is what comes before the criterion is called.
-        self.model.criterion.register_forward_pre_hook(lambda *_: self._mark())
+        prepare_targets = self.model.prepare_targets
+
+        def mark_end_of_network(*args) -> list[dict[str, Tensor]]:
+            targets = prepare_targets(*args)
+            self._mark()
+            return targets
+
+        # A hook on the criterion would make it run plain.
+        self.model.prepare_targets = mark_end_of_network
 
     def losses(self) -> dict[str, Tensor]:
         with precision(self._autocast, self._device):
             return self.model(self._inputs)
 
     def gradients(self) -> None:
-        """A step without the optimiser, which reads counters of its own on the host."""
+        """A step without the optimiser, whose counters are on the host."""
         self.optimizer.zero_grad()
         total = sum(self.losses().values())
         self._mark()
@@ -204,13 +213,13 @@ class Step:
         self.optimizer.step()
         self._mark()
 
-    def measure(self) -> benchmark.Times:
+    def measure(self) -> Times:
         """Seconds of each part by each clock, {"part clock": seconds}."""
         marks = []
 
         def mark() -> None:
-            benchmark.synchronize(self._device)
-            marks.append((time.perf_counter(), benchmark.cpu_seconds()))
+            synchronize(self._device)
+            marks.append((time.perf_counter(), cpu_seconds()))
 
         mark()
         self._mark = mark
@@ -228,7 +237,7 @@ class Step:
 
 @contextlib.contextmanager
 def same_points() -> Iterator[None]:
-    """Draws of points depend on their number only, whatever the order in which they are drawn."""
+    """Make drawn points depend on their number only, not on the order of the draws."""
     rand = torch.rand
 
     def draw(*shape: int, device: torch.device | str | None = None, **_: Any) -> Tensor:
@@ -243,7 +252,7 @@ def same_points() -> Iterator[None]:
 
 
 def check_losses(step: Step, ours: Step) -> None:
-    """Raise WrongNumbers unless all losses are ours."""
+    """Raise WrongNumbers unless all losses equal ours."""
     with torch.no_grad(), same_points():
         actual, expected = step.losses(), ours.losses()
     errors = {
@@ -258,27 +267,24 @@ def check_losses(step: Step, ours: Step) -> None:
 # ---- the run ----
 
 
-def _config(options: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
-    cfg, model = build(options)
-    model.criterion.num_points = model.criterion.matcher.num_points = options.points
-    cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = options.points
-    return cfg, model
+def _build(options: argparse.Namespace) -> tuple[CfgNode, nn.Module]:
+    return build(options, "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", options.points)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measures all cases; returns the exit status, see `Report.finish`."""
+    """Measure all cases; returns the exit status, see `Report.finish`."""
     set_threads(options.threads)
-    cfg, model = _config(options)
+    cfg, model = _build(options)
     classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     cases = list(product(options.devices, options.sizes, options.batches))
-    columns = {"waits": lambda row: str(row.get("host_synchronisations", ""))}
+    columns = {"syncs": lambda row: str(row.get("host_syncs", ""))}
     labels = ("device", "size", "batch", "precision", "part")
-    row_of = table_row(labels, (PUBLISHED, PEER), columns)
+    row_of = table_row(labels, (UPSTREAM, PEER), columns)
     total = len(cases) * len(options.precisions) * options.rounds
     head = {key: getattr(options, key) for key in ("threads", "allocator", "targets", "points")}
     head["tolerance"] = TOLERANCE
     report = Report("train", options, row_of, total, ("transformers",), head=head)
-    note_published_op(report, options)
+    note_upstream_op(report, options)
     for device, size, batch in cases:
         inputs = make_batch(size, batch, options.targets, classes, device)
         case = {"device": device, "size": size_text(size), "batch": batch}
@@ -304,7 +310,7 @@ def run(options: argparse.Namespace) -> int:
             labels = case | {"precision": autocast}
             report.add(_rows(labels, steps, options, report))
             report.add(
-                labels | {"part": "step", "contender": name} | failure(error, name == PUBLISHED)
+                labels | {"part": "step", "contender": name} | failure(error, name == UPSTREAM)
                 for name, error in failed.items()
             )
         report.save()
@@ -318,15 +324,15 @@ def _rows(
 ) -> list[Row]:
     """Rows of all parts of one case."""
     device = labels["device"]
-    waits = {}
+    syncs = {}
     for name, step in steps.items():
         step.run()  # warm-up
-        waits[name] = count_waits(step.gradients, device)
+        syncs[name] = count_syncs(step.gradients, device)
     requests = {name: _request(name, labels, options) for name in steps}
     if runs_alone(options, device):
         samples = take_turns_alone("train", requests, options, report.round)
     else:
-        samples = benchmark.interleave(
+        samples = interleave(
             list(steps),
             lambda name: steps[name].measure(),
             options.rounds,
@@ -335,26 +341,26 @@ def _rows(
         )
     rows = []
     for part in PARTS:
-        of_part = {
+        part_samples = {
             name: [{clock: times[f"{part} {clock}"] for clock in ("wall", "cpu")} for times in own]
             for name, own in samples.items()
         }
-        rows += timed_rows(labels | {"part": part}, of_part, (PUBLISHED, PEER))
+        rows += timed_rows(labels | {"part": part}, part_samples, (UPSTREAM, PEER))
     for row in rows[-len(steps) :]:
         name = row["contender"]
-        row["host_synchronisations"] = waits[name]
+        row["host_syncs"] = syncs[name]
         row["peak_bytes"] = None
         if device == "cuda":
             steps[name].optimizer.zero_grad()
-            row["peak_bytes"] = benchmark.peak_cuda_bytes(steps[name].run)
+            row["peak_bytes"] = peak_cuda_bytes(steps[name].run)
         elif options.memory:
             row["peak_bytes"] = peak_in_process("train", requests[name], options.threads)
     return rows
 
 
 def _request(name: str, labels: Row, options: argparse.Namespace) -> Row:
-    """Arguments of `tasks_alone` for a contender in a case."""
-    keys = ("config", "weights", "published_op", "targets", "points")
+    """Arguments of `tasks_alone` for a contender and a case."""
+    keys = ("config", "weights", "upstream_op", "targets", "points")
     request = {key: getattr(options, key) for key in keys} | {"contender": name}
     height, width = labels["size"].split("x")
     request |= {"size": [int(height), int(width)], "batch": labels["batch"]}
@@ -362,13 +368,12 @@ def _request(name: str, labels: Row, options: argparse.Namespace) -> Row:
 
 
 def tasks_alone(arguments: Row) -> Iterator[Task]:
-    """What a process of its own does: a warm-up, then a step.
+    """The tasks of a process: a warm-up on tiny images, then a step.
 
-    Gradients and the optimiser's state are part of what a step needs: the warm-up, on tiny images,
-    leaves them allocated, so they are let go before.
+    Gradients and optimiser state count as memory of the step, so those of the warm-up are freed.
     """
     options = argparse.Namespace(**arguments)
-    cfg, model = _config(options)
+    cfg, model = _build(options)
     classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     for size, batch in (((64, 64), 1), (tuple(options.size), options.batch)):
         inputs = make_batch(size, batch, options.targets, classes, "cpu")
@@ -381,13 +386,13 @@ def tasks_alone(arguments: Row) -> Iterator[Task]:
 def add_options(parser: argparse.ArgumentParser) -> None:
     add_common_options(
         parser,
-        "128x128, 5 targets, 1024 points, 2 rounds, where these are not given",
+        "128x128, 5 targets, 1024 points, 2 rounds, unless given",
     )
     add_device_options(parser)
     add_model_runtime_options(parser)
-    add_model_options(parser, (OURS, PUBLISHED))
-    parser.add_argument("--targets", type=positive, help="target masks of an image [20]")
-    parser.add_argument("--points", type=positive, help="at which masks are compared [12544]")
+    add_model_options(parser, (OURS, UPSTREAM))
+    parser.add_argument("--targets", type=positive, help="target masks per image [20]")
+    parser.add_argument("--points", type=positive, help="points per mask in criterion [12544]")
 
 
 def check_options(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
