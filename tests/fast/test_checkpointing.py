@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from mask2former.fast.checkpointing import checkpointed, set_checkpointing
 
-
 MODULE = nn.Identity()  # without a policy of its own
 
 
