@@ -1,4 +1,4 @@
-"""Fixtures that several test files use: a small model's config, and inputs for it."""
+"""Fixtures that several test files use: a small model's config, inputs for it, plain or fast."""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,12 +9,20 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.data import MetadataCatalog
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.structures import Instances
+from torch import nn
 
 from mask2former import add_maskformer2_config
+from mask2former.utils.twins import run_plain
 
 # Classes 0 and 1 are things, class 2 is stuff.
 TINY_METADATA = "tests_tiny_panoptic"
 TINY_NUM_CLASSES = 3
+
+
+@pytest.fixture(params=["plain", "fast"])
+def mode(request) -> Callable[[nn.Module], nn.Module]:
+    """Function that makes a module run as written, or leaves its fast twins on; returns it."""
+    return run_plain if request.param == "plain" else lambda module: module
 
 
 @pytest.fixture

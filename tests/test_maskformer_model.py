@@ -14,10 +14,11 @@ from detectron2.modeling import build_model
 from detectron2.structures import ImageList, Instances
 from torch import Tensor, nn
 
-from mask2former import MaskFormer, maskformer_model
+from mask2former import MaskFormer
+from mask2former.fast import criterion as fast_criterion
+from mask2former.fast import postprocessing as fast_postprocessing
+from mask2former.fast.mask_factors import MaskFactors
 from mask2former.modeling.criterion import SetCriterion
-from mask2former.modeling.mask_predictions import MaskLogits
-from mask2former.modeling.matcher import HungarianMatcher
 from mask2former.modeling.meta_arch import MaskFormerHead
 
 NAMES = ["loss_ce", "loss_mask", "loss_dice"]
@@ -28,6 +29,13 @@ def build(cfg, **changes) -> MaskFormer:
         setattr(cfg.MODEL.MASK_FORMER, key, value)
     torch.manual_seed(0)
     return build_model(cfg)
+
+
+@pytest.fixture(params=[False, True], ids=["plain", "fast"])
+def both_cfg(request, tiny_cfg):
+    """The config with MODEL.FAST off and on."""
+    tiny_cfg.MODEL.FAST = request.param
+    return tiny_cfg
 
 
 def make_images(model: MaskFormer, *sizes: tuple[int, int]) -> ImageList:
@@ -64,17 +72,17 @@ def test_negative_size_divisibility_is_the_backbones(tiny_cfg):
     assert model.size_divisibility == model.backbone.size_divisibility
 
 
-def test_training_losses(tiny_cfg, batch):
-    losses = build(tiny_cfg)(batch)
+def test_training_losses(both_cfg, batch):
+    losses = build(both_cfg)(batch)
     expected = [*NAMES, *(f"{name}_{layer}" for layer in range(4) for name in NAMES)]
     assert list(losses) == expected
     assert all(loss.dim() == 0 and torch.isfinite(loss) and loss > 0 for loss in losses.values())
 
 
-def test_losses_are_weighted(tiny_cfg, batch):
+def test_losses_are_weighted(both_cfg, batch):
     losses = []
     for weight in (1.0, 4.0):
-        model = build(tiny_cfg)
+        model = build(both_cfg)
         model.criterion.weight_dict = dict.fromkeys(model.criterion.weight_dict, weight)
         torch.manual_seed(1)
         losses.append(model(batch))
@@ -82,9 +90,9 @@ def test_losses_are_weighted(tiny_cfg, batch):
         torch.testing.assert_close(losses[1][name], 4 * losses[0][name])
 
 
-def test_training_reduces_the_loss(tiny_cfg, make_input):
-    tiny_cfg.MODEL.BACKBONE.FREEZE_AT = 5  # to be quick
-    model = build(tiny_cfg, DEC_LAYERS=2)
+def test_training_reduces_the_loss(both_cfg, make_input):
+    both_cfg.MODEL.BACKBONE.FREEZE_AT = 5  # to be quick
+    model = build(both_cfg, DEC_LAYERS=2)
     batch = [make_input(32, 64, [0, 2])]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     history = []
@@ -97,11 +105,10 @@ def test_training_reduces_the_loss(tiny_cfg, make_input):
     assert history[-1] < 0.6 * history[0]
 
 
-def test_every_parameter_gets_a_gradient(tiny_cfg, batch):
-    model = build(tiny_cfg)
+def test_every_parameter_gets_a_gradient(both_cfg, batch):
+    model = build(both_cfg)
     for name, parameter in model.named_parameters():
-        # At first these are zero and the level embedding, which enters through them, is without
-        # effect.
+        # Initially these are zero, and the level embedding has no effect.
         if "sampling_offsets.weight" in name or "attention_weights.weight" in name:
             nn.init.normal_(parameter, std=0.1)
     sum(model(batch).values()).backward()
@@ -113,38 +120,40 @@ def test_no_full_masks_in_training(tiny_cfg, batch, monkeypatch):
     def fail(self):
         raise AssertionError("full-size masks of all queries were computed")
 
-    monkeypatch.setattr(MaskLogits, "full", fail)
+    monkeypatch.setattr(MaskFactors, "full", fail)
     sum(build(tiny_cfg)(batch).values()).backward()
 
 
-def test_no_ground_truth_in_the_whole_batch(tiny_cfg, make_input):
-    model = build(tiny_cfg)
+def test_no_ground_truth_in_the_whole_batch(both_cfg, make_input):
+    model = build(both_cfg)
     losses = model([make_input(64, 96, []), make_input(64, 64, [])])
     for name, loss in losses.items():
         assert torch.isfinite(loss)
         assert (loss > 0) == name.startswith("loss_ce")
     sum(losses.values()).backward()
-    # Zeros where there is nothing to learn, but a gradient for every parameter: distributed
-    # training waits for it.
+    # Zeros, not None: distributed training waits for the gradient of every parameter.
     assert all(p.grad is not None for p in model.parameters())
 
 
-def test_without_deep_supervision(tiny_cfg, batch, monkeypatch):
-    model = build(tiny_cfg, DEEP_SUPERVISION=False)
-    calls = []
-    match = HungarianMatcher.match_layers
-    monkeypatch.setattr(
-        HungarianMatcher,
-        "match_layers",
-        lambda self, layers, targets: calls.append(len(layers)) or match(self, layers, targets),
-    )
+def test_without_deep_supervision(both_cfg, batch, monkeypatch):
+    """Only the last prediction is matched."""
+    model = build(both_cfg, DEEP_SUPERVISION=False)
+    layers, match = [], fast_criterion.match_layers
+
+    def record(matcher, outputs, targets):
+        layers.extend(outputs)
+        return match(matcher, outputs, targets)
+
+    monkeypatch.setattr(fast_criterion, "match_layers", record)
+    if not both_cfg.MODEL.FAST:
+        model.criterion.matcher.register_forward_hook(lambda _, args, out: layers.append(args[0]))
     assert list(model(batch)) == NAMES
-    assert calls == [1]
+    assert len(layers) == 1
 
 
-def test_deep_supervision_of_masks_alone(tiny_cfg, batch):
-    """A criterion without class loss, as class-agnostic projects have it."""
-    model = build(tiny_cfg)
+def test_deep_supervision_of_masks_alone(both_cfg, batch):
+    """A criterion without class loss, as in class-agnostic projects."""
+    model = build(both_cfg)
     weights = {k: v for k, v in model.criterion.weight_dict.items() if "loss_ce" not in k}
     model.criterion = SetCriterion(
         3, model.criterion.matcher, weights, 0.1, ["masks"], 64, 3.0, 0.75
@@ -152,17 +161,17 @@ def test_deep_supervision_of_masks_alone(tiny_cfg, batch):
     assert set(model(batch)) == set(weights)
 
 
-def test_losses_without_a_weight_are_dropped(tiny_cfg, batch):
-    model = build(tiny_cfg)
+def test_losses_without_a_weight_are_dropped(both_cfg, batch):
+    model = build(both_cfg)
     del model.criterion.weight_dict["loss_dice_2"]
     losses = model(batch)
     assert "loss_dice_2" not in losses and "loss_mask_2" in losses
 
 
-def test_training_needs_instances(tiny_cfg, batch):
+def test_training_needs_instances(both_cfg, batch):
     del batch[1]["instances"]
     with pytest.raises(ValueError, match="has no 'instances'.*DATASET_MAPPER_NAME"):
-        build(tiny_cfg)(batch)
+        build(both_cfg)(batch)
 
 
 def test_prepare_targets_pads_below_and_right(tiny_cfg):
@@ -185,13 +194,13 @@ def test_prepare_targets_pads_below_and_right(tiny_cfg):
         model.prepare_targets([instances], small)
 
 
-def test_overridden_prepare_targets_is_used(tiny_cfg, batch):
+def test_overridden_prepare_targets_is_used(both_cfg, batch):
     class Subclass(MaskFormer):
         def prepare_targets(self, targets, images):
             self.seen = [len(t) for t in targets], images.tensor.shape
             return super().prepare_targets(targets, images)
 
-    model = Subclass(tiny_cfg)
+    model = Subclass(both_cfg)
     model(batch)
     assert model.seen == ([3, 1], (2, 3, 64, 96))
 
@@ -213,8 +222,8 @@ def test_channels_last_on_a_cpu_in_inference_only(tiny_cfg, batch, norm, trainin
     assert layouts == {not training}
 
 
-def test_inference_of_different_sizes(tiny_cfg, batch):
-    model = build(tiny_cfg).eval()
+def test_inference_of_different_sizes(both_cfg, batch):
+    model = build(both_cfg).eval()
     inputs = images_only(batch)
     inputs[0].update(height=120, width=33)
     with torch.no_grad():
@@ -232,9 +241,9 @@ def test_inference_of_different_sizes(tiny_cfg, batch):
         assert set(result["instances"].pred_classes.tolist()) <= {0, 1}
 
 
-def test_padding_does_not_change_a_prediction_much(tiny_cfg, batch):
-    """The image is cut out of the padded batch before it is resized."""
-    model = build(tiny_cfg).eval()
+def test_padding_does_not_change_a_prediction_much(both_cfg, batch):
+    """Masks are cropped to the image before they are resized."""
+    model = build(both_cfg).eval()
     inputs = images_only(batch)
     with torch.no_grad():
         together = model(inputs)[0]["sem_seg"]
@@ -243,33 +252,35 @@ def test_padding_does_not_change_a_prediction_much(tiny_cfg, batch):
 
 
 @pytest.mark.parametrize("switches", list(itertools.product([False, True], repeat=3))[1:])
-def test_heads_on_and_off(tiny_cfg, batch, switches):
+def test_heads_on_and_off(both_cfg, batch, switches):
     semantic, panoptic, instance = switches
-    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+    test = both_cfg.MODEL.MASK_FORMER.TEST
     test.SEMANTIC_ON, test.PANOPTIC_ON, test.INSTANCE_ON = semantic, panoptic, instance
     with torch.no_grad():
-        [result] = build(tiny_cfg).eval()(images_only(batch)[:1])
+        [result] = build(both_cfg).eval()(images_only(batch)[:1])
     expected = {"sem_seg": semantic, "panoptic_seg": panoptic, "instances": instance}
     assert set(result) == {name for name, on in expected.items() if on}
 
 
-def test_all_classes_are_instances_without_panoptic(tiny_cfg, batch):
-    tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
-    tiny_cfg.TEST.DETECTIONS_PER_IMAGE = 1000
+def test_all_classes_are_instances_without_panoptic(both_cfg, batch):
+    both_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    both_cfg.TEST.DETECTIONS_PER_IMAGE = 1000
     with torch.no_grad():
-        [result] = build(tiny_cfg).eval()(images_only(batch)[:1])
+        [result] = build(both_cfg).eval()(images_only(batch)[:1])
     assert len(result["instances"]) == 7 * 3
     assert set(result["instances"].pred_classes.tolist()) == {0, 1, 2}
 
 
 @pytest.mark.parametrize("before", [False, True])
-def test_semantic_only(tiny_cfg, batch, before):
-    test = tiny_cfg.MODEL.MASK_FORMER.TEST
+def test_semantic_only(both_cfg, batch, before):
+    test = both_cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = False
     test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = before
-    model = build(tiny_cfg).eval()
+    model = build(both_cfg).eval()
     assert model.sem_seg_postprocess_before_inference == before
     inputs = [{**images_only(batch)[0], "height": 100, "width": 200}]
+    with torch.no_grad():
+        [expected] = model(inputs)
     calls = []
     model.semantic_inference = lambda cls, masks: (
         calls.append(tuple(masks.shape)) or MaskFormer.semantic_inference(model, cls, masks)
@@ -277,13 +288,14 @@ def test_semantic_only(tiny_cfg, batch, before):
     with torch.no_grad():
         [result] = model(inputs)
     assert result["sem_seg"].shape == (3, 100, 200)
-    # Masks are combined at the output's size, or at the padded input's and then resized.
+    torch.testing.assert_close(result["sem_seg"], expected["sem_seg"])
+    # Masks are combined at the output size, or at the padded input size, then resized.
     assert calls == [(7, 100, 200) if before else (7, 64, 96)]
 
 
 @pytest.mark.parametrize("size", [None, (30, 41), (100, 200)])
 def test_scores_resized_after_inference(tiny_cfg, batch, size):
-    """Of images in a padded batch; made where they are wanted if the image has that size."""
+    """Of images in a padded batch; cropped only, if the output has the size of the image."""
     test = tiny_cfg.MODEL.MASK_FORMER.TEST
     test.PANOPTIC_ON = test.INSTANCE_ON = False
     model = build(tiny_cfg).eval()
@@ -292,7 +304,7 @@ def test_scores_resized_after_inference(tiny_cfg, batch, size):
         inputs = [{**x, "height": size[0], "width": size[1]} for x in inputs]
     with torch.no_grad():
         results = model(inputs)
-        # Its own method gets the masks of the whole batch; scores are cut out and resized then.
+        # A patched method gets the padded masks; its scores are cropped and resized.
         model.semantic_inference = lambda *args: MaskFormer.semantic_inference(model, *args)
         expected = model(inputs)
     assert len({x["image"].shape for x in inputs}) > 1
@@ -301,8 +313,8 @@ def test_scores_resized_after_inference(tiny_cfg, batch, size):
         torch.testing.assert_close(result["sem_seg"], other["sem_seg"], atol=1e-5, rtol=0)
 
 
-def test_methods_of_a_subclass_take_all_masks(tiny_cfg, batch):
-    """Whichever are overridden, the results are those of the model's own."""
+def test_inference_methods_of_a_subclass_are_called(tiny_cfg, batch):
+    """With masks at output size; all results stay the same, whichever method is overridden."""
     inputs = [{**images_only(batch)[0], "height": 90, "width": 150}]
     model = build(tiny_cfg).eval()
     with torch.no_grad():
@@ -330,8 +342,8 @@ def test_methods_of_a_subclass_take_all_masks(tiny_cfg, batch):
         torch.testing.assert_close(one.scores, other.scores)
 
 
-def test_last_prediction_is_the_one_used(tiny_cfg, batch):
-    model = build(tiny_cfg).eval()
+def test_last_prediction_is_the_one_used(both_cfg, batch):
+    model = build(both_cfg).eval()
     with torch.no_grad():
         [result] = model(images_only(batch)[:1])
         image = (batch[0]["image"] - model.pixel_mean) / model.pixel_std
@@ -343,18 +355,18 @@ def test_last_prediction_is_the_one_used(tiny_cfg, batch):
     torch.testing.assert_close(result["sem_seg"], expected)
 
 
-def test_panoptic_needs_thing_ids(tiny_cfg, batch):
-    tiny_cfg.DATASETS.TRAIN = ("tests_tiny_without_things",)
+def test_panoptic_needs_thing_ids(both_cfg, batch):
+    both_cfg.DATASETS.TRAIN = ("tests_tiny_without_things",)
     MetadataCatalog.get("tests_tiny_without_things")
-    model = build(tiny_cfg).eval()
+    model = build(both_cfg).eval()
     with (
         torch.no_grad(),
         pytest.raises(ValueError, match="'tests_tiny_without_things' has no thing_dataset_id"),
     ):
         model(images_only(batch))
-    tiny_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    both_cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
     with torch.no_grad():
-        assert len(build(tiny_cfg).eval()(images_only(batch))) == 2
+        assert len(build(both_cfg).eval()(images_only(batch))) == 2
 
 
 def test_bad_configs(tiny_cfg):
@@ -371,32 +383,23 @@ def test_bad_configs(tiny_cfg):
         build(tiny_cfg)
 
 
-@pytest.mark.parametrize("device, keeps", [("cpu", True), ("cuda", False)])
-def test_freed_memory_is_kept_on_a_cpu(tiny_cfg, monkeypatch, device, keeps):
-    calls = []
-    monkeypatch.setattr(maskformer_model, "keep_freed_memory", lambda: calls.append(True))
-    tiny_cfg.MODEL.DEVICE = device
-    MaskFormer(tiny_cfg)
-    assert bool(calls) == keeps
-
-
-def test_keyword_construction(tiny_cfg, batch):
-    """A config never asks for it, but keywords may: panoptic masks that are not resized."""
-    arguments = MaskFormer.from_config(tiny_cfg)
+def test_keyword_construction(both_cfg, batch):
+    """Panoptic masks that are not resized, which keywords allow and configs do not."""
+    arguments = MaskFormer.from_config(both_cfg)
     assert arguments["sem_seg_postprocess_before_inference"]
     arguments["sem_seg_postprocess_before_inference"] = False
     inputs = [{**images_only(batch)[1], "height": 100, "width": 140}]
     with torch.no_grad():
         [result] = MaskFormer(**arguments).eval()(inputs)
     assert result["sem_seg"].shape == (3, 100, 140)
-    assert result["panoptic_seg"][0].shape == (64, 96)  # the padded input, as published
+    assert result["panoptic_seg"][0].shape == (64, 96)  # the padded input, as in the original
     arguments["semantic_on"] = False
     with pytest.raises(ValueError, match="sem_seg_postprocess_before_inference must be True"):
         MaskFormer(**arguments)
 
 
-def test_double(tiny_cfg, batch):
-    model = build(tiny_cfg).eval()
+def test_double(both_cfg, batch):
+    model = build(both_cfg).eval()
     with torch.no_grad():
         expected = model(images_only(batch))
         results = model.double()(images_only(batch))
@@ -407,8 +410,8 @@ def test_double(tiny_cfg, batch):
         )
 
 
-def test_autocast_training_step(tiny_cfg, make_input):
-    model = build(tiny_cfg)
+def test_autocast_training_step(both_cfg, make_input):
+    model = build(both_cfg)
     batch = [make_input(32, 64, [0, 2]), make_input(32, 32, [])]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         losses = model(batch)
@@ -416,12 +419,12 @@ def test_autocast_training_step(tiny_cfg, make_input):
     assert all(torch.isfinite(loss) for loss in losses.values())
     assert all(torch.isfinite(p.grad).all() for p in model.parameters())
     torch.manual_seed(0)
-    full = sum(build(tiny_cfg)(batch).values())
+    full = sum(build(both_cfg)(batch).values())
     assert sum(losses.values()).item() == pytest.approx(full.item(), rel=0.2)
 
 
-def test_autocast_inference(tiny_cfg, batch):
-    model = build(tiny_cfg).eval()
+def test_autocast_inference(both_cfg, batch):
+    model = build(both_cfg).eval()
     with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
         for result in model(images_only(batch)):
             assert torch.isfinite(result["sem_seg"]).all()
@@ -429,8 +432,8 @@ def test_autocast_inference(tiny_cfg, batch):
 
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
-def test_copies(tiny_cfg, batch, duplicate):
-    model = build(tiny_cfg).eval()
+def test_copies(both_cfg, batch, duplicate):
+    model = build(both_cfg).eval()
     with torch.inference_mode():
         expected = model(images_only(batch))[0]["sem_seg"]
     other = duplicate(model)
@@ -442,8 +445,8 @@ def test_copies(tiny_cfg, batch, duplicate):
     sum(other(batch).values()).backward()
 
 
-def test_state_dict_holds_no_caches(tiny_cfg, batch):
-    model = build(tiny_cfg)
+def test_state_dict_holds_no_caches(both_cfg, batch):
+    model = build(both_cfg)
     before = list(model.state_dict())
     model(batch)
     assert list(model.state_dict()) == before
@@ -453,12 +456,12 @@ def test_state_dict_holds_no_caches(tiny_cfg, batch):
     assert set(before) == named - {"pixel_mean", "pixel_std"}
 
 
-def test_head_renames_the_pixel_decoder_of_old_checkpoints(tiny_cfg):
-    model = build(tiny_cfg)
+def test_head_renames_the_pixel_decoder_of_old_checkpoints(both_cfg):
+    model = build(both_cfg)
     state = dict(model.state_dict())  # without a version
     old = {k.replace("sem_seg_head.pixel_decoder.", "sem_seg_head."): v for k, v in state.items()}
     assert set(old) != set(state)
-    other = build(tiny_cfg)
+    other = build(both_cfg)
     nn.init.zeros_(other.sem_seg_head.pixel_decoder.mask_features.weight)
     assert other.load_state_dict(old).missing_keys == []
     for name, value in other.state_dict().items():
@@ -467,7 +470,7 @@ def test_head_renames_the_pixel_decoder_of_old_checkpoints(tiny_cfg):
     other.load_state_dict(state)
 
 
-def test_head_hands_the_configured_feature_to_the_decoder():
+def test_head_passes_the_configured_feature_to_the_decoder():
     class PixelDecoder(nn.Module):
         def forward_features(self, features):
             return "embedding", "encoded", ["scales"]
@@ -500,9 +503,9 @@ def test_device_follows_the_buffers(tiny_cfg):
     assert isinstance(model.pixel_mean, Tensor) and model.pixel_mean.shape == (3, 1, 1)
 
 
-def test_compiled_inference(tiny_cfg, batch):
-    """Captured as one graph, with the same answers; copies and training are not compiled."""
-    model = build(tiny_cfg).eval()
+def test_compiled_inference(both_cfg, batch):
+    """One graph with the same results; copies and training are not compiled."""
+    model = build(both_cfg).eval()
     with torch.no_grad():
         expected = model(images_only(batch)[:1])[0]
         model.compile_inference(backend="eager", fullgraph=True)
@@ -516,3 +519,130 @@ def test_compiled_inference(tiny_cfg, batch):
 
     model._compiled_network = fail
     sum(model.train()(batch).values()).backward()
+
+
+def outputs_of(model: MaskFormer, batch: list[dict]) -> list[dict]:
+    with torch.no_grad():
+        return model.eval()(images_only(batch))
+
+
+def assert_same_results(results: list[dict], expected: list[dict]) -> None:
+    for one, other in zip(results, expected, strict=True):
+        torch.testing.assert_close(one["sem_seg"], other["sem_seg"], atol=1e-4, rtol=1e-4)
+        assert torch.equal(one["panoptic_seg"][0], other["panoptic_seg"][0])
+        assert one["panoptic_seg"][1] == other["panoptic_seg"][1]
+        torch.testing.assert_close(one["instances"].scores, other["instances"].scores)
+
+
+def test_plain_and_fast_have_the_same_results_and_state(tiny_cfg, batch):
+    fast = build(tiny_cfg)
+    tiny_cfg.MODEL.FAST = False
+    plain = build(tiny_cfg)
+    assert list(plain.state_dict()) == list(fast.state_dict())
+    for name, value in plain.state_dict().items():
+        assert torch.equal(value, fast.state_dict()[name])
+    assert_same_results(outputs_of(fast, batch), outputs_of(plain, batch))
+
+
+def test_plain_model_uses_no_fast_twin(tiny_cfg, batch, monkeypatch):
+    def fail(*args, **kwargs):
+        raise AssertionError("a fast twin ran")
+
+    monkeypatch.setattr(fast_criterion, "MatchedPairs", fail)
+    monkeypatch.setattr(fast_criterion, "_matching_costs", fail)
+    monkeypatch.setattr(fast_postprocessing, "_axis_matrix", fail)
+    monkeypatch.setattr(MaskFactors, "__init__", fail)
+    with pytest.raises(AssertionError, match="a fast twin ran"):
+        build(tiny_cfg)(batch)
+    tiny_cfg.MODEL.FAST = False
+    model = build(tiny_cfg)
+    sum(model(batch).values()).backward()
+    outputs_of(model, batch)
+
+
+def test_losses_may_be_weighted_in_place(both_cfg, batch):
+    """As the `forward` of other projects does."""
+
+    class Subclass(MaskFormer):
+        def forward(self, batched_inputs):
+            images = [(x["image"] - self.pixel_mean) / self.pixel_std for x in batched_inputs]
+            images = ImageList.from_tensors(images, self.size_divisibility)
+            outputs = self.sem_seg_head(self.backbone(images.tensor))
+            targets = self.prepare_targets([x["instances"] for x in batched_inputs], images)
+            losses = self.criterion(outputs, targets)
+            for k in list(losses.keys()):
+                losses[k] *= self.criterion.weight_dict[k]
+            return losses
+
+    torch.manual_seed(0)
+    model = Subclass(both_cfg)
+    torch.manual_seed(1)
+    losses = model(batch)
+    sum(losses.values()).backward()
+    torch.manual_seed(1)
+    expected = build(both_cfg)(batch)
+    for name, loss in losses.items():
+        torch.testing.assert_close(loss, expected[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "part, method",
+    [
+        ("sem_seg_head.predictor", "forward_prediction_heads"),
+        ("criterion", "loss_masks"),
+        ("criterion", "loss_labels"),
+        ("criterion.matcher", "memory_efficient_forward"),
+        ("criterion.matcher", "forward"),
+        ("sem_seg_head", "layers"),
+        ("sem_seg_head.pixel_decoder", "forward_features"),
+    ],
+)
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_patched_methods_are_called_in_training(tiny_cfg, batch, part, method, how, monkeypatch):
+    model, calls = build(tiny_cfg), []
+    owner = model.get_submodule(part)
+    original = getattr(type(owner), method)
+
+    def patched(self, *args, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    if how == "class":
+        monkeypatch.setattr(type(owner), method, patched)
+    else:
+        setattr(owner, method, patched.__get__(owner))
+    sum(model(batch).values()).backward()
+    assert calls
+    calls.clear()
+    results = outputs_of(model, batch)
+    assert bool(calls) == (not part.startswith("criterion"))
+    monkeypatch.undo()
+    assert_same_results(results, outputs_of(build(tiny_cfg), batch))
+
+
+@pytest.mark.parametrize("method", ["semantic", "panoptic", "instance"])
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_patched_inference_methods_are_called(tiny_cfg, batch, method, how, monkeypatch):
+    model, calls = build(tiny_cfg), []
+    expected = outputs_of(model, batch)
+    original = getattr(MaskFormer, f"{method}_inference")
+
+    def patched(self, mask_cls, mask_pred):
+        calls.append(tuple(mask_pred.shape))
+        return original(self, mask_cls, mask_pred)
+
+    if how == "class":
+        monkeypatch.setattr(MaskFormer, f"{method}_inference", patched)
+    else:
+        setattr(model, f"{method}_inference", patched.__get__(model))
+    assert_same_results(outputs_of(model, batch), expected)
+    assert calls == [(7, 64, 96), (7, 50, 70)]
+
+
+def test_hooks_see_the_outputs_of_the_head_in_training(tiny_cfg, batch):
+    model, seen = build(tiny_cfg), []
+    model.sem_seg_head.register_forward_hook(lambda module, args, out: seen.append(out))
+    model(batch)
+    [outputs] = seen
+    for layer in (outputs, *outputs["aux_outputs"]):
+        assert layer["pred_masks"].shape == (2, 7, 16, 24)

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
 )
-from ..utils.twins import runs_fast
+from ..utils.twins import runs_fast, why_hooked
 from .mask_factors import MaskFactors
 
 
@@ -67,7 +67,7 @@ def decode_to_factors(
             attn_mask = embed @ resized[level] < 0
             attn_mask = (attn_mask & ~attn_mask.all(-1, keepdim=True)).unsqueeze(1)
         cross_attention = decoder.transformer_cross_attention_layers[i]
-        if not runs_fast(cross_attention):
+        if not runs_fast(cross_attention) or why_hooked(cross_attention) is not None:
             attn_mask = attn_mask.repeat(1, decoder.num_heads, 1, 1).flatten(0, 1)
         output = cross_attention(
             output,

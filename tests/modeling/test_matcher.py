@@ -1,6 +1,6 @@
 """Mask losses against their closed formulas, and the matcher on costs worked by hand.
 
-Shape letters: L prediction layers, B batch, Q queries, K classes, T targets, P points, N masks.
+Shape letters: B batch, Q queries, K classes, T targets, P points, N masks.
 """
 
 import math
@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mask2former.modeling import criterion, mask_predictions, matcher
+from mask2former.modeling import criterion, matcher
 from mask2former.modeling.mask_losses import (
     batch_dice_loss,
     batch_sigmoid_ce_loss,
@@ -17,7 +17,6 @@ from mask2former.modeling.mask_losses import (
     dice_loss,
     sigmoid_ce_loss,
 )
-from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
 from mask2former.modeling.matcher import HungarianMatcher
 
 LN2, LN3 = math.log(2), math.log(3)
@@ -81,7 +80,7 @@ def test_uncertainty():
         calculate_uncertainty(torch.zeros(2, 3, 4))
 
 
-def test_published_names():
+def test_original_names():
     assert matcher.batch_dice_loss_jit(LOGITS, LABELS).shape == (2, 2)
     assert matcher.batch_sigmoid_ce_loss_jit(LOGITS, LABELS).shape == (2, 2)
     assert criterion.dice_loss_jit(LOGITS, LABELS, 1.0).dim() == 0
@@ -97,8 +96,21 @@ def random_outputs(batch=2, queries=5, classes=3) -> dict[str, Tensor]:
     }
 
 
-def rand_normal(*size: int, seed: int) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
+@pytest.fixture
+def build_matcher(mode):
+    """Constructor of a matcher that runs plain or fast."""
+    return lambda *args, **kwargs: mode(HungarianMatcher(*args, **kwargs))
+
+
+@pytest.fixture
+def costs(monkeypatch) -> list[Tensor]:
+    """A list that fills with the cost (Q, T) of every image that is matched."""
+    seen = []
+    solve = matcher.linear_sum_assignment
+    monkeypatch.setattr(
+        matcher, "linear_sum_assignment", lambda cost: seen.append(cost.clone()) or solve(cost)
+    )
+    return seen
 
 
 def random_target(labels: list[int], height: int, width: int, seed: int = 0) -> dict[str, Tensor]:
@@ -107,23 +119,23 @@ def random_target(labels: list[int], height: int, width: int, seed: int = 0) -> 
     return {"labels": torch.tensor(labels, dtype=torch.int64), "masks": masks}
 
 
-def test_class_cost_by_hand():
-    # Target 0 likes query 0 best (0.6) but then target 1 would get 0.2 at most, 0.8 in all; the
-    # best sum is 0.5 + 0.35.
+def test_class_cost_by_hand(build_matcher):
+    # Query 0 suits target 0 best (0.6), but then target 1 gets at most 0.2, in sum 0.8; the best
+    # sum is 0.5 + 0.35.
     probabilities = torch.tensor([[0.6, 0.35, 0.05], [0.5, 0.1, 0.4], [0.2, 0.2, 0.6]])
     outputs = {"pred_logits": probabilities.log()[None], "pred_masks": torch.zeros(1, 3, 4, 4)}
     target = {"labels": torch.tensor([0, 1]), "masks": torch.ones(2, 4, 4, dtype=torch.bool)}
-    [(queries, targets)] = HungarianMatcher(1, 0, 0, num_points=3)(outputs, [target])
+    [(queries, targets)] = build_matcher(1, 0, 0, num_points=3)(outputs, [target])
     assert queries.tolist() == [0, 1]
     assert targets.tolist() == [1, 0]
     assert queries.dtype == targets.dtype == torch.int64
-    # With the labels exchanged, so are the targets.
+    # Swapped labels swap the targets.
     target["labels"] = torch.tensor([1, 0])
-    [(queries, targets)] = HungarianMatcher(1, 0, 0, num_points=3)(outputs, [target])
+    [(queries, targets)] = build_matcher(1, 0, 0, num_points=3)(outputs, [target])
     assert (queries.tolist(), targets.tolist()) == ([0, 1], [0, 1])
 
 
-def test_costs_are_weighted_and_summed(monkeypatch):
+def test_costs_are_weighted_and_summed(build_matcher, costs, monkeypatch):
     # All points in the middle of the map. Query 0 has probability 1/2 there, query 1 has 3/4.
     monkeypatch.setattr(torch, "rand", lambda *size, **kwargs: torch.full(size, 0.5))
     probabilities = torch.tensor([[0.25, 0.75], [0.5, 0.5]])
@@ -131,17 +143,17 @@ def test_costs_are_weighted_and_summed(monkeypatch):
     outputs = {"pred_logits": probabilities.log()[None], "pred_masks": masks}
     target = {"labels": torch.tensor([0, 0]), "masks": torch.zeros(2, 4, 4)}
     target["masks"][1] = 1
-    cost = HungarianMatcher(2.0, 3.0, 5.0, num_points=4)._costs([outputs], [target])[0, 0]
+    build_matcher(2.0, 3.0, 5.0, num_points=4)(outputs, [target])
     # Binary cross-entropy with background: ln 2 and -ln(1/4); with foreground: ln 2, -ln(3/4).
     mask = torch.tensor([[LN2, LN2], [2 * LN2, 2 * LN2 - LN3]])
     # Dice over 4 points: background 1 - 1 / (2 + 1), 1 - 1 / (3 + 1);
     # foreground 1 - (4 + 1) / (2 + 4 + 1), 1 - (6 + 1) / (3 + 4 + 1).
     dice = torch.tensor([[2 / 3, 2 / 7], [3 / 4, 1 / 8]])
     expected = 2 * torch.tensor([[-0.25, -0.25], [-0.5, -0.5]]) + 3 * mask + 5 * dice
-    torch.testing.assert_close(cost, expected)
+    torch.testing.assert_close(costs[0], expected)
 
 
-def test_masks_decide_between_equal_classes():
+def test_masks_decide_between_equal_classes(build_matcher):
     masks = torch.full((1, 3, 8, 8), -5.0)
     masks[0, 2, :, :4] = 5  # the left half
     masks[0, 0, :, 4:] = 5  # the right half
@@ -149,111 +161,59 @@ def test_masks_decide_between_equal_classes():
     left = torch.arange(8).expand(8, 8) < 4
     target = {"labels": torch.tensor([0, 0]), "masks": torch.stack([left, ~left])}
     for weights in ((0, 1, 0), (0, 0, 1), (2, 5, 5)):
-        [(queries, targets)] = HungarianMatcher(*weights, num_points=100)(outputs, [target])
+        [(queries, targets)] = build_matcher(*weights, num_points=100)(outputs, [target])
         assert (queries.tolist(), targets.tolist()) == ([0, 2], [1, 0])
 
 
-def test_every_image_has_its_own_points(monkeypatch):
-    """One draw; on a CPU the numbers are those that one draw per image would give."""
-    draws = []
-    rand = torch.rand
-
-    def spy(*size, **kwargs):
-        draws.append(size)
-        return rand(*size, **kwargs)
-
+def test_every_image_has_its_own_points(build_matcher):
+    """On a CPU the numbers are those of one draw per image, also for images without targets."""
     targets = [random_target([0, 1], 8, 10), random_target([], 8, 10), random_target([2], 16, 20)]
-    monkeypatch.setattr(torch, "rand", spy)
     torch.manual_seed(7)
-    HungarianMatcher(num_points=6).match_layers([random_outputs(batch=3)] * 2, targets)
+    build_matcher(num_points=6)(random_outputs(batch=3), targets)
     state = torch.get_rng_state()
-    assert draws == [(3, 6, 2)]
     torch.manual_seed(7)
     for _ in range(3):
-        rand(1, 6, 2)
+        torch.rand(1, 6, 2)
     assert torch.equal(state, torch.get_rng_state())
 
 
-def assert_same_pairs(indices, expected):
-    for (i, j), (expected_i, expected_j) in zip(indices, expected, strict=True):
-        assert torch.equal(i, expected_i) and torch.equal(j, expected_j)
-
-
-@pytest.mark.parametrize("limit", [1, 300, 2**26])  # one layer, two, all at once
-def test_layers_together_match_as_one_by_one(limit, monkeypatch):
-    monkeypatch.setitem(mask_predictions._MAX_LOGITS, "cpu", limit)
-    features = rand_normal(3, 4, 8, 10, seed=1)
-    layers = [
-        MaskPredictions(
-            pred_logits=rand_normal(3, 5, 4, seed=2 + i),
-            pred_masks=MaskLogits(rand_normal(3, 5, 4, seed=20 + i), features),
-        )
-        for i in range(4)
-    ]
-    # Fewer targets than queries, none, and more.
-    labels = [[0, 1], [], [2, 0, 1, 1, 0, 2]]
-    targets = [random_target(x, 32, 40, seed=i) for i, x in enumerate(labels)]
-    match = HungarianMatcher(2.0, 5.0, 5.0, num_points=30)
-    torch.manual_seed(3)
-    together = match.match_layers(layers, targets)
-    for layer, indices in zip(layers, together, strict=True):
-        torch.manual_seed(3)
-        assert_same_pairs(indices, match(layer, targets))
-
-
-def test_costs_are_those_of_the_published_formulation():
-    """Masks multiplied out, sampled, and compared point by point."""
-    features, embed = rand_normal(1, 4, 8, 10, seed=1), rand_normal(1, 5, 4, seed=2)
-    logits, target = rand_normal(1, 5, 4, seed=3), random_target([2, 0, 1], 32, 40)
-    outputs = MaskPredictions(pred_logits=logits, pred_masks=MaskLogits(embed, features))
+def test_costs_equal_the_definition(build_matcher, costs):
+    """Masks sampled at the drawn points, and compared point by point."""
+    outputs, target = random_outputs(batch=1), random_target([2, 0, 1], 32, 40)
     torch.manual_seed(0)
-    costs = HungarianMatcher(2.0, 3.0, 5.0, num_points=50)._costs([outputs], [target])[0, 0]
+    build_matcher(2.0, 3.0, 5.0, num_points=50)(outputs, [target])
     torch.manual_seed(0)
     grid = torch.rand(1, 50, 2)[:, None] * 2 - 1
-    masks = torch.einsum("bqc,bchw->bqhw", embed, features)
-    predicted, wanted = (
+    pred, gt = (
         nn.functional.grid_sample(x, grid, align_corners=False)[0, :, 0]
-        for x in (masks, target["masks"][None].float())
+        for x in (outputs["pred_masks"], target["masks"][None].float())
     )
-    pairs = predicted[:, None].expand(-1, 3, -1), wanted[None].expand(5, -1, -1)
+    pairs = pred[:, None].expand(-1, 3, -1), gt[None].expand(5, -1, -1)
     mask = nn.functional.binary_cross_entropy_with_logits(*pairs, reduction="none").mean(-1)
     p, t = pairs[0].sigmoid(), pairs[1]
     dice = 1 - (2 * (p * t).sum(-1) + 1) / (p.sum(-1) + t.sum(-1) + 1)
-    expected = 3 * mask - 2 * logits[0].softmax(-1)[:, target["labels"]] + 5 * dice
-    torch.testing.assert_close(costs, expected, atol=1e-5, rtol=1e-5)
+    class_probs = outputs["pred_logits"][0].softmax(-1)[:, target["labels"]]
+    expected = 3 * mask - 2 * class_probs + 5 * dice
+    torch.testing.assert_close(costs[0], expected, atol=1e-5, rtol=1e-5)
 
 
-class Reversed(HungarianMatcher):
-    """Gives the targets to the last queries."""
-
-    def forward(self, outputs, targets):
-        last = outputs["pred_logits"].shape[1] - 1
-        return [(last - torch.arange(len(t["labels"])), t["labels"]) for t in targets]
-
-
-def test_an_overridden_match_of_one_layer_is_honoured():
-    targets = [random_target([0, 1], 8, 10)]
-    for [(queries, _)] in Reversed(num_points=3).match_layers([random_outputs(1)] * 2, targets):
-        assert queries.tolist() == [4, 3]
-
-
-def test_image_without_targets():
+def test_image_without_targets(build_matcher):
     targets = [random_target([], 8, 10), random_target([1, 0], 8, 10)]
-    indices = HungarianMatcher(num_points=9)(random_outputs(), targets)
+    indices = build_matcher(num_points=9)(random_outputs(), targets)
     assert [len(i) for i, _ in indices] == [0, 2]
     assert [len(j) for _, j in indices] == [0, 2]
     assert indices[0][0].dtype == indices[0][1].dtype == torch.int64
 
 
-def test_more_targets_than_queries():
-    [(queries, targets)] = HungarianMatcher(num_points=9)(
+def test_more_targets_than_queries(build_matcher):
+    [(queries, targets)] = build_matcher(num_points=9)(
         random_outputs(1, queries=2), [random_target([0, 1, 2, 0], 8, 10)]
     )
     assert queries.tolist() == [0, 1]
     assert len(set(targets.tolist())) == 2
 
 
-def test_targets_of_other_sizes_than_predictions():
+def test_targets_may_have_other_sizes_than_predictions(build_matcher):
     masks = torch.full((2, 2, 4, 4), -5.0)
     masks[:, 1, :2] = 5  # query 1 sees the upper half
     masks[:, 0, 2:] = 5
@@ -263,71 +223,61 @@ def test_targets_of_other_sizes_than_predictions():
         upper = torch.arange(height)[:, None].expand(height, width) < height // 2
         target_masks = torch.stack([upper, ~upper])
         targets.append({"labels": torch.tensor([0, 0]), "masks": target_masks})
-    for queries, matched in HungarianMatcher(num_points=50)(outputs, targets):
+    for queries, matched in build_matcher(num_points=50)(outputs, targets):
         assert (queries.tolist(), matched.tolist()) == ([0, 1], [1, 0])
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.uint8, torch.float32, torch.float64])
-def test_dtype_of_target_masks_does_not_matter(dtype):
+def test_dtype_of_target_masks_does_not_matter(build_matcher, dtype):
     target = random_target([0, 1, 2], 8, 10)
     torch.manual_seed(0)
-    [(queries, expected)] = HungarianMatcher(num_points=30)(random_outputs(1), [target])
+    [(queries, expected)] = build_matcher(num_points=30)(random_outputs(1), [target])
     target["masks"] = target["masks"].to(dtype)
     torch.manual_seed(0)
-    [(other_queries, targets)] = HungarianMatcher(num_points=30)(random_outputs(1), [target])
+    [(other_queries, targets)] = build_matcher(num_points=30)(random_outputs(1), [target])
     assert torch.equal(queries, other_queries) and torch.equal(targets, expected)
 
 
-def factored(outputs: dict[str, Tensor]) -> MaskPredictions:
-    """The same masks as factors, by an invertible matrix that makes neither of them trivial."""
-    masks = outputs["pred_masks"]
-    num_queries = masks.shape[1]
-    mix = torch.eye(num_queries) + 0.5 * torch.tril(torch.ones(num_queries, num_queries), -1)
-    features = torch.einsum("qc,bchw->bqhw", torch.linalg.inv(mix), masks)
-    embed = mix.expand(len(masks), -1, -1)
-    return MaskPredictions(outputs, pred_masks=MaskLogits(embed, features))
-
-
-def test_factored_masks_match_as_dense_ones():
-    outputs = random_outputs(batch=3)
-    lazy = factored(outputs)
-    torch.testing.assert_close(lazy.mask_logits.full(), outputs["pred_masks"])
-    lazy = factored(outputs)
-    targets = [random_target([0, 1], 8, 10), random_target([], 8, 10), random_target([2], 16, 20)]
-    match = HungarianMatcher(2.0, 5.0, 5.0, num_points=40)
-    for image in range(3):
-        torch.manual_seed(image)
-        expected = match._costs([outputs], targets)
-        torch.manual_seed(image)
-        cost = match._costs([lazy], targets)
-        torch.testing.assert_close(cost, expected)
-    torch.manual_seed(5)
-    expected = match(outputs, targets)
-    torch.manual_seed(5)
-    indices = match(lazy, targets)
-    assert_same_pairs(indices, expected)
-    assert lazy.mask_logits._full is None
-
-
-def test_result_carries_no_gradient():
+def test_result_carries_no_gradient(build_matcher):
     outputs = {k: v.requires_grad_() for k, v in random_outputs().items()}
     targets = [random_target([0], 8, 10), random_target([1], 8, 10)]
-    for queries, matched in HungarianMatcher(num_points=5)(outputs, targets):
+    for queries, matched in build_matcher(num_points=5)(outputs, targets):
         assert not queries.requires_grad and not matched.requires_grad
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("key", ["pred_logits", "pred_masks"])
-def test_outputs_that_are_not_finite(key, bad):
+def test_non_finite_outputs_raise(build_matcher, key, bad):
     outputs = random_outputs()
     outputs[key][1, 2] = bad
     targets = [random_target([0], 8, 10), random_target([1, 2], 8, 10)]
     with pytest.raises(ValueError, match="image 1 of the batch are not finite.*SOLVER.BASE_LR"):
-        HungarianMatcher(num_points=5)(outputs, targets)
+        build_matcher(num_points=5)(outputs, targets)
 
 
-def test_bad_arguments():
+def test_bad_arguments(build_matcher):
     with pytest.raises(ValueError, match="all matching costs are 0"):
-        HungarianMatcher(0, 0, 0, num_points=5)
+        build_matcher(0, 0, 0, num_points=5)
     with pytest.raises(ValueError, match="num_points=0"):
-        HungarianMatcher()(random_outputs(), [random_target([0], 8, 10)] * 2)
+        build_matcher()(random_outputs(), [random_target([0], 8, 10)] * 2)
+
+
+def test_overridden_memory_efficient_forward_is_called():
+    class Last(HungarianMatcher):
+        """Gives the targets to the last queries."""
+
+        def memory_efficient_forward(self, outputs, targets):
+            last = outputs["pred_logits"].shape[1] - 1
+            return [(last - torch.arange(len(t["labels"])), t["labels"]) for t in targets]
+
+    [(queries, _)] = Last(num_points=3)(random_outputs(1), [random_target([0, 1], 8, 10)])
+    assert queries.tolist() == [4, 3]
+
+
+def test_repr_lists_settings_with_the_given_indent():
+    expected = """Matcher HungarianMatcher
+  cost_class: 2
+  cost_mask: 5
+  cost_dice: 4
+  num_points: 7"""
+    assert HungarianMatcher(2, 5, 4, num_points=7).__repr__(_repr_indent=2) == expected

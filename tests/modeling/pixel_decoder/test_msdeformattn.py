@@ -1,4 +1,4 @@
-"""The deformable pixel decoder: shapes, its parts against plain formulations, precision.
+"""The deformable pixel decoder, plain and fast: shapes, its parts by formula, precision.
 
 Shape letters: B batch, C channels, S values of all levels, L levels, H W pixels.
 """
@@ -11,12 +11,11 @@ import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
 from torch import Tensor, nn
 
-from mask2former.modeling.pixel_decoder import msdeformattn
 from mask2former.modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnPixelDecoder,
+    MSDeformAttnTransformerEncoder,
     MSDeformAttnTransformerEncoderLayer,
     MSDeformAttnTransformerEncoderOnly,
-    _reference_points,
 )
 
 CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 40}
@@ -59,10 +58,10 @@ def randomise(module: nn.Module) -> None:
 
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (32, 32), (65, 33)])
-def test_shapes(height, width):
+def test_shapes(mode, height, width):
     """Also one-pixel maps, and sizes that are no multiples of each other."""
     given = features(height, width)
-    mask_features, coarsest, levels = build().forward_features(given)
+    mask_features, coarsest, levels = mode(build()).forward_features(given)
     assert mask_features.shape == (2, 12, *given["res2"].shape[-2:])
     expected = [(2, 32, *given[name].shape[-2:]) for name in ("res5", "res4", "res3")]
     assert [x.shape for x in levels] == expected
@@ -70,10 +69,10 @@ def test_shapes(height, width):
     assert all(torch.isfinite(x).all() for x in (mask_features, *levels))
 
 
-def test_order_of_features_does_not_matter():
+def test_order_of_features_does_not_matter(mode):
     given = features()
-    expected = build().forward_features(given)
-    decoder = build(names=("res5", "res3", "res2", "res4"))
+    expected = mode(build()).forward_features(given)
+    decoder = mode(build(names=("res5", "res3", "res2", "res4")))
     out = decoder.forward_features(dict(reversed(given.items())))
     torch.testing.assert_close(out[0], expected[0])
     assert decoder.in_features == ["res2", "res3", "res4", "res5"]
@@ -81,8 +80,8 @@ def test_order_of_features_does_not_matter():
     assert decoder.transformer_feature_strides == [8, 16, 32]
 
 
-def test_images_of_a_batch_do_not_mix():
-    decoder, given = build(), features()
+def test_images_of_a_batch_do_not_mix(mode):
+    decoder, given = mode(build()), features()
     both = decoder.forward_features(given)
     for image in range(2):
         alone = decoder.forward_features({k: v[image : image + 1] for k, v in given.items()})
@@ -90,17 +89,17 @@ def test_images_of_a_batch_do_not_mix():
 
 
 @pytest.mark.parametrize("batch", [1, 2])
-def test_levels_are_resized_without_a_copy(batch):
+def test_levels_are_resized_without_a_copy(mode, batch):
     """F.interpolate on a CPU copies its result where strides do not say channels last."""
     given = {name: x[:batch] for name, x in features().items()}
-    for level in build().forward_features(given)[2]:
+    for level in mode(build()).forward_features(given)[2]:
         resized = F.interpolate(level, scale_factor=2.0, mode="bilinear", align_corners=False)
         assert resized.is_contiguous(memory_format=torch.channels_last)
 
 
-def test_embedding_is_lateral_plus_upsampled_level():
-    """The FPN level above the encoder, from the published modules."""
-    decoder, given = build(), features()
+def test_embedding_is_lateral_plus_upsampled_level(mode):
+    """The FPN level above the encoder, from its modules."""
+    decoder, given = mode(build()), features()
     mask_features, _, levels = decoder.forward_features(given)
     lateral = decoder.adapter_1(given["res2"])
     upsampled = F.interpolate(levels[2], size=(16, 24), mode="bilinear", align_corners=False)
@@ -108,8 +107,8 @@ def test_embedding_is_lateral_plus_upsampled_level():
     torch.testing.assert_close(mask_features, expected)
 
 
-def test_more_fpn_levels_when_the_encoder_starts_coarser():
-    decoder = build(transformer_in_features=["res4", "res5"])
+def test_more_fpn_levels_when_the_encoder_starts_coarser(mode):
+    decoder = mode(build(transformer_in_features=["res4", "res5"]))
     assert decoder.num_fpn_levels == 2
     keys = decoder.state_dict()
     assert keys["adapter_1.weight"].shape[1] == 8 and keys["adapter_2.weight"].shape[1] == 16
@@ -118,62 +117,73 @@ def test_more_fpn_levels_when_the_encoder_starts_coarser():
     assert [x.shape[-2:] for x in levels] == [(2, 3), (4, 6), (8, 12)]  # the last from the FPN
 
 
-def test_one_level():
-    decoder = build(names=("res2", "res3", "res4", "res5"), transformer_in_features=["res5"])
+def test_one_level(mode):
+    decoder = mode(build(names=("res2", "res3", "res4", "res5"), transformer_in_features=["res5"]))
     mask_features, _, levels = decoder.forward_features(features())
     assert mask_features.shape == (2, 12, 16, 24)
     assert len(levels) == 3
 
 
 def test_reference_points_by_hand():
-    points = _reference_points(((1, 2), (2, 1)), torch.device("cpu"))
+    points = MSDeformAttnTransformerEncoder.get_reference_points([(1, 2), (2, 1)], None, "cpu")
     assert points.shape == (1, 4, 2, 2)
     expected = torch.tensor([[0.25, 0.5], [0.75, 0.5], [0.5, 0.25], [0.5, 0.75]])
     for level in range(2):  # the same point on every level
         torch.testing.assert_close(points[0, :, level], expected)
+    shapes = torch.tensor([[1, 2], [2, 1]])
+    other = MSDeformAttnTransformerEncoder.get_reference_points(shapes, None, "cpu")
+    assert torch.equal(other, points)
 
 
-def test_used_in_inference_mode_first():
-    decoder, given = build(), features(96, 160)
+def test_reference_points_of_padded_images_by_hand():
+    """Half of the first level's width is valid, and the whole second level."""
+    ratios = torch.tensor([[[0.5, 1.0], [1.0, 1.0]]])
+    points = MSDeformAttnTransformerEncoder.get_reference_points([(1, 2), (1, 1)], ratios, "cpu")
+    # Centres 1/4 and 3/4 are at 1/2 and 3/2 of the valid part, then in units of each level.
+    expected = [[[0.25, 0.5], [0.5, 0.5]], [[0.75, 0.5], [1.5, 0.5]], [[0.25, 0.5], [0.5, 0.5]]]
+    torch.testing.assert_close(points[0], torch.tensor(expected))
+
+
+def test_used_in_inference_mode_first(mode):
+    decoder, given = mode(build()), features(96, 160)
     with torch.inference_mode():
         decoder.forward_features(given)
-        points = _reference_points(((7, 9),), torch.device("cpu"))
-    assert not points.is_inference()
     sum(x.sum() for x in decoder.forward_features(given)[2]).backward()
     assert decoder.input_proj[0][0].weight.grad.any()
 
 
-def test_encoder_layer_is_residual_attention_then_feed_forward():
+def test_encoder_layer_is_residual_attention_then_feed_forward(mode):
     torch.manual_seed(0)
-    layer = MSDeformAttnTransformerEncoderLayer(16, 32, 0.0, "relu", 1, 2, 2)
+    layer = mode(MSDeformAttnTransformerEncoderLayer(16, 32, 0.0, "relu", 1, 2, 2))
     randomise(layer)
     src, pos = torch.randn(1, 6, 16), torch.randn(1, 6, 16)
-    reference = _reference_points(((2, 3),), torch.device("cpu"))
-    out = layer(src, pos, reference, ((2, 3),))
+    shapes, start = torch.tensor([[2, 3]]), torch.tensor([0])
+    reference = MSDeformAttnTransformerEncoder.get_reference_points(shapes, None, "cpu")
+    out = layer(src, pos, reference, shapes, start)
     # Positions enter the queries only.
-    x = layer.norm1(src + layer.self_attn(src + pos, reference, src, ((2, 3),)))
+    x = layer.norm1(src + layer.self_attn(src + pos, reference, src, shapes, start))
     expected = layer.norm2(x + layer.linear2(layer.linear1(x).relu()))
     torch.testing.assert_close(out, expected)
-    assert not torch.allclose(layer(src, None, reference, ((2, 3),)), out)
+    assert not torch.allclose(layer(src, None, reference, shapes, start), out)
 
 
-def test_encoder_adds_level_embeddings_to_positions():
+def test_encoder_adds_level_embeddings_to_positions(mode):
     torch.manual_seed(0)
-    encoder = MSDeformAttnTransformerEncoderOnly(16, 2, 1, 32, 0.0, "relu", 2, 2)
+    encoder = mode(MSDeformAttnTransformerEncoderOnly(16, 2, 1, 32, 0.0, "relu", 2, 2))
     randomise(encoder)
     srcs = [torch.randn(1, 16, 1, 2), torch.randn(1, 16, 2, 2)]
     pos = [torch.zeros_like(x) for x in srcs]
     memory, shapes, starts = encoder(srcs, pos)
     assert memory.shape == (1, 6, 16)
     assert shapes.tolist() == [[1, 2], [2, 2]] and starts.tolist() == [0, 2]
-    with torch.no_grad():  # the same through positions
+    with torch.no_grad():  # the same, added to the positions
         pos = [x + e[None, :, None, None] for x, e in zip(pos, encoder.level_embed, strict=True)]
         encoder.level_embed.zero_()
     torch.testing.assert_close(encoder(srcs, pos)[0], memory)
 
 
-def test_initial_weights_follow_the_published_order_of_draws():
-    """One layer is drawn and copied; then matrices are drawn anew, layer by layer."""
+def test_initial_weights_are_drawn_in_the_order_of_the_original():
+    """One layer is drawn and copied, then all matrices are drawn again, layer by layer."""
     torch.manual_seed(0)
     encoder = MSDeformAttnTransformerEncoderOnly(16, 2, 3, 32, 0.1, "relu", 2, 2)
     torch.manual_seed(0)
@@ -190,35 +200,38 @@ def test_initial_weights_follow_the_published_order_of_draws():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    """Half precision where it is safe: the residual stream and what is sampled where stay exact."""
-    decoder, given = build(), features()
+def test_autocast(mode, dtype):
+    """The residual stream and sampling locations stay in float32."""
+    decoder, given = mode(build()), features()
     randomise(decoder)
     expected = decoder.forward_features(given)
+    given = {k: v.to(dtype) for k, v in given.items()}
+    with torch.autocast("cpu", dtype=dtype):
+        out = decoder.forward_features(given)
     layer = decoder.transformer.encoder.layers[0]
     seen = {}
     layer.self_attn.register_forward_hook(lambda module, _, out: seen.update(attended=out.dtype))
     layer.register_forward_hook(lambda module, args, out: seen.update(stream=(args[0], out)))
     with torch.autocast("cpu", dtype=dtype):
-        out = decoder.forward_features({k: v.to(dtype) for k, v in given.items()})
+        decoder.forward_features(given)
     assert seen["attended"] == dtype
     assert [x.dtype for x in seen["stream"]] == [torch.float32, torch.float32]
-    for ours, theirs in zip((out[0], *out[2]), (expected[0], *expected[2]), strict=True):
-        error = (ours - theirs).abs().mean() / theirs.std()
+    for result, target in zip((out[0], *out[2]), (expected[0], *expected[2]), strict=True):
+        error = (result - target).abs().mean() / target.std()
         # One rounding of a bfloat16 is off by up to 2^-9 = 0.2 %.
         assert error < {torch.bfloat16: 1e-2, torch.float16: 1.5e-3}[dtype]
 
 
-def test_features_in_half_precision_without_autocast_are_taken_as_they_are():
-    decoder, given = build(), features()
+def test_features_in_half_precision_without_autocast(mode):
+    decoder, given = mode(build()), features()
     out = decoder.forward_features({k: v.bfloat16() for k, v in given.items()})
     rounded = decoder.forward_features({k: v.bfloat16().float() for k, v in given.items()})
     assert out[0].dtype == torch.float32
     assert torch.equal(out[0], rounded[0])
 
 
-def test_double():
-    decoder, given = build(), features()
+def test_double(mode):
+    decoder, given = mode(build()), features()
     expected = decoder.forward_features(given)
     out = decoder.double().forward_features({k: v.double() for k, v in given.items()})
     assert out[0].dtype == torch.float64
@@ -226,7 +239,7 @@ def test_double():
 
 
 def test_export_leaves_no_fake_tensors_behind():
-    """Neither in the cache of reference points nor in that of position encodings."""
+    """No cache keeps tensors of a trace."""
 
     class Wrapper(nn.Module):
         def __init__(self):
@@ -236,7 +249,7 @@ def test_export_leaves_no_fake_tensors_behind():
         def forward(self, given: dict[str, Tensor]):
             return self.decoder.forward_features(given)[0]
 
-    # Sizes no other test uses, so that nothing is cached before.
+    # Sizes that no other test uses, so that caches are empty.
     model, given = Wrapper(), features(160, 32, batch=1)
     exported = torch.export.export(model, (given,)).module()
     out = model(given)
@@ -245,8 +258,8 @@ def test_export_leaves_no_fake_tensors_behind():
     torch.testing.assert_close(exported(given), out)
 
 
-def test_every_parameter_gets_a_gradient():
-    decoder = build()
+def test_every_parameter_gets_a_gradient(mode):
+    decoder = mode(build())
     randomise(decoder)
     mask_features, _, levels = decoder.forward_features(features())
     sum(x.square().sum() for x in (mask_features, *levels)).backward()
@@ -254,9 +267,9 @@ def test_every_parameter_gets_a_gradient():
     assert not missing
 
 
-def test_deepcopy_uses_its_own_parameters():
-    """The plain lists of FPN convolutions must follow the copy."""
-    decoder, given = build(), features()
+def test_deepcopy_uses_its_own_parameters(mode):
+    """The FPN convolutions are in plain lists, which must follow the copy."""
+    decoder, given = mode(build()), features()
     expected = decoder.forward_features(given)[0]
     duplicate = copy.deepcopy(decoder)
     with torch.no_grad():
@@ -274,7 +287,7 @@ def test_from_config(tiny_cfg):
     assert len(decoder.transformer.encoder.layers) == 2
     assert layer.dropout1.p == 0.2 and layer.self_attn.n_points == 3
     assert layer.self_attn.n_heads == 4
-    # The published width; DIM_FEEDFORWARD belongs to the transformer decoder.
+    # The width of the original; DIM_FEEDFORWARD belongs to the transformer decoder.
     assert layer.linear1.out_features == 1024
     assert decoder.mask_features.out_channels == 32
     assert decoder.adapter_1.norm is not None and decoder.adapter_1.bias is None
@@ -285,56 +298,56 @@ def test_unknown_feature():
         build(transformer_in_features=["res3", "res9"])
 
 
-def outputs_and_gradients(decoder, given, dtype=None) -> list[Tensor]:
-    inputs = [x.clone().requires_grad_() for x in given.values()]
-    torch.manual_seed(1)
-    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
-        mask_features, _, levels = decoder.forward_features(dict(zip(given, inputs, strict=True)))
-    outputs = [mask_features, *levels]
-    # One that is not symmetric, so that no gradient vanishes.
-    loss = sum((x.float() * torch.linspace(-1, 2, x.numel()).view_as(x)).sum() for x in outputs)
-    return [*outputs, *torch.autograd.grad(loss, [*inputs, *decoder.parameters()])]
+class Doubled(MSDeformAttnTransformerEncoderLayer):
+    def forward_ffn(self, src):
+        return 2 * super().forward_ffn(src)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.4])
-@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-@pytest.mark.parametrize("backend", ["compiled", "pytorch"])
-def test_recomputation_changes_no_number(monkeypatch, dropout, dtype, backend):
-    if backend == "pytorch":
-        monkeypatch.setattr(msdeformattn, "backend", lambda device: "pytorch")
-    decoder, given = build(transformer_dropout=dropout), features()
-    randomise(decoder)
-    ours = outputs_and_gradients(decoder, given, dtype)
-    monkeypatch.setattr(msdeformattn, "recomputed", lambda f, *args, **options: f(*args))
-    for a, b in zip(ours, outputs_and_gradients(decoder, given, dtype), strict=True):
-        assert torch.equal(a, b)
-
-
-def test_some_positions_at_a_time_change_nothing(monkeypatch):
+@pytest.mark.parametrize("how", ["subclass", "instance", "class"])
+def test_overridden_feed_forward_is_called(how, monkeypatch):
     decoder, given = build(), features()
-    expected = outputs_and_gradients(decoder, given)
-    monkeypatch.setattr(msdeformattn, "_POSITIONS", 7)
-    for a, b in zip(outputs_and_gradients(decoder, given), expected, strict=True):
-        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    reference = decoder.forward_features(given)[1]
+    layer = decoder.transformer.encoder.layers[-1]
+    if how == "subclass":
+        layer.__class__ = Doubled
+    elif how == "instance":
+        original = layer.forward_ffn
+        layer.forward_ffn = lambda src: 2 * original(src)
+    else:
+        original = MSDeformAttnTransformerEncoderLayer.forward_ffn
+        monkeypatch.setattr(
+            MSDeformAttnTransformerEncoderLayer,
+            "forward_ffn",
+            lambda self, src: (1 + (self is layer)) * original(self, src),
+        )
+    torch.testing.assert_close(decoder.forward_features(given)[1], 2 * reference)
 
 
-@pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
-def test_large_results_are_not_kept_for_backward():
-    """Neither the hidden layer, nor queries, nor what the FPN level normalises and adds."""
-    decoder, given = build(), features(256, 256)
-    parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
-    backbone = {x.untyped_storage().data_ptr() for x in given.values()}
-    sizes = {}
+def test_replaced_sampling_attention_gets_tensors():
+    """Sizes and starts of the levels are (L, 2) and (L,) int64, as `MSDeformAttn` documents."""
 
-    def pack(x: Tensor) -> Tensor:
-        sizes[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
-        return x
+    class Attention(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.seen = []
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        decoder.forward_features(given)
-    stream = 4 * 2 * (8**2 + 16**2 + 32**2) * 32  # of a (B, S, C) tensor
-    kept = sorted(size for k, size in sizes.items() if k not in parameters | backbone)
-    # For each of two layers input, sum after attention, sum after the network, and the sampled
-    # values where selective recomputation shows them; for the projections as much twice.
-    assert sum(kept) <= (2 * 4 + 3) * stream
-    assert max(kept) <= stream
+        def forward(self, query, reference, value, shapes, starts, padding_mask=None):
+            self.seen.append((shapes.tolist(), starts.tolist(), shapes.dtype, starts.dtype))
+            return query
+
+    decoder = build()
+    attention = decoder.transformer.encoder.layers[0].self_attn = Attention()
+    decoder.forward_features(features())
+    sizes = [[2, 3], [4, 6], [8, 12]]
+    assert attention.seen == [(sizes, [0, 6, 30], torch.int64, torch.int64)]
+
+
+def test_hooks_fire_once_in_a_training_step():
+    decoder, seen = build(), []
+    layer = decoder.transformer.encoder.layers[0]
+    hooked = [layer.self_attn, layer.linear1, layer.norm1, decoder.adapter_1, decoder.mask_features]
+    for module in hooked:
+        module.register_forward_hook(lambda module, args, out: seen.append(module))
+    mask_features, _, levels = decoder.forward_features(features())
+    sum(x.sum() for x in (mask_features, *levels)).backward()
+    assert len(seen) == len(hooked) and set(seen) == set(hooked)

@@ -1,137 +1,25 @@
-"""Masked-attention decoder: against nn.MultiheadAttention and the published loop.
+"""Masked-attention decoder, plain and fast, against the loop of the original.
 
-Shape letters: B batch, Q queries, C channels, M heads, K classes, L locations, T S sequences.
+Shape letters: B batch, Q queries, C channels, M heads, K classes, L locations.
 """
-
-import copy
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mask2former.modeling.mask_predictions import MaskLogits
 from mask2former.modeling.transformer_decoder import build_transformer_decoder
 from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder import (
-    MLP,
     CrossAttentionLayer,
     FFNLayer,
     MultiScaleMaskedTransformerDecoder,
     SelfAttentionLayer,
-    _get_activation_fn,
-    _resize,
 )
 
-B, Q, C, M, S = 2, 5, 16, 4, 12
+B, Q, C, M = 2, 5, 16, 4
 
 
 def rand(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(seed))
-
-
-def random_block(*size: int, seed: int = 0) -> Tensor:
-    """Boolean mask that blocks about half, and no row whole."""
-    mask = rand(*size, seed=seed) > 0
-    mask[..., 0] = False
-    return mask
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-@pytest.mark.parametrize("mask_form", ["none", "shared", "per head", "two-dimensional", "float"])
-@pytest.mark.parametrize("padding", [False, True])
-def test_cross_attention_equals_multihead_attention(pre_norm, mask_form, padding):
-    torch.manual_seed(0)
-    layer = CrossAttentionLayer(C, M, normalize_before=pre_norm)
-    nn.init.normal_(layer.multihead_attn.in_proj_bias)
-    tgt, query_pos = rand(Q, B, C, seed=1), rand(Q, B, C, seed=2)
-    memory, pos = rand(S, B, C, seed=3), rand(S, B, C, seed=4)
-    shared = random_block(B, 1, Q, S, seed=5)
-    # As nn.MultiheadAttention wants it: image 0 head 0, image 0 head 1, …
-    repeated = shared.repeat(1, M, 1, 1).flatten(0, 1)  # (B·M, Q, S)
-    heads = random_block(B * M, Q, S, seed=6)
-    given, wanted = {
-        "none": (None, None),
-        "shared": (shared, repeated),
-        "per head": (heads, heads),
-        "two-dimensional": (shared[0, 0], shared[0, 0]),
-        "float": (heads * -3.0, heads * -3.0),
-    }[mask_form]
-    key_padding = torch.zeros(B, S, dtype=torch.bool)
-    key_padding[1, 7:] = True
-    key_padding = key_padding if padding else None
-    out = layer(tgt, memory, given, key_padding, pos, query_pos)
-
-    x = layer.norm(tgt) if pre_norm else tgt
-    if mask_form == "float" and padding:  # nn.MultiheadAttention wants one kind of mask
-        key_padding = torch.zeros(B, S).masked_fill(key_padding, float("-inf"))
-    attended, _ = layer.multihead_attn(
-        x + query_pos, memory + pos, memory, attn_mask=wanted, key_padding_mask=key_padding
-    )
-    expected = tgt + attended if pre_norm else layer.norm(tgt + attended)
-    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_self_attention_equals_multihead_attention(pre_norm):
-    torch.manual_seed(0)
-    layer = SelfAttentionLayer(C, M, normalize_before=pre_norm)
-    tgt, query_pos, mask = rand(Q, B, C, seed=1), rand(Q, B, C, seed=2), random_block(Q, Q)
-    out = layer(tgt, tgt_mask=mask, query_pos=query_pos)
-    x = layer.norm(tgt) if pre_norm else tgt
-    attended, _ = layer.self_attn(x + query_pos, x + query_pos, x, attn_mask=mask)
-    expected = tgt + attended if pre_norm else layer.norm(tgt + attended)
-    torch.testing.assert_close(out, expected, atol=1e-6, rtol=1e-6)
-    # Positional encodings are optional.
-    attended, _ = layer.self_attn(x, x, x)
-    expected = tgt + attended if pre_norm else layer.norm(tgt + attended)
-    torch.testing.assert_close(layer(tgt), expected, atol=1e-6, rtol=1e-6)
-
-
-@pytest.mark.parametrize("pre_norm", [False, True])
-def test_feed_forward(pre_norm):
-    layer = FFNLayer(C, 24, normalize_before=pre_norm, activation="gelu")
-    tgt = rand(Q, B, C)
-    x = layer.norm(tgt) if pre_norm else tgt
-    hidden = layer.linear2(nn.functional.gelu(layer.linear1(x)))
-    expected = tgt + hidden if pre_norm else layer.norm(tgt + hidden)
-    torch.testing.assert_close(layer(tgt), expected)
-
-
-def test_gradients_equal_multihead_attention():
-    torch.manual_seed(0)
-    layer = CrossAttentionLayer(C, M)
-    reference = copy.deepcopy(layer)
-    tgt, memory, mask = rand(Q, B, C), rand(S, B, C, seed=1), random_block(B, 1, Q, S)
-    layer(tgt, memory, mask).square().sum().backward()
-    attended, _ = reference.multihead_attn(
-        tgt, memory, memory, attn_mask=mask.repeat(1, M, 1, 1).flatten(0, 1)
-    )
-    reference.norm(tgt + attended).square().sum().backward()
-    for (name, p), q in zip(layer.named_parameters(), reference.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, atol=1e-5, rtol=1e-5, msg=name)
-
-
-def test_dropout_only_in_training():
-    torch.manual_seed(0)
-    tgt, memory = rand(Q, B, C), rand(S, B, C)
-    for layer, inputs in (
-        (SelfAttentionLayer(C, M, dropout=0.5), (tgt,)),
-        (CrossAttentionLayer(C, M, dropout=0.5), (tgt, memory)),
-        (FFNLayer(C, 8, dropout=0.5), (tgt,)),
-    ):
-        assert not torch.equal(layer(*inputs), layer(*inputs))
-        layer.eval()
-        assert torch.equal(layer(*inputs), layer(*inputs))
-
-
-def test_activations_and_mlp():
-    assert _get_activation_fn("relu")(torch.tensor([-1.0, 2.0])).tolist() == [0.0, 2.0]
-    with pytest.raises(ValueError, match=r"activation='swish' is not one of \['gelu', 'glu', 're"):
-        SelfAttentionLayer(C, M, activation="swish")
-    mlp = MLP(3, 5, 2, 3)
-    assert [tuple(layer.weight.shape) for layer in mlp.layers] == [(5, 3), (5, 5), (2, 5)]
-    x = rand(4, 3)
-    expected = mlp.layers[2](mlp.layers[1](mlp.layers[0](x).relu()).relu())
-    torch.testing.assert_close(mlp(x), expected)
 
 
 ARGUMENTS = {
@@ -161,8 +49,8 @@ def inputs(sizes=((2, 3), (4, 6), (8, 12)), channels=C) -> tuple[list[Tensor], T
     return scales, rand(B, 6, 2 * height, 2 * width, seed=9)
 
 
-class PublishedLoop(MultiScaleMaskedTransformerDecoder):
-    """Runs the decoder as subclasses of the original release do, by its parts."""
+class OriginalLoop(MultiScaleMaskedTransformerDecoder):
+    """Runs the decoder by its parts, as subclasses of the original do."""
 
     def forward(self, x, mask_features, mask=None):
         src, pos, sizes = [], [], []
@@ -223,31 +111,28 @@ def assert_same_outputs(outputs, expected):
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_published_loop_gives_the_same(pre_norm):
-    decoder, published = build(pre_norm=pre_norm), build(PublishedLoop, pre_norm=pre_norm)
-    assert_same_outputs(decoder(*inputs()), published(*inputs()))
-    # The masks do matter: attending everywhere gives something else.
+def test_equals_the_loop_of_the_original(mode, pre_norm):
+    decoder, original = mode(build(pre_norm=pre_norm)), mode(build(OriginalLoop, pre_norm=pre_norm))
+    assert_same_outputs(decoder(*inputs()), original(*inputs()))
+    # Masks matter: attending everywhere gives other classes.
     nn.init.zeros_(decoder.mask_embed.layers[-1].weight)
     other = decoder(*inputs())["pred_logits"]
-    assert not torch.allclose(other, published(*inputs())["pred_logits"], atol=1e-2)
+    assert not torch.allclose(other, original(*inputs())["pred_logits"], atol=1e-2)
 
 
-def test_overridden_prediction_heads_are_honoured():
-    decoder, overridden = build(), build(OverriddenHeads)
+def test_overridden_prediction_heads_are_called(mode):
+    decoder, overridden = mode(build()), mode(build(OverriddenHeads))
     outputs = overridden(*inputs())
     assert overridden.calls == 5
     assert_same_outputs(outputs, decoder(*inputs()))
-    assert isinstance(outputs.mask_logits, Tensor)
 
 
-def test_outputs():
-    outputs = build()(*inputs())
+def test_outputs(mode):
+    outputs = mode(build())(*inputs())
     assert set(outputs) == {"pred_logits", "pred_masks", "aux_outputs"}
     assert len(outputs["aux_outputs"]) == 4
     for layer in (outputs, *outputs["aux_outputs"]):
         assert layer["pred_logits"].shape == (B, Q, 4)
-        assert isinstance(layer.mask_logits, MaskLogits)
-        assert layer.mask_logits._full is None
         assert layer["pred_masks"].shape == (B, Q, 16, 24)
     # Each layer has its own prediction; the first is that of the queries alone.
     first = outputs["aux_outputs"][0]["pred_logits"]
@@ -256,6 +141,7 @@ def test_outputs():
 
 
 def spy_memory_masks(decoder) -> list[Tensor]:
+    """A list that fills with the attention masks (B·M, Q, L) of all layers."""
     seen = []
     for layer in decoder.transformer_cross_attention_layers:
         layer.register_forward_pre_hook(
@@ -264,8 +150,8 @@ def spy_memory_masks(decoder) -> list[Tensor]:
     return seen
 
 
-def test_empty_mask_attends_everywhere():
-    decoder = build()
+def test_empty_mask_attends_everywhere(mode):
+    decoder = mode(build())
     scales, mask_features = inputs()
     # All embeddings are -1, features are 1: every mask logit is -6, all of the image background.
     nn.init.zeros_(decoder.mask_embed.layers[-1].weight)
@@ -273,13 +159,13 @@ def test_empty_mask_attends_everywhere():
     seen = spy_memory_masks(decoder)
     outputs = decoder(scales, torch.ones_like(mask_features))
     assert outputs["pred_masks"].unique().tolist() == [-6.0]
-    assert [mask.shape for mask in seen] == [(B, 1, Q, n) for n in (6, 24, 96, 6)]
+    assert [mask.shape for mask in seen] == [(B * M, Q, n) for n in (6, 24, 96, 6)]
     assert not any(mask.any() for mask in seen)
     assert torch.isfinite(outputs["pred_logits"]).all()
 
 
-def test_attention_is_blocked_where_the_mask_is_background():
-    decoder = build()
+def test_attention_is_blocked_where_the_mask_is_background(mode):
+    decoder = mode(build())
     scales, _ = inputs()
     nn.init.zeros_(decoder.mask_embed.layers[-1].weight)
     nn.init.constant_(decoder.mask_embed.layers[-1].bias, 1.0)
@@ -287,18 +173,18 @@ def test_attention_is_blocked_where_the_mask_is_background():
     features[1, :, :, 12:] = -1  # in image 1, the right half is background
     seen = spy_memory_masks(decoder)
     decoder(scales, features)
-    assert not any(mask[0].any() for mask in seen)
-    columns = seen[1][1].view(Q, 4, 6)
+    assert not any(mask[:M].any() for mask in seen)
+    columns = seen[1][M:].view(M, Q, 4, 6)
     assert columns[..., 3:].all() and not columns[..., :3].any()
     # A logit of exactly 0 is a probability of one half: not blocked.
     seen.clear()
     decoder(scales, features.clamp(max=0))
-    assert not any(mask[0].any() for mask in seen)
-    columns = seen[1][1].view(Q, 4, 6)
+    assert not any(mask[:M].any() for mask in seen)
+    columns = seen[1][M:].view(M, Q, 4, 6)
     assert columns[..., 3:].all() and not columns[..., :3].any()
 
 
-def test_published_attention_mask_is_per_head():
+def test_attention_mask_is_per_head():
     decoder = build()
     _, mask_features = inputs()
     logits, masks, attn_mask = decoder.forward_prediction_heads(
@@ -314,43 +200,33 @@ def test_published_attention_mask_is_per_head():
     assert not attn_mask.requires_grad and masks.requires_grad
 
 
-def test_one_pixel_maps():
+def test_one_pixel_maps(mode):
     """Images of 32×32 pixels have one location at the coarsest scale."""
-    decoder, published = build(), build(PublishedLoop)
+    decoder, original = mode(build()), mode(build(OriginalLoop))
     given = inputs(sizes=((1, 1), (2, 2), (4, 4)))
     outputs = decoder(*given)
     assert torch.isfinite(outputs["pred_masks"]).all()
-    assert_same_outputs(outputs, published(*given))
+    assert_same_outputs(outputs, original(*given))
 
 
-def test_scales_whose_sizes_are_no_multiples():
+def test_scales_whose_sizes_are_no_multiples(mode):
     given = inputs(sizes=((2, 3), (3, 5), (6, 9)))
-    assert_same_outputs(build()(*given), build(PublishedLoop)(*given))
-
-
-@pytest.mark.parametrize(
-    "size", [(8, 12), (4, 6), (2, 3), (2, 6), (1, 1), (16, 24), (5, 7), (20, 24)]
-)
-def test_resize_equals_interpolate(size):
-    """By even factors, which take the short way, and by others."""
-    x = rand(2, 3, 16, 24)
-    expected = nn.functional.interpolate(x, size, mode="bilinear", align_corners=False)
-    torch.testing.assert_close(_resize(x, size), expected, atol=1e-6, rtol=0)
+    assert_same_outputs(mode(build())(*given), mode(build(OriginalLoop))(*given))
 
 
 @pytest.mark.parametrize(
     ("in_channels", "enforce", "projects"), [(C, False, False), (C, True, True), (10, False, True)]
 )
-def test_input_projection(in_channels, enforce, projects):
-    decoder = build(in_channels=in_channels, enforce_input_project=enforce)
+def test_input_projection(mode, in_channels, enforce, projects):
+    decoder = mode(build(in_channels=in_channels, enforce_input_project=enforce))
     assert ("input_proj.0.weight" in decoder.state_dict()) == projects
     outputs = decoder(*inputs(channels=in_channels))
     assert outputs["pred_logits"].shape == (B, Q, 4)
 
 
-def test_gradients():
-    """Every parameter is trained; attention masks themselves carry no gradient."""
-    decoder = build()
+def test_gradients(mode):
+    """Every parameter is trained."""
+    decoder = mode(build())
     scales, mask_features = inputs()
     mask_features.requires_grad_()
     outputs = decoder(scales, mask_features)
@@ -363,8 +239,8 @@ def test_gradients():
     assert mask_features.grad.any()
 
 
-def test_class_loss_alone_leaves_mask_features_untouched():
-    decoder = build()
+def test_class_loss_alone_does_not_reach_mask_features(mode):
+    decoder = mode(build())
     scales, mask_features = inputs()
     mask_features.requires_grad_()
     decoder(scales, mask_features)["pred_logits"].sum().backward()
@@ -373,13 +249,13 @@ def test_class_loss_alone_leaves_mask_features_untouched():
 
 
 def test_old_checkpoints_with_static_query():
-    source, decoder = build(), build(PublishedLoop)
+    source, decoder = build(), build(OriginalLoop)
     state = source.state_dict()
     state["query_feat.weight"] = rand(Q, C, seed=42)
     old = {k.replace("query_feat", "static_query"): v for k, v in state.items()}  # no version
     decoder.load_state_dict(old)
     assert torch.equal(decoder.query_feat.weight, state["query_feat.weight"])
-    # The same inside a model, beside a key of somebody else's.
+    # The same inside a model, beside a key of another module.
     model = nn.ModuleDict({"predictor": build(), "other": nn.Module()})
     model["other"].static_query = nn.Parameter(torch.zeros(1))
     old = {f"predictor.{k}": v for k, v in old.items()}
@@ -391,7 +267,7 @@ def test_old_checkpoints_with_static_query():
     assert torch.equal(decoder.query_feat.weight, source.query_feat.weight)
 
 
-def test_order_of_parameters_is_the_published_one():
+def test_order_of_parameters_is_that_of_the_original():
     """Optimisers number parameters by this order, and store their state by number."""
     keys = list(build().state_dict())
     layer = [k for k in keys if k.startswith("transformer_self_attention_layers.0.")]
@@ -418,7 +294,7 @@ def test_order_of_parameters_is_the_published_one():
     ]
 
 
-def test_initial_weights_follow_the_published_order_of_draws():
+def test_initial_weights_are_drawn_in_the_order_of_the_original():
     """Self-attention, cross-attention and feed-forward of one layer, then the next layer."""
     torch.manual_seed(0)
     decoder = MultiScaleMaskedTransformerDecoder(C, **ARGUMENTS)
@@ -435,8 +311,8 @@ def test_initial_weights_follow_the_published_order_of_draws():
     assert torch.equal(decoder.query_embed.weight, nn.Embedding(Q, C).weight)
 
 
-def test_double_and_autocast():
-    decoder = build()
+def test_double_and_autocast(mode):
+    decoder = mode(build())
     expected = decoder(*inputs())
     scales, mask_features = inputs()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -475,3 +351,36 @@ def test_bad_arguments(tiny_cfg):
     tiny_cfg.MODEL.MASK_FORMER.DEC_LAYERS = 0
     with pytest.raises(ValueError, match="MODEL.MASK_FORMER.DEC_LAYERS=0 must be at least 1"):
         build_transformer_decoder(tiny_cfg, 64)
+
+
+@pytest.mark.parametrize("how", ["class", "instance"])
+def test_patched_prediction_heads_are_called(how, monkeypatch):
+    decoder, calls = build(), []
+    expected = decoder(*inputs())
+    original = MultiScaleMaskedTransformerDecoder.forward_prediction_heads
+
+    def patched(self, *args, **kwargs):
+        calls.append(self)
+        return original(self, *args, **kwargs)
+
+    if how == "class":
+        monkeypatch.setattr(MultiScaleMaskedTransformerDecoder, "forward_prediction_heads", patched)
+    else:
+        decoder.forward_prediction_heads = patched.__get__(decoder)
+    assert_same_outputs(decoder(*inputs()), expected)
+    assert len(calls) == 5
+
+
+def test_hooks_on_attention_fire_in_every_layer():
+    decoder, seen = build(), []
+    expected = decoder(*inputs())
+    for cross, own in zip(
+        decoder.transformer_cross_attention_layers,
+        decoder.transformer_self_attention_layers,
+        strict=True,
+    ):
+        for attention in (cross.multihead_attn, own.self_attn):
+            attention.register_forward_hook(lambda module, args, out: seen.append(out[1].shape))
+    assert_same_outputs(decoder(*inputs()), expected)
+    # Attention maps (B, Q, L), from coarse to fine, and (B, Q, Q).
+    assert seen == [(B, Q, n) for level in (6, 24, 96, 6) for n in (level, Q)]

@@ -1,4 +1,4 @@
-"""Folded convolutions against Detectron2's own."""
+"""Folded convolutions equal Detectron2's, and run as written where somebody touched the norm."""
 
 import copy
 
@@ -8,7 +8,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from mask2former.modeling.backbone.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms
+from mask2former.fast.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms
+from mask2former.utils.twins import run_plain
 
 
 def frozen(channels: int) -> FrozenBatchNorm2d:
@@ -67,8 +68,8 @@ def test_half_precision_with_a_variance_below_its_range():
     assert relative(result.float(), expected) < 1e-2
 
 
-def test_the_models_backbone_is_folded(tiny_cfg):
-    """With the parameters, names and answers of Detectron2's."""
+def test_backbone_of_a_model_is_folded(tiny_cfg):
+    """With the parameters, names and outputs of Detectron2's."""
     torch.manual_seed(0)
     plain = build_backbone(tiny_cfg).eval()
     torch.manual_seed(0)
@@ -94,23 +95,68 @@ def test_the_models_backbone_is_folded(tiny_cfg):
     for a, b in zip(plain.parameters(), folded.parameters(), strict=True):
         assert (a.grad is None) == (b.grad is None)
         assert a.grad is None or relative(b.grad, a.grad) < 1e-12
-    # A change of the norm, as by loading a checkpoint, is seen at once.
+    # A changed norm, as after loading a checkpoint, takes effect at once.
     for module in folded.modules():
         if isinstance(module, FrozenBatchNorm2d):
             module.bias.add_(1.0)
     assert relative(folded(x)["res2"], expected["res2"]) > 0.1
 
 
-def test_folded_weight_is_not_kept_for_backward():
+def test_folded_weight_is_not_saved_for_backward():
     layer = fold_frozen_norms(Conv2d(64, 64, 3, norm=frozen(64)))
-    kept = []
+    saved = []
 
     def pack(x):
-        kept.append(x.shape)
+        saved.append(x.shape)
         return x
 
     x = torch.randn(1, 64, 3, 3, requires_grad=True)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
         layer(x).sum().backward()
-    # The factors of the weight, and nothing of its size.
-    assert kept and max(shape.numel() for shape in kept) == 64
+    # The factors of the weight, but nothing of its size.
+    assert saved and max(shape.numel() for shape in saved) == 64
+
+
+class Negated(FrozenBatchNorm2d):
+    def forward(self, x):
+        return -super().forward(x)
+
+
+def hook(layer):
+    layer.norm.register_forward_hook(lambda module, args, out: -out)
+
+
+def patch(layer):
+    forward = layer.norm.forward
+    layer.norm.forward = lambda x: -forward(x)
+
+
+def replace(layer):
+    norm, layer.norm = layer.norm, Negated(4)
+    layer.norm.load_state_dict(norm.state_dict())
+
+
+@pytest.mark.parametrize("touch", [hook, patch, replace])
+def test_touched_norm_takes_effect(touch):
+    layer = fold_frozen_norms(Conv2d(3, 4, 1, norm=frozen(4)))
+    x = torch.randn(1, 3, 5, 5)
+    expected = -layer(x)
+    touch(layer)
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_patched_class_takes_effect(monkeypatch):
+    layer = fold_frozen_norms(Conv2d(3, 4, 1, norm=frozen(4)))
+    x = torch.randn(1, 3, 5, 5)
+    expected = -layer(x)
+    forward = FrozenBatchNorm2d.forward
+    monkeypatch.setattr(FrozenBatchNorm2d, "forward", lambda self, x: -forward(self, x))
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_plain_modules_are_not_folded(tiny_cfg):
+    layer = run_plain(Conv2d(3, 4, 1, norm=frozen(4)))
+    assert type(fold_frozen_norms(layer)) is Conv2d
+    tiny_cfg.MODEL.FAST = False
+    model = build_model(tiny_cfg)
+    assert not any(isinstance(module, ConvWithFrozenNorm) for module in model.modules())

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from mask2former.modeling.point_sampling import (
-    PointTable,
+from mask2former.fast.point_sampling import (
+    BilinearSampler,
     TargetMasks,
     max_elements,
     sample_uncertain_points,
@@ -30,27 +30,27 @@ SPECIAL = torch.tensor(
 )
 
 
-def test_table_by_hand():
+def test_sampler_by_hand():
     # Between the two pixels of the first row, three quarters of the way to the second.
     maps = torch.tensor([[[1.0, 5.0], [0.0, 0.0]], [[2.0, 2.0], [7.0, 7.0]]])  # (C, H, W)
-    assert PointTable(maps).at(torch.tensor([[0.625, 0.25]])).tolist() == [[4.0, 2.0]]
+    assert BilinearSampler(maps).at(torch.tensor([[0.625, 0.25]])).tolist() == [[4.0, 2.0]]
 
 
 @pytest.mark.parametrize("size", [(5, 9), (1, 1), (1, 7)])
-def test_table_equals_grid_sample(size):
+def test_sampler_equals_grid_sample(size):
     maps, points = random(4, *size), torch.cat((random(60, 2, seed=1), SPECIAL))
     expected = grid_sample(maps[None], points[None])[0].T
-    torch.testing.assert_close(PointTable(maps).at(points), expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(BilinearSampler(maps).at(points), expected, atol=1e-5, rtol=1e-5)
     # Any number of leading dimensions.
     several = points[:66].view(2, 3, 11, 2)
     torch.testing.assert_close(
-        PointTable(maps).at(several), expected[:66].view(2, 3, 11, 4), atol=1e-5, rtol=1e-5
+        BilinearSampler(maps).at(several), expected[:66].view(2, 3, 11, 4), atol=1e-5, rtol=1e-5
     )
 
 
-def test_table_without_gradients_and_in_float32():
+def test_sampler_without_gradients_and_in_float32():
     maps = random(3, 4, 4).bfloat16().requires_grad_()
-    values = PointTable(maps).at(random(5, 2))
+    values = BilinearSampler(maps).at(random(5, 2))
     assert values.dtype == torch.float32 and not values.requires_grad
 
 
@@ -99,8 +99,8 @@ def test_all_or_none_by_uncertainty(ratio):
     torch.manual_seed(0)
     candidates, others = torch.rand(2, 10, 2), torch.rand(2, 10, 2)
     # One candidate per point: with ratio 1 all of them, in another order.
-    wanted = others if ratio == 0 else candidates
-    assert points.sum().item() == pytest.approx(wanted.sum().item())
+    target = others if ratio == 0 else candidates
+    assert points.sum().item() == pytest.approx(target.sum().item())
     assert sample_uncertain_points(logits[:0], 10, 3.0, 0.75).shape == (0, 10, 2)
 
 
@@ -110,7 +110,7 @@ def test_bad_ratios(oversample, ratio):
         sample_uncertain_points(torch.zeros(1, 1, 2, 2), 4, oversample, ratio)
 
 
-def test_limits_by_kind_of_device():
+def test_limits_by_device_type():
     limits = {"cpu": 1, "cuda": 2}
     assert max_elements(limits, torch.device("cpu")) == 1
     assert max_elements(limits, torch.device("cuda", 1)) == 2

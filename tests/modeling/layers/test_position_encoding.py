@@ -1,4 +1,4 @@
-"""Sine position encoding against its formula, and the cache of encodings.
+"""Sine position encoding against its formula, plain and fast.
 
 Shape letters: B batch, D channels of one axis, H W height and width of the map.
 """
@@ -11,10 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mask2former.modeling.transformer_decoder.position_encoding import (
-    _MAX_CACHED_SHAPES,
-    PositionEmbeddingSine,
-)
+from mask2former.modeling.layers import PositionEmbeddingSine
+from mask2former.modeling.transformer_decoder import position_encoding
 
 
 def formula(rows: Tensor, columns: Tensor, num_feats: int, temperature: float) -> Tensor:
@@ -40,9 +38,9 @@ def grid(height: int, width: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("size", [(2, 3), (1, 1), (5, 1)])
-def test_formula(size):
+def test_formula(mode, size):
     rows, columns = grid(*size)
-    layer = PositionEmbeddingSine(4, temperature=100)
+    layer = mode(PositionEmbeddingSine(4, temperature=100))
     out = layer(torch.zeros(2, 7, *size))
     assert out.shape == (2, 8, *size) and out.dtype == torch.float32
     expected = formula(rows, columns, 4, 100)
@@ -50,56 +48,43 @@ def test_formula(size):
 
 
 @pytest.mark.parametrize("scale", [None, 3.0])
-def test_formula_normalised(scale):
+def test_formula_normalised(mode, scale):
     rows, columns = grid(2, 3)
-    layer = PositionEmbeddingSine(6, normalize=True, scale=scale)
+    layer = mode(PositionEmbeddingSine(6, normalize=True, scale=scale))
     length = 2 * math.pi if scale is None else scale
     # The last row and column are at the full length.
     expected = formula(rows / 2 * length, columns / 3 * length, 6, 10000)
     torch.testing.assert_close(layer(torch.zeros(1, 1, 2, 3)), expected, atol=2e-5, rtol=0)
 
 
-def test_by_hand():
+def test_by_hand(mode):
     # One frequency: sine and cosine of the row in {π, 2π}, then of the column, 2π.
-    out = PositionEmbeddingSine(2, normalize=True)(torch.zeros(1, 1, 2, 1))
+    out = mode(PositionEmbeddingSine(2, normalize=True))(torch.zeros(1, 1, 2, 1))
     expected = torch.tensor([[0.0, 0.0], [-1.0, 1.0], [0.0, 0.0], [1.0, 1.0]])
     torch.testing.assert_close(out[0, :, :, 0], expected, atol=2e-5, rtol=0)
 
 
-def test_mask_counts_real_pixels_only():
+def test_mask_counts_real_pixels_only(mode):
     mask = torch.zeros(2, 3, 4, dtype=torch.bool)
     mask[1, 2:] = True
     mask[1, :, 3:] = True
-    layer = PositionEmbeddingSine(4, normalize=True)
+    layer = mode(PositionEmbeddingSine(4, normalize=True))
     out = layer(torch.zeros(2, 1, 3, 4), mask)
-    # An image without padding is encoded as if there were no mask; the other as its real part.
+    # An image without padding is encoded like one without a mask, the other like its real part.
     torch.testing.assert_close(out[0], layer(torch.zeros(1, 1, 3, 4))[0])
     torch.testing.assert_close(out[1, :, :2, :3], layer(torch.zeros(1, 1, 2, 3))[0])
-    assert len(layer._cache) == 2  # masks are not cached
 
 
-def test_cache_is_used_and_bounded():
-    layer = PositionEmbeddingSine(4)
-    first = layer(torch.zeros(1, 1, 3, 5))
-    again = layer(torch.zeros(4, 2, 3, 5))  # the batch does not matter
-    assert again.data_ptr() == first.data_ptr()
-    for height in range(1, 2 * _MAX_CACHED_SHAPES):
-        layer(torch.zeros(1, 1, height, 2))
-        layer(torch.zeros(1, 1, 3, 5))  # kept, as it is always among the last used
-    assert len(layer._cache) == _MAX_CACHED_SHAPES
-    assert layer(torch.zeros(1, 1, 3, 5)).data_ptr() == first.data_ptr()
-
-
-def test_cached_values_do_not_depend_on_what_came_before():
-    layer = PositionEmbeddingSine(4, normalize=True)
+def test_encodings_do_not_depend_on_earlier_calls(mode):
+    layer = mode(PositionEmbeddingSine(4, normalize=True))
     layer(torch.zeros(1, 1, 5, 3))
     for size in ((3, 5), (5, 3)):
-        fresh = PositionEmbeddingSine(4, normalize=True)(torch.zeros(1, 1, *size))
+        fresh = mode(PositionEmbeddingSine(4, normalize=True))(torch.zeros(1, 1, *size))
         assert torch.equal(layer(torch.zeros(1, 1, *size)), fresh)
 
 
-def test_cached_in_inference_mode_then_trained():
-    layer = PositionEmbeddingSine(4)
+def test_used_in_inference_mode_then_trained(mode):
+    layer = mode(PositionEmbeddingSine(4))
     with torch.inference_mode():
         layer(torch.zeros(1, 1, 2, 3))
     x = torch.ones(1, 8, 2, 3, requires_grad=True)
@@ -107,16 +92,16 @@ def test_cached_in_inference_mode_then_trained():
     torch.testing.assert_close(x.grad, layer(x))
 
 
-def test_encoding_is_float32_under_autocast_and_for_doubles():
-    expected = PositionEmbeddingSine(4)(torch.zeros(1, 1, 2, 3))
+def test_encoding_is_float32_under_autocast_and_for_doubles(mode):
+    expected = mode(PositionEmbeddingSine(4))(torch.zeros(1, 1, 2, 3))
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        out = PositionEmbeddingSine(4)(torch.zeros(1, 1, 2, 3, dtype=torch.bfloat16))
+        out = mode(PositionEmbeddingSine(4))(torch.zeros(1, 1, 2, 3, dtype=torch.bfloat16))
     assert torch.equal(out, expected)
-    assert PositionEmbeddingSine(4)(torch.zeros(1, 1, 2, 3).double()).dtype == torch.float32
+    assert mode(PositionEmbeddingSine(4))(torch.zeros(1, 1, 2, 3).double()).dtype == torch.float32
 
 
-def test_no_state_and_copies():
-    layer = PositionEmbeddingSine(4)
+def test_copies_and_empty_state_dict(mode):
+    layer = mode(PositionEmbeddingSine(4))
     expected = layer(torch.zeros(1, 1, 2, 3))
     assert not layer.state_dict() and not list(layer.parameters())
     for duplicate in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
@@ -126,3 +111,7 @@ def test_no_state_and_copies():
 def test_bad_arguments():
     with pytest.raises(ValueError, match="scale=2.0 has no effect unless normalize=True"):
         PositionEmbeddingSine(4, scale=2.0)
+
+
+def test_old_import_path():
+    assert position_encoding.PositionEmbeddingSine is PositionEmbeddingSine
