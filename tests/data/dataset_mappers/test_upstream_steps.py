@@ -1,8 +1,4 @@
-<<<<<<<< HEAD:tests/data/dataset_mappers/test_original_steps.py
-"""The five mappers against the original's steps: full-size arrays, one boolean mask per target."""
-========
 """The five mappers against the original's steps: full-size arrays, a boolean mask per target."""
->>>>>>>> wt-tools:tests/data/dataset_mappers/test_upstream_steps.py
 
 import copy
 import random
@@ -32,20 +28,12 @@ SIZES = [(48, 64), (70, 33), (7, 9)]
 
 
 def make_record(folder, size: tuple[int, int], num_objects: int, seed: int) -> dict:
-<<<<<<<< HEAD:tests/data/dataset_mappers/test_original_steps.py
-    """Noise image with blocks of labels and segments, void, crowds and overlapping objects."""
-========
     """A noise image with blocks of labels and segments, void, crowds and overlapping objects."""
->>>>>>>> wt-tools:tests/data/dataset_mappers/test_upstream_steps.py
     rng = np.random.default_rng(seed)
     height, width = size
     blocks = rng.integers(0, 9, (height // 6 + 1, width // 6 + 1))
     labels = np.kron(blocks, np.ones((6, 6), dtype=int))[:height, :width]
-<<<<<<<< HEAD:tests/data/dataset_mappers/test_original_steps.py
-    labels[0, 0] = 0  # a segment of one pixel, unless block 0 occurs elsewhere
-========
     labels[0, 0] = 0  # a one-pixel segment, unless its class has another block
->>>>>>>> wt-tools:tests/data/dataset_mappers/test_upstream_steps.py
     files = {key: str(folder / f"{key}.png") for key in ("image", "semantic", "panoptic")}
     pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
     Image.fromarray(pixels).save(files["image"])
@@ -80,18 +68,6 @@ def make_record(folder, size: tuple[int, int], num_objects: int, seed: int) -> d
 
 def record_for(name: str, record: dict) -> dict:
     keys = {"instance": ["annotations"], "panoptic": ["pan_seg_file_name", "segments_info"]}
-<<<<<<<< HEAD:tests/data/dataset_mappers/test_original_steps.py
-    selected = ["file_name", *next((v for k, v in keys.items() if k in name), [])]
-    if name in ("mask_former_panoptic", "mask_former_semantic"):
-        selected.append("sem_seg_file_name")
-    return {key: record[key] for key in selected}
-
-
-def expected_sample(
-    name: str, record: dict, augmentations: list, padded_size: int
-) -> dict[str, torch.Tensor]:
-    """The expected sample, from Detectron2's own steps and N full-size masks."""
-========
     used = ["file_name", *next((v for k, v in keys.items() if k in name), [])]
     if name in ("mask_former_panoptic", "mask_former_semantic"):
         used.append("sem_seg_file_name")
@@ -102,7 +78,6 @@ def upstream_sample(
     name: str, record: dict, augmentations: list, padded_size: int
 ) -> dict[str, torch.Tensor]:
     """The expected sample, from Detectron2's functions and N full-size masks."""
->>>>>>>> wt-tools:tests/data/dataset_mappers/test_upstream_steps.py
     image = utils.read_image(record["file_name"], "RGB")
     sem_seg = None
     if "sem_seg_file_name" in record:
@@ -164,11 +139,7 @@ def record_size(record: dict) -> tuple[int, int]:
 @pytest.mark.parametrize("num_objects", [0, 1, 30])
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("name", NAMES)
-<<<<<<<< HEAD:tests/data/dataset_mappers/test_original_steps.py
-def test_same_as_original(name, size, num_objects, cfg, tmp_path):
-========
 def test_same_as_upstream(name, size, num_objects, cfg, tmp_path):
->>>>>>>> wt-tools:tests/data/dataset_mappers/test_upstream_steps.py
     cfg.INPUT.DATASET_MAPPER_NAME = name
     cfg.INPUT.RANDOM_FLIP = "horizontal"
     cfg.INPUT.IMAGE_SIZE, cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE = 80, 0.2, 2.0
@@ -185,11 +156,7 @@ def test_same_as_upstream(name, size, num_objects, cfg, tmp_path):
         record = record_for(name, make_record(tmp_path, size, num_objects, seed))
         random.seed(seed)
         np.random.seed(seed)
-<<<<<<<< HEAD:tests/data/dataset_mappers/test_original_steps.py
-        expected = expected_sample(name, record, mapper.tfm_gens, padded_size)
-========
         expected = upstream_sample(name, record, mapper.tfm_gens, padded_size)
->>>>>>>> wt-tools:tests/data/dataset_mappers/test_upstream_steps.py
         draws = random.random(), np.random.rand()
         random.seed(seed)
         np.random.seed(seed)
