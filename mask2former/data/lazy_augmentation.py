@@ -206,7 +206,7 @@ def _resize_crop_labels(
 def _nearest(size: int, new_size: int, dtype: np.dtype) -> np.ndarray:
     """Source index of each of `new_size` pixels when a row of `size` is resized, (new_size,) int64.
 
-    Found by resizing the indices, since Detectron2 picks other pixels for uint8 than for float64.
+    Computed by resizing indices, since Detectron2 picks other pixels for uint8 than for float64.
     """
     resize = T.ResizeTransform(1, size, 1, new_size)
     positions = np.arange(size)
