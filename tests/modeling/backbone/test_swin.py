@@ -380,7 +380,7 @@ def test_window_12():
     assert all(f.is_contiguous() for f in features.values())
 
 
-def test_images_of_a_batch_do_not_see_each_other():
+def test_images_of_a_batch_are_independent():
     model = small_swin().eval()
     images = torch.randn(3, 3, *ODD_SIZE)
     together = model(images)
@@ -453,7 +453,7 @@ def test_checkpointed_blocks_keep_their_image_size():
         torch.testing.assert_close(checkpointed, plain)
 
 
-# --- what forks of the original build on
+# --- calls and attributes that forks of the original rely on
 
 
 def test_every_module_is_called():
