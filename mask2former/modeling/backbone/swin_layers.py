@@ -11,6 +11,7 @@ per head.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -395,7 +396,8 @@ class BasicLayer(nn.Module):
         if self.shift_size and self.depth > 1:
             padded = H + -H % self.window_size, W + -W % self.window_size
             mask = _shifted_window_mask(*padded, self.window_size, self.shift_size, x.device)
-        for block in self.blocks:
+        blocks: Any = self.blocks
+        for block in blocks:
             block.H, block.W = H, W
             if self.use_checkpoint and torch.is_grad_enabled():
                 x = checkpoint(_run_block, block, x, H, W, mask, use_reentrant=False)
