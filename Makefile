@@ -1,33 +1,33 @@
 # Set-up, checks and the first run. Needs Python 3.10 or newer and make; `make` alone lists the
 # commands.
 #
-# VENV    the environment to create and use. Empty (`make test VENV=`): the active Python
-#         environment; only what is missing is installed, nothing in it changes version.
-# PYTHON  the interpreter to create it with, or the active one where VENV is empty.
+# VENV    the environment to create and use. Empty (`make test VENV=`): use the active Python
+#         environment; only missing packages are installed, no installed one changes version.
+# PYTHON  the interpreter to create it with, or the active one if VENV is empty.
 VENV ?= .venv
 PYTHON ?= python3
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-# Two pip processes must not work on one environment.
+# Two pip processes must not modify one environment at the same time.
 .NOTPARALLEL:
 
-# $(call check_python,interpreter,what to do about it)
+# $(call check_python,interpreter,remedy)
 define check_python
 @$(1) -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1 || { \
 	found=$$($(1) -c 'import platform; print(platform.python_version())' 2>/dev/null); \
-	echo "error: Python 3.10 or newer is needed, and '$(1)' is $${found:-missing or broken}. $(2)" >&2; \
+	echo "error: Python 3.10 or newer is needed, but '$(1)' is $${found:-missing or broken}. $(2)" >&2; \
 	exit 1; }
 endef
 
 ifneq ($(strip $(VENV)),)
-# Stamps: a step is repeated when what it installs has changed, or when it did not come to its end.
+# Stamps: a step is repeated if its inputs have changed or if it did not finish.
 PY := $(VENV)/bin/python
 CREATED := $(VENV)/.stamp-created
 RUNTIME := $(VENV)/.stamp-runtime
 DEV := $(VENV)/.stamp-dev
 PROJECT := $(VENV)/.stamp-project
-# The stamp of the project holds the name of the library, where one was built.
+# The project stamp holds the name of the library, if one was built.
 LIBRARY := mask2former/_C.abi3.so
 LIBRARY_GONE := $(filter-out $(wildcard $(LIBRARY)),$(shell cat $(PROJECT) 2>/dev/null))
 SOURCES := $(wildcard mask2former/csrc/*.* mask2former/csrc/*/*.*)
@@ -40,7 +40,7 @@ $(CREATED):
 		exit 1; }
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
 		echo "[setup] creating $(VENV)"; $(PYTHON) -m venv $(VENV); } || { \
-		echo "error: $(VENV) cannot be created; if it is a broken environment, remove it" >&2; \
+		echo "error: $(VENV) cannot be created; if it is broken, remove it" >&2; \
 		exit 1; }
 	$(call check_python,$(PY),Remove $(VENV) and repeat)
 	@touch $@
@@ -71,7 +71,7 @@ PROJECT := active-project
 active-python:
 	$(call check_python,$(PY),Activate another environment or name one: make VENV= PYTHON=/path/to/python3.11)
 	@$(PY) -m pip --version >/dev/null 2>&1 || { \
-		echo "error: '$(PY)' has no pip, which finds and installs what is missing;" \
+		echo "error: '$(PY)' has no pip to install missing packages;" \
 			"try: $(PY) -m ensurepip" >&2; \
 		exit 1; }
 
@@ -86,13 +86,13 @@ endif
 help:
 	@echo 'make quickstart  train on the Shapes data, evaluate, write pictures to output/quickstart'
 	@echo 'make test        run the tests'
-	@echo 'make lint        check style'
-	@echo 'make format      put the code into the style that lint checks'
-	@echo 'make env         only set up what the other commands need'
+	@echo 'make lint        check style and types'
+	@echo 'make format      format the code'
+	@echo 'make env         only set up the environment'
 	@echo
-	@echo 'Each command first sets up what is missing in .venv. VENV=DIR: in that folder instead.'
-	@echo 'VENV= (empty): in the active Python environment, keeping what is installed there.'
-	@echo 'PYTHON=python3.11: with that interpreter.'
+	@echo 'Each command first sets up what is missing in .venv, or in DIR with VENV=DIR.'
+	@echo 'VENV= (empty): use the active Python environment and keep its installed versions.'
+	@echo 'PYTHON=python3.11: use that interpreter.'
 
 env: $(RUNTIME) $(DEV) $(PROJECT)
 
@@ -102,9 +102,10 @@ quickstart: $(RUNTIME) $(PROJECT)
 test: $(RUNTIME) $(DEV) $(PROJECT)
 	$(PY) -m pytest
 
-lint: $(DEV)
+lint: $(RUNTIME) $(DEV)
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
+	$(PY) -m mypy
 
 format: $(DEV)
 	$(PY) -m ruff check --fix .

@@ -1,17 +1,17 @@
-"""Builds mask2former: the library of its operators; what is only declared is in pyproject.toml.
+"""Builds the operator library of mask2former; static metadata is in pyproject.toml.
 
-One file, `mask2former/_C.abi3.so`, serves every torch from 2.11 on and every Python: it uses the
-LibTorch stable ABI and nothing of Python, and `mask2former.ops` loads it by path. torch is not
-imported, only its folder is used: the environment's own, also under pip's build isolation; where
-there is none, an isolated build fetches one.
+One file, `mask2former/_C.abi3.so`, works with any torch from 2.11 on and any Python: it uses the
+LibTorch stable ABI and no Python API, and `mask2former.ops` loads it by path. The build uses the
+folder of the environment's torch without importing it, even under pip's build isolation. If the
+environment has no torch, an isolated build downloads one.
 
 Environment variables:
-    CXX                   the C++ compiler (also of nvcc), instead of c++, g++ or clang++
-    CXXFLAGS, LDFLAGS     are added
-    FORCE_CUDA            1: CUDA kernels are needed; 0: leave them out; else: where nvcc is found
-    CUDA_HOME, CUDA_PATH  the CUDA toolkit, instead of that of nvcc on the PATH or /usr/local/cuda
-    TORCH_CUDA_ARCH_LIST  compute capabilities such as "8.0;9.0a;12.0+PTX", instead of the main ones
-    MAX_JOBS              how many files to compile at a time, instead of one for every CPU
+    CXX                   C++ compiler, also for nvcc (default: c++, g++ or clang++)
+    CXXFLAGS, LDFLAGS     extra flags
+    FORCE_CUDA            1: require CUDA kernels; 0: leave them out; unset: build if nvcc is found
+    CUDA_HOME, CUDA_PATH  CUDA toolkit (default: that of nvcc on the PATH, or /usr/local/cuda)
+    TORCH_CUDA_ARCH_LIST  compute capabilities such as "8.0;9.0a;12.0+PTX" (default: the main ones)
+    MAX_JOBS              number of parallel compile jobs (default: one per CPU)
     MASK2FORMER_NO_OP     1: install without the library
 """
 
@@ -31,7 +31,7 @@ from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 from setuptools.errors import CompileError, SetupError
 
-# setuptools runs this file in its own folder.
+# setuptools runs this file from the folder it is in.
 CSRC = Path("mask2former", "csrc")
 LIBRARY = Path("mask2former", "_C.abi3.so")
 OBJECTS = Path("build", "csrc")
@@ -45,7 +45,7 @@ NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler=-fPIC,-fvisibility=hidden,-Wall,-
 
 MIN_CUDA_MAJOR = 7
 # Compute capability 11.0 is one embedded board; TORCH_CUDA_ARCH_LIST can name it.
-LEFT_OUT_CUDA_MAJOR = 11
+SKIPPED_CUDA_MAJOR = 11
 
 WITHOUT_OP = "MASK2FORMER_NO_OP=1 installs without the compiled operators"
 WITHOUT_CUDA = "FORCE_CUDA=0 builds without CUDA kernels"
@@ -56,10 +56,10 @@ def say(text: str) -> None:
 
 
 def read_switch(name: str) -> bool | None:
-    """The value of an environment variable that is 1, 0 or not set.
+    """Read an environment variable that is 1, 0 or not set.
 
     Raises:
-        SetupError: it is something else.
+        SetupError: it has another value.
     """
     value = os.environ.get(name, "")
     if value not in ("", "0", "1"):
@@ -75,38 +75,38 @@ def find_sources(*suffixes: str) -> list[Path]:
     return sorted(path for path in CSRC.rglob("*") if path.suffix in suffixes)
 
 
-# ---------------------------------------------------------------- what there is to build with
+# ---------------------------------------------------------------- compilers and torch
 
 
 def find_compiler() -> list[str] | None:
-    """The command of the C++ compiler, or None where there is none.
+    """Return the command of the C++ compiler, or None without one.
 
     Raises:
-        SetupError: CXX names one that is not there.
+        SetupError: CXX names a compiler that does not exist.
     """
     named = read_flags("CXX")
     if named:
         if shutil.which(named[0]) is None:
-            raise SetupError(f"CXX={os.environ['CXX']}: there is no such compiler")
+            raise SetupError(f"CXX={os.environ['CXX']}: compiler not found")
         return named
     return next(([name] for name in ("c++", "g++", "clang++") if shutil.which(name)), None)
 
 
 def why_no_library() -> str | None:
-    """The reason why the library is not built, None if it is."""
+    """Return why the library is not built, or None if it is."""
     if read_switch("MASK2FORMER_NO_OP"):
         return "MASK2FORMER_NO_OP=1"
     if os.name != "posix":
         return f"not supported on {sys.platform}"
     if find_compiler() is None:
-        return "no C++ compiler was found ($CXX, c++, g++, clang++)"
+        return "no C++ compiler found ($CXX, c++, g++, clang++)"
     return None
 
 
 def find_torch() -> Path | None:
-    """The folder of the torch package: one that can be imported, else the environment's own.
+    """Return the folder of the torch package: the importable one, else the environment's.
 
-    The second is for isolated builds, which hide the packages of the environment that they are for.
+    The latter is for isolated builds, which cannot import the packages of their target environment.
     """
     spec = importlib.util.find_spec("torch")
     folders = list(spec.submodule_search_locations or []) if spec else []
@@ -115,10 +115,10 @@ def find_torch() -> Path | None:
 
 
 def check_torch(folder: Path | None) -> Path:
-    """Returns the folder, if it holds a torch to build with.
+    """Return the folder if its torch is usable.
 
     Raises:
-        SetupError: there is none, or it is too old.
+        SetupError: torch is missing or too old.
     """
     needed = "torch>={}.{}".format(*MIN_TORCH)
     if folder is None:
@@ -126,39 +126,39 @@ def check_torch(folder: Path | None) -> Path:
     text = (folder / "version.py").read_text()
     version = re.search(r"^__version__ = ['\"]((\d+)\.(\d+)[^'\"]*)", text, re.M)
     if version is None:
-        raise SetupError(f"{folder / 'version.py'} does not say which torch it is")
+        raise SetupError(f"{folder / 'version.py'} has no torch version")
     if (int(version[2]), int(version[3])) < MIN_TORCH:
         raise SetupError(f"{needed} is needed, {folder} is torch {version[1]}: upgrade it first")
     return folder
 
 
 def find_nvcc() -> Path | None:
-    """nvcc, or None where CUDA kernels are not to be built.
+    """Return nvcc, or None if CUDA kernels are not built.
 
     Raises:
-        SetupError: FORCE_CUDA=1 asks for them and nvcc is not found.
+        SetupError: FORCE_CUDA=1, but nvcc is not found.
     """
-    wanted = read_switch("FORCE_CUDA")
-    if wanted is False:
+    force_cuda = read_switch("FORCE_CUDA")
+    if force_cuda is False:
         return None
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     on_path = shutil.which("nvcc")
     if home:
         nvcc = Path(home, "bin", "nvcc")
     elif on_path:
-        # nvcc looks for its toolkit beside itself, which a link on the PATH is not.
+        # Resolve links: nvcc looks for its toolkit beside itself.
         nvcc = Path(on_path).resolve()
     else:
         nvcc = Path("/usr/local/cuda/bin/nvcc")
     if os.access(nvcc, os.X_OK):
         return nvcc
-    if wanted:
-        raise SetupError(f"FORCE_CUDA=1, but there is no {nvcc}: set CUDA_HOME or the PATH")
+    if force_cuda:
+        raise SetupError(f"FORCE_CUDA=1, but {nvcc} does not exist: set CUDA_HOME or PATH")
     return None
 
 
 def ask_nvcc(nvcc: Path, *options: str) -> str:
-    """What nvcc prints; some of it goes to stderr.
+    """Return the output of nvcc, part of which goes to stderr.
 
     Raises:
         CompileError: nvcc fails.
@@ -175,22 +175,22 @@ def ask_nvcc(nvcc: Path, *options: str) -> str:
 
 
 def choose_architectures(known: set[tuple[int, int]]) -> list[str]:
-    """The compute capabilities to compile for, such as ["8.0", "9.0+PTX"].
+    """Return the compute capabilities to compile for, such as ["8.0", "9.0+PTX"].
 
-    Those of TORCH_CUDA_ARCH_LIST, else the lowest of each generation, whose code the others of the
-    generation run too, and PTX for what comes after the last.
+    TORCH_CUDA_ARCH_LIST if set. Otherwise the lowest of each generation, whose code the rest of the
+    generation can run, and PTX of the last one for later generations.
 
     Args:
-        known: major and minor number of what nvcc can compile for.
+        known: (major, minor) that nvcc can compile for.
 
     Raises:
-        SetupError: TORCH_CUDA_ARCH_LIST cannot be read or has something that nvcc does not know.
+        SetupError: TORCH_CUDA_ARCH_LIST is invalid or names something that nvcc does not support.
     """
     chosen = re.split(r"[;,\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip(" ;,"))
     if chosen == [""]:
         lowest: dict[int, int] = {}
         for major, minor in sorted(known):
-            if major >= MIN_CUDA_MAJOR and major != LEFT_OUT_CUDA_MAJOR:
+            if major >= MIN_CUDA_MAJOR and major != SKIPPED_CUDA_MAJOR:
                 lowest.setdefault(major, minor)
         return [f"{major}.{minor}" for major, minor in lowest.items()][:-1] + [
             "{}.{}+PTX".format(*max(lowest.items()))
@@ -203,14 +203,14 @@ def choose_architectures(known: set[tuple[int, int]]) -> list[str]:
             )
         if (int(match[1]), int(match[2])) not in known:
             names = " ".join(f"{major}.{minor}" for major, minor in sorted(known))
-            raise SetupError(f"TORCH_CUDA_ARCH_LIST: {text} is not among those of nvcc: {names}")
+            raise SetupError(f"TORCH_CUDA_ARCH_LIST: nvcc does not support {text}, only {names}")
     return chosen
 
 
 def read_known_architectures(listing: str) -> set[tuple[int, int]]:
-    """Reads `nvcc --list-gpu-arch`: compute_90 is (9, 0)."""
-    found = re.findall(r"^compute_(\d+)(\d)$", listing, re.M)
-    return {(int(major), int(minor)) for major, minor in found}
+    """Parse `nvcc --list-gpu-arch`: compute_90 is (9, 0)."""
+    matches = re.findall(r"^compute_(\d+)(\d)$", listing, re.M)
+    return {(int(major), int(minor)) for major, minor in matches}
 
 
 def architecture_flags(architectures: list[str]) -> list[str]:
@@ -227,12 +227,12 @@ def architecture_flags(architectures: list[str]) -> list[str]:
 
 
 def run_compiler(target: Path, inputs: list[Path], command: list[str], hint: str) -> None:
-    """Runs a command that makes `target`, unless it has been made so from the same inputs.
+    """Run a command that builds `target`, unless target is up to date with inputs and command.
 
     Raises:
-        CompileError: the command fails; its own message is printed before.
+        CompileError: the command failed and has printed its message.
     """
-    # Written only after the target: without it the target may be half a file.
+    # Written after the target: without it, the target may be incomplete.
     record = target.with_name(f"{target.name}.command")
     text = shlex.join(command)
     if target.exists() and record.exists() and record.read_text() == text:
@@ -242,7 +242,7 @@ def run_compiler(target: Path, inputs: list[Path], command: list[str], hint: str
     record.unlink(missing_ok=True)
     target.parent.mkdir(parents=True, exist_ok=True)
     result = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    # In one piece, since several compilers run at a time.
+    # A single print, since several compilers run in parallel.
     print(f"{text}\n{result.stdout}", end="", flush=True)
     if result.returncode != 0:
         raise CompileError(f"{target.name} could not be built, see the message above.\n{hint}.")
@@ -250,7 +250,7 @@ def run_compiler(target: Path, inputs: list[Path], command: list[str], hint: str
 
 
 def build_library(compiler: list[str], torch: Path, nvcc: Path | None) -> Path:
-    """Compiles and links what has changed and returns the library."""
+    """Compile and link what has changed; return the library."""
     include = ["-isystem", str(torch / "include")]
     jobs = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
     headers = find_sources(".h", ".cuh")
@@ -263,20 +263,20 @@ def build_library(compiler: list[str], torch: Path, nvcc: Path | None) -> Path:
     if nvcc is not None:
         known = read_known_architectures(ask_nvcc(nvcc, "--list-gpu-arch"))
         architectures = choose_architectures(known)
-        say(f"CUDA kernels with {nvcc} for {' '.join(architectures)}")
-        # The longest jobs first.
+        say(f"building CUDA kernels with {nvcc} for {' '.join(architectures)}")
+        # Start the longest jobs first.
         sources = find_sources(".cu") + sources
         cxx += ["-DUSE_CUDA", f'-DMASK2FORMER_CUDA_ARCHITECTURES="{" ".join(architectures)}"']
         nvcc_command = [str(nvcc), *NVCC_FLAGS, *DEFINES, "-DUSE_CUDA", *include]
         nvcc_command += [f"--threads={jobs}"]
         if not os.environ.get("NVCC_CCBIN"):  # nvcc's own name for the host compiler
-            # Neither ccache before it nor options after it.
+            # Only the compiler itself: no ccache before it, no options after it.
             nvcc_command += ["-ccbin", [word for word in compiler if word[0] != "-"][-1]]
         nvcc_command += architecture_flags(architectures)
         libraries += cuda_runtime_flags(nvcc)
         hints[".cu"] = f"CXX names another host compiler, {WITHOUT_CUDA}, {WITHOUT_OP}"
     else:
-        say("without CUDA kernels (FORCE_CUDA=0, or nvcc was not found)")
+        say("building without CUDA kernels (FORCE_CUDA=0, or nvcc not found)")
 
     commands = []
     for source in sources:
@@ -290,8 +290,8 @@ def build_library(compiler: list[str], torch: Path, nvcc: Path | None) -> Path:
     objects = [target for target, *_ in commands]
     library = OBJECTS / LIBRARY.name
     if sys.platform == "linux":
-        # libtorch brings libtorch_cpu and, in a CUDA build of torch, libtorch_cuda with the one
-        # symbol of it that is used; nothing here names it, so it has to be kept on purpose.
+        # Keep the dependency on libtorch, although none of its own symbols is used: it loads
+        # libtorch_cpu and, in a CUDA build of torch, libtorch_cuda, which has a symbol we use.
         link += ["-Wl,--no-as-needed,--no-undefined,--exclude-libs,ALL"]
     command = [*link, *map(str, objects), "-o", str(library), *libraries, *read_flags("LDFLAGS")]
     run_compiler(library, objects, command, WITHOUT_OP)
@@ -299,18 +299,18 @@ def build_library(compiler: list[str], torch: Path, nvcc: Path | None) -> Path:
 
 
 def cuda_runtime_flags(nvcc: Path) -> list[str]:
-    """Links the CUDA runtime into the library: the CUDA of torch may be another one, or none."""
+    """Return flags to link CUDA statically: torch may use another CUDA version, or none."""
     report = ask_nvcc(nvcc, "--dryrun", "-c", str(find_sources(".cu")[0]))
-    folders = re.search(r"^#\$ LIBRARIES=(.*)$", report, re.M)
-    folders = shlex.split(folders[1]) if folders else []
+    match = re.search(r"^#\$ LIBRARIES=(.*)$", report, re.M)
+    folders = shlex.split(match[1]) if match else []
     return [*folders, "-lcudart_static", "-lrt", "-ldl", "-lpthread"]
 
 
-# ---------------------------------------------------------------- commands of setuptools
+# ---------------------------------------------------------------- setuptools commands
 
 
 class BuildLibrary(build_ext):
-    """Puts the library where setuptools expects an extension module."""
+    """Build the library where setuptools expects an extension module."""
 
     def get_ext_filename(self, fullname: str) -> str:
         # The same name for every Python.
@@ -329,10 +329,10 @@ class BuildLibrary(build_ext):
 
 
 class BuildWithoutLibrary(build_py):
-    """Says why there is no library, and removes one that an editable install left."""
+    """Print why the library is not built; remove one left by an editable install."""
 
     def run(self) -> None:
-        say(f"without compiled operators, their PyTorch formulation will run: {why_no_library()}")
+        say(f"no compiled operators, their PyTorch formulation will run: {why_no_library()}")
         if self.editable_mode:
             LIBRARY.unlink(missing_ok=True)
         super().run()
@@ -346,13 +346,13 @@ def main() -> None:
     if not with_library:
         setup(cmdclass={"build_py": BuildWithoutLibrary})
         return
-    # A free-threaded Python has no limited API; its wheel gets that Python's tag.
+    # A free-threaded Python has no limited API, so its wheel is tagged for that Python.
     has_limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
     setup(
         ext_modules=[Extension("mask2former._C", sources=[], py_limited_api=has_limited_api)],
         cmdclass={"build_ext": BuildLibrary},
         options={"bdist_wheel": {"py_limited_api": MIN_PYTHON}} if has_limited_api else {},
-        # Only an isolated build without any torch installs this, for itself alone.
+        # Only an isolated build without any torch installs this, in its own environment.
         setup_requires=[] if find_torch() else ["torch>={}.{}".format(*MIN_TORCH)],
     )
 

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
-"""Writes ADE20K full (847 classes) as `ade20k_full_sem_seg_{train,val}` reads it.
+"""Writes images and labels of ADE20K full (847 classes) for `ade20k_full_sem_seg_{train,val}`.
 
     python datasets/prepare_ade20k_full_sem_seg.py [--root DIR]
 
-ADE20K_2021_17_01/ keeps images and `_seg.png` files in one folder a scene; their red and green
-channels encode one of about 3,000 object classes. ADE20K_2021_17_01/annotations_detectron2/ then
-has 16-bit TIFFs with the 847 most frequent classes as 0 to 846, and 65535 elsewhere;
-images_detectron2/ has the images in one folder a split (hard links, so they take no space).
+Input: ADE20K_2021_17_01/ with one folder per scene, which holds images and `_seg.png` files. Their
+red and green channels encode one of about 3,000 object classes.
+Output: ADE20K_2021_17_01/annotations_detectron2/ with 16-bit TIFFs, the 847 most frequent classes
+as 0 to 846 and 65535 elsewhere; images_detectron2/ with one folder of images per split (hard links,
+which take no space).
 """
 
 import argparse
@@ -31,18 +32,18 @@ from prepare_common import (
 SPLITS = ("training", "validation")
 IGNORE_LABEL = 65535
 EXPECTED = (
-    "the folder ADE20K_2021_17_01 of the full data set, which "
-    "https://ade20k.csail.mit.edu/ sends after a registration."
+    "the folder ADE20K_2021_17_01 of the full data set, available after registration at "
+    "https://ade20k.csail.mit.edu/."
 )
 
 
 def object_classes(segmentation: np.ndarray) -> np.ndarray:
-    """Returns the class index (H, W) of a `_seg.png` (H, W, 3): 256 * (R // 10) + G; 0 is none."""
+    """Returns the class (H, W) of a `_seg.png` (H, W, 3): 256 * (R // 10) + G; 0 is unlabelled."""
     return segmentation[..., 0].astype(np.int32) // 10 * 256 + segmentation[..., 1]
 
 
 def label_table() -> np.ndarray:
-    """Returns the uint16 label of each class index."""
+    """Returns the uint16 label of each class."""
     table = np.full(26 * 256, IGNORE_LABEL, np.uint16)
     for category in load_categories("ade20k_full_847"):
         table[category["id"]] = category["trainId"]
@@ -56,7 +57,8 @@ def convert(task: tuple[Path, Path, Path, bool]) -> bool:
     """Writes the labels of one image and links the image.
 
     Args:
-        task: image, target of the image, target of the labels, whether to replace complete targets.
+        task: image, target of the image, target of the labels, whether to overwrite complete
+            targets.
 
     Returns:
         Whether they were written.
@@ -73,7 +75,7 @@ def convert(task: tuple[Path, Path, Path, bool]) -> bool:
     source = image.with_name(f"{image.stem}_seg.png")
     segmentation = read_array(source)
     if segmentation.dtype != np.uint8 or segmentation.ndim != 3:
-        raise ValueError(f"{source} is no segmentation of ADE20K: expected RGB of 8 bits.")
+        raise ValueError(f"{source} is not a segmentation of ADE20K: expected RGB of 8 bits.")
     check_size(segmentation, size, source, image)
     save_image(TABLE[object_classes(segmentation)], label_target)
     link_or_copy(image, image_target)

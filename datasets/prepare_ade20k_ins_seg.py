@@ -1,11 +1,12 @@
 #!/usr/bin/env python3
-"""Writes ADE20K's instance annotations (100 things) as `ade20k_instance_{train,val}` reads them.
+"""Writes the instance annotations of ADE20K (100 things) for `ade20k_instance_{train,val}`.
 
     python datasets/prepare_ade20k_ins_seg.py [--root DIR]
 
-The PNGs of ADEChallengeData2016/annotations_instance/ have the class (1 to 100) in the red channel
-and the number of the object in the green one. ADEChallengeData2016/ade20k_instance_{train,val}.json
-then is in COCO's format: RLE masks, and class ids of the 150 classes from 0 (bed is 7).
+Input: PNGs in ADEChallengeData2016/annotations_instance/ with the class (1 to 100) in the red
+channel and the number of the object in the green channel.
+Output: ADEChallengeData2016/ade20k_instance_{train,val}.json in COCO format, with RLE masks and the
+ids 0 to 149 of the 150 classes (bed is 7).
 """
 
 import argparse
@@ -28,14 +29,14 @@ from pycocotools import mask as mask_util
 
 
 def annotate(task: tuple[Path, Path]) -> tuple[dict, list[dict]]:
-    """Returns an image's entry in the JSON and its annotations, which have no id yet.
+    """Returns the JSON entry of an image and its annotations, still without ids.
 
     Args:
         task: image, instance PNG.
 
     Raises:
-        FileNotFoundError: there is no PNG.
-        ValueError: it is damaged or does not fit the image.
+        FileNotFoundError: the PNG does not exist.
+        ValueError: it is damaged or does not match the image.
     """
     image, source = task
     entry = image_entry(image)
@@ -67,7 +68,7 @@ def prepare(args: argparse.Namespace) -> None:
             continue
         tasks = [(image, sources / f"{image.stem}.png") for image in images]
         results = process(annotate, tasks, f"ade20k instance {split}", args.workers)
-        annotations = [annotation for _, found in results for annotation in found]
+        annotations = [annotation for _, per_image in results for annotation in per_image]
         for number, annotation in enumerate(annotations, start=1):
             annotation["id"] = number
         content = {

@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Writes ADE20K's panoptic annotations (150 classes) as `ade20k_panoptic_{train,val}` reads them.
+"""Writes the panoptic annotations of ADE20K (150 classes) for `ade20k_panoptic_{train,val}`.
 
     python datasets/prepare_ade20k_pan_seg.py [--root DIR]
 
-Stuff comes from ADEChallengeData2016/annotations/, the 100 things from annotations_instance/ and
-are pasted over the stuff. ADEChallengeData2016/ade20k_panoptic_{train,val}/ then has COCO panoptic
-PNGs, ade20k_panoptic_{train,val}.json their segments. Class ids are 0 to 149.
+Input: stuff from ADEChallengeData2016/annotations/; the 100 things from annotations_instance/,
+which are pasted over the stuff.
+Output: COCO panoptic PNGs in ADEChallengeData2016/ade20k_panoptic_{train,val}/ and their segments
+in ade20k_panoptic_{train,val}.json. Class ids are 0 to 149.
 
-The validation truth is as in the original release, so that PQ can be compared: `area` and `bbox` of
-stuff are those before things are pasted, stuff that things hide altogether stays in the JSON, and
-"road, route" and "skyscraper", which have one colour in the class table, have one segment id.
-Training needs segments that can be told apart: there hidden stuff is left out, and of two stuff
-classes with one colour the second gets another. Colours of things are drawn at random, the same in
-each run.
+Validation annotations equal those of the original release, so that PQ is comparable: `area` and
+`bbox` of stuff are computed before things are pasted, hidden stuff stays in the JSON, and
+"road, route" and "skyscraper", which share a colour in the class table, share a segment id.
+Training needs distinct segments, so hidden stuff is dropped, and the second of two stuff classes of
+the same colour gets another one. Random colours of things are the same in every run.
 """
 
 import argparse
@@ -49,7 +49,7 @@ EXPECTED = (
 )
 
 CATEGORIES = load_categories("ade20k_150")
-# Class in the instance PNGs, from 1 → class of the 150, from 0.
+# Class in the instance PNGs, from 1 → index among the 150 classes, from 0.
 THING_IDS = {
     row["instance_id"]: row["scene_parse_150_id"] - 1
     for row in load_categories("ade20k_instance_to_150")
@@ -57,7 +57,7 @@ THING_IDS = {
 
 
 def image_entry(image: Path) -> dict:
-    """Returns an image's entry in the JSON. Its id is the file name without extension."""
+    """Returns the JSON entry of an image; its id is the file name without extension."""
     width, height = image_size(image)
     return {"id": image.stem, "file_name": image.name, "width": width, "height": height}
 
@@ -68,37 +68,39 @@ def read_things(path: Path, size: tuple[int, int], image: Path) -> Iterator[tupl
     Args:
         path: the PNG.
         size: (width, height) of its image.
-        image: for errors.
+        image: path of the image, for errors.
 
     Yields:
-        Class id of the 150, from 0, and mask (H, W) bool.
+        Index among the 150 classes, from 0, and mask (H, W) bool.
 
     Raises:
-        FileNotFoundError: there is no PNG.
-        ValueError: it is damaged or does not fit the image.
+        FileNotFoundError: the PNG does not exist.
+        ValueError: it is damaged or does not match the image.
     """
     pixels = read_array(path)
     if pixels.dtype != np.uint8 or pixels.ndim != 3:
-        raise ValueError(f"{path} is no instance annotation: expected RGB of 8 bits. {EXPECTED}")
+        raise ValueError(
+            f"{path} is not an instance annotation: expected RGB of 8 bits, from {EXPECTED}"
+        )
     check_size(pixels, size, path, image)
     classes, numbers = pixels[..., 0], pixels[..., 1]
     for number in np.unique(numbers[numbers > 0]):
         mask = numbers == number
-        found = np.unique(classes[mask])
-        if len(found) != 1 or int(found[0]) not in THING_IDS:
+        values = np.unique(classes[mask]).tolist()
+        if len(values) != 1 or values[0] not in THING_IDS:
             raise ValueError(
-                f"{path}: object {number} has the classes {found.tolist()}; expected one class "
-                f"from 1 to {len(THING_IDS)}. Download the annotation again: {EXPECTED}"
+                f"{path}: object {number} has the classes {values}; expected one class from 1 to "
+                f"{len(THING_IDS)}. Download the annotation again: {EXPECTED}"
             )
-        yield THING_IDS[int(found[0])], mask
+        yield THING_IDS[values[0]], mask
 
 
 def read_stuff(path: Path, size: tuple[int, int], image: Path) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields the stuff of a semantic PNG, by class; arguments and results as of `read_things`."""
+    """Yields the stuff of a semantic PNG in the order of the classes; see `read_things`."""
     labels = read_array(path)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.max() > len(CATEGORIES):
         raise ValueError(
-            f"{path} is no label map of the scene parsing benchmark: expected one channel of 8 "
+            f"{path} is not a label map of the scene parsing benchmark: expected one channel of 8 "
             f"bits with values from 0 to {len(CATEGORIES)}, from {EXPECTED}"
         )
     check_size(labels, size, path, image)
@@ -109,22 +111,23 @@ def read_stuff(path: Path, size: tuple[int, int], image: Path) -> Iterator[tuple
 
 
 class ColorGenerator:
-    """Colours of the segments of one image; a segment's id is its colour.
+    """Colours of the segments of one image; the colour encodes the segment id.
 
-    Stuff has the colour of its class, as has the first thing of a class if no other segment has
-    it; further things have colours near it.
+    Stuff and the first thing of a class get the colour of the class, unless another segment has it;
+    other things get a colour near it.
     """
 
     def __init__(self, name: str, distinct_stuff: bool) -> None:
         """
         Args:
-            name: of the image; fixes the random colours.
-            distinct_stuff: give a stuff class another colour if one before it has its colour.
+            name: of the image, seeds the random colours.
+            distinct_stuff: whether a stuff class gets another colour if an earlier one has its
+                colour.
         """
         self._rng = np.random.default_rng(zlib.crc32(name.encode()))
         self._distinct_stuff = distinct_stuff
         self._stuff = {tuple(c["color"]) for c in CATEGORIES if not c["isthing"]}
-        # Black would be the id 0, which is no segment.
+        # Black is the id 0, which means no segment.
         self._taken = {(0, 0, 0)}
 
     def __call__(self, category: dict) -> tuple[int, int, int]:
@@ -140,7 +143,7 @@ class ColorGenerator:
             low, high = -MAX_COLOR_DISTANCE, MAX_COLOR_DISTANCE
             shift = self._rng.integers(low, high, size=3, endpoint=True)
             color = tuple(int(value) for value in np.clip(np.add(base, shift), 0, 255))
-            # Also what is yet to come has a right to its own colour.
+            # Do not take the colour of a stuff class that may follow.
             forbidden = self._taken | self._stuff
         self._taken.add(color)
         return color
@@ -150,23 +153,24 @@ def annotate(task: tuple[Path, Path, Path, Path, bool]) -> tuple[dict, dict]:
     """Writes the panoptic PNG of one image.
 
     Args:
-        task: image, semantic PNG, instance PNG, target, whether segments must be distinct (see
-            above).
+        task: image, semantic PNG, instance PNG, target, whether segments must be distinct (see the
+            top of the module).
 
     Returns:
-        The image's entry in the JSON and its annotation.
+        The JSON entry of the image and its annotation.
 
     Raises:
         FileNotFoundError: a PNG does not exist.
-        ValueError: a PNG is damaged or does not fit the image.
+        ValueError: a PNG is damaged or does not match the image.
     """
     image, semantic, instance, target, distinct = task
     entry = image_entry(image)
     size = entry["width"], entry["height"]
     next_color = ColorGenerator(image.stem, distinct)
-    owners = np.zeros((entry["height"], entry["width"]), np.int32)  # 0, then segments from 1
+    # Index of the segment of each pixel, from 1; 0 is unlabelled.
+    owners = np.zeros((entry["height"], entry["width"]), np.int32)
     colors, segments = [(0, 0, 0)], []
-    # Both annotate some pixels; there things count.
+    # Things come second, because they overwrite stuff.
     for reader, source in ((read_stuff, semantic), (read_things, instance)):
         for category_id, mask in reader(source, size, image):
             color = next_color(CATEGORIES[category_id])
@@ -206,7 +210,7 @@ def prepare(args: argparse.Namespace) -> None:
         ):
             print(f"{json_file} is complete: nothing to do")
             continue
-        # The JSON of other PNGs must not outlive them.
+        # Delete the old JSON before its PNGs are overwritten.
         json_file.unlink(missing_ok=True)
         tasks = [
             (image, semantic / png.name, instance / png.name, png, split == "train")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Writes the semantic labels of ADE20K (150 classes) as `ade20k_sem_seg_{train,val}` reads them.
+"""Writes the semantic labels of ADE20K (150 classes) for `ade20k_sem_seg_{train,val}`.
 
     python datasets/prepare_ade20k_sem_seg.py [--root DIR]
 
-ADEChallengeData2016/annotations/ has 0 for "other" and the classes 1 to 150; the files written to
-ADEChallengeData2016/annotations_detectron2/ have the classes 0 to 149, and 255 for "other".
+Input: ADEChallengeData2016/annotations/ with "other" as 0 and the classes as 1 to 150.
+Output: ADEChallengeData2016/annotations_detectron2/ with the classes as 0 to 149, "other" as 255.
 """
 
 import argparse
@@ -35,13 +35,13 @@ def convert(task: tuple[Path, Path, bool]) -> bool:
     """Writes the labels of one image.
 
     Args:
-        task: source, target, whether to replace a complete target.
+        task: source, target, whether to overwrite a complete target.
 
     Returns:
         Whether it was written.
 
     Raises:
-        ValueError: the source is damaged or no map of these labels.
+        ValueError: the source is damaged or not a map of these labels.
     """
     source, target, force = task
     if not force and is_complete(target, image_size(source)):
@@ -49,8 +49,8 @@ def convert(task: tuple[Path, Path, bool]) -> bool:
     labels = read_array(source)
     if labels.dtype != np.uint8 or labels.ndim != 2 or labels.max() > NUM_CLASSES:
         raise ValueError(
-            f"{source} is no label map of the scene parsing benchmark: expected one channel of 8 "
-            f"bits with values from 0 to {NUM_CLASSES}, from {EXPECTED}"
+            f"{source} is not a label map of the scene parsing benchmark: expected one channel of "
+            f"8 bits with values from 0 to {NUM_CLASSES}, from {EXPECTED}"
         )
     # 0 wraps around to 255.
     save_image(labels - np.uint8(1), target)

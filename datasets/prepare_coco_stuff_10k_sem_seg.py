@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Writes COCO-Stuff 10k as `coco_2017_{train,test}_stuff_10k_sem_seg` reads it.
+"""Writes images and labels of COCO-Stuff 10k for `coco_2017_{train,test}_stuff_10k_sem_seg`.
 
     python datasets/prepare_coco_stuff_10k_sem_seg.py [--root DIR]
 
-coco/coco_stuff_10k/annotations/*.mat have 0 for unlabelled and class ids up to 182, with gaps;
-annotations_detectron2/ then has PNGs with the 171 classes as 0 to 170, and 255 for unlabelled.
-images_detectron2/ has the images in one folder a split (hard links, so they take no space).
+Input: coco/coco_stuff_10k/annotations/*.mat with class ids up to 182, with gaps; 0 is unlabelled.
+Output: annotations_detectron2/ with PNGs, the 171 classes as 0 to 170 and unlabelled as 255;
+images_detectron2/ with one folder of images per split (hard links, which take no space).
 """
 
 import argparse
@@ -36,7 +36,7 @@ EXPECTED = (
 
 
 def label_table() -> np.ndarray:
-    """Returns the label of each class id; ids that are no class have none (-1)."""
+    """Returns the label of each class id, -1 for unused ids."""
     table = np.full(183, -1, np.int16)
     table[0] = IGNORE_LABEL
     for label, category in enumerate(load_categories("coco_stuff_10k")):
@@ -51,18 +51,18 @@ def read_classes(path: Path) -> np.ndarray:
     """Returns the class ids (H, W) of a .mat file.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged, has no label map or other ids.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged, has no label map or unknown ids.
     """
     if not path.exists():
         raise FileNotFoundError(f"{path} does not exist, the download is incomplete.")
     try:
         classes = loadmat(str(path), variable_names=["S"])["S"]
-    # Damaged bytes can make SciPy's reader fail in any way.
+    # SciPy's reader can raise any error on damaged bytes.
     except Exception as error:
         raise ValueError(f"{path} cannot be read, download it again: {error}") from error
     if classes.ndim != 2 or classes.max() >= len(TABLE) or (TABLE[classes] < 0).any():
-        raise ValueError(f"{path} has class ids that are not of COCO-Stuff. Expected: {EXPECTED}")
+        raise ValueError(f"{path} has class ids unknown to COCO-Stuff. Expected: {EXPECTED}")
     return classes
 
 
@@ -70,7 +70,7 @@ def convert(task: tuple[Path, Path, Path, Path, bool]) -> bool:
     """Writes the labels of one image and links the image.
 
     Args:
-        task: image, .mat file, target of the image, target of the labels, whether to replace
+        task: image, .mat file, target of the image, target of the labels, whether to overwrite
             complete targets.
 
     Returns:

@@ -1,7 +1,6 @@
-"""What the preparation scripts share: arguments, parallel work, files written all or nothing.
+"""Shared by the preparation scripts: arguments, parallel processing, atomic writing.
 
-A file appears under its name only once it is complete, so whatever is there need not be made again.
-An interrupted script can simply be repeated.
+Files are written atomically, so a script can be interrupted and repeated: it skips complete files.
 """
 
 import argparse
@@ -30,7 +29,7 @@ _PNG_END = b"IEND\xaeB`\x82"
 def parse_args(
     description: str, splits: Sequence[str], argv: Sequence[str] | None
 ) -> argparse.Namespace:
-    """Parse the options that all scripts have: root, splits, workers, force."""
+    """Parse the options of all scripts: root, splits, workers, force."""
     root = Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets")))
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter
@@ -41,9 +40,9 @@ def parse_args(
     )  # fmt: skip
     parser.add_argument("--splits", nargs="+", choices=splits, default=list(splits))
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes that work in parallel"
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of parallel processes"
     )
-    parser.add_argument("--force", action="store_true", help="make again what is there already")
+    parser.add_argument("--force", action="store_true", help="overwrite files that exist already")
     args = parser.parse_args(argv)
     if args.workers < 1:
         parser.error(f"--workers must be at least 1, not {args.workers}")
@@ -51,21 +50,21 @@ def parse_args(
 
 
 def run(prepare: Callable[[argparse.Namespace], None], args: argparse.Namespace) -> None:
-    """Call a script's work; what is wrong with the data becomes one line and exit status 1."""
+    """Run a script; errors in the data are printed in one line with exit status 1."""
     try:
         prepare(args)
     except (OSError, ValueError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        sys.exit("interrupted: repeat the command to go on")
+        sys.exit("interrupted: repeat the command to continue")
 
 
 def require(paths: Iterable[Path], expected: str) -> None:
-    """Check that files or folders of the official download are there.
+    """Check that files or folders of the official download exist.
 
     Args:
-        paths: what must exist.
-        expected: says what belongs there and where to get it.
+        paths: files and folders.
+        expected: what they are and where to get them, for the error.
 
     Raises:
         FileNotFoundError: one does not exist.
@@ -79,10 +78,10 @@ def require(paths: Iterable[Path], expected: str) -> None:
 
 
 def list_files(folder: Path, pattern: str, expected: str) -> list[Path]:
-    """The files of a folder that match, sorted.
+    """The files of a folder that match a pattern, sorted.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: no file matches.
     """
     require([folder], expected)
     files = sorted(folder.glob(pattern))
@@ -91,11 +90,11 @@ def list_files(folder: Path, pattern: str, expected: str) -> list[Path]:
     return files
 
 
-# ---- work ----
+# ---- processing ----
 
 
 def _ignore_interrupt() -> None:
-    # Ctrl-C reaches every process; only the parent answers, and ends the others.
+    # Ctrl-C reaches every process; only the parent handles it and ends the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
@@ -106,17 +105,17 @@ def process(
     workers: int,
     folders: Iterable[Path] = (),
 ) -> list[Any]:
-    """Call a function for each task, in parallel, with a progress bar.
+    """Call a function for each task, in parallel and with a progress bar.
 
     Args:
-        function: of a module, so that it can be sent to another process.
-        tasks: its argument, one by one.
+        function: a module-level function, so that it can be pickled.
+        tasks: one argument per call.
         what: title of the progress bar.
         workers: number of processes.
-        folders: where the function writes; created, and left without temporary files.
+        folders: folders that the function writes to; created, and cleaned of temporary files.
 
     Returns:
-        What it returned, in the order of the tasks.
+        The results in the order of the tasks.
     """
     folders = list(folders)
     for folder in folders:
@@ -125,7 +124,7 @@ def process(
     try:
         if workers == 1 or len(tasks) == 1:
             return [function(task) for task in tqdm(tasks, **progress)]
-        # Leaving the block ends the processes, also after an error.
+        # Leaving the block ends the processes, even after an error.
         with Pool(workers, initializer=_ignore_interrupt) as pool:
             return list(tqdm(pool.imap(function, tasks, chunksize=8), **progress))
     finally:
@@ -135,21 +134,21 @@ def process(
 
 
 def report(written: Sequence[bool], folder: Path) -> None:
-    """Print how many files were written (True) and how many were there already (False)."""
+    """Print how many files were written (True) and how many existed already (False)."""
     kept = len(written) - sum(written)
-    print(f"{folder}: {sum(written)} files written, {kept} were there already")
+    print(f"{folder}: {sum(written)} files written, {kept} existed already")
 
 
 # ---- files ----
 
 
 def _temporary(path: Path) -> Path:
-    # Loaders look for the extension at the end of a name.
+    # Loaders list files by their extension, so they skip this one.
     return path.with_name(f".{path.name}.tmp")
 
 
 def replace(path: Path, write: Callable[[Path], None]) -> None:
-    """Write a file under a temporary name, then rename it."""
+    """Write a file atomically: under a temporary name, which is then renamed."""
     temporary = _temporary(path)
     try:
         write(temporary)
@@ -160,13 +159,13 @@ def replace(path: Path, write: Callable[[Path], None]) -> None:
 
 
 def save_image(array: np.ndarray, path: Path) -> None:
-    """Save (H, W) or (H, W, 3) as a PNG or TIFF, by the file's extension, all or nothing."""
+    """Save (H, W) or (H, W, 3) atomically as a PNG or TIFF, chosen by the extension."""
     image_format = {".png": "PNG", ".tif": "TIFF"}[path.suffix]
     replace(path, lambda file: Image.fromarray(array).save(file, format=image_format))
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Give a file a second name, sharing its space where the file system can do that."""
+    """Hard-link a file, or copy it if the file system has no hard links."""
 
     def write(file: Path) -> None:
         file.unlink(missing_ok=True)
@@ -175,13 +174,13 @@ def link_or_copy(source: Path, target: Path) -> None:
         except OSError:
             shutil.copyfile(source, file)
 
-    # Renaming one name of a file to another of its names does nothing.
+    # os.replace between two hard links of the same file does nothing and leaves the temporary one.
     if not (target.exists() and target.samefile(source)):
         replace(target, write)
 
 
 def save_json(content: Any, path: Path) -> None:
-    """Write JSON, all or nothing."""
+    """Write JSON atomically."""
     replace(path, lambda file: file.write_text(json.dumps(content)))
 
 
@@ -194,7 +193,7 @@ def load_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path} is no valid JSON, download it again: {error}") from error
+        raise ValueError(f"{path} is not valid JSON, download it again: {error}") from error
 
 
 def load_categories(name: str) -> list[dict]:
@@ -206,8 +205,8 @@ def image_size(path: Path) -> tuple[int, int]:
     """Width and height of an image, from its header.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no image.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is not an image.
     """
     try:
         with Image.open(path) as image:
@@ -217,16 +216,16 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def read_array(path: Path) -> np.ndarray:
-    """The pixels of an image as they are stored, of a palette image the indices.
+    """The stored pixels of an image; for a palette image the indices.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is damaged or no image.
+        FileNotFoundError: the file does not exist.
+        ValueError: it is damaged or not an image.
     """
     try:
         with Image.open(path) as image:
             return np.array(image)
-    # PIL reports damaged files in any of these ways.
+    # PIL raises any of these for damaged files.
     except (OSError, SyntaxError, ValueError) as error:
         raise _unreadable(path, error) from error
 
@@ -241,17 +240,17 @@ def check_size(array: np.ndarray, size: tuple[int, int], path: Path, image: Path
     """Check that an annotation has the (width, height) of its image.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the sizes differ.
     """
     if array.shape[1::-1] != size:
         raise ValueError(
             f"{path} is {array.shape[1]}x{array.shape[0]} pixels, its image {image} "
-            f"{size[0]}x{size[1]}. They do not belong together."
+            f"{size[0]}x{size[1]}. They do not match: download both again."
         )
 
 
 def is_complete(path: Path, size: tuple[int, int]) -> bool:
-    """Whether an image of this (width, height) was written to its end."""
+    """Whether a file is a complete image of the given (width, height)."""
     try:
         with Image.open(path) as image:
             if image.size != size:
@@ -267,7 +266,7 @@ def is_complete(path: Path, size: tuple[int, int]) -> bool:
 
 
 def is_finished(json_file: Path, images: list[Path]) -> bool:
-    """Whether a JSON of these images was written to its end."""
+    """Whether a file is a complete JSON of the given images."""
     try:
         content = json.loads(json_file.read_text())
         return [entry["id"] for entry in content["images"]] == [image.stem for image in images]
@@ -282,6 +281,6 @@ def segment_ids(array: np.ndarray) -> np.ndarray:
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:
-    """[x, y, width, height] in pixels of a mask (H, W) that is not empty."""
+    """[x, y, width, height] in pixels of a non-empty mask (H, W)."""
     x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]

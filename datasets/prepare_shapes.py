@@ -1,18 +1,18 @@
 #!/usr/bin/env python3
-"""Writes Shapes: small synthetic images in the official COCO panoptic and instance layout.
+"""Writes Shapes: small synthetic images in the COCO panoptic and instance format.
 
     python datasets/prepare_shapes.py [--output DIR] [--num-train 400] [--num-val 80]
 
-Textured things (circle, square, triangle, star, ring, cross) lie on textured stuff (sky, grass,
-water, brick), with occlusion, small objects, crowd regions and unlabelled pixels. It takes seconds,
-needs no network, and every task, dataset mapper and evaluator runs on it by the code path of COCO.
+Textured things (circle, square, triangle, star, ring, cross) on textured stuff (sky, grass, water,
+brick), with occlusion, small objects, crowds and unlabelled pixels. The script takes seconds and
+needs no network. All tasks, dataset mappers and evaluators use the same code for it as for COCO.
 
-An image depends on (seed, split, index) alone: the same seed gives the same bytes (with the same
-library versions), and more images leave the first ones as they are. Some indices are special, so
-that even a tiny data set holds the rare cases: 1, 101, ... have no things, 2 of the training split
-is unlabelled throughout, 3, 103, ... have a crowd.
+An image depends only on (seed, split, index): the same seed gives the same bytes (with the same
+library versions), and generating more images does not change the first ones. Fixed indices cover
+rare cases even in a tiny data set: 1, 101, ... have no things, 2 of the training split is
+completely unlabelled, 3, 103, ... have a crowd.
 
-Array shapes: H, W image size in pixels.
+H W image size in pixels.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from pycocotools import mask as mask_util
 from shapes_scenes import SPLITS, make_scene
 from tqdm import tqdm
 
-VERSION = 1  # raise it when the same parameters give other images
+VERSION = 1  # increase when the same parameters give other images
 IGNORE_LABEL = 255
 
 CATEGORIES_FILE = (
@@ -43,10 +43,10 @@ def load_categories() -> list[dict]:
 
 
 def encode_mask(mask: np.ndarray, iscrowd: int) -> list[list[int]] | dict:
-    """Returns a COCO segmentation of a boolean mask (H, W).
+    """Returns the COCO segmentation of a boolean mask (H, W).
 
-    One polygon along the pixel borders where that gives exactly this mask; else run lengths:
-    uncompressed for a crowd, as in COCO's own files, and compressed for split or pierced masks.
+    A polygon along the pixel borders if it encodes the mask exactly. Otherwise an RLE: uncompressed
+    for crowds, as in COCO's files, and compressed for masks with several parts or holes.
     """
     if iscrowd:
         pixels = mask.flatten(order="F")
@@ -63,9 +63,9 @@ def encode_mask(mask: np.ndarray, iscrowd: int) -> list[list[int]] | dict:
 
 
 def trace_polygon(mask: np.ndarray) -> list[int] | None:
-    """Returns the border of a mask in one piece without holes as x0, y0, x1, y1, ... or None."""
-    # Contours pass through pixel centres: on a magnified mask each point is close to the pixel
-    # corner it stands for, and rounding finds it.
+    """Returns the border of a mask as x0, y0, x1, y1, ...; None if it has holes or is split."""
+    # Contours pass through pixel centres. In a magnified mask, rounding moves each point to the
+    # pixel corner next to it.
     magnified = np.kron(np.pad(mask, 1).astype(np.uint8), np.ones((4, 4), np.uint8))
     contours, _ = cv2.findContours(magnified, cv2.RETR_CCOMP, cv2.CHAIN_APPROX_NONE)
     if len(contours) != 1:
@@ -78,13 +78,13 @@ def trace_polygon(mask: np.ndarray) -> list[int] | None:
 
 
 def bounding_box(mask: np.ndarray) -> list[int]:
-    """Returns [x, y, width, height] in pixels of a mask that is not empty."""
+    """Returns [x, y, width, height] in pixels of a non-empty mask."""
     x, y = np.flatnonzero(mask.any(0)), np.flatnonzero(mask.any(1))
     return [int(x[0]), int(y[0]), int(x[-1] - x[0] + 1), int(y[-1] - y[0] + 1)]
 
 
 def segment_colors(seed: int, image_id: int, count: int) -> np.ndarray:
-    """Returns distinct random RGB colours, none black, (count, 3); they encode the segment ids."""
+    """Returns distinct random RGB colours (count, 3), without black; they encode segment ids."""
     rng = np.random.default_rng([seed, image_id])
     ids = rng.choice(2**24 - 1, count, replace=False) + 1
     return np.stack([ids & 255, (ids >> 8) & 255, ids >> 16], 1).astype(np.uint8)
@@ -156,7 +156,7 @@ def write_split(root: Path, split: str, args: argparse.Namespace, info: dict) ->
 
 
 def read_info(root: Path) -> dict | None:
-    """Returns the parameters recorded in an existing data set; None where there is none."""
+    """Returns the parameters stored in an existing Shapes data set, or None if it is not one."""
     file = root / "annotations" / "panoptic_val.json"
     if not file.is_file():
         return None
@@ -165,10 +165,10 @@ def read_info(root: Path) -> dict | None:
 
 
 def prepare(args: argparse.Namespace) -> None:
-    """Writes the data set, or keeps the one that is there with the same parameters.
+    """Writes the data set, unless it exists with the same parameters.
 
     Raises:
-        FileExistsError: something else is there.
+        FileExistsError: the output folder has other content.
     """
     info = {
         "description": "Shapes",
@@ -179,21 +179,25 @@ def prepare(args: argparse.Namespace) -> None:
         "num_val": args.num_val,
     }
     output = args.output.absolute()
-    found = read_info(output)
-    if found == info:
+    existing = read_info(output)
+    if existing == info:
         print(f"{output} is complete: nothing to do")
         return
-    if found is not None and not args.force:
-        raise FileExistsError(f"{output} holds Shapes with {found}: add --force to replace it")
-    if found is None and output.exists() and any(output.iterdir()):
-        raise FileExistsError(f"{output} is not empty and holds no Shapes: choose another --output")
+    if existing is not None and not args.force:
+        raise FileExistsError(
+            f"{output} contains Shapes with {existing}: add --force to replace it"
+        )
+    if existing is None and output.exists() and any(output.iterdir()):
+        raise FileExistsError(
+            f"{output} is not empty and does not contain Shapes: choose another --output"
+        )
     output.parent.mkdir(parents=True, exist_ok=True)
-    # A rename at the end: whoever sees the folder sees the complete data set.
+    # Renamed at the end, so that the output folder is always complete.
     with tempfile.TemporaryDirectory(prefix=".shapes-", dir=output.parent) as temporary:
         root = Path(temporary) / "shapes"
         for split in SPLITS:
             write_split(root, split, args, info)
-        if found is not None:
+        if existing is not None:
             output.rename(Path(temporary) / "old")
         root.rename(output)
     print(f"wrote {args.num_train} + {args.num_val} images to {output}")
@@ -209,8 +213,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--num-train", type=int, default=400, help="training images")
     parser.add_argument("--num-val", type=int, default=80, help="validation images")
     parser.add_argument("--size", type=int, default=128, help="mean side of an image in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="another seed, other images")
-    parser.add_argument("--force", action="store_true", help="replace Shapes of other parameters")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random images")
+    parser.add_argument("--force", action="store_true", help="replace Shapes with other parameters")
     args = parser.parse_args(argv)
     for name, lowest in (("num_train", 1), ("num_val", 1), ("size", 48), ("seed", 0)):
         if getattr(args, name) < lowest:

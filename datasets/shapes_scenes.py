@@ -1,6 +1,6 @@
-"""Draws the images of Shapes; `prepare_shapes.py` annotates and writes them.
+"""Draws the images of Shapes, which `prepare_shapes.py` annotates and writes.
 
-Array shapes: H, W image size in pixels. Colours are RGB in [0, 255].
+H W image size in pixels. Colours are RGB in [0, 255].
 """
 
 from dataclasses import dataclass, field
@@ -10,11 +10,11 @@ import numpy as np
 
 SPLITS = {"train": 1, "val": 100_001}  # name → id of the first image
 VOID = -1
-MIN_STUFF_AREA = 24  # px; a smaller remainder of stuff is left unlabelled
+MIN_STUFF_AREA = 24  # px; smaller stuff segments become unlabelled
 CROWD_PROBABILITY = 0.05
 SUPERSAMPLING = 4
 
-# Hue (degrees) and pattern a thing class prefers. Both are noisy: the outline decides.
+# Typical hue (degrees) and pattern of a thing class. Both are noisy; only the outline defines it.
 THING_LOOKS = {
     "circle": (0, "shaded"),
     "square": (225, "checker"),
@@ -47,7 +47,7 @@ class Scene:
 def smooth_noise(
     rng: np.random.Generator, shape: tuple[int, int], cell: tuple[int, int]
 ) -> np.ndarray:
-    """Returns smooth noise (H, W) of about unit variance, its grain `cell` = (rows, columns) px."""
+    """Returns smooth noise (H, W) of about unit variance with grain `cell` (rows, columns) px."""
     grid = (shape[0] // cell[0] + 2, shape[1] // cell[1] + 2)
     coarse = rng.standard_normal(grid).astype(np.float32)
     return cv2.resize(coarse, shape[::-1], interpolation=cv2.INTER_CUBIC)
@@ -112,7 +112,7 @@ def thing_texture(
 
 
 def outline(name: str, angle: float) -> list[np.ndarray]:
-    """Returns the rings of a shape, even-odd filled, in a circle of radius 1: list of (N, 2)."""
+    """Returns the rings (N, 2) of a shape in the unit circle, to be filled even-odd."""
 
     def spokes(radii: list[float], start: float = 0.0) -> np.ndarray:
         directions = start + angle + np.arange(len(radii)) * 2 * np.pi / len(radii)
@@ -129,7 +129,7 @@ def outline(name: str, angle: float) -> list[np.ndarray]:
     if name == "ring":
         return [spokes([1.0] * 48), spokes([0.5] * 48)]
     assert name == "cross", name
-    # Two outer corners of an arm and the inner corner after it, four times a quarter turn.
+    # Two outer corners of an arm and the inner corner after it, rotated by four quarter turns.
     corners = np.array([1 - 0.3j, 1 + 0.3j, 0.3 + 0.3j])
     corners = np.concatenate([corners * 1j**k for k in range(4)]) * np.exp(1j * angle)
     return [np.stack([corners.real, corners.imag], 1)]
@@ -138,7 +138,7 @@ def outline(name: str, angle: float) -> list[np.ndarray]:
 def render_alpha(
     rings: list[np.ndarray], center: np.ndarray, radius: float, shape: tuple[int, int]
 ) -> np.ndarray:
-    """Returns the coverage of each pixel by the shape, in [0, 1], (H, W)."""
+    """Returns the coverage (H, W) of each pixel by the shape, in [0, 1]."""
     canvas = np.zeros((shape[0] * SUPERSAMPLING, shape[1] * SUPERSAMPLING), np.uint8)
     points = [np.round((center + radius * r) * SUPERSAMPLING).astype(np.int32) for r in rings]
     cv2.fillPoly(canvas, points, 255)
@@ -149,11 +149,11 @@ def render_alpha(
 
 
 def paint_background(rng: np.random.Generator, scene: Scene, categories: list[dict]) -> None:
-    """Fills the scene with one to three regions of stuff, divided by wavy lines."""
+    """Fills the scene with one to three stuff regions, separated by wavy lines."""
     shape = scene.segment_map.shape
     stuff = [i for i, c in enumerate(categories) if not c["isthing"]]
     num_regions = rng.choice([1, 2, 3], p=[0.1, 0.5, 0.4])
-    # The classes keep the order of the table, so that sky, when present, is on top.
+    # Sorted in the order of the class table, so that sky is at the top.
     chosen = np.sort(rng.choice(stuff, num_regions, replace=False))
 
     y, x = np.mgrid[: shape[0], : shape[1]].astype(np.float32)
@@ -175,14 +175,14 @@ def paint_background(rng: np.random.Generator, scene: Scene, categories: list[di
         scene.image[region == index] = texture[region == index]
         scene.segments.append((int(contiguous_id), 0))
     scene.segment_map[:] = region
-    if rng.random() < 0.3:  # an annotator's gap between neighbours
+    if rng.random() < 0.3:  # unlabelled gap between neighbours, as annotators leave it
         kernel = np.ones((3, 3), np.uint8)
         labels = region.astype(np.uint8)
         scene.segment_map[cv2.erode(labels, kernel) != cv2.dilate(labels, kernel)] = VOID
 
 
 def paint_unknown(rng: np.random.Generator, scene: Scene, whole: bool = False) -> None:
-    """Draws something grey that nobody labelled: a blob, or the `whole` image."""
+    """Draws an unlabelled grey blob, or fills the `whole` image."""
     shape = scene.segment_map.shape
     if whole:
         alpha = np.ones(shape, np.float32)
@@ -200,7 +200,7 @@ def paint_unknown(rng: np.random.Generator, scene: Scene, whole: bool = False) -
 def paint_thing(
     rng: np.random.Generator, scene: Scene, name: str, alpha: np.ndarray, center, radius: float
 ) -> None:
-    """Draws one object with a dark rim, which tells overlapping objects of a class apart."""
+    """Draws one object with a dark rim, which separates overlapping objects of a class."""
     texture = thing_texture(rng, name, alpha.shape, center, radius)
     inner = cv2.erode(alpha, np.ones((3, 3), np.uint8), borderValue=1.0)
     texture *= (0.5 + 0.5 * inner)[..., None]
@@ -208,7 +208,7 @@ def paint_thing(
 
 
 def add_crowd(rng: np.random.Generator, scene: Scene, categories: list[dict]) -> None:
-    """Adds a heap of tiny objects of one class, annotated as one crowd segment."""
+    """Adds a cluster of tiny objects of one class, annotated as one crowd segment."""
     shape = scene.segment_map.shape
     things = [i for i, c in enumerate(categories) if c["isthing"]]
     contiguous_id = int(rng.choice(things))
@@ -225,14 +225,14 @@ def add_crowd(rng: np.random.Generator, scene: Scene, categories: list[dict]) ->
 
 
 def add_things(rng: np.random.Generator, scene: Scene, categories: list[dict]) -> None:
-    """Adds two to six objects; each stays recognisable below the ones drawn after it."""
+    """Adds two to six objects; at least 45 % of each stays visible under later ones."""
     shape = scene.segment_map.shape
     side = (shape[0] * shape[1]) ** 0.5
     things = [i for i, c in enumerate(categories) if c["isthing"]]
     full_areas: dict[int, int] = {}
-    wanted = rng.integers(2, 7)
-    for _ in range(8 * wanted):
-        if len(full_areas) == wanted:
+    num_things = rng.integers(2, 7)
+    for _ in range(8 * num_things):
+        if len(full_areas) == num_things:
             break
         contiguous_id = int(rng.choice(things))
         name = categories[contiguous_id]["name"]

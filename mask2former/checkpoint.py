@@ -1,7 +1,7 @@
 """Checkpoints: loaded without executing code, checked against the model, written atomically.
 
-What a file does not fill is an error, except where a training run starts from the weights of
-something else: an ImageNet backbone, or the same model for other classes.
+A file must fill the whole model, except at the start of a training run from other weights: an
+ImageNet backbone, or the same model for other classes.
 """
 
 import os
@@ -15,9 +15,9 @@ from torch import nn
 
 from .utils.files import atomic_write, explained_read_errors, load_pickle, load_torch
 
-# Their shapes follow from the number of classes alone.
+# Parameters whose shapes depend on the number of classes.
 _CLASS_DEPENDENT = re.compile(r"(^|\.)(class_embed\.(weight|bias)|empty_weight)$")
-# Older files lack them or have them in addition; they come from the config or are not used.
+# May be missing or unexpected in older files; they come from the config or are not used.
 _HARMLESS = ("num_batches_tracked", "pixel_mean", "pixel_std")
 
 
@@ -26,10 +26,10 @@ def _first_names(names: list[str], limit: int = 5) -> str:
 
 
 class Mask2FormerCheckpointer(DetectionCheckpointer):
-    """Detectron2's checkpointer for files that may come from anywhere.
+    """Detectron2's checkpointer, safe for files from unknown sources.
 
-    Local paths, URLs and `detectron2://` names are accepted, and the formats of Detectron2's model
-    zoo (`.pkl`, with name matching) and of torch.
+    Accepts local paths, URLs and `detectron2://` names, in the formats of Detectron2's model zoo
+    (`.pkl`, with name matching) and of torch.
     """
 
     def __init__(
@@ -45,10 +45,10 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         Args:
             model: the model, possibly wrapped for distributed training.
             save_dir: local folder to write to and to resume from.
-            partial_init: weights loaded with `checkpointables=[]` are where a training run starts:
-                there may be none, and they need not fill the whole model.
-            save_to_disk: whether this process writes; by default the main one does.
-            checkpointables: what else to save: objects with `state_dict` and `load_state_dict`.
+            partial_init: weights loaded with `checkpointables=[]` initialise a training run: they
+                are optional and need not fill the whole model.
+            save_to_disk: whether this process writes; default: only the main process.
+            checkpointables: other objects to save, with `state_dict` and `load_state_dict`.
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._partial_init = partial_init
@@ -57,7 +57,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self._partial = False
 
     def save(self, name: str, **kwargs: Any) -> None:
-        """Write `{name}.pth` and mark it as the last one; a kill leaves no broken file behind.
+        """Write `{name}.pth` atomically and mark it as the last checkpoint.
 
         Args:
             name: file name without its extension.
@@ -83,16 +83,16 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Args:
-            path: path, URL or `detectron2://` name. Empty: nothing to load, which only the start
-                of a training run allows.
-            checkpointables: names of what else to load; None: everything the file has.
+            path: path, URL or `detectron2://` name. Empty: load nothing, allowed only at the start
+                of a training run.
+            checkpointables: names of the other objects to load; None: all that the file has.
 
         Returns:
-            What the file holds besides.
+            The remaining contents of the file.
 
         Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: no path where one is needed, a file that cannot be read safely, or one that
+            FileNotFoundError: the file does not exist.
+            ValueError: no path is given but one is needed, the file cannot be read safely, or it
                 does not fit the model.
         """
         self._partial = self._partial_init and checkpointables == []
@@ -104,7 +104,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         try:
             return super().load(path, checkpointables)
         finally:
-            # Detectron2 leaves this set when loading fails, and then refuses to load again.
+            # Detectron2 leaves this set after a failure and then refuses to load again.
             self._parsed_url_during_load = None
 
     def _load_file(self, filename: str) -> dict[str, Any]:
@@ -121,12 +121,12 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
     def _torch_load(self, f: str) -> Any:
         data = load_torch(f)
         if not isinstance(data, dict):
-            raise TypeError(f"expected a dict, found {type(data).__name__}")
+            raise TypeError(f"expected a dict, got {type(data).__name__}")
         return data
 
     @staticmethod
     def _from_pickle(data: Any, path: str) -> dict[str, Any]:
-        """Tell apart Detectron2's and Caffe2's model zoo formats, as Detectron2 does."""
+        """Distinguish Detectron2's and Caffe2's model zoo formats, as Detectron2 does."""
         if not isinstance(data, dict):
             raise ValueError(f"Checkpoint {path} holds {type(data).__name__}, not a dict.")
         if "model" in data and "__author__" in data:
@@ -138,7 +138,9 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
     @staticmethod
     def _require_weights(weights: Any, path: str) -> None:
         if not isinstance(weights, dict):
-            raise ValueError(f"Checkpoint {path}: its model is {type(weights).__name__}, no dict.")
+            raise ValueError(
+                f"Checkpoint {path}: its 'model' is a {type(weights).__name__}, not a dict."
+            )
         for name, value in weights.items():
             if not isinstance(value, (np.ndarray, torch.Tensor)):
                 raise ValueError(
@@ -149,7 +151,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         shapes = {name: tuple(value.shape) for name, value in checkpoint["model"].items()}
         incompatible = super()._load_model(checkpoint)
-        # Name matching drops backbone weights of another shape as if they were not there.
+        # Name matching silently drops backbone weights of another shape.
         for name in incompatible.unexpected_keys[:]:
             full_name = f"backbone.{name}"
             if full_name in incompatible.missing_keys and name in shapes:
@@ -160,7 +162,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         return incompatible
 
     def _log_incompatible_keys(self, incompatible: Any) -> None:
-        """Judge what did not fit: an error, or a warning where the weights may be partial.
+        """Raise for keys that do not fit, or warn if partial weights are allowed.
 
         Raises:
             ValueError: the file was written by another architecture.
@@ -178,14 +180,14 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         if not all(map(_CLASS_DEPENDENT.search, shapes)):
             raise self._misfit(incompatible)
         names = [name for name in self.model.state_dict() if not name.endswith(_HARMLESS)]
-        # A model without a part of this name is its own backbone.
+        # A model without a submodule of this name counts as its own backbone.
         backbone = {name for name in names if name.startswith("backbone.")} or set(names)
         if not backbone - shapes - set(incompatible.missing_keys):
             raise self._misfit(incompatible)
         if shapes:
             self.logger.warning(
                 f"Fine-tuning to other classes: {_first_names(list(shapes))} keep their random "
-                f"values, because {self._path} was trained for another number of classes."
+                f"initialisation, because {self._path} has another number of classes."
             )
 
     def _misfit(self, incompatible: Any) -> ValueError:
@@ -193,7 +195,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             f"{name} {in_file} instead of {in_model}"
             for name, in_file, in_model in incompatible.incorrect_shapes
         ]
-        # Detectron2 lists keys of another shape among the missing ones as well.
+        # Detectron2 also lists keys of another shape as missing.
         misshapen = {name for name, *_ in incompatible.incorrect_shapes}
         problems = {
             "missing": [name for name in incompatible.missing_keys if name not in misshapen],
@@ -209,6 +211,6 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         parts += [type(self.model.backbone).__name__] if hasattr(self.model, "backbone") else []
         return ValueError(
             f"Checkpoint {self._path} does not fit the model of this config "
-            f"({' with '.join(parts)}), it was written by another architecture: keys {text}. "
+            f"({' with '.join(parts)}); it was written by another architecture: keys {text}. "
             "Use the config file that the checkpoint was trained with."
         )

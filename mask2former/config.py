@@ -1,11 +1,12 @@
-"""Every config key of the project: its default, its meaning, and which values make sense.
+"""Every config key of the project: its default and its meaning. `config_checks.py` has the ranges.
 
 The keys extend Detectron2's config tree after `detectron2.projects.deeplab.add_deeplab_config`.
-Names and defaults are those of the published release, so its YAML files load unchanged.
+Names and defaults are those of the original release, so its YAML files load unchanged; the few keys
+added here have defaults that keep its behaviour.
 """
 
 import difflib
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import yaml
@@ -13,19 +14,26 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.file_io import PathManager
 
+from .config_checks import check_config, check_once, get_value, has_key
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 
-DATASET_MAPPER_NAMES = (
-    "coco_instance_lsj",
-    "coco_panoptic_lsj",
-    "mask_former_instance",
-    "mask_former_panoptic",
-    "mask_former_semantic",
+__all__ = [
+    "add_maskformer2_config",
+    "check_config",
+    "load_config",
+    "register_custom_datasets",
+    "without_added_defaults",
+]
+
+ExtendConfig = Callable[[CfgNode], Any]
+# Keys of ours that the original release does not have.
+_ADDED_KEYS = (
+    "MODEL.FAST",
+    "MODEL.CHECKPOINTING",
+    "MODEL.MASK_FORMER.EXTRA_LOSSES",
+    "MODEL.MASK_FORMER.MATCHER_NAME",
 )
-_MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
-_PIXEL_DECODERS = ("BasePixelDecoder", "MSDeformAttnPixelDecoder", "TransformerEncoderPixelDecoder")
-_MULTI_SCALE = "multi_scale_pixel_decoder"
 
 
 def add_maskformer2_config(cfg: CfgNode) -> None:
@@ -34,11 +42,12 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Args:
         cfg: the result of `get_cfg()` after `add_deeplab_config(cfg)`.
     """
-    # Name of the dataset mapper that turns annotations into training samples.
+    # Registered name of the dataset mapper, which turns annotations into training samples
+    # (DATASET_MAPPER_REGISTRY in data/dataset_mappers).
     cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
     # Jitter brightness, contrast, saturation and hue as SSD does (mask_former_* mappers).
     cfg.INPUT.COLOR_AUG_SSD = False
-    # Pad training images to this height and width in pixels (mask_former_* mappers); -1: do not.
+    # Pad training images to this height and width in pixels (mask_former_* mappers); -1: off.
     cfg.INPUT.SIZE_DIVISIBILITY = -1
     # Side in pixels of the square crop of large-scale jittering (coco_*_lsj mappers).
     cfg.INPUT.IMAGE_SIZE = 1024
@@ -54,7 +63,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.SOLVER.BACKBONE_MULTIPLIER = 0.1
 
     cfg.MODEL.MASK_FORMER = CfgNode()
-    # Add a loss on the prediction of every decoder layer, not of the last one only.
+    # Compute the losses on the prediction of every decoder layer, not only of the last one.
     cfg.MODEL.MASK_FORMER.DEEP_SUPERVISION = True
     # Weight of the class "no object" in the classification loss, relative to real classes.
     cfg.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT = 0.1
@@ -69,7 +78,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.DROPOUT = 0.1
     # Hidden width of the feed-forward blocks of the transformer decoder.
     cfg.MODEL.MASK_FORMER.DIM_FEEDFORWARD = 2048
-    # Encoder layers of StandardTransformerDecoder; the masked-attention decoder has none.
+    # Encoder layers of StandardTransformerDecoder; must be 0 for the masked-attention decoder.
     cfg.MODEL.MASK_FORMER.ENC_LAYERS = 0
     # Predictions of the masked-attention decoder: one from the learned queries alone, then one
     # after each of DEC_LAYERS - 1 layers. For StandardTransformerDecoder the number of layers.
@@ -79,13 +88,13 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
 
     # Width C of queries and attention.
     cfg.MODEL.MASK_FORMER.HIDDEN_DIM = 256
-    # Number Q of queries, the most segments one image can have.
+    # Number Q of queries, an upper bound on the segments per image.
     cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = 100
 
     # What the decoder attends to: multi_scale_pixel_decoder, transformer_encoder, pixel_embedding
     # or the name of a backbone feature.
     cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "res5"
-    # Project the decoder's input features even where they already are HIDDEN_DIM wide.
+    # Project the decoder's input features even if they already have HIDDEN_DIM channels.
     cfg.MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ = False
 
     cfg.MODEL.MASK_FORMER.TEST = CfgNode()
@@ -93,9 +102,10 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON = True
     cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
-    # Panoptic: least class probability of a query that may become a segment.
+    # Panoptic: drop queries whose class probability is not above this threshold.
     cfg.MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD = 0.0
-    # Panoptic: least share of its own mask that a segment must keep once masks compete.
+    # Panoptic: drop segments that keep less than this fraction of their own mask after the
+    # per-pixel argmax over queries.
     cfg.MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD = 0.0
     # Resize masks to the original image before combining them into a semantic map (more memory).
     cfg.MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE = False
@@ -138,42 +148,60 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.SWIN.PATCH_NORM = True
     # Which stages the backbone returns.
     cfg.MODEL.SWIN.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
-    # Recompute blocks in the backward pass: less memory, more time.
+    # Activation checkpointing of the blocks: less memory, more time.
     cfg.MODEL.SWIN.USE_CHECKPOINT = False
 
     # Registered name of the transformer decoder.
-    cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = _MASKED_DECODER
+    cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = "MultiScaleMaskedTransformerDecoder"
 
     # MSDeformAttnPixelDecoder: backbone features its encoder attends to.
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES = ["res3", "res4", "res5"]
     # Points sampled by each head on each level.
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS = 4
-    # Kept for published configs: the number of heads is MODEL.MASK_FORMER.NHEADS.
+    # Kept for configs of the original release; the number of heads is MODEL.MASK_FORMER.NHEADS.
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
 
     # Points K at which masks are compared, in matching and in the loss (paper, section 3.3).
     cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 12544
-    # Loss: draw this many times K candidates, from which the most uncertain are kept.
+    # Loss: draw OVERSAMPLE_RATIO * K candidate points and keep the most uncertain ones.
     cfg.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0
-    # Loss: share of the K points chosen by uncertainty; the others are uniform.
+    # Loss: fraction of the K points chosen by uncertainty; the rest are uniform.
     cfg.MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO = 0.75
 
+    # Not in the original release. Use the fast implementation of each part that has one (same
+    # numbers, see mask2former/fast); False: run every part as written.
+    cfg.MODEL.FAST = True
+    # Activation checkpointing in training: "none", "selective" (the large intermediate tensors of
+    # single operations) or "blocks" (whole layers; least memory, most time).
+    cfg.MODEL.CHECKPOINTING = "selective"
+    # Losses in addition to class, mask and dice: a list of [name, weight], with names registered
+    # in LOSS_REGISTRY (modeling/criterion.py).
+    cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = []
+    # Registered name of the matcher (MATCHER_REGISTRY in modeling/matcher.py).
+    cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
 
-def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
-    """Read a config file, apply overrides and check the result.
 
-    Beyond Detectron2's keys and those above, it knows DATASETS.CUSTOM: a list of your own data sets
+def load_config(
+    config_file: str,
+    opts: Sequence[Any] = (),
+    extend_config: ExtendConfig | None = None,
+) -> CfgNode:
+    """Read a config file, apply overrides and check the values.
+
+    Besides Detectron2's keys and those above it knows DATASETS.CUSTOM: a list of your own data sets
     (`data/datasets/custom_entries.py`), which are registered. MODEL.SEM_SEG_HEAD.NUM_CLASSES and
     IGNORE_VALUE follow from the first data set of your own in DATASETS.TRAIN and DATASETS.TEST,
-    unless they are set in the same file, or after it (`data/class_counts.py`).
+    unless they are set in the same file or by `opts` (`data/class_counts.py`).
 
     Args:
         config_file: YAML file; `_BASE_` names the files it builds on.
         opts: overrides, `KEY1 VALUE1 KEY2 VALUE2 ...`.
+        extend_config: called with the default config before the file is read, to add the keys of
+            another project in place.
 
     Returns:
-        The config, not frozen. DATASETS.CUSTOM is in it only where it was set, so that other
-        programs can read the configs of published data sets.
+        The config, not frozen. It has DATASETS.CUSTOM only if that was set, so that other programs
+        can read the config otherwise.
 
     Raises:
         FileNotFoundError: the file, a file it names as `_BASE_`, or one of your own data does not
@@ -184,22 +212,24 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
     cfg.DATASETS.CUSTOM = []
+    if extend_config is not None:
+        extend_config(cfg)
 
     if not PathManager.isfile(config_file):
         raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
     with PathManager.open(config_file) as file:
-        # Composed, not constructed: only the keys are of interest here.
+        # Composed, not constructed: only the keys are needed here.
         root = yaml.compose(file, Loader=yaml.SafeLoader)
     if not isinstance(root, yaml.MappingNode):
         raise ValueError(f"Config file {config_file!r} has no KEY: VALUE entries at its top level.")
-    # Published configs compute some values with YAML's Python tags, so these stay allowed, as they
-    # are by Detectron2's default.
+    # Configs of the original release compute some values with YAML's Python tags. Detectron2 allows
+    # these by default.
     loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
     known = [key for key, _ in _leaves(cfg)]
     for key, value in _leaves(loaded):
-        if not _has_key(cfg, key):
+        if not has_key(cfg, key):
             raise ValueError(_unknown_key(key, known, f"Config file {config_file!r}"))
-        if isinstance(_get(cfg, key), CfgNode) and not isinstance(value, dict):
+        if isinstance(get_value(cfg, key), CfgNode) and not isinstance(value, dict):
             raise ValueError(
                 f"Config file {config_file!r} sets {key} to {value!r}, but that is a section with "
                 "keys of its own."
@@ -214,197 +244,50 @@ def load_config(config_file: str, opts: Sequence[Any] = ()) -> CfgNode:
             f"Config overrides come in pairs KEY VALUE, but got {len(opts)} items: {list(opts)}."
         )
     for key, value in zip(opts[::2], opts[1::2], strict=True):
-        if not _has_key(cfg, key):
+        if not has_key(cfg, key):
             raise ValueError(_unknown_key(key, known, "The command line"))
         try:
             cfg.merge_from_list([key, value])
         except ValueError as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
-    register_entries(cfg.DATASETS.CUSTOM)
+    register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
     follow_own_data(cfg, set(_keys_of_file(root)), set(opts[::2]))
-    check_config(cfg)
+    check_once(cfg, "config", check_config)
     return cfg
 
 
-def check_config(cfg: CfgNode) -> None:
-    """Reject values that nothing reads, that make no sense, or that contradict each other.
-
-    Only configs of the meta-architecture `MaskFormer` are checked: others may give the same keys
-    another meaning. What belongs to a registered part (a pixel decoder, a transformer decoder, a
-    backbone) is checked only where the config names one of this project's.
+def register_custom_datasets(cfg: CfgNode) -> None:
+    """Register the data sets of DATASETS.CUSTOM in this process, unless they are already.
 
     Raises:
-        ValueError: naming the key, its value and the values allowed.
+        FileNotFoundError: a file or a folder of a data set does not exist.
+        ValueError: an entry is wrong, or its name is taken.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "MaskFormer":
-        return
-    _check_input(cfg)
-    _check_solver(cfg)
-    _check_model(cfg)
-    _check_test(cfg)
+    register_entries(cfg.DATASETS.get("CUSTOM", []))
 
 
-def _check_input(cfg: CfgNode) -> None:
-    _require_one_of(cfg, "INPUT.DATASET_MAPPER_NAME", DATASET_MAPPER_NAMES)
-    _require_one_of(cfg, "INPUT.FORMAT", ("RGB", "BGR"))
-    _require_one_of(cfg, "INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none"))
-    _require_one_of(
-        cfg, "INPUT.CROP.TYPE", ("relative_range", "relative", "absolute", "absolute_range")
-    )
-    _require_range(cfg, "INPUT.IMAGE_SIZE", low=1)
-    size_divisibility = cfg.INPUT.SIZE_DIVISIBILITY
-    if size_divisibility != -1 and size_divisibility < 1:
-        raise _bad_value("INPUT.SIZE_DIVISIBILITY", size_divisibility, "-1 (off) or at least 1")
-    name = cfg.INPUT.DATASET_MAPPER_NAME
-    # What the chosen mapper would ignore in silence.
-    if name.endswith("_lsj"):
-        unread = {"COLOR_AUG_SSD": False, "SIZE_DIVISIBILITY": -1, "CROP.ENABLED": False}
-    else:
-        unread = {"RANDOM_FLIP": "horizontal"}
-    for key, only in unread.items():
-        value = _get(cfg.INPUT, key)
-        if value != only:
-            raise _bad_value(f"INPUT.{key}", value, f"{only!r}, because mapper {name!r} ignores it")
-    min_scale, max_scale = cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE
-    if not 0 < min_scale <= max_scale:
-        raise ValueError(
-            f"INPUT.MIN_SCALE is {min_scale} and INPUT.MAX_SCALE is {max_scale}; "
-            "allowed: 0 < MIN_SCALE <= MAX_SCALE."
-        )
+def without_added_defaults(cfg: CfgNode) -> CfgNode:
+    """A copy for files that the original release should be able to read.
 
+    Args:
+        cfg: the config.
 
-def _check_solver(cfg: CfgNode) -> None:
-    _require_one_of(cfg, "SOLVER.OPTIMIZER", ("ADAMW", "SGD"))
-    _require_range(cfg, "SOLVER.BACKBONE_MULTIPLIER", low=0)
-    _require_range(cfg, "SOLVER.WEIGHT_DECAY_EMBED", low=0)
-    if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
-        _require_one_of(cfg, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("value", "norm", "full_model"))
-
-
-def _check_model(cfg: CfgNode) -> None:
-    mask_former, head = cfg.MODEL.MASK_FORMER, cfg.MODEL.SEM_SEG_HEAD
-    for name in ("NO_OBJECT", "CLASS", "DICE", "MASK"):
-        _require_range(cfg, f"MODEL.MASK_FORMER.{name}_WEIGHT", low=0)
-    for name in ("TEST.OBJECT_MASK_THRESHOLD", "TEST.OVERLAP_THRESHOLD", "DROPOUT"):
-        _require_range(cfg, f"MODEL.MASK_FORMER.{name}", low=0, high=1)
-    for name in ("NHEADS", "HIDDEN_DIM", "DIM_FEEDFORWARD", "NUM_OBJECT_QUERIES"):
-        _require_range(cfg, f"MODEL.MASK_FORMER.{name}", low=1)
-    _require_range(cfg, "MODEL.MASK_FORMER.TRAIN_NUM_POINTS", low=1)
-    _require_range(cfg, "MODEL.MASK_FORMER.OVERSAMPLE_RATIO", low=1)
-    _require_range(cfg, "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", low=0, high=1)
-    _require_range(cfg, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", low=1)
-    if head.NAME == "MaskFormerHead" and head.LOSS_WEIGHT != 1.0:
-        raise _bad_value(
-            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT",
-            head.LOSS_WEIGHT,
-            "1.0, because the losses have MODEL.MASK_FORMER.{CLASS,MASK,DICE}_WEIGHT",
-        )
-
-    test = mask_former.TEST
-    if not (test.SEMANTIC_ON or test.INSTANCE_ON or test.PANOPTIC_ON):
-        raise ValueError(
-            "MODEL.MASK_FORMER.TEST has SEMANTIC_ON, INSTANCE_ON and PANOPTIC_ON all False, so "
-            "inference would return nothing; set at least one of them to True."
-        )
-    if mask_former.HIDDEN_DIM % mask_former.NHEADS:
-        raise ValueError(
-            f"MODEL.MASK_FORMER.HIDDEN_DIM is {mask_former.HIDDEN_DIM}; allowed: multiples of "
-            f"MODEL.MASK_FORMER.NHEADS, which is {mask_former.NHEADS}."
-        )
-
-    # 8 is the default, which published configs with another NHEADS leave as it is.
-    num_heads = head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS
-    if head.PIXEL_DECODER_NAME in _PIXEL_DECODERS and num_heads not in (8, mask_former.NHEADS):
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS is {num_heads}, but pixel "
-            f"decoders have MODEL.MASK_FORMER.NHEADS = {mask_former.NHEADS} heads; allowed: 8 (the "
-            f"default) or {mask_former.NHEADS}."
-        )
-    if head.PIXEL_DECODER_NAME == "MSDeformAttnPixelDecoder":
-        _check_msdeformattn(cfg)
-    if mask_former.TRANSFORMER_DECODER_NAME == _MASKED_DECODER:
-        _check_masked_decoder(cfg)
-
-
-def _check_test(cfg: CfgNode) -> None:
-    if not cfg.TEST.AUG.ENABLED:
-        return
-    if not cfg.MODEL.MASK_FORMER.TEST.SEMANTIC_ON:
-        raise ValueError(
-            "TEST.AUG.ENABLED is True, but test-time augmentation averages semantic scores and "
-            "MODEL.MASK_FORMER.TEST.SEMANTIC_ON is False: turn that on or the augmentation off."
-        )
-    min_sizes = cfg.TEST.AUG.MIN_SIZES
-    if not min_sizes or min(min_sizes) < 1:
-        raise _bad_value("TEST.AUG.MIN_SIZES", min_sizes, "one or more sizes of at least 1")
-    _require_range(cfg, "TEST.AUG.MAX_SIZE", low=1)
-
-
-def _check_msdeformattn(cfg: CfgNode) -> None:
-    head, num_heads = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER.NHEADS
-    prefix = "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER"
-    _require_range(cfg, f"{prefix}_N_POINTS", low=1)
-    if head.CONVS_DIM % num_heads:
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {head.CONVS_DIM}; allowed: multiples of "
-            f"MODEL.MASK_FORMER.NHEADS, which is {num_heads}."
-        )
-    if head.CONVS_DIM % 32:
-        raise _bad_value("MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM, "multiples of 32 (groups)")
-    features = head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES
-    unknown = [name for name in features if name not in head.IN_FEATURES]
-    if unknown or not features:
-        raise _bad_value(
-            f"{prefix}_IN_FEATURES",
-            features,
-            f"one or more of MODEL.SEM_SEG_HEAD.IN_FEATURES, which is {head.IN_FEATURES}",
-        )
-
-
-def _check_masked_decoder(cfg: CfgNode) -> None:
-    mask_former = cfg.MODEL.MASK_FORMER
-    # One prediction comes before the first layer: 1 is a decoder without layers.
-    _require_range(cfg, "MODEL.MASK_FORMER.DEC_LAYERS", low=1)
-    if mask_former.ENC_LAYERS != 0:
-        raise ValueError(
-            f"MODEL.MASK_FORMER.ENC_LAYERS is {mask_former.ENC_LAYERS}, which {_MASKED_DECODER} "
-            "does not read; allowed: 0. For layers in the pixel decoder set "
-            "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS."
-        )
-    if mask_former.HIDDEN_DIM % 4:
-        raise _bad_value(
-            "MODEL.MASK_FORMER.HIDDEN_DIM",
-            mask_former.HIDDEN_DIM,
-            "multiples of 4 (sine and cosine of two axes)",
-        )
-    head_name = cfg.MODEL.SEM_SEG_HEAD.NAME
-    if head_name == "MaskFormerHead" and mask_former.TRANSFORMER_IN_FEATURE != _MULTI_SCALE:
-        raise ValueError(
-            f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {mask_former.TRANSFORMER_IN_FEATURE!r}; "
-            f"allowed with {_MASKED_DECODER}: {_MULTI_SCALE!r}."
-        )
-
-
-def _require_one_of(cfg: CfgNode, key: str, allowed: Collection[str]) -> None:
-    value = _get(cfg, key)
-    if value not in allowed:
-        raise _bad_value(key, value, ", ".join(repr(name) for name in allowed))
-
-
-def _require_range(cfg: CfgNode, key: str, low: float, high: float | None = None) -> None:
-    value = _get(cfg, key)
-    # Written so that NaN and None fail as well.
-    is_number = isinstance(value, int | float)
-    if not (is_number and value >= low and (high is None or value <= high)):
-        allowed = f"at least {low}" if high is None else f"{low} to {high}"
-        raise _bad_value(key, value, allowed)
-
-
-def _bad_value(key: str, value: Any, allowed: str) -> ValueError:
-    return ValueError(f"{key} is {value!r}; allowed: {allowed}.")
+    Returns:
+        Its clone without the keys that the original release does not have, where they still have
+        their default.
+    """
+    defaults = get_cfg()
+    add_deeplab_config(defaults)
+    add_maskformer2_config(defaults)
+    result = cfg.clone()
+    for key in _ADDED_KEYS:
+        section, _, name = key.rpartition(".")
+        if has_key(result, key) and get_value(result, key) == get_value(defaults, key):
+            del get_value(result, section)[name]
+    return result
 
 
 def _unknown_key(key: str, known: list[str], where: str) -> str:
@@ -433,19 +316,3 @@ def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
-
-
-def _get(cfg: CfgNode, key: str) -> Any:
-    value = cfg
-    for part in key.split("."):
-        value = value[part]
-    return value
-
-
-def _has_key(cfg: CfgNode, key: str) -> bool:
-    node = cfg
-    for part in str(key).split("."):
-        if not isinstance(node, CfgNode) or part not in node:
-            return False
-        node = node[part]
-    return True

@@ -1,4 +1,4 @@
-"""The training program: arguments → processes → training or evaluation.
+"""The training program: arguments → checked config → processes → training or evaluation.
 
 Processes are one, several spawned by Detectron2's launcher, or those torchrun made. A script of
 your own registers its data sets and calls `run`.
@@ -7,7 +7,7 @@ your own registers its data sets and calls `run`.
 import argparse
 import os
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import detectron2.engine
 import torch
@@ -19,27 +19,56 @@ from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
 
 from .checkpoint import Mask2FormerCheckpointer
-from .config import load_config
-from .data.class_counts import check_class_counts
-from .trainer import Trainer, check_device
+from .config import ExtendConfig, register_custom_datasets, without_added_defaults
+from .preflight import Purpose, check_run, load_and_check
+from .trainer import Trainer, has_own_evaluators
+from .utils.memory import keep_freed_memory
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
 
-def setup(args: argparse.Namespace) -> CfgNode:
-    """Read and check the config that the arguments name, and set up logging and seeds.
+class _Checked(NamedTuple):
+    """What `launch` hands to the processes it starts, as `args.checked`.
+
+    Attributes:
+        config_file, opts, extend_config: what `cfg` was loaded from.
+        cfg: the checked config.
+    """
+
+    config_file: str
+    opts: list[str]
+    extend_config: ExtendConfig | None
+    cfg: CfgNode
+
+    def __repr__(self) -> str:
+        # Programs log their arguments.
+        return "<checked config>"
+
+
+def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -> CfgNode:
+    """Get the checked config that the arguments name, and set up logging and seeds.
 
     Args:
-        args: of Detectron2's `default_argument_parser`.
+        args: of Detectron2's `default_argument_parser`. In processes started by `launch` they carry
+            the checked config, which is used unless `config_file` or `opts` have changed since.
+        extend_config: see `load_config`; default: that of `launch`.
 
     Returns:
         The config, frozen. It is also written to OUTPUT_DIR/config.yaml.
     """
-    cfg = load_config(args.config_file, args.opts)
-    check_device(cfg)
-    check_class_counts(cfg)
+    checked: _Checked | None = getattr(args, "checked", None)
+    if checked is not None and extend_config is None:
+        extend_config = checked.extend_config
+    if checked is not None and checked[:3] == (args.config_file, list(args.opts), extend_config):
+        cfg = checked.cfg
+        # A spawned process lacks what its parent registered.
+        register_custom_datasets(cfg)
+    else:
+        # The caller may still register data sets; `main` and `Trainer` check the rest.
+        cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
     cfg.freeze()
-    default_setup(cfg, args)
+    # Writes config.yaml, which programs of the original release should be able to read.
+    default_setup(without_added_defaults(cfg), args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     return cfg
 
@@ -48,19 +77,22 @@ def main(args: argparse.Namespace) -> dict | None:
     """Train, or with `--eval-only` evaluate, in this process.
 
     Args:
-        args: of Detectron2's `default_argument_parser`; `compile`, if there, is a mode of
+        args: of Detectron2's `default_argument_parser`; an additional `compile` is a mode of
             `torch.compile` for evaluation.
 
     Returns:
-        The evaluation results, on the main process: {task: {metric: value}}, by data set if there
-        are several.
+        The evaluation results, on the main process: {task: {metric: value}}, per data set if
+        DATASETS.TEST names several.
     """
-    # Arguments of another parser have no such thing.
+    # Other parsers do not have this argument.
     compile_mode = getattr(args, "compile", None)
     if compile_mode and not args.eval_only:
         raise ValueError("--compile is for inference: give it together with --eval-only")
     cfg = setup(args)
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        keep_freed_memory()
     if args.eval_only:
+        check_run(cfg, "evaluate", own_evaluators=has_own_evaluators(Trainer))
         model = Trainer.build_model(cfg)
         if compile_mode:
             model.compile_inference(mode=compile_mode)
@@ -78,18 +110,32 @@ def main(args: argparse.Namespace) -> dict | None:
     return trainer.train()
 
 
-def run(main: Callable[[argparse.Namespace], Any] = main) -> None:
-    """Read the command line and run `main` in every process of the job."""
+# `run` and `launch` have an argument of this name.
+_OWN_MAIN = main
+
+
+def run(
+    main: Callable[[argparse.Namespace], Any] = main,
+    *,
+    extend_config: ExtendConfig | None = None,
+) -> None:
+    """Read the command line and run `main` in every process of the job.
+
+    Args:
+        main: what each process runs; calls `setup`.
+        extend_config: called with the default config to add keys of your own to it, in place. Like
+            `main` it must be a function at the top level of a module if processes are spawned.
+    """
     parser = default_argument_parser()
     parser.add_argument(
         "--compile",
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
-        help="with --eval-only: compile the model by torch.compile in this mode; for every size of "
-        "padded images anew, so MODEL.MASK_FORMER.SIZE_DIVISIBILITY may help",
+        help="with --eval-only: compile the model with torch.compile in this mode; recompiles for "
+        "every padded image size, so a larger MODEL.MASK_FORMER.SIZE_DIVISIBILITY may help",
     )
     args = parser.parse_args()
     print("Command Line Args:", args)
-    launch(main, args)
+    launch(main, args, extend_config)
 
 
 def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
@@ -97,56 +143,82 @@ def started_by_torchrun(environment: Mapping[str, str] = os.environ) -> bool:
     return all(name in environment for name in _TORCHRUN_VARIABLES)
 
 
-def launch(main: Callable[[argparse.Namespace], Any], args: argparse.Namespace) -> None:
-    """Run `main(args)` in every process of the job.
+def launch(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    extend_config: ExtendConfig | None = None,
+) -> None:
+    """Check the config, then run `main(args)` in every process of the job.
 
     Under torchrun the processes exist, on one machine or several; otherwise Detectron2's launcher
-    starts `--num-gpus` on this one. They talk through NCCL on GPUs, through gloo on CPUs.
+    starts `--num-gpus` on this one. They communicate through NCCL on GPUs, through gloo on CPUs.
+    The checked config travels in `args`, where `setup` finds it, so that a mistake is reported
+    once, before processes start.
 
     Args:
         main: what each process runs.
         args: of Detectron2's `default_argument_parser`.
+        extend_config: see `run`.
 
     Raises:
-        ValueError: a bad config, both ways to start processes at once, or more than there are GPUs.
+        ValueError: a bad config, processes that would be started twice, or more processes than
+            GPUs.
     """
-    # Also read in each process; here, so that a mistake is reported once.
-    cfg = load_config(args.config_file, args.opts)
-    check_device(cfg)
-    check_class_counts(cfg)
+    by_torchrun = started_by_torchrun()
+    num_spawned = max(args.num_gpus * args.num_machines, 1)
+    if by_torchrun and num_spawned > 1:
+        raise ValueError(
+            f"torchrun started this process, so --num-gpus {args.num_gpus} --num-machines "
+            f"{args.num_machines} would start processes twice: leave them out, and tell "
+            "torchrun --nproc-per-node and --nnodes."
+        )
+    purpose: Purpose = "unknown"
+    if main is _OWN_MAIN:
+        purpose = "evaluate" if args.eval_only else "train"
+    cfg = load_and_check(
+        args.config_file,
+        args.opts,
+        purpose,
+        num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
+        extend_config=extend_config,
+        own_evaluators=has_own_evaluators(Trainer),
+    )
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
-    spawns = args.num_gpus * args.num_machines > 1
-    if started_by_torchrun():
-        if spawns:
-            raise ValueError(
-                f"torchrun started this process, so --num-gpus {args.num_gpus} --num-machines "
-                f"{args.num_machines} would start processes twice: leave them out, and tell "
-                "torchrun --nproc-per-node and --nnodes."
-            )
-        join_torchrun(on_gpu)
-        try:
-            main(args)
-        finally:
-            dist.destroy_process_group()
-        return
-    if spawns and not on_gpu and torch.cuda.is_available():
-        # Detectron2's launcher takes NCCL wherever there is a GPU, which cannot send CPU tensors.
+    if num_spawned > 1 and not on_gpu and torch.cuda.is_available():
+        # Detectron2's launcher uses NCCL if there is a GPU, and NCCL cannot send CPU tensors.
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} with --num-gpus {args.num_gpus} on a machine "
             "with GPUs: start the processes with torchrun instead."
         )
-    detectron2.engine.launch(
-        main,
-        args.num_gpus,
-        num_machines=args.num_machines,
-        machine_rank=args.machine_rank,
-        dist_url=args.dist_url,
-        args=(args,),
-    )
+    args.checked = _Checked(args.config_file, list(args.opts), extend_config, cfg)
+    try:
+        if by_torchrun:
+            _run_in_group(main, args, on_gpu)
+        else:
+            detectron2.engine.launch(
+                main,
+                args.num_gpus,
+                num_machines=args.num_machines,
+                machine_rank=args.machine_rank,
+                dist_url=args.dist_url,
+                args=(args,),
+            )
+    finally:
+        del args.checked
+
+
+def _run_in_group(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, on_gpu: bool
+) -> None:
+    join_torchrun(on_gpu)
+    try:
+        main(args)
+    finally:
+        dist.destroy_process_group()
 
 
 def join_torchrun(on_gpu: bool) -> None:
-    """Make this process a member of the group that torchrun described in the environment."""
+    """Join the process group that torchrun describes in the environment."""
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu:
         num_gpus = torch.cuda.device_count()

@@ -1,9 +1,8 @@
-"""The optimiser of the published recipes: AdamW or SGD, a group for all parameters treated alike.
+"""The optimiser of the recipes: AdamW or SGD, one parameter group per set of hyperparameters.
 
-The published code makes one group for each parameter, in the order of `model.named_modules()`, so
-hundreds of small updates a step. Here a handful of groups are updated by fused kernels. Training
-checkpoints of the published layout are rearranged when they are loaded, so that they can be
-resumed.
+The original release makes one group per parameter, in the order of `model.named_modules()`:
+hundreds of small updates per step. Here fused kernels update a handful of groups. Training
+checkpoints with the original layout are converted on load, so that they can be resumed.
 """
 
 import itertools
@@ -28,9 +27,9 @@ _NORMS = (
     nn.LayerNorm,
     nn.LocalResponseNorm,
 )
-# Options that choose an implementation and change no result.
+# Options that select an implementation without changing results.
 _IMPLEMENTATION = ("foreach", "fused", "capturable")
-# Devices that all parameters must be on for fused kernels.
+# Devices with fused kernels.
 _FUSED_DEVICES = ("cpu", "cuda")
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
@@ -38,11 +37,11 @@ _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     """The groups of the trainable parameters, each with `params`, `lr` and `weight_decay`.
 
-    Groups stand in the order of their first parameters, parameters in that of the modules. One that
-    several modules share belongs to the first of them.
+    Parameters are in module order, groups in the order of their first parameters. A parameter
+    shared by several modules belongs to the first of them.
 
     Args:
-        cfg: read are SOLVER.BASE_LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
+        cfg: reads SOLVER.BASE_LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
             WEIGHT_DECAY_EMBED.
         model: the model, not wrapped.
     """
@@ -68,7 +67,7 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
 def _trainable_parameters(
     model: nn.Module,
 ) -> Iterator[tuple[str, nn.Module, str, nn.Parameter]]:
-    """Yield (module name, module, own name, parameter) in the published order, each once."""
+    """Yield (module name, module, own name, parameter) in the original order, each once."""
     seen: set[nn.Parameter] = set()
     for module_name, module in model.named_modules():
         for name, parameter in module.named_parameters(recurse=False):
@@ -78,12 +77,13 @@ def _trainable_parameters(
 
 
 class _Regroup:
-    """Makes saved state of the published layout, a group for each parameter, fit the groups here.
+    """Converts saved state with one group per parameter to the groups of this optimiser.
 
-    It is called by `Optimizer.load_state_dict` and gives back state in the layout of `optimizer`.
+    A pre-hook of `Optimizer.load_state_dict`. State that already has the groups of the optimiser
+    passes unchanged.
 
     Args:
-        parameters: all trainable parameters in the published order.
+        parameters: all trainable parameters in the original order.
     """
 
     def __init__(self, parameters: list[nn.Parameter]) -> None:
@@ -91,21 +91,21 @@ class _Regroup:
 
     def __call__(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         saved_groups, state = state_dict["param_groups"], state_dict["state"]
-        is_published = len(saved_groups) == len(self._parameters) != len(optimizer.param_groups)
-        if is_published and all(len(group["params"]) == 1 for group in saved_groups):
-            saved_of = dict(zip(self._parameters, saved_groups, strict=True))
+        is_original = len(saved_groups) == len(self._parameters) != len(optimizer.param_groups)
+        if is_original and all(len(group["params"]) == 1 for group in saved_groups):
+            saved_by_parameter = dict(zip(self._parameters, saved_groups, strict=True))
             state, new_groups, index = {}, [], 0
             for group in optimizer.param_groups:
-                new_group = dict(saved_of[group["params"][0]], params=[])
+                new_group = dict(saved_by_parameter[group["params"][0]], params=[])
                 for parameter in group["params"]:
-                    (saved_index,) = saved_of[parameter]["params"]
+                    (saved_index,) = saved_by_parameter[parameter]["params"]
                     if saved_index in state_dict["state"]:
                         state[index] = state_dict["state"][saved_index]
                     new_group["params"].append(index)
                     index += 1
                 new_groups.append(new_group)
             saved_groups = new_groups
-        # Which kernels run is not a matter of the saved run, nor of its device.
+        # The kernels depend on this run and its device, not on the saved one.
         ours = {k: v for k, v in optimizer.defaults.items() if k in _IMPLEMENTATION}
         return {"state": state, "param_groups": [group | ours for group in saved_groups]}
 
@@ -113,9 +113,9 @@ class _Regroup:
 def _clipping_full_model(
     optimizer_type: type[Optimizer], max_norm: float, norm_type: float
 ) -> type[Optimizer]:
-    """A subclass whose `step` first scales all gradients together to at most `max_norm`."""
+    """A subclass whose `step` first clips the norm of all gradients together to `max_norm`."""
 
-    class FullModelGradientClippingOptimizer(optimizer_type):
+    class FullModelGradientClippingOptimizer(optimizer_type):  # type: ignore[valid-type, misc]
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             parameters = itertools.chain(*(group["params"] for group in self.param_groups))
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
@@ -127,8 +127,8 @@ def _clipping_full_model(
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Build the optimiser that `cfg.SOLVER` describes.
 
-    CLIP_GRADIENTS.CLIP_TYPE "full_model" limits the norm of all gradients together to CLIP_VALUE
-    (not at all where that is 0); "value" and "norm" clip each parameter on its own.
+    CLIP_GRADIENTS.CLIP_TYPE "full_model" clips the norm of all gradients together to CLIP_VALUE (0:
+    no clipping); "value" and "norm" clip each parameter on its own.
 
     Args:
         cfg: the config.
@@ -157,8 +157,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     else:
         optimizer_type = maybe_add_gradient_clipping(cfg, optimizer_type)
     optimizer = optimizer_type(parameter_groups(cfg, model), **kwargs)
-    # A fused optimiser would take the gradients from the scaler of mixed precision still scaled,
-    # and the clipping in `step` before that would see them so.
-    optimizer._step_supports_amp_scaling = False
+    # Otherwise the gradient scaler of mixed precision would leave unscaling to the fused kernel,
+    # and `step` would clip scaled gradients.
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
     optimizer.register_load_state_dict_pre_hook(_Regroup(parameters))
     return optimizer

@@ -1,4 +1,4 @@
-"""From one image to the outputs of a trained model."""
+"""Inference on single images with a trained model."""
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
@@ -7,14 +7,15 @@ from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .checkpoint import Mask2FormerCheckpointer
-from .trainer import check_device
+from .config_checks import check_once
+from .preflight import check_device
 
 
 class Predictor(DefaultPredictor):
-    """Detectron2's predictor, with checkpoints loaded without executing code and checked.
+    """Detectron2's predictor, but checkpoints are checked and cannot execute code.
 
-    Calling it with a BGR image, uint8 (H, W, 3), returns the model's outputs for it: a dict with
-    the entries the config turns on, `sem_seg`, `panoptic_seg` and `instances`.
+    Called with a BGR image, uint8 (H, W, 3), it returns the model's outputs: a dict with those of
+    `sem_seg`, `panoptic_seg` and `instances` that the config turns on.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
@@ -24,12 +25,12 @@ class Predictor(DefaultPredictor):
                 names and colours become `metadata`.
 
         Raises:
-            FileNotFoundError: there is no such checkpoint.
-            ValueError: no data set or no checkpoint is named, or the checkpoint does not fit; or
-                the config asks for a GPU and there is none.
+            FileNotFoundError: the checkpoint does not exist.
+            ValueError: no data set or no checkpoint is named, the checkpoint does not fit, or
+                MODEL.DEVICE does not exist on this machine.
         """
-        # Detectron2's __init__ is not called: it would load the checkpoint by unpickling.
-        check_device(cfg)
+        # Detectron2's __init__ is not called: it unpickles the checkpoint.
+        check_once(cfg, "device", check_device)
         if not cfg.DATASETS.TEST:
             raise ValueError("DATASETS.TEST is empty: name the data set whose classes to predict.")
         self.cfg = cfg.clone()

@@ -1,9 +1,9 @@
-"""Test-time augmentation: the mean of the semantic scores over image sizes and flips.
+"""Test-time augmentation: average the semantic scores over image sizes and horizontal flips.
 
-    record → image → each size, mirrored or not → model → mirrored back → sum / number
+    record → image → each size, flipped or not → model → flip back → sum / number
 
-The model resizes its scores to the original image, so the augmentations add up pixel by pixel. They
-are added as they come: memory holds one sum and the scores of one batch, however many there are.
+The model resizes its scores to the original image, so they can be added pixel by pixel. A running
+sum keeps the memory independent of the number of augmentations.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -27,8 +27,8 @@ __all__ = ["SemanticSegmentorWithTTA"]
 class SemanticSegmentorWithTTA(nn.Module):
     """A semantic segmentation model whose scores are averaged over augmentations of the image.
 
-    It takes the place of the model in evaluation: called with records, it returns ``sem_seg`` for
-    each. Panoptic and instance inference have no test-time augmentation and are left out.
+    Replaces the model in evaluation: called with records, it returns ``sem_seg`` for each. Panoptic
+    and instance inference have no test-time augmentation and are skipped.
     """
 
     def __init__(
@@ -40,17 +40,16 @@ class SemanticSegmentorWithTTA(nn.Module):
     ):
         """
         Args:
-            cfg: read are INPUT.FORMAT and, unless there is a `tta_mapper`, TEST.AUG.{MIN_SIZES,
-                MAX_SIZE,FLIP}.
-            model: gives ``sem_seg`` in inference; possibly wrapped for distributed training.
-            tta_mapper: turns a record with ``image``, ``height`` and ``width`` into its augmented
-                versions, each with the ``transforms`` it went through; by default Detectron2's
-                `DatasetMapperTTA`. Sizes and horizontal flips are undone, nothing else.
-            batch_size: how many augmented images the model gets at once, at most. Only images of
-                one size go together, so that padding changes nothing.
+            cfg: reads INPUT.FORMAT and, without a `tta_mapper`, TEST.AUG.{MIN_SIZES,MAX_SIZE,FLIP}.
+            model: returns ``sem_seg`` in inference; possibly wrapped for distributed training.
+            tta_mapper: turns a record with ``image``, ``height`` and ``width`` into augmented
+                versions, each with the ``transforms`` applied to it; default: Detectron2's
+                `DatasetMapperTTA`. Only resizing and horizontal flips are undone.
+            batch_size: maximum number of augmented images per call of the model. A batch has images
+                of one size, so that padding does not change the result.
 
         Raises:
-            ValueError: the model has semantic inference turned off, or `batch_size` is below 1.
+            ValueError: the model's semantic inference is off, or `batch_size` is below 1.
         """
         super().__init__()
         if isinstance(model, DistributedDataParallel):
@@ -66,7 +65,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         self.model = model
         self.tta_mapper = DatasetMapperTTA(cfg) if tta_mapper is None else tta_mapper
         self.batch_size = batch_size
-        # A module starts in training mode, and an evaluation gives the model back in this one's.
+        # Evaluation restores the mode of this module, and with it that of the model.
         self.training = model.training
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Tensor]]:
@@ -74,13 +73,13 @@ class SemanticSegmentorWithTTA(nn.Module):
 
         Args:
             batched_inputs: for each image a dict with ``image`` (3, H, W) uint8, or else
-                ``file_name``; optionally ``height`` and ``width`` of the wanted output.
+                ``file_name``; optionally the output's ``height`` and ``width``.
 
         Returns:
             For each image a dict with ``sem_seg`` (K, height, width), the mean of the scores.
 
         Raises:
-            ValueError: neither ``image`` nor ``file_name``, or the model gives no ``sem_seg``.
+            ValueError: neither ``image`` nor ``file_name``, or the model returns no ``sem_seg``.
         """
         with torch.no_grad(), _semantic_only(self.model):
             return [{"sem_seg": self._mean_scores(self._with_image(x))} for x in batched_inputs]
@@ -106,17 +105,18 @@ class SemanticSegmentorWithTTA(nn.Module):
             for output, applied in zip(self.model(batch), transforms, strict=True):
                 if "sem_seg" not in output:
                     raise ValueError(
-                        f"the model gives no 'sem_seg' but {sorted(output)}: test-time "
+                        f"the model returns {sorted(output)} but no 'sem_seg': test-time "
                         "augmentation is for semantic segmentation"
                     )
                 scores = output.pop("sem_seg")
                 if sum(isinstance(t, HFlipTransform) for t in applied.transforms) % 2:
                     scores = scores.flip(dims=[2])
-                # A large size may have moved to the CPU for want of memory.
+                # Scores of a large size may be on the CPU, after running out of GPU memory.
                 total = scores.clone() if total is None else total.add_(scores.to(total.device))
                 count += 1
         if total is None:
-            raise ValueError(f"the TTA mapper made no image of {record.get('file_name', 'one')}")
+            name = record.get("file_name", "an input")
+            raise ValueError(f"the TTA mapper returned no images for {name}")
         return total.div_(count)
 
 
@@ -136,7 +136,7 @@ def _batches(images: Iterable[dict], batch_size: int) -> Iterator[list[dict]]:
 
 @contextmanager
 def _semantic_only(model: nn.Module) -> Iterator[None]:
-    """Keep a `MaskFormer` from computing what would be thrown away for every augmentation."""
+    """Turn off a `MaskFormer`'s panoptic and instance inference, which are not used here."""
     if not isinstance(model, MaskFormer):
         yield
         return

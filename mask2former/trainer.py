@@ -2,9 +2,10 @@
 
     build_train_loader → build_model → build_optimizer, build_lr_scheduler → hooks → test
 
-A run that is killed and resumed gives the same losses as one that never stopped. Nothing random
-survives an iteration: the order and augmentation of samples depend on the run's seed and their
-position (`data/loader.py`), and what the model draws on the seed, the iteration and the worker.
+A run that is killed and resumed gives the same losses as one that never stopped, because no random
+state is carried from one iteration to the next: the order and augmentation of samples depend on the
+run's seed and their position (`data/loader.py`), and the model's random numbers on the seed, the
+iteration and the rank.
 """
 
 import logging
@@ -28,18 +29,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .checkpoint import Mask2FormerCheckpointer
-from .config import check_config
-from .data.class_counts import check_class_counts
 from .data.dataset_mappers import build_mapper
-from .data.loader import (
-    ResumableBatchSampler,
-    build_test_loader,
-    build_train_loader,
-    check_batch_size,
-    check_dataset_names,
-)
+from .data.loader import ResumableBatchSampler, build_test_loader, build_train_loader
 from .evaluation import build_evaluator, write_results
 from .optimizer import build_optimizer
+from .preflight import check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .utils.seeding import MODEL, seed_all
 
@@ -47,16 +41,16 @@ _logger = logging.getLogger(__name__)
 
 
 class IterationSeed(HookBase):
-    """Seeds what the model draws in an iteration from the run's seed, the iteration, the worker."""
+    """Seeds the model's random numbers from the run's seed, the iteration and the rank."""
 
     def before_step(self) -> None:
         seed_all(self.trainer.seed, MODEL, self.trainer.iter, comm.get_rank())
 
 
 class MetricWindow(HookBase):
-    """Keeps the last values of smoothed metrics in checkpoints.
+    """Saves the last values of smoothed metrics in checkpoints.
 
-    Detectron2 writes medians over the last 20 iterations; so the first lines after a resume need
+    Detectron2 writes medians over the last 20 iterations, so the first rows after a resume need
     values from before it.
     """
 
@@ -71,7 +65,7 @@ class MetricWindow(HookBase):
         return {
             name: history.values()[-storage.count_samples(name, self._NUM_ITERATIONS) :]
             for name, history in storage.histories().items()
-            # A restored metric has no hint before it is put again.
+            # A restored metric has no hint until it is written again.
             if hints.get(name, True)
         }
 
@@ -88,30 +82,27 @@ class Trainer(DefaultTrainer):
     """Trains and evaluates what a config describes.
 
     Attributes:
-        seed: of the run: SEED of the config, or drawn once, logged and kept in checkpoints.
+        seed: of the run: the config's SEED, or drawn once, logged and saved in checkpoints.
     """
 
     def __init__(self, cfg: CfgNode) -> None:
         """
         Args:
-            cfg: the config, see `mask2former.config.load_config`.
+            cfg: the config, see `mask2former.config.load_config`. Checks that it has not passed yet
+                run here.
 
         Raises:
-            ValueError: the config asks for something impossible, see the message.
+            ValueError: the config does not fit the data sets, the device or the number of
+                processes.
         """
-        # DefaultTrainer's own constructor would give device ids to a distributed model on the CPU,
-        # demand a GPU for mixed precision, and load checkpoints that may run code.
+        # DefaultTrainer's constructor passes device ids to a distributed model on the CPU, requires
+        # a GPU for mixed precision, and loads checkpoints that may run code.
         TrainerBase.__init__(self)
         if not logging.getLogger("detectron2").isEnabledFor(logging.INFO):
             setup_logger()
             setup_logger(name="mask2former")
+        check_run(cfg, "train", own_evaluators=has_own_evaluators(type(self)))
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
-        check_config(cfg)
-        check_device(cfg)
-        check_batch_size(cfg)
-        # Those to evaluate on too: else a wrong name would be noticed when training has ended.
-        check_dataset_names((*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST))
-        check_class_counts(cfg)
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0
         cfg.defrost()
@@ -160,7 +151,7 @@ class Trainer(DefaultTrainer):
             batch_sampler.seek(self.seed, self.start_iter)
         elif self.start_iter > 0:
             _logger.warning(
-                "The training loader is not of mask2former.data.loader: after resuming, samples "
+                "The training loader is not from mask2former.data.loader: after resuming, samples "
                 "come in another order than in an uninterrupted run."
             )
         return super().train()
@@ -169,17 +160,17 @@ class Trainer(DefaultTrainer):
         return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        # One for each parameter group, of which other trainers make more. Those of the scheduler
-        # here are the config's, as they are anyway.
+        # One per parameter group. Other trainers make more groups than this one; the rates of the
+        # scheduler here follow from the config either way.
         base_lrs = list(self.scheduler.base_lrs)
         super().load_state_dict(state_dict)
         if len(self.scheduler.base_lrs) != len(base_lrs):
             self.scheduler.base_lrs = base_lrs
             self.scheduler._last_lr = [g["lr"] for g in self._trainer.optimizer.param_groups]
         if hasattr(self.scheduler, "max_iters"):
-            # WarmupPolyLR restores its end too, and could not go on beyond it.
+            # WarmupPolyLR restores its end as well, and fails beyond it.
             self.scheduler.max_iters = self.max_iter
-        # Checkpoints of other trainers have none.
+        # Checkpoints of other trainers do not have it.
         seed = state_dict.get("seed", self.seed)
         if seed != self.seed and self._has_own_seed:
             _logger.warning(
@@ -224,10 +215,10 @@ class Trainer(DefaultTrainer):
         Args:
             cfg: the config.
             model: with the weights to evaluate.
-            evaluators: one for each data set; by default those of `build_evaluator`.
+            evaluators: one per data set; default: those of `build_evaluator`.
 
         Returns:
-            {data set: {task: {metric: value}}}, without the outer level if there is one data set.
+            {data set: {task: {metric: value}}}, without the outer level for a single data set.
         """
         with torch.inference_mode():
             results = super().test(cfg, model, evaluators)
@@ -247,10 +238,10 @@ class Trainer(DefaultTrainer):
             model: with the weights to evaluate.
 
         Returns:
-            What `test` returns, with "_TTA" after the names of its outer level.
+            What `test` returns, with "_TTA" appended to the keys of its outer level.
 
         Raises:
-            ValueError: semantic inference is off, or a data set has no semantic truth.
+            ValueError: semantic inference is off, or a data set has no semantic ground truth.
         """
         cfg = cfg.clone()
         cfg.defrost()
@@ -274,14 +265,12 @@ class Trainer(DefaultTrainer):
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
 
 
-def check_device(cfg: CfgNode) -> None:
-    """Check that the device exists on this machine.
+_OWN_METHODS = {name: getattr(Trainer, name).__func__ for name in ("build_evaluator", "test")}
 
-    Raises:
-        ValueError: MODEL.DEVICE asks for a GPU where there is none.
-    """
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
-        raise ValueError(
-            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable CUDA GPU; add "
-            "`MODEL.DEVICE cpu` to the command to run on the CPU."
-        )
+
+def has_own_evaluators(trainer_type: type[Trainer]) -> bool:
+    """Whether a trainer builds evaluators in another way than `evaluation.build_evaluator`."""
+    return any(
+        getattr(getattr(trainer_type, name), "__func__", None) is not method
+        for name, method in _OWN_METHODS.items()
+    )

@@ -1,13 +1,12 @@
-"""A device that counts when a GPU would make the host wait; also run as a program.
+"""A device that counts host syncs; also a program.
 
-Tensors on it compute on the CPU, but as with a GPU, values have to be copied to the host before it
-can look at them. A process can have one such device, for good; hence the program.
+Tensors on it compute on the CPU, but as with a GPU, the host must copy values before it can read
+them. A process can register one such device and never removes it; hence the program.
 
     python counted_device.py CONFIG.yaml
 
-It prints as JSON the waits and uploads in a training forward of the config's model and in its
-inference, each as the operator and the functions that led to it, and the counts of a known piece of
-code.
+It prints JSON: the syncs and uploads in a training forward of the config's model and in its
+inference, each with its operator and calling functions, and the counts for known code.
 """
 
 import json
@@ -28,13 +27,13 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from mask2former import add_maskformer2_config
 
 NAME = "counted"
-# Their results are values or sizes that the host must know.
+# Operators whose results are values or sizes that the host needs.
 READS = {"_local_scalar_dense", "nonzero", "masked_select", "equal", "_unique2", "unique_dim"}
 INDEXING = {"index", "index_put", "index_put_", "_index_put_impl_"}
 
 
 class CountedTensor(Tensor):
-    """A tensor that says it is on the device; its numbers are in a CPU tensor."""
+    """A tensor that claims to be on the device; its values are in a CPU tensor."""
 
     @staticmethod
     def __new__(cls, inner: Tensor) -> "CountedTensor":
@@ -59,20 +58,20 @@ class CountedTensor(Tensor):
 
 
 class Counter(TorchDispatchMode):
-    """Runs what concerns the device on the CPU, and notes where the host would wait for a GPU.
+    """Runs the device's operators on the CPU, and records where a GPU would sync the host.
 
     Attributes:
-        waits: reads of values by the host.
-        uploads: copies to the device for which the host waits.
+        syncs: reads of values by the host.
+        uploads: blocking copies to the device.
     """
 
     def __init__(self) -> None:
         super().__init__()
-        self.waits: list[str] = []
+        self.syncs: list[str] = []
         self.uploads: list[str] = []
 
     def __enter__(self) -> "Counter":
-        # It fills the device's memory without asking the mode.
+        # torch.tensor fills the device's memory without calling the mode.
         self._tensor = torch.tensor
         torch.tensor = self._make_tensor
         return super().__enter__()
@@ -89,7 +88,7 @@ class Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         tensors = [x for x in tree_iter((args, kwargs)) if isinstance(x, Tensor)]
         on_device = any(isinstance(x, CountedTensor) for x in tensors)
-        # A number is sent along with the kernel.
+        # Scalars are kernel arguments, not copies.
         from_host = any(not isinstance(x, CountedTensor) and x.dim() > 0 for x in tensors)
         target = kwargs.get("device")
         to_device = target is not None and torch.device(target).type == NAME
@@ -101,7 +100,7 @@ class Counter(TorchDispatchMode):
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
         )
         if to_host or name in READS or mask:
-            self.waits.append(self._place(name))
+            self.syncs.append(self._place(name))
         elif from_host and not kwargs.get("non_blocking"):
             self.uploads.append(self._place(name))
 
@@ -129,7 +128,7 @@ class _Backend(backend_registration._DummyBackendModule):
 
 
 def known_code() -> dict[str, int]:
-    """Counts of code that is known to wait four times and to upload once."""
+    """Counts for code with four known syncs and one known upload."""
     with Counter() as counter:
         x = torch.ones(3, device=NAME)
         x.sum().item()
@@ -139,7 +138,7 @@ def known_code() -> dict[str, int]:
         (x + 1).view(-1)[1:].mul_(2)
         x[torch.tensor([0, 2])]
         torch.ones(3).to(NAME, non_blocking=True)
-    return {"waits": len(counter.waits), "uploads": len(counter.uploads)}
+    return {"syncs": len(counter.syncs), "uploads": len(counter.uploads)}
 
 
 def make_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
@@ -155,7 +154,7 @@ def make_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
 
 
 def count_forwards(cfg: CfgNode) -> dict[str, dict[str, list[str]]]:
-    """Waits and uploads of the second training forward and of the second inference.
+    """Syncs and uploads of the second training forward and the second inference.
 
     The first ones fill caches.
     """
@@ -179,7 +178,7 @@ def count_forwards(cfg: CfgNode) -> dict[str, dict[str, list[str]]]:
         tensors = output["sem_seg"], output["panoptic_seg"][0], output["instances"].pred_masks
         assert all(x.device.type == NAME for x in tensors)
     counters = {"training": training, "inference": inference}
-    return {k: {"waits": x.waits, "uploads": x.uploads} for k, x in counters.items()}
+    return {k: {"syncs": x.syncs, "uploads": x.uploads} for k, x in counters.items()}
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """Tiny data sets in the exact layout of the official downloads, for tests.
 
-Each builder writes below `root`, the folder that DETECTRON2_DATASETS names. Images are 12 x 8
-pixels (Cityscapes: 32 x 16) and all images of a data set have the same annotation, so that numbers
-can be worked out by hand.
+Each function writes below `root`, the folder that DETECTRON2_DATASETS names. Images are 12 x 8
+pixels (Cityscapes: 32 x 16), and all images of a data set have the same annotation, so that tests
+can use hand-computed numbers.
 """
 
 import json
@@ -53,10 +53,10 @@ def ade20k_labels() -> np.ndarray:
 
 
 def ade20k_objects() -> np.ndarray:
-    """Objects of 2 x 2 pixels, R class and G number.
+    """Objects of 2 x 2 pixels; R is the class, G the object number.
 
     bed (class 1) number 1 at the top left, person (class 4) number 2 to its right, bed number 3
-    below, and person number 9 below that, over all of the sky.
+    below, and person number 9 below that, which covers the sky.
     """
     objects = np.zeros((HEIGHT, WIDTH, 3), np.uint8)
     for row, column, class_id, number in ((0, 0, 1, 1), (0, 2, 4, 2), (2, 0, 1, 3), (4, 0, 4, 9)):
@@ -78,12 +78,12 @@ def ade20k(root: Path) -> Path:
 def ade20k_full(root: Path) -> Path:
     """ADE20K full; returns the data set's folder.
 
-    Left half wall (class 2978, label 0), right half "adding machine" (3148, label 846), the top row
-    a class that is not among the 847 (9), the bottom row unlabelled (0).
+    Left half wall (class 2978, label 0), right half "adding machine" (3148, label 846), top row a
+    class that is not among the 847 (9), bottom row unlabelled (0).
     """
     classes = np.full((HEIGHT, WIDTH), 2978)
     classes[:, 6:], classes[0], classes[-1] = 3148, 9, 0
-    # B numbers the objects; the last digit of R says nothing.
+    # B is the object number; the last digit of R has no meaning.
     pixels = np.stack([classes // 256 * 10 + 3, classes % 256, classes * 0 + 5], -1)
     base = root / "ADE20K_2021_17_01"
     for folder, stems in ADE20K_STEMS.items():
@@ -105,8 +105,8 @@ COCO_SPLITS = {"train2017": (9, 25), "val2017": (139,)}
 def coco_stuff_10k(root: Path) -> Path:
     """COCO-Stuff 10k v1.1; returns the data set's folder.
 
-    Left half person (id 1, label 0), right half wood (182, label 170), the top row unlabelled (0),
-    the bottom row traffic light (10) and then stop sign (13), between which an id is unused.
+    Left half person (id 1, label 0), right half wood (182, label 170), top row unlabelled (0),
+    bottom row traffic light (10) and stop sign (13); an id between these is unused.
     """
     classes = np.full((HEIGHT, WIDTH), 1, np.uint16)
     classes[:, 6:], classes[0], classes[-1, :6], classes[-1, 6:] = 182, 0, 10, 13
@@ -126,7 +126,7 @@ def coco_panoptic(root: Path, categories: list[dict]) -> Path:
     """COCO panoptic train2017 and val2017; returns the data set's folder.
 
     Left half person (segment 1000, id 1, label 0), right half rug-merged (70000, id 200, label
-    132), the bottom row a crowd of toothbrushes (5, id 90, label 79), the top row unlabelled.
+    132), bottom row a crowd of toothbrushes (5, id 90, label 79), top row unlabelled.
     """
     ids = np.full((HEIGHT, WIDTH), 1000)
     ids[:, 6:], ids[0], ids[-1] = 70000, 0, 5
@@ -162,7 +162,7 @@ def coco_panoptic(root: Path, categories: list[dict]) -> Path:
 def coco_instances(root: Path, categories: list[dict]) -> Path:
     """COCO instances train2017 and val2017; returns the data set's folder.
 
-    The images and the objects of `coco_panoptic`: the person as a polygon, the crowd as RLE.
+    Images and objects of `coco_panoptic`: the person as a polygon, the crowd as RLE.
     """
     base = root / "coco"
     for split, image_ids in COCO_SPLITS.items():
@@ -172,7 +172,7 @@ def coco_instances(root: Path, categories: list[dict]) -> Path:
             crowd = {
                 "image_id": image_id,
                 "category_id": 90,
-                # Down the columns: seven pixels without, one with.
+                # In each column seven pixels of background and one of the crowd.
                 "segmentation": {"counts": [7, 1] * WIDTH, "size": [HEIGHT, WIDTH]},
                 "bbox": [0, 7, WIDTH, 1],
                 "area": WIDTH,
@@ -210,10 +210,10 @@ def rectangle(category_id: int, image_id: int, box: tuple[int, int, int, int]) -
 
 
 def lvis(root: Path, categories: list[dict]) -> Path:
-    """LVIS v1; returns the data set's folder. The images are COCO's, for val of both its folders.
+    """LVIS v1; returns the data set's folder. Val has images of both COCO folders.
 
     Left half person (id 793, label 792), and within it a bolo tie (123, label 122), which is rare;
-    a bottle (133, label 132) on the right in training images, and certainly none in the others.
+    a bottle (133, label 132) on the right of training images, and a negative label for it in val.
     """
     base = root / "lvis"
     training = {793: (0, 1, 6, 7), 123: (2, 2, 4, 6), 133: (8, 2, 11, 7)}
@@ -242,7 +242,7 @@ def lvis(root: Path, categories: list[dict]) -> Path:
             ],
         }
         for image in content["images"]:
-            del image["file_name"]  # the URL says it
+            del image["file_name"]  # LVIS has only the URL
         write_json(base / f"lvis_v1_{split}.json", content)
     return base
 
@@ -254,11 +254,11 @@ def mapillary_vistas(root: Path, categories: list[dict]) -> Path:
     """Mapillary Vistas v1.2; returns the data set's folder.
 
     Left half Bird (id 1, label 0; two objects, left and right of column 3), right half Ego Vehicle
-    (id 65, label 64), the bottom row unlabelled (65).
+    (id 65, label 64), bottom row unlabelled (65).
     """
     labels = np.zeros((HEIGHT, WIDTH), np.uint8)
     labels[:, 6:], labels[-1] = 64, 65
-    # 16 bits: 256 * label + number of the object.
+    # 16 bits: 256 * label + object number.
     instances = labels.astype(np.uint16) * 256
     instances[:-1, 3:6] += 1
     ids = np.zeros((HEIGHT, WIDTH), np.int64)
@@ -303,8 +303,8 @@ def mapillary_vistas(root: Path, categories: list[dict]) -> Path:
 def cityscapes(root: Path) -> Path:
     """gtFine_trainvaltest.zip and leftImg8bit_trainvaltest.zip; returns the data set's folder.
 
-    Road (id 7) everywhere, a car (id 26) of 9 x 12 pixels (instances below 100 do not count), and a
-    group of persons.
+    Road (id 7) everywhere, a car (id 26) of 9 x 12 pixels (instances below 100 pixels do not
+    count), and a group of persons.
     """
     width, height = 32, 16
     squares = {"road": (0, 0, 31, 15), "car": (2, 2, 10, 13), "persongroup": (20, 4, 29, 11)}
@@ -315,7 +315,7 @@ def cityscapes(root: Path) -> Path:
     labels = np.full((height, width), 7, np.uint8)
     instances = labels.astype(np.uint16)
     labels[2:14, 2:11], labels[4:12, 20:30] = 26, 24
-    instances[2:14, 2:11], instances[4:12, 20:30] = 26000, 24  # of a group: the class alone
+    instances[2:14, 2:11], instances[4:12, 20:30] = 26000, 24  # a group has only the class
     base = root / "cityscapes"
     for split, city in (("train", "aachen"), ("val", "frankfurt")):
         for number in range(2):

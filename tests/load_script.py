@@ -1,4 +1,4 @@
-"""Programs of the repository as modules: other packages install packages named tools and setup."""
+"""Load programs by path: other packages install top-level packages named tools and setup."""
 
 import importlib.util
 import sys
@@ -9,13 +9,16 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def load_script(name: str | Path) -> ModuleType:
-    """A fresh copy of a program, which can import what lies beside it, as where it is started.
+    """Import a fresh copy of a program; it can import its neighbours, as when it is run.
 
     Args:
-        name: its path, relative to the repository or absolute.
+        name: its path, relative to the repository or absolute. A folder stands for its __main__.py.
     """
     path = ROOT / name
-    spec = importlib.util.spec_from_file_location(f"{path.stem}_script", path)
+    module_name = f"{path.stem}_script"
+    if path.is_dir():
+        path /= "__main__.py"
+    spec = importlib.util.spec_from_file_location(module_name, path)
     module = importlib.util.module_from_spec(spec)
     # Dataclasses and pickle look a class's module up by its name.
     sys.modules[spec.name] = module

@@ -1,6 +1,6 @@
-"""Writes data sets as people make them themselves, with annotations worked out by hand.
+"""Writes small data sets in the formats of DATASETS.CUSTOM, with hand-computed annotations.
 
-Images are 12 x 8 pixels. Every image has a cup (id 3) in its left third, 4 x 8 pixels, and a plate
+Images are 12 x 8 pixels. Every image has a cup (id 3) of 4 x 8 pixels in its left third and a plate
 (id 7) of 4 x 4 pixels at the top of the middle third; in panoptic data the rest is table (id 9).
 """
 
@@ -92,7 +92,7 @@ def semantic(root: Path) -> None:
 
 
 def entry(kind: str, root: Path, name: str = "own_train", **others: Any) -> dict[str, Any]:
-    """An entry of DATASETS.CUSTOM for what the function of that name writes."""
+    """An entry of DATASETS.CUSTOM for data written by the functions above."""
     keys = {
         "instance": {"INSTANCES_JSON": str(root / "instances.json")},
         "panoptic": {

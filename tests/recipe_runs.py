@@ -10,8 +10,8 @@ are registered below DETECTRON2_DATASETS on import. OUTPUT/runs.json then holds 
     losses      name → value
     targets     for each image of the batch its class ids, of segments that have a pixel
     metrics     the content of evaluation.json
-    of_truth    the same with the annotation in place of predictions, on DATASETS.TEST; an override
-                TRUTH names another data set, or is None: then this is left out
+    gt_metrics  the same with the ground truth as predictions, on DATASETS.TEST; an override
+                GT_DATASET names another data set, or is None to skip this
 """
 
 import json
@@ -56,7 +56,7 @@ SMALL = {
     "MODEL.MASK_FORMER.DEC_LAYERS": 3,
     "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 10,
     "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 64,
-    # Else a model that has not learned anything would predict no segment.
+    # Otherwise an untrained model would predict no segments.
     "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": 0.0,
     "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": 0.0,
     "INPUT.MIN_SIZE_TEST": 64,
@@ -67,7 +67,7 @@ SMALL = {
     "SEED": 0,
 }
 
-# Names of metrics, without those of single classes.
+# Names of metrics, without per-class metrics.
 PQ = {name + group for name in ("PQ", "SQ", "RQ") for group in ("", "_th", "_st")}
 MIOU = {"mIoU", "fwIoU", "mACC", "pACC"}
 AP = {"AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl"}
@@ -99,23 +99,23 @@ def run_apart(root: Path, output: Path, jobs: Sequence[tuple]) -> dict[str, dict
 
 
 def check_run(run: Mapping[str, Any], metrics: Mapping[str, tuple[set[str], int]]) -> None:
-    """Assert that a run went well and gave these metrics.
+    """Assert that a run succeeded and computed these metrics.
 
     Args:
         run: of `run_apart`.
-        metrics: task → names of its metrics, and number of classes that have metrics of their own.
+        metrics: task → names of its metrics, and the number of classes with metrics of their own.
     """
     assert "error" not in run, run["error"]
     kinds = {f"loss_{kind}{layer}" for kind in ("ce", "mask", "dice") for layer in ("", "_0", "_1")}
     assert set(run["losses"]) == {"total_loss", *kinds}
     assert all(math.isfinite(loss) for loss in run["losses"].values())
     assert all(run["targets"]), "every image has a segment"
-    for results in (run["metrics"], run.get("of_truth", run["metrics"])):
+    for results in (run["metrics"], run.get("gt_metrics", run["metrics"])):
         assert set(results) == set(metrics)
         for task, (names, num_classes) in metrics.items():
             assert {name for name in results[task] if "-" not in name} == names
-            of_classes = [n for n in results[task] if n.startswith(("AP-", "IoU-"))]
-            assert len(of_classes) == num_classes
+            per_class = [n for n in results[task] if n.startswith(("AP-", "IoU-"))]
+            assert len(per_class) == num_classes
             known = [value for value in results[task].values() if value is not None]
             assert known, f"{task}: nothing was evaluated"
             assert all(0 <= value <= 100 for value in known), task
@@ -124,8 +124,8 @@ def check_run(run: Mapping[str, Any], metrics: Mapping[str, tuple[set[str], int]
 # ---- the program ----
 
 
-class Truth(nn.Module):
-    """In place of a model: what it would return if it predicted the targets of the mapper."""
+class GroundTruthModel(nn.Module):
+    """Returns what a model would if it predicted the targets of the mapper."""
 
     def __init__(self, cfg: CfgNode, model: MaskFormer) -> None:
         super().__init__()
@@ -157,11 +157,13 @@ class Truth(nn.Module):
 
 
 def run(recipe: str, overrides: dict[str, Any], output: Path) -> dict[str, Any]:
-    """Train for one step, evaluate, and evaluate the truth."""
+    """Train for one step, evaluate, and evaluate the ground truth."""
     options = SMALL | overrides
     output.mkdir()
     options["OUTPUT_DIR"] = str(output)
-    opts = [str(part) for key, value in options.items() if key != "TRUTH" for part in (key, value)]
+    opts = [
+        str(part) for key, value in options.items() if key != "GT_DATASET" for part in (key, value)
+    ]
     cfg = load_config(str(CONFIGS / recipe), opts)
     check_class_counts(cfg)
     cfg.freeze()
@@ -175,13 +177,13 @@ def run(recipe: str, overrides: dict[str, Any], output: Path) -> dict[str, Any]:
         "targets": [targets(sample["instances"], trainer.model) for sample in batch],
         "metrics": read_evaluation(output),
     }
-    truth = options.get("TRUTH", cfg.DATASETS.TEST[0])
-    if truth is None:
+    gt_dataset = options.get("GT_DATASET", cfg.DATASETS.TEST[0])
+    if gt_dataset is None:
         return results
     cfg.defrost()
-    cfg.DATASETS.TEST = (truth,)
-    Trainer.test(cfg, Truth(cfg, trainer.model))
-    return results | {"of_truth": read_evaluation(output)}
+    cfg.DATASETS.TEST = (gt_dataset,)
+    Trainer.test(cfg, GroundTruthModel(cfg, trainer.model))
+    return results | {"gt_metrics": read_evaluation(output)}
 
 
 def targets(instances: Any, model: MaskFormer) -> list[int]:
@@ -202,7 +204,7 @@ def main() -> None:
     for number, (name, recipe, overrides) in enumerate(json.load(sys.stdin)):
         try:
             runs[name] = run(recipe, overrides, output / str(number))
-        except Exception:  # the others go on; the test of this one fails
+        except Exception:  # the other jobs continue; the test of this one fails
             runs[name] = {"error": traceback.format_exc()}
     (output / "runs.json").write_text(json.dumps(runs))
 

@@ -1,4 +1,4 @@
-"""The build of the operators' library: what setup.py finds and decides, with stand-in compilers."""
+"""The build of the operator library by setup.py, with fake compilers."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def write_program(path: Path, body: str) -> Path:
 
 @pytest.fixture
 def builder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
-    """setup.py as a module, with none of its environment variables set."""
+    """Load setup.py as a module, without its environment variables."""
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
     return load_script("setup.py")
@@ -47,7 +47,7 @@ def builder(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
         ("80 90 100 120 130", "8.0 9.0 10.0 12.0 13.0+PTX"),
     ],
 )
-def test_default_architectures_are_one_for_each_generation(
+def test_default_architectures_are_one_per_generation(
     builder: ModuleType, known: str, expected: str
 ) -> None:
     listing = "".join(f"compute_{number}\n" for number in known.split())
@@ -56,7 +56,7 @@ def test_default_architectures_are_one_for_each_generation(
 
 
 @pytest.mark.parametrize("text", ["8.0;9.0a;12.0+PTX", " 8.0 9.0a 12.0+PTX ", "8.0,9.0a;12.0+PTX;"])
-def test_architecture_list_of_the_user(
+def test_user_architecture_list(
     builder: ModuleType, monkeypatch: pytest.MonkeyPatch, text: str
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
@@ -75,10 +75,10 @@ def test_architecture_list_of_the_user(
     [
         ("8.0;Hopper", "'Hopper' is not a compute capability"),
         ("sm_90", "'sm_90' is not a compute capability"),
-        ("5.0;9.0", "5.0 is not among those of nvcc: 8.0 9.0"),
+        ("5.0;9.0", "nvcc does not support 5.0, only 8.0 9.0"),
     ],
 )
-def test_architectures_that_cannot_be_compiled_are_an_error(
+def test_unsupported_architectures_are_an_error(
     builder: ModuleType, monkeypatch: pytest.MonkeyPatch, text: str, message: str
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", text)
@@ -99,11 +99,11 @@ def test_nvcc_is_taken_from_the_toolkit_or_the_path(
     assert builder.find_nvcc() == toolkit
     monkeypatch.setenv("CUDA_PATH", str(named.parents[1]))
     assert builder.find_nvcc() == named
-    # A toolkit that was named is not replaced by another one.
+    # A named toolkit is never replaced by another one.
     monkeypatch.setenv("CUDA_HOME", str(tmp_path / "none"))
     assert builder.find_nvcc() is None
     monkeypatch.setenv("FORCE_CUDA", "1")
-    with pytest.raises(builder.SetupError, match=f"no {tmp_path}/none/bin/nvcc"):
+    with pytest.raises(builder.SetupError, match=f"but {tmp_path}/none/bin/nvcc does not exist"):
         builder.find_nvcc()
     monkeypatch.setenv("CUDA_HOME", str(named.parents[1]))
     assert builder.find_nvcc() == named
@@ -119,7 +119,7 @@ def test_compiler_is_the_named_one_or_the_first_on_the_path(
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     assert builder.find_compiler() is None
-    assert "no C++ compiler was found" in builder.why_no_library()
+    assert "no C++ compiler found" in builder.why_no_library()
     write_program(tmp_path / "clang++", "")
     assert builder.find_compiler() == ["clang++"]
     assert builder.why_no_library() is None
@@ -129,7 +129,7 @@ def test_compiler_is_the_named_one_or_the_first_on_the_path(
     monkeypatch.setenv("CXX", "ccache c++")
     assert builder.find_compiler() == ["ccache", "c++"]
     monkeypatch.setenv("CXX", "g++-99")
-    with pytest.raises(builder.SetupError, match=r"CXX=g\+\+-99: there is no such compiler"):
+    with pytest.raises(builder.SetupError, match=r"CXX=g\+\+-99: compiler not found"):
         builder.find_compiler()
 
 
@@ -167,11 +167,11 @@ def test_only_a_build_without_any_torch_asks_for_one(
     assert [call.get("setup_requires") for call in calls] == [[], ["torch>=2.11"], None]
 
 
-# ---------------------------------------------------------------- builds with stand-in compilers
+# ---------------------------------------------------------------- builds with fake compilers
 
 
 class Checkout:
-    """A copy of what is built, with compilers that write down their command and an empty file."""
+    """A copy of the sources, with compilers that log their command and write an empty file."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder / "checkout"
@@ -181,8 +181,8 @@ class Checkout:
         for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]:
             shutil.copy(ROOT / name, self.folder)
         (self.folder / "mask2former" / "csrc" / "cuda").mkdir(exist_ok=True)
-        (self.folder / "mask2former" / "csrc" / "cuda" / "stand_in.cu").write_text("")
-        # No external program but these: the path holds nothing else.
+        (self.folder / "mask2former" / "csrc" / "cuda" / "fake.cu").write_text("")
+        # PATH holds these programs and nothing else.
         compile_ = (
             f'echo "$0 $*" >> {self.log}\n'
             'while [ $# -gt 0 ]; do if [ "$1" = -o ]; then : > "$2"; fi; shift; done'
@@ -209,14 +209,14 @@ class Checkout:
         )
 
     def build(self, **environment: str) -> list[str]:
-        """Builds in place and returns the commands that were run."""
+        """Build in place and return the commands that ran."""
         self.log.write_text("")
         result = self.run("setup.py", "build_ext", "--inplace", **environment)
         assert result.returncode == 0, result.stdout + result.stderr
         return self.log.read_text().splitlines()
 
     def build_with_backend(self, hook: str, **environment: str) -> tuple[Path, str]:
-        """Calls a build hook as pip does; returns the archive and what was printed."""
+        """Call a build hook as pip does; return the archive and the output."""
         code = f"import sys; from setuptools import build_meta; build_meta.{hook}(sys.argv[1])"
         target = self.folder / "dist"
         shutil.rmtree(target, ignore_errors=True)
@@ -237,9 +237,7 @@ def test_commands_of_a_build(checkout: Checkout) -> None:
     *compile_, link = commands
     assert (checkout.folder / LIBRARY).exists()
 
-    (device,) = (
-        command for command in compile_ if " -c mask2former/csrc/cuda/stand_in.cu" in command
-    )
+    (device,) = (command for command in compile_ if " -c mask2former/csrc/cuda/fake.cu" in command)
     host = [command for command in compile_ if ".cpp -o" in command]
     sources = len(list((ROOT / "mask2former" / "csrc").rglob("*.cpp")))
     assert len(host) == sources > 0
@@ -253,22 +251,22 @@ def test_commands_of_a_build(checkout: Checkout) -> None:
         assert ' -DMASK2FORMER_CUDA_ARCHITECTURES="8.0 9.0" ' in command
         assert " -fvisibility=hidden " in command and " -g " in command
     for command in commands:
-        # One binary for every machine, the same numbers everywhere, no Python and no OpenMP.
+        # One binary for every machine with the same numbers everywhere, without Python and OpenMP.
         assert not re.search(r"march=|fast-math|fopenmp|Python|include/python|rpath", command)
-    # The runtime of CUDA inside, and torch's own CUDA libraries only through libtorch.
+    # The CUDA runtime is static; torch's CUDA libraries come only through libtorch.
     assert "-L/toolkit/lib -lcudart_static -lrt -ldl -lpthread" in link
     assert set(re.findall(r" -l(torch\S*|c10\S*)", link)) == {"torch", "torch_cpu"}
     assert link.endswith(" -Wl,-z,now")
 
 
-def test_only_what_has_changed_is_built_again(checkout: Checkout) -> None:
+def test_only_changed_files_are_rebuilt(checkout: Checkout) -> None:
     def changed(**environment: str) -> list[str]:
         commands = checkout.build(**environment)
         return sorted({Path(command.split(" -o ")[1].split()[0]).name for command in commands})
 
     everything = changed()
     csrc = checkout.folder / "mask2former" / "csrc"
-    assert "stand_in.cu.o" in everything and "_C.abi3.so" in everything
+    assert "fake.cu.o" in everything and "_C.abi3.so" in everything
     assert changed() == []
 
     later = (checkout.folder / LIBRARY).stat().st_mtime + 10
@@ -281,7 +279,7 @@ def test_only_what_has_changed_is_built_again(checkout: Checkout) -> None:
     assert changed() == everything
     os.utime(csrc / "ms_deform_attn.h", (1, 1))
 
-    # Other flags count, and so does a compiler that did not come to its end.
+    # Changed flags and an interrupted compiler also cause a rebuild.
     assert changed(FORCE_CUDA="0") == [name for name in everything if ".cu." not in name]
     record = checkout.folder / "build" / "csrc" / "ms_deform_attn.cpp.o.command"
     record.unlink()
@@ -325,21 +323,21 @@ def test_without_a_compiler_it_installs_and_says_so(checkout: Checkout) -> None:
     (checkout.path / "c++").unlink()
     archive, output = checkout.build_with_backend("build_editable")
     (line,) = (line for line in output.splitlines() if line.startswith("mask2former: "))
-    assert "PyTorch formulation will run: no C++ compiler was found" in line
+    assert "PyTorch formulation will run: no C++ compiler found" in line
     assert archive.name.endswith("-py3-none-any.whl")
-    assert not library.exists()  # it would be out of date from now on
+    assert not library.exists()  # it would become out of date
 
     result = checkout.run("setup.py", "build", CXX="no-such-compiler")
     assert result.returncode != 0
-    assert result.stderr == "error: CXX=no-such-compiler: there is no such compiler\n"
+    assert result.stderr == "error: CXX=no-such-compiler: compiler not found\n"
 
 
 # ---------------------------------------------------------------- the set-up
 
 
-# setup.py imports setuptools and tools/setup_env.py pip; nothing else imports both.
+# setup.py imports setuptools, tools/setup_env.py imports pip; nothing else imports both.
 @pytest.mark.filterwarnings("ignore:Setuptools is replacing distutils:UserWarning")
-def test_active_environment_is_built_again_where_the_library_is_old(
+def test_old_library_in_the_active_environment_is_rebuilt(
     monkeypatch: pytest.MonkeyPatch, checkout: Checkout
 ) -> None:
     setup_env = load_script("tools/setup_env.py")
@@ -356,7 +354,7 @@ def test_active_environment_is_built_again_where_the_library_is_old(
     os.utime(checkout.folder / "mask2former" / "csrc" / "ms_deform_attn.h", (later, later))
     assert not setup_env.library_is_current()
 
-    # Where it cannot be built, there is nothing to repeat.
+    # If it cannot be built, it counts as current.
     library.unlink()
     monkeypatch.setenv("MASK2FORMER_NO_OP", "1")
     assert setup_env.library_is_current()
@@ -387,7 +385,7 @@ def test_make_builds_a_missing_or_old_library(tmp_path: Path, checkout: Checkout
     venv.mkdir()
     for name in ["created", "runtime", "project"]:
         (venv / f".stamp-{name}").write_text("")
-    assert not is_repeated()  # was set up without a compiler
+    assert not is_repeated()  # set up without a compiler
     (venv / ".stamp-project").write_text(f"{LIBRARY}\n")
     assert is_repeated()
     library.write_text("")
@@ -421,7 +419,7 @@ def test_library_needs_only_the_stable_abi() -> None:
     assert "torch_call_dispatcher" in needed
     for name, kind in needed.items():
         assert not re.match(r"_ZNK?(2at|3c10|5torch)|Py|_Py|GOMP|omp_|cuda|cu[A-Z]", name), name
-        # What only some builds of torch have must not be needed to load the library.
+        # Loading must not require symbols that only some builds of torch have.
         assert "cuda_stream" not in name or kind == "w", name
 
 
@@ -444,7 +442,7 @@ def test_a_second_copy_is_a_clear_error(tmp_path: Path) -> None:
     assert str(tmp_path) in str(error.value)
 
 
-def test_library_that_does_not_load_is_a_clear_error(tmp_path: Path) -> None:
+def test_unloadable_library_is_a_clear_error(tmp_path: Path) -> None:
     loader = copy_of_loader(tmp_path)
     assert "none were built" in load_script(loader).describe()
     library = tmp_path / LIBRARY

@@ -1,4 +1,4 @@
-"""What a checkpoint must fill, and what happens where it does not."""
+"""Which parameters a checkpoint must provide, and the errors if it does not."""
 
 import os
 import pickle
@@ -13,7 +13,7 @@ from mask2former.checkpoint import Mask2FormerCheckpointer
 
 
 class Model(nn.Module):
-    """The parts that the rules tell apart: a backbone, a head, the class-dependent layers."""
+    """The parts with rules of their own: backbone, head, class-dependent layers."""
 
     def __init__(self, num_classes=3, width=4, backbone_width=4):
         super().__init__()
@@ -52,7 +52,7 @@ def start_training(model, path):
 
 
 @pytest.mark.parametrize("heuristics", [False, True])
-def test_published_model(tmp_path, heuristics):
+def test_model_of_the_original_release(tmp_path, heuristics):
     source, target = Model(), Model()
     data = {"model": numpy_weights(source), "__author__": "someone"}
     if heuristics:
@@ -62,7 +62,7 @@ def test_published_model(tmp_path, heuristics):
 
 
 def test_imagenet_backbone(tmp_path, caplog):
-    """As in Detectron2's model zoo: names without the prefix, and a classifier that is not used."""
+    """As in Detectron2's model zoo: names without prefix, and an unused classifier."""
     source, target = Model(), Model()
     head = {k: v.clone() for k, v in target.sem_seg_head.state_dict().items()}
     weights = {f"{k}": v.numpy() for k, v in source.backbone.state_dict().items()}
@@ -74,7 +74,7 @@ def test_imagenet_backbone(tmp_path, caplog):
     assert all(torch.equal(v, head[k]) for k, v in target.sem_seg_head.state_dict().items())
     assert "not found in the checkpoint" in caplog.text
 
-    # It is no model to evaluate.
+    # It cannot be evaluated.
     with pytest.raises(ValueError, match=r"R-50\.pkl does not fit.*5 missing \(criterion.empty_w"):
         Mask2FormerCheckpointer(target).load(path)
 
@@ -106,7 +106,7 @@ def test_another_architecture(tmp_path):
     with pytest.raises(ValueError, match=r"stranger\.pth.*1 unknown to the model \(layers.0.wei"):
         start_training(target, stranger)
 
-    # Backbone weights of another width, whose names match only by their ends.
+    # Backbone weights of another width, whose names match only by suffix.
     weights = {k: v.numpy() for k, v in Model(backbone_width=5).backbone.state_dict().items()}
     data = {"model": weights, "__author__": "x", "matching_heuristics": True}
     with pytest.raises(ValueError, match=r"backbone.stem.bias \(5,\) instead of \(4,\)"):
@@ -151,7 +151,7 @@ def test_nothing_to_load():
         start_training(Model(), "nowhere/model.pth")
 
 
-def test_files_that_are_no_state_dict(tmp_path):
+def test_files_without_a_state_dict(tmp_path):
     for name, data in {
         "number.pkl": {"model": {"w": 3}, "__author__": "x"},
         "list.pkl": [1, 2],

@@ -5,9 +5,19 @@ from pathlib import Path
 
 import pytest
 from detectron2.config import CfgNode, get_cfg
+from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.projects.deeplab import add_deeplab_config
 
-from mask2former.config import add_maskformer2_config, check_config, load_config
+from mask2former.config import (
+    add_maskformer2_config,
+    check_config,
+    load_config,
+    without_added_defaults,
+)
+from mask2former.config_checks import get_value
+from mask2former.data.dataset_mappers import DATASET_MAPPER_REGISTRY
+from mask2former.maskformer_model import MaskFormer
+from mask2former.modeling.criterion import LOSS_REGISTRY
 
 ROOT = Path(__file__).parents[1]
 CONTRACTS = Path(__file__).parent / "contracts"
@@ -42,6 +52,13 @@ PUBLISHED = {
         "swin_base_IN21k": "mIoU 83.3, with TEST.AUG.ENABLED True 84.5",
         "swin_large": "mIoU 83.3, with TEST.AUG.ENABLED True 84.3",
     },
+}
+# Keys that the original release does not have.
+ADDED = {
+    "MODEL.FAST": True,
+    "MODEL.CHECKPOINTING": "selective",
+    "MODEL.MASK_FORMER.EXTRA_LOSSES": [],
+    "MODEL.MASK_FORMER.MATCHER_NAME": "HungarianMatcher",
 }
 LVIS = "lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
 
@@ -79,19 +96,19 @@ def write(folder, text, name="config.yaml"):
     return str(path)
 
 
-def test_defaults_are_the_published_ones():
+def test_defaults_are_those_of_the_original_release():
     before, after = flatten(deeplab_cfg()), flatten(default_cfg())
     assert before.keys() <= after.keys()
     changed = {k: v for k, v in after.items() if k not in before or before[k] != v}
-    published = json.loads((CONTRACTS / "defaults.json").read_text())
-    assert changed == published
+    expected = json.loads((CONTRACTS / "defaults.json").read_text()) | ADDED
+    assert changed == expected
     # 1 == 1.0 == True, but a config tells their types apart.
     types = {k: type(v) for k, v in changed.items()}
-    assert types == {k: type(v) for k, v in published.items()}
+    assert types == {k: type(v) for k, v in expected.items()}
 
 
 @pytest.mark.parametrize("path", RECIPES)
-def test_recipe_resolves_to_the_published_values(path):
+def test_recipe_resolves_to_the_original_values(path):
     defaults = flatten(default_cfg())
     resolved = flatten(load_config(str(CONFIGS / path)))  # load_config checks it as well
     assert {k: v for k, v in resolved.items() if v != defaults[k]} == RECIPES[path]
@@ -155,7 +172,7 @@ def test_opts_override_the_file():
     assert not cfg.is_frozen()
 
 
-def test_computed_values_of_published_configs_load(tmp_path):
+def test_computed_values_of_original_configs_load(tmp_path):
     path = write(
         tmp_path,
         "VERSION: 2\nINPUT:\n  MIN_SIZE_TRAIN: "
@@ -173,7 +190,7 @@ def test_missing_file(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "# only a comment\n", "- a\n- list\n"])
-def test_file_that_is_no_mapping(tmp_path, text):
+def test_file_without_keys(tmp_path, text):
     path = write(tmp_path, text)
     with pytest.raises(ValueError, match="config.yaml.*KEY: VALUE"):
         load_config(path)
@@ -185,7 +202,7 @@ def test_unknown_key_in_file(tmp_path):
         load_config(path)
 
 
-def test_unknown_section_and_value_in_place_of_section(tmp_path):
+def test_unknown_section_and_value_for_a_section(tmp_path):
     path = write(tmp_path, "MODEL:\n  SWINN:\n    APE: True\n")
     with pytest.raises(ValueError, match=r"MODEL\.SWINN\.APE.*MODEL\.SWIN\.APE"):
         load_config(path)
@@ -248,6 +265,8 @@ REJECTED = [
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 100, "multiples of MODEL.MASK_FORMER.NHEADS"),
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 48, "multiples of 32"),
     ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 2.0, "allowed: 1.0, because"),
+    ("MODEL.CHECKPOINTING", "all", "'none', 'selective', 'blocks'"),
+    ("MODEL.MASK_FORMER.MATCHER_NAME", "Greedy", "'HungarianMatcher'"),
     ("INPUT.COLOR_AUG_SSD", True, "mapper 'coco_panoptic_lsj' ignores it"),
     ("INPUT.SIZE_DIVISIBILITY", 512, "mapper 'coco_panoptic_lsj' ignores it"),
     ("INPUT.CROP.ENABLED", True, "mapper 'coco_panoptic_lsj' ignores it"),
@@ -255,6 +274,21 @@ REJECTED = [
     ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS", 0, "at least 1"),
     ("MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES", ["res6"], "res2.*res5"),
 ]
+
+
+@pytest.fixture
+def registries(monkeypatch):
+    """Entries that a test registers are gone afterwards; a loss `toy` and a mapper are added."""
+    for registry in (LOSS_REGISTRY, DATASET_MAPPER_REGISTRY, META_ARCH_REGISTRY):
+        monkeypatch.setattr(registry, "_obj_map", dict(registry._obj_map))
+
+    @LOSS_REGISTRY.register()
+    def toy(matched):
+        return matched.mask_logits.flatten(1).mean(1)
+
+    @DATASET_MAPPER_REGISTRY.register()
+    class ToyMapper:
+        unread_keys = {"INPUT.MAX_SCALE": 2.0}
 
 
 @pytest.mark.parametrize(("key", "value", "allowed"), REJECTED)
@@ -265,6 +299,117 @@ def test_rejected_value(cfg, key, value, allowed):
     assert key in str(error.value)
     if value is not None:
         assert str(value) in str(error.value)
+
+
+BAD_LOSSES = [
+    (["toy"], r"\[name, weight\]"),
+    ([["toy"]], r"\[name, weight\]"),
+    ([[1.0, "toy"]], r"\[name, weight\]"),
+    ([["nobody", 1.0]], "no loss 'nobody' is registered .*'toy'"),
+    ([["dice", 1.0]], "'dice' belongs to the losses that are"),
+    ([["toy", 1.0], ["toy", 2.0]], "names the loss 'toy' twice"),
+    ([["toy", -1.0]], "a finite weight of at least 0"),
+    ([["toy", float("inf")]], "a finite weight of at least 0"),
+    ([["toy", True]], "a finite weight of at least 0"),
+]
+
+
+@pytest.mark.parametrize(("losses", "message"), BAD_LOSSES)
+def test_rejected_losses(cfg, registries, losses, message):
+    cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = losses
+    with pytest.raises(ValueError, match=message) as error:
+        check_config(cfg)
+    assert str(error.value).startswith("MODEL.MASK_FORMER.EXTRA_LOSSES")
+    assert str(losses[-1]) in str(error.value)
+
+
+def test_added_keys(cfg, registries):
+    cfg.MODEL.FAST = False
+    cfg.MODEL.CHECKPOINTING = "blocks"
+    cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = [["toy", 2], ["boundary", 0.0]]
+    with pytest.raises(ValueError, match=r"EXTRA_LOSSES\[1\].*'boundary'.* Import the module"):
+        check_config(cfg)
+    cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = [["toy", 2]]
+    check_config(cfg)
+    cfg.MODEL.FAST = "no"
+    with pytest.raises(ValueError, match="MODEL.FAST is 'no'; allowed: True, False"):
+        check_config(cfg)
+    # A project with its own copy of the config function lacks them.
+    for key in ADDED:
+        section, _, name = key.rpartition(".")
+        del get_value(cfg, section)[name]
+    check_config(cfg)
+
+
+def test_registered_mappers_are_accepted(cfg, registries):
+    cfg.INPUT.DATASET_MAPPER_NAME = "ToyMapper"
+    cfg.INPUT.COLOR_AUG_SSD = True  # not among what it says it ignores
+    check_config(cfg)
+    cfg.INPUT.MAX_SCALE = 3.0
+    with pytest.raises(ValueError, match=r"MAX_SCALE is 3\.0; .*mapper 'ToyMapper' ignores it"):
+        check_config(cfg)
+
+
+def test_keys_of_other_projects(tmp_path):
+    def extend(cfg):
+        cfg.MODEL.OF_MINE = CfgNode()
+        cfg.MODEL.OF_MINE.WIDTH = 3
+
+    path = write(tmp_path, "VERSION: 2\nMODEL:\n  OF_MINE:\n    WIDTH: 5\n")
+    assert load_config(path, extend_config=extend).MODEL.OF_MINE.WIDTH == 5
+    overridden = load_config(path, ["MODEL.OF_MINE.WIDTH", "7"], extend_config=extend)
+    assert overridden.MODEL.OF_MINE.WIDTH == 7
+    with pytest.raises(ValueError, match=r"'MODEL\.OF_MINE\.WIDTH', which is not a config key"):
+        load_config(path)
+    path = write(tmp_path, "VERSION: 2\nMODEL:\n  OF_MINE:\n    WIDHT: 5\n")
+    with pytest.raises(ValueError, match=r"Did you mean MODEL\.OF_MINE\.WIDTH"):
+        load_config(path, extend_config=extend)
+
+
+def test_written_config_is_readable_for_the_original_release(cfg):
+    """It rejects unknown keys, so ours are left out where they have their default."""
+    original = default_cfg()
+    for key in ADDED:
+        section, _, name = key.rpartition(".")
+        del get_value(original, section)[name]
+    text = without_added_defaults(cfg).dump()
+    original.merge_from_other_cfg(CfgNode.load_cfg(text))
+    assert {*flatten(cfg)} - {*flatten(original)} == {*ADDED}
+    cfg.MODEL.FAST = False
+    assert {*flatten(without_added_defaults(cfg))} - {*flatten(original)} == {"MODEL.FAST"}
+    assert {*flatten(cfg)} >= {*ADDED}
+
+
+def test_subclasses_keep_the_checks(cfg, registries):
+    @META_ARCH_REGISTRY.register()
+    class MyFormer(MaskFormer):
+        pass
+
+    cfg.MODEL.META_ARCHITECTURE = "MyFormer"
+    # Its project may train with its own trainer.
+    cfg.INPUT.DATASET_MAPPER_NAME = "mapper_of_its_trainer"
+    cfg.SOLVER.OPTIMIZER = "LION"
+    check_config(cfg)
+    cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 0
+    with pytest.raises(ValueError, match="TRAIN_NUM_POINTS is 0"):
+        check_config(cfg)
+
+
+def test_parts_of_ours_in_another_architecture(cfg, registries):
+    """Its own keys are its business; those of our decoders are checked."""
+
+    @META_ARCH_REGISTRY.register()
+    def AnotherArchitecture(cfg):
+        pass
+
+    cfg.MODEL.META_ARCHITECTURE = "AnotherArchitecture"
+    cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 0
+    check_config(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.CONVS_DIM = 48
+    with pytest.raises(ValueError, match="CONVS_DIM is 48"):
+        check_config(cfg)
+    cfg.MODEL.SEM_SEG_HEAD.NAME = "AnotherHead"
+    check_config(cfg)
 
 
 def test_flips_that_a_mapper_does_not_make_are_rejected(cfg):
@@ -307,7 +452,7 @@ def test_number_of_heads_may_be_written_twice(cfg):
         check_config(cfg)
 
 
-def test_keys_of_the_other_decoder_are_accepted_with_it(cfg):
+def test_keys_of_the_other_decoder_are_accepted(cfg):
     cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME = "StandardTransformerDecoder"
     cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "res5"
     cfg.MODEL.MASK_FORMER.ENC_LAYERS = 6

@@ -3,9 +3,11 @@
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
+from load_script import load_script
 
 from mask2former import launch as launch_module
 from mask2former.launch import launch, started_by_torchrun
+from mask2former.trainer import Trainer
 
 TORCHRUN = {
     "RANK": "0",
@@ -68,7 +70,7 @@ def test_cpu_training_spawned_on_a_machine_with_gpus(config_file, monkeypatch):
 
 
 def test_spawned_arguments(config_file, monkeypatch):
-    """What Detectron2's launcher is told; tests/tools run the processes themselves."""
+    """What Detectron2's launcher is called with; tests/test_preflight.py starts processes."""
     calls = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(
@@ -85,7 +87,45 @@ def test_spawned_arguments(config_file, monkeypatch):
     assert calls == [((print, 2), expected)]
 
 
+@pytest.mark.parametrize(("device", "expected"), [("cpu", [True]), ("cuda", [])])
+def test_programs_keep_freed_memory_on_a_cpu(config_file, monkeypatch, tmp_path, device, expected):
+    calls = []
+    monkeypatch.setattr(launch_module, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: device == "cuda")
+    monkeypatch.setattr(launch_module, "default_setup", lambda cfg, args: None)
+    monkeypatch.setattr(launch_module, "setup_logger", lambda **kwargs: None)
+
+    class Stop(Exception):
+        pass
+
+    class Toy(Trainer):
+        def __init__(self, cfg):
+            raise Stop
+
+    monkeypatch.setattr(launch_module, "Trainer", Toy)
+    with pytest.raises(Stop):
+        launch_module.main(parse("--config-file", config_file, "MODEL.DEVICE", device))
+    assert calls == expected
+
+
+def test_run_passes_the_hook_on(config_file, monkeypatch, capsys):
+    def extend(cfg):
+        cfg.OF_MINE = 1
+
+    seen = []
+    arguments = ["train.py", "--config-file", config_file, "OF_MINE", "2"]
+    monkeypatch.setattr("sys.argv", arguments)
+    launch_module.run(lambda args: seen.append(args.checked.cfg.OF_MINE), extend_config=extend)
+    assert seen == [2]
+
+
 def test_mistakes_are_reported_before_processes_start(config_file):
     args = parse("--config-file", config_file, "--num-gpus", "2", "SOLVER.BASE_RL", "1")
     with pytest.raises(ValueError, match="SOLVER.BASE_RL"):
         launch(print, args)
+
+
+def test_program_at_the_root_forwards_to_tools():
+    program = load_script("train_net.py")
+    assert program.main is launch_module.main
+    assert (program.Trainer, program.setup) == (Trainer, launch_module.setup)

@@ -1,4 +1,4 @@
-"""Parameter groups and gradient clipping, by hand."""
+"""Parameter groups and gradient clipping, computed by hand."""
 
 import pytest
 import torch
@@ -62,8 +62,8 @@ def test_groups(cfg):
     assert optimizer.defaults["lr"] == 0.01
 
 
-def one_group_for_each_parameter(cfg, model: nn.Module, **options) -> torch.optim.AdamW:
-    """The published layout: groups in the order of the modules, each parameter on its own."""
+def one_group_per_parameter(cfg, model: nn.Module, **options) -> torch.optim.AdamW:
+    """The layout of the original release: one group per parameter, in module order."""
     settings = {
         parameter: {k: group[k] for k in ("lr", "weight_decay")}
         for group in build_optimizer(cfg, model).param_groups
@@ -88,23 +88,23 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, steps: 
         optimizer.step()
 
 
-def test_same_updates_as_with_one_group_for_each_parameter(cfg):
+def test_same_updates_as_one_group_per_parameter(cfg):
     models = [Model(), Model()]
     models[1].load_state_dict(models[0].state_dict())
     optimizer = build_optimizer(cfg, models[0])
     assert all(group["fused"] for group in optimizer.param_groups)
     train(models[0], optimizer, seed=0)
-    train(models[1], one_group_for_each_parameter(cfg, models[1], foreach=False), seed=0)
-    for ours, published in zip(models[0].parameters(), models[1].parameters(), strict=True):
-        torch.testing.assert_close(ours, published, rtol=1e-5, atol=1e-6)
+    train(models[1], one_group_per_parameter(cfg, models[1], foreach=False), seed=0)
+    for ours, original in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        torch.testing.assert_close(ours, original, rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("ours", [False, True])
-def test_a_run_goes_on_from_saved_state(cfg, ours):
-    """Of the published layout and of our own, and with this machine's kernels."""
+def test_training_continues_from_saved_state(cfg, ours):
+    """In the original layout and in ours; the kernels are those of this machine."""
     model, whole = Model(), Model()
     whole.load_state_dict(model.state_dict())
-    build = build_optimizer if ours else one_group_for_each_parameter
+    build = build_optimizer if ours else one_group_per_parameter
     first = build(cfg, model)
     train(model, first, seed=1)
     saved = first.state_dict()
@@ -124,14 +124,14 @@ def test_a_run_goes_on_from_saved_state(cfg, ours):
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
 
 
-def test_state_of_another_model_is_refused(cfg):
-    saved = one_group_for_each_parameter(cfg, nn.Sequential(nn.Linear(2, 2))).state_dict()
+def test_state_of_another_model_is_rejected(cfg):
+    saved = one_group_per_parameter(cfg, nn.Sequential(nn.Linear(2, 2))).state_dict()
     with pytest.raises(ValueError, match="different number of parameter groups"):
         build_optimizer(cfg, Model()).load_state_dict(saved)
 
 
-def test_clipping_sees_gradients_that_are_no_longer_scaled(cfg):
-    """As under mixed precision: the scaler must unscale before the step, not inside it."""
+def test_gradients_are_unscaled_before_clipping(cfg):
+    """In mixed precision the scaler must unscale before the step, not inside it."""
     cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = "full_model"
     cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0

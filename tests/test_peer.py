@@ -36,7 +36,7 @@ HIDDEN_DIM = {"swin": 64, "resnet": 48}
 CONFIGS = Path(__file__).parents[1] / "configs"
 
 
-peer_model = load_script("tools/peer_model.py")
+peer_model = load_script("tools/benchmark/peer.py")
 
 
 def _randomise(model: nn.Module, seed: int) -> None:

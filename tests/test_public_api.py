@@ -1,7 +1,7 @@
-"""What other projects and published files rely on, frozen: names, state dicts, model sizes.
+"""What other projects and released files rely on, frozen: names, state dicts, model sizes.
 
-Config defaults and recipes are frozen in test_config.py. The facts in contracts/ were read off the
-published release. state_dicts/*.txt have one line for each entry, in its order: name, dtype, shape.
+test_config.py freezes config defaults and recipes. The facts in contracts/ were read off the
+original release. state_dicts/*.txt have one line per entry, in order: name, dtype, shape.
 """
 
 import importlib
@@ -35,41 +35,18 @@ STATE_DICTS = {
         "coco/panoptic-segmentation/swin/maskformer2_swin_large_IN21k_384_bs16_100ep.yaml"
     ),
 }
-TOP_LEVEL = """
-    add_maskformer2_config COCOInstanceNewBaselineDatasetMapper
-    COCOPanopticNewBaselineDatasetMapper MaskFormerInstanceDatasetMapper
-    MaskFormerPanopticDatasetMapper MaskFormerSemanticDatasetMapper InstanceSegEvaluator MaskFormer
-    SemanticSegmentorWithTTA
-""".split()
-# Module (within the package) and names, as other projects import them.
+# Every module of the original package, with the public names it defines or re-exports.
+IMPORT_SURFACE = json.loads((CONTRACTS / "import_surface.json").read_text())
+# More names that other projects import.
 DEEP = {
-    "config": "add_maskformer2_config",
-    "maskformer_model": "MaskFormer",
-    "test_time_augmentation": "SemanticSegmentorWithTTA",
-    "data.datasets.register_coco_panoptic_annos_semseg": "get_metadata",
-    "modeling.backbone.swin": "D2SwinTransformer SwinTransformer PatchEmbed",
-    "modeling.criterion": "SetCriterion calculate_uncertainty dice_loss_jit sigmoid_ce_loss_jit",
-    "modeling.matcher": "HungarianMatcher batch_dice_loss_jit batch_sigmoid_ce_loss_jit",
-    "modeling.meta_arch.mask_former_head": "MaskFormerHead",
-    "modeling.pixel_decoder.fpn": (
-        "build_pixel_decoder BasePixelDecoder TransformerEncoderPixelDecoder"
-    ),
-    "modeling.pixel_decoder.msdeformattn": "MSDeformAttnPixelDecoder",
-    "modeling.pixel_decoder.ops.functions": "MSDeformAttnFunction",
-    "modeling.pixel_decoder.ops.modules": "MSDeformAttn",
-    "modeling.transformer_decoder.mask2former_transformer_decoder": (
-        "MultiScaleMaskedTransformerDecoder SelfAttentionLayer CrossAttentionLayer FFNLayer MLP "
-        "_get_activation_fn"
-    ),
-    "modeling.transformer_decoder.maskformer_transformer_decoder": (
-        "TRANSFORMER_DECODER_REGISTRY build_transformer_decoder StandardTransformerDecoder"
-    ),
-    "modeling.transformer_decoder.position_encoding": "PositionEmbeddingSine",
-    "utils.misc": "is_dist_avail_and_initialized nested_tensor_from_tensor_list NestedTensor",
+    "utils.misc": "NestedTensor",
+    "modeling.transformer_decoder.maskformer_transformer_decoder": "StandardTransformerDecoder",
 }
 REGISTERED = [
     (META_ARCH_REGISTRY, "MaskFormer"),
     (SEM_SEG_HEADS_REGISTRY, "MaskFormerHead"),
+    (SEM_SEG_HEADS_REGISTRY, "PerPixelBaselineHead"),
+    (SEM_SEG_HEADS_REGISTRY, "PerPixelBaselinePlusHead"),
     (SEM_SEG_HEADS_REGISTRY, "MSDeformAttnPixelDecoder"),
     (SEM_SEG_HEADS_REGISTRY, "BasePixelDecoder"),
     (SEM_SEG_HEADS_REGISTRY, "TransformerEncoderPixelDecoder"),
@@ -77,7 +54,7 @@ REGISTERED = [
     (TRANSFORMER_DECODER_REGISTRY, "MultiScaleMaskedTransformerDecoder"),
     (TRANSFORMER_DECODER_REGISTRY, "StandardTransformerDecoder"),
 ]
-# Parameters of each method that subclasses override or call, after self.
+# Parameters, without self, of each method that subclasses override or call.
 METHODS = {
     "maskformer_model.MaskFormer": {
         "forward": "batched_inputs",
@@ -89,6 +66,32 @@ METHODS = {
     "modeling.meta_arch.mask_former_head.MaskFormerHead": {
         "forward": "features mask",
         "layers": "features mask",
+    },
+    "modeling.meta_arch.per_pixel_baseline.PerPixelBaselineHead": {
+        "forward": "features targets",
+        "layers": "features",
+        "losses": "predictions targets",
+    },
+    "modeling.meta_arch.per_pixel_baseline.PerPixelBaselinePlusHead": {
+        "forward": "features targets",
+        "layers": "features",
+    },
+    "modeling.backbone.swin.WindowAttention": {"forward": "x mask"},
+    "modeling.backbone.swin.SwinTransformerBlock": {"forward": "x mask_matrix"},
+    "modeling.backbone.swin.PatchMerging": {"forward": "x H W"},
+    "modeling.backbone.swin.BasicLayer": {"forward": "x H W"},
+    "modeling.backbone.swin.SwinTransformer": {"forward": "x"},
+    "modeling.pixel_decoder.ops.modules.MSDeformAttn": {
+        "forward": (
+            "query reference_points input_flatten input_spatial_shapes input_level_start_index "
+            "input_padding_mask"
+        ),
+    },
+    "modeling.pixel_decoder.ops.functions.MSDeformAttnFunction": {
+        "apply": (
+            "value value_spatial_shapes value_level_start_index sampling_locations "
+            "attention_weights im2col_step"
+        ),
     },
     "modeling.transformer_decoder.mask2former_transformer_decoder"
     ".MultiScaleMaskedTransformerDecoder": {
@@ -117,7 +120,7 @@ METHODS = {
         "forward_features": "features"
     },
 }
-# Keywords of constructors that other projects call without a config.
+# Constructor keywords, in order, that other projects use without a config.
 CONSTRUCTORS = {
     "modeling.matcher.HungarianMatcher": "cost_class cost_mask cost_dice num_points",
     "modeling.criterion.SetCriterion": (
@@ -132,6 +135,24 @@ CONSTRUCTORS = {
     "modeling.meta_arch.mask_former_head.MaskFormerHead": (
         "input_shape num_classes pixel_decoder loss_weight ignore_value transformer_predictor "
         "transformer_in_feature"
+    ),
+    "modeling.meta_arch.per_pixel_baseline.PerPixelBaselineHead": (
+        "input_shape num_classes pixel_decoder loss_weight ignore_value"
+    ),
+    "modeling.meta_arch.per_pixel_baseline.PerPixelBaselinePlusHead": (
+        "input_shape transformer_predictor transformer_in_feature deep_supervision num_classes "
+        "pixel_decoder loss_weight ignore_value"
+    ),
+    "modeling.backbone.swin.WindowAttention": (
+        "dim window_size num_heads qkv_bias qk_scale attn_drop proj_drop"
+    ),
+    "modeling.backbone.swin.SwinTransformerBlock": (
+        "dim num_heads window_size shift_size mlp_ratio qkv_bias qk_scale drop attn_drop drop_path "
+        "act_layer norm_layer"
+    ),
+    "modeling.backbone.swin.BasicLayer": (
+        "dim depth num_heads window_size mlp_ratio qkv_bias qk_scale drop attn_drop drop_path "
+        "norm_layer downsample use_checkpoint"
     ),
     "modeling.pixel_decoder.msdeformattn.MSDeformAttnPixelDecoder": (
         "input_shape transformer_dropout transformer_nheads transformer_dim_feedforward "
@@ -173,23 +194,20 @@ def names(parameters):
 
 
 def build_on_meta(recipe):
-    """The model of a recipe without memory for its weights."""
+    """The model of a recipe on the meta device, without memory for its weights."""
     cfg = load_config(str(CONFIGS / recipe), ["MODEL.DEVICE", "meta"])
     with torch.device("meta"):
         return build_model(cfg)
 
 
-@pytest.mark.parametrize("name", TOP_LEVEL)
-def test_top_level_name(name):
-    assert hasattr(mask2former, name)
-    assert name in mask2former.__all__
+@pytest.mark.parametrize("module", IMPORT_SURFACE)
+def test_names_of_the_original_modules(module):
+    imported = importlib.import_module(module)
+    assert [name for name in IMPORT_SURFACE[module] if not hasattr(imported, name)] == []
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), [(module, name) for module in DEEP for name in DEEP[module].split()]
-)
-def test_deep_import(module, name):
-    assert hasattr(importlib.import_module(f"mask2former.{module}"), name)
+def test_top_level_names_are_exported():
+    assert set(IMPORT_SURFACE["mask2former"]) <= set(mask2former.__all__)
 
 
 @pytest.mark.parametrize(("registry", "name"), REGISTERED)
@@ -206,10 +224,10 @@ def test_methods_of_subclassed_parts(path):
 @pytest.mark.parametrize("path", CONSTRUCTORS)
 def test_constructor_keywords(path):
     expected = CONSTRUCTORS[path].split()
-    # A configurable constructor is wrapped; functools.wraps keeps its signature.
+    # `configurable` wraps constructors with functools.wraps, which keeps the signature.
     ours = parameters(find(path).__init__)
     assert [name for name in names(ours) if name in expected] == expected
-    # More are fine where old calls need not know them.
+    # Additional parameters must be optional.
     added = [p for p in ours if p.name not in expected]
     assert [p.name for p in added if p.default is inspect.Parameter.empty] == []
 
@@ -233,15 +251,15 @@ def test_attributes_of_subclassed_parts():
 
 @pytest.mark.parametrize("name", STATE_DICTS)
 def test_state_dict(name):
-    published = (CONTRACTS / "state_dicts" / f"{name}.txt").read_text().splitlines()
+    expected = (CONTRACTS / "state_dicts" / f"{name}.txt").read_text().splitlines()
     state_dict = build_on_meta(STATE_DICTS[name]).state_dict()
     ours = [
         f"{key} {str(value.dtype).removeprefix('torch.')} {'x'.join(map(str, value.shape)) or '-'}"
         for key, value in state_dict.items()
     ]
-    assert sorted(ours) == sorted(published)
-    # The order too: optimizer states in published checkpoints number the parameters.
-    assert ours == published
+    assert sorted(ours) == sorted(expected)
+    # The order matters: optimizer states in released checkpoints refer to parameters by index.
+    assert ours == expected
 
 
 @pytest.mark.parametrize("recipe", NUM_PARAMETERS)

@@ -1,7 +1,7 @@
 """Every family of recipes, from the official download to its metrics.
 
-The download in small (`dataset_trees`) → preparation script → registration → mapper → a training
-step → evaluation, of the published files with a small model (`recipe_runs`).
+A miniature download (`dataset_trees`) → preparation script → registration → mapper → a training
+step → evaluation, with the recipe files as they are and a small model (`recipe_runs`).
 """
 
 import importlib
@@ -34,7 +34,7 @@ PREPARATION = (
 # Optional packages, by the first part of a family's name.
 PACKAGES = {"cityscapes": "cityscapesscripts", "lvis": "lvis"}
 
-# Almost the whole image, so that no object is ever cut away.
+# Almost the whole image, so that crops never remove an object.
 CROPS = {
     "INPUT.MIN_SIZE_TRAIN": [68],
     "INPUT.MAX_SIZE_TRAIN": 256,
@@ -51,21 +51,21 @@ PERFECT_ADE20K = {"AP": 100, "AP-bed": 100, "AP-person": 100, "AR1": 50, "AR10":
 
 @dataclass(frozen=True)
 class Family:
-    """Recipes of one data set and task, and what comes out.
+    """Recipes of one data set and task, and the expected results.
 
     Attributes:
         recipes: files below configs/; the first has a ResNet, the second, if any, a Swin.
         overrides: of the recipe, besides those that make the model small.
         targets: class ids of the segments of every training image.
-        metrics: task → names of its metrics, and number of classes that have metrics of their own.
-        of_truth: some metrics of the annotation as the mapper reads it; None where there are none.
+        metrics: task → names of its metrics, and the number of classes with metrics of their own.
+        gt_metrics: some metrics of the ground truth as the mapper reads it; None if undefined.
     """
 
     recipes: tuple[str, ...]
     overrides: Mapping[str, Any]
     targets: list[int]
     metrics: Mapping[str, tuple[set[str], int]]
-    of_truth: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
+    gt_metrics: Mapping[str, Mapping[str, float | None]] = field(default_factory=dict)
 
 
 ADE20K_SEMANTIC = "ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml"
@@ -85,15 +85,16 @@ FAMILIES = {
         {"segm": (AP, 100)},
         {"segm": PERFECT_ADE20K},
     ),
-    # Sky is hidden. Of the wall, half is; its area is that of the whole, so it is not found: of
-    # three classes of stuff and two of things four are. Semantic truth has no things: the wall has
-    # an IoU of 1/2, the sky of 0. In the validation truth road and skyscraper are one segment.
+    # The sky is occluded. Half of the wall is, but its annotated area is that of the whole, so it
+    # is not matched: four of five classes (three of stuff, two of things) are. Semantic ground
+    # truth has no things: the wall has an IoU of 1/2, the sky of 0. In the validation ground truth
+    # road and skyscraper are one segment.
     "ade20k panoptic": Family(
         (
             "ade20k/panoptic-segmentation/maskformer2_R50_bs16_160k.yaml",
             "ade20k/panoptic-segmentation/swin/maskformer2_swin_large_IN21k_384_bs16_160k.yaml",
         ),
-        CROPS | {"TRUTH": "ade20k_panoptic_train"},
+        CROPS | {"GT_DATASET": "ade20k_panoptic_train"},
         [0, 6, 7, 7, 12, 12, 48],
         {"panoptic_seg": (PQ, 0), "segm": (AP, 100), "sem_seg": (MIOU, 150)},
         {
@@ -210,7 +211,7 @@ FAMILIES = {
 
 
 def is_missing(name: str) -> bool:
-    """Whether a family lacks its optional package."""
+    """Whether the optional package of a family is not installed."""
     package = PACKAGES.get(name.split()[0])
     return package is not None and importlib.util.find_spec(package) is None
 
@@ -220,7 +221,7 @@ CASES = [(name, recipe) for name, family in FAMILIES.items() for recipe in famil
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
-    """What came out, by family and recipe; all of them in one process."""
+    """Results by family and recipe; all run in one process."""
     root = tmp_path_factory.mktemp("datasets")
     dataset_trees.ade20k(root)
     dataset_trees.ade20k_full(root)
@@ -254,14 +255,16 @@ def test_from_download_to_metrics(runs, name, recipe):
         pytest.skip(f"{PACKAGES[name.split()[0]]} is not installed")
     family, run = FAMILIES[name], runs[f"{name} {recipe}"]
     recipe_runs.check_run(run, family.metrics)
-    assert [sorted(of_image) for of_image in run["targets"]] == [family.targets] * 2
-    for task, expected in family.of_truth.items():
-        found = {name: run["of_truth"][task][name] for name in expected}
-        assert found == pytest.approx(expected), task
+    assert [sorted(per_image) for per_image in run["targets"]] == [family.targets] * 2
+    for task, expected in family.gt_metrics.items():
+        actual = {name: run["gt_metrics"][task][name] for name in expected}
+        assert actual == pytest.approx(expected), task
 
 
 def test_every_family_has_a_case():
-    """A folder of recipes that is new must be added above."""
+    """A new folder of recipes must be added above."""
     tested = {Path(recipe).parts[:2] for _, recipe in CASES}
-    there = {p.relative_to(ROOT / "configs").parts[:2] for p in (ROOT / "configs").glob("*/*-seg*")}
-    assert {parts for parts in there if parts[0] != "shapes"} == tested
+    existing = {
+        p.relative_to(ROOT / "configs").parts[:2] for p in (ROOT / "configs").glob("*/*-seg*")
+    }
+    assert {parts for parts in existing if parts[0] != "shapes"} == tested

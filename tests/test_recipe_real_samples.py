@@ -1,4 +1,4 @@
-"""Recipes on real images, where the samples are there: as `test_recipe_families.py`.
+"""Recipes on real images, if the samples exist; otherwise like `test_recipe_families.py`.
 
 The samples are linked into the layout of the downloads. Two images each are for validation.
 """
@@ -29,21 +29,21 @@ CROPS = {
 
 @dataclass(frozen=True)
 class Sample:
-    """A recipe on real images, and what comes out.
+    """A recipe on real images, and the expected results.
 
     Attributes:
         folder: of the sample.
         recipe: below configs/.
         overrides: of the recipe, besides those that make the model small.
-        metrics: task → names of its metrics, and number of classes that have metrics of their own.
-        of_truth: some metrics of the annotation as the mapper reads it.
+        metrics: task → names of its metrics, and the number of classes with metrics of their own.
+        gt_metrics: some metrics of the ground truth as the mapper reads it.
     """
 
     folder: str
     recipe: str
     overrides: Mapping[str, Any]
     metrics: Mapping[str, tuple[set[str], int]]
-    of_truth: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
+    gt_metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 SAMPLES = {
@@ -63,7 +63,7 @@ SAMPLES = {
             # Outputs are 2048 x 1024.
             "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 5,
             "TEST.DETECTIONS_PER_IMAGE": 10,
-            "TRUTH": None,
+            "GT_DATASET": None,
         },
         {
             "panoptic_seg": (PQ, 0),
@@ -101,7 +101,7 @@ def link_ade20k(sample: Path, root: Path) -> None:
 
 
 def link_cityscapes(sample: Path, root: Path) -> None:
-    """Training as it is; two of its images, without panoptic annotation, for validation."""
+    """Training unchanged; two of its images, without panoptic annotation, for validation."""
     base = root / "cityscapes"
     link(sample / "leftImg8bit/train", base / "leftImg8bit/train")
     for name in ("train", "cityscapes_panoptic_train", "cityscapes_panoptic_train.json"):
@@ -115,7 +115,7 @@ def link_cityscapes(sample: Path, root: Path) -> None:
 
 
 def link_coco(sample: Path, root: Path) -> None:
-    """Training as it is; of the images for validation the first two."""
+    """Training unchanged; for validation the first two images."""
     base = root / "coco"
     for name in ("train2017", "val2017", "panoptic_train2017", "panoptic_val2017"):
         link(sample / name, base / name)
@@ -136,7 +136,7 @@ LINKS = {"ade20k_sample": link_ade20k, "cityscapes": link_cityscapes, "coco": li
 def why_not(sample: Sample) -> str | None:
     """Why a sample cannot be used."""
     if not (SHARED_DATA / sample.folder).is_dir():
-        return f"there is no sample {SHARED_DATA / sample.folder}"
+        return f"no sample {SHARED_DATA / sample.folder}"
     if sample.folder == "cityscapes" and importlib.util.find_spec("cityscapesscripts") is None:
         return "cityscapesscripts is not installed"
     return None
@@ -144,7 +144,7 @@ def why_not(sample: Sample) -> str | None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> dict[str, dict]:
-    """What came out, by sample; all of them in one process."""
+    """Results by sample; all run in one process."""
     root = tmp_path_factory.mktemp("datasets")
     usable = {name: sample for name, sample in SAMPLES.items() if why_not(sample) is None}
     folders = {sample.folder for sample in usable.values()}
@@ -170,6 +170,6 @@ def test_from_real_images_to_metrics(request, name):
         pytest.skip(reason)
     run = request.getfixturevalue("runs")[name]
     recipe_runs.check_run(run, sample.metrics)
-    for task, expected in sample.of_truth.items():
-        found = {metric: run["of_truth"][task][metric] for metric in expected}
-        assert found == pytest.approx(expected), task
+    for task, expected in sample.gt_metrics.items():
+        actual = {metric: run["gt_metrics"][task][metric] for metric in expected}
+        assert actual == pytest.approx(expected), task

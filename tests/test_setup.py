@@ -12,6 +12,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import yaml
 from load_script import load_script
 from packaging.requirements import Requirement
 
@@ -21,12 +22,12 @@ PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
 
 @pytest.fixture
 def setup_env() -> ModuleType:
-    """A fresh copy of tools/setup_env.py as a module."""
+    """Load tools/setup_env.py as a fresh module."""
     return load_script("tools/setup_env.py")
 
 
 def package_version() -> str:
-    """`__version__`, read without importing the package."""
+    """Read `__version__` without importing the package."""
     tree = ast.parse((ROOT / "mask2former" / "__init__.py").read_text())
     (value,) = (
         node.value
@@ -71,7 +72,7 @@ def test_unlisted_packages_are_pinned_by_hash(setup_env: ModuleType) -> None:
 # ---------------------------------------------------------------- tools/setup_env.py
 
 
-def test_nothing_is_installed_where_nothing_is_missing(
+def test_nothing_is_installed_if_nothing_is_missing(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: object, **kwargs: object) -> None:
@@ -91,14 +92,14 @@ def test_find_missing_keeps_what_is_installed(
     pins += ["scipy==1.17.1", "opencv-python-headless==5.0.0.93", "setuptools==84.2.1"]
     installed = {"torch": "2.12.0a0+vendor", "numpy": "1.24.4", "setuptools": "65.5.0"}
     monkeypatch.setattr(setup_env, "installed_version", installed.get)
-    # cv2 is there under another distribution's name.
+    # cv2 is installed under another distribution name.
     monkeypatch.setattr(setup_env, "is_importable", lambda module: module == "cv2")
 
     missing, unsuitable = setup_env.find_missing(
         setup_env.applicable(ranges), setup_env.applicable(pins)
     )
 
-    # torchvision has to fit the torch that is there, so its pin is not taken.
+    # torchvision must match the installed torch, so its pin is not used.
     assert [Requirement(text) for text in missing] == [
         Requirement("torchvision"),
         Requirement("pillow==13.0.0"),
@@ -109,7 +110,7 @@ def test_find_missing_keeps_what_is_installed(
     assert "1.24.4 is installed" in unsuitable[0]
 
 
-def test_unsuitable_version_is_an_error_and_not_an_upgrade(
+def test_version_out_of_range_is_an_error_not_an_upgrade(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     real = setup_env.installed_version
@@ -130,10 +131,10 @@ def test_another_mask2former_is_an_error(
 
 
 @pytest.mark.parametrize("ending", ["failure", "interruption"])
-def test_an_interrupted_package_does_not_count_as_installed(
+def test_interrupted_package_does_not_count_as_installed(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, ending: str
 ) -> None:
-    """pip may have written a package's metadata, but not yet all of its files."""
+    """pip may have written the metadata of a package, but not all of its files."""
     for name in ["complete", "older"]:
         (tmp_path / f"{name}-1.dist-info").mkdir()
     (tmp_path / "complete-1.dist-info" / "INSTALLER").write_text("pip\n")
@@ -155,7 +156,7 @@ def test_an_interrupted_package_does_not_count_as_installed(
         "older-1.dist-info",
     ]
 
-    # An environment of the project's own is repaired after a run that could not clean up.
+    # The project's own environment is repaired after a run that could not clean up.
     monkeypatch.setitem(setup_env.STEPS, "dev", lambda keep_installed: None)
     monkeypatch.setattr(sys, "argv", ["setup_env.py", "--keep-installed", "dev"])
     setup_env.main()
@@ -166,7 +167,7 @@ def test_an_interrupted_package_does_not_count_as_installed(
 
 
 def write_fake_wheel(unpacked: Path) -> None:
-    """What pip unpacks from sal-detectron2, in small."""
+    """Write a small version of what pip unpacks from sal-detectron2."""
     info = "sal_detectron2-0.7.2.dist-info"
     metadata = "Name: sal-detectron2\nRequires-Dist: numpy<2\nVersion: 0.7.2\n\nText\n"
     texts = {
@@ -185,7 +186,7 @@ def write_fake_wheel(unpacked: Path) -> None:
 
 
 @pytest.mark.parametrize("interrupted", [False, True])
-def test_detectron2_arrives_without_its_scripts_and_extension(
+def test_detectron2_is_installed_without_scripts_and_extension(
     setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, interrupted: bool
 ) -> None:
     calls = []
@@ -196,7 +197,7 @@ def test_detectron2_arrives_without_its_scripts_and_extension(
 
     monkeypatch.setattr(setup_env, "run_pip", fake_pip)
     (tmp_path / "tools").mkdir()
-    (tmp_path / "tools" / "mine.py").write_text("")  # a package of the user's own
+    (tmp_path / "tools" / "mine.py").write_text("")  # a package of the user
     info = tmp_path / "sal_detectron2-0.7.2.dist-info"
     if interrupted:
         info.mkdir()
@@ -222,7 +223,7 @@ def test_detectron2_arrives_without_its_scripts_and_extension(
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the project's own files, so that building leaves nothing in the checkout."""
+    """A copy of the project files, so that builds write nothing to the checkout."""
     copy = tmp_path_factory.mktemp("checkout")
     for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, copy)
@@ -237,7 +238,7 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
-    environ = os.environ | {"MASK2FORMER_NO_OP": "1"}  # test_build.py has the compiled one
+    environ = os.environ | {"MASK2FORMER_NO_OP": "1"}  # test_build.py tests the compiled one
     result = subprocess.run(
         [*command, "-w", tmp_path], cwd=checkout, env=environ, capture_output=True, text=True
     )
@@ -256,6 +257,7 @@ def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path
         for p in (checkout / "mask2former/data/datasets/categories").glob("*.json")
     }
     assert any(name.endswith(".json") for name in expected)
+    expected.add("mask2former/py.typed")
     assert expected <= names
     assert not [name for name in names if "csrc" in name or name.endswith(".so")]
     assert f"{info}/licenses/LICENSE" in names
@@ -264,7 +266,7 @@ def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path
     assert not re.search(r"Requires-Dist:.*(detectron2|panopticapi)", metadata)
 
 
-def test_source_archive_can_be_built_from(checkout: Path, tmp_path: Path) -> None:
+def test_source_archive_is_complete(checkout: Path, tmp_path: Path) -> None:
     code = "import sys; from setuptools import build_meta; build_meta.build_sdist(sys.argv[1])"
     command = [sys.executable, "-c", code, str(tmp_path)]
     result = subprocess.run(command, cwd=checkout, capture_output=True, text=True)
@@ -278,11 +280,21 @@ def test_source_archive_can_be_built_from(checkout: Path, tmp_path: Path) -> Non
     assert {f"{top}/{part}" for part in parts} <= names
 
 
+def test_citation_names_the_paper_and_its_authors() -> None:
+    citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    assert citation["license"] == "MIT"
+    paper = citation["preferred-citation"]
+    assert paper["title"] == "Masked-attention Mask Transformer for Universal Image Segmentation"
+    assert paper["year"] == 2022
+    names = [author["family-names"] for author in paper["authors"]]
+    assert names == ["Cheng", "Misra", "Schwing", "Kirillov", "Girdhar"]
+
+
 # ---------------------------------------------------------------- Makefile and .ci/run
 
 
 def run_make(*args: object, **env: str) -> subprocess.CompletedProcess:
-    """Runs make in the checkout as from a fresh shell, even when make runs the tests."""
+    """Run make in the checkout as from a fresh shell, even if make runs the tests."""
     inherited = {"MAKEFLAGS", "MFLAGS", "MAKEOVERRIDES", "MAKELEVEL", "VENV", "PYTHON"}
     environ = {key: value for key, value in os.environ.items() if key not in inherited}
     return subprocess.run(
@@ -291,7 +303,7 @@ def run_make(*args: object, **env: str) -> subprocess.CompletedProcess:
 
 
 def write_interpreter(path: Path, body: str) -> Path:
-    """A shell script that stands in for a Python interpreter."""
+    """Write a shell script that acts as a Python interpreter."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(f"#!/bin/sh\n{body}\n")
     path.chmod(0o755)
@@ -310,7 +322,7 @@ def test_make_alone_lists_the_commands() -> None:
     [
         ("env", ["runtime", "dev", "project"], None),
         ("test", ["runtime", "dev", "project"], "-m pytest"),
-        ("lint", ["dev"], "-m ruff format --check ."),
+        ("lint", ["runtime", "dev"], "-m mypy"),
         ("quickstart", ["runtime", "project"], "tools/quickstart.py"),
     ],
 )
@@ -335,7 +347,7 @@ def test_targets_set_up_what_they_need(
         assert active.stdout.splitlines()[-1] == f"python3 {last}"
 
 
-def test_a_failed_step_is_repeated_and_a_finished_one_is_not(tmp_path: Path) -> None:
+def test_failed_steps_are_repeated_and_finished_ones_are_not(tmp_path: Path) -> None:
     log, venv = tmp_path / "log", tmp_path / "env"
     body = f'echo "$*" >> {log}; case "$*" in *setup_env.py*) exit ${{FAKE_STATUS:-0}};; esac'
     write_interpreter(venv / "bin" / "python", body)
@@ -345,10 +357,10 @@ def test_a_failed_step_is_repeated_and_a_finished_one_is_not(tmp_path: Path) -> 
         status = run_make("lint", f"VENV={venv}", **env).returncode
         return status, [line for line in log.read_text().splitlines() if "setup_env" in line]
 
-    step = ["tools/setup_env.py dev"]
+    steps = ["tools/setup_env.py runtime", "tools/setup_env.py dev"]
     status, calls = setups(FAKE_STATUS="1")
-    assert status != 0 and calls == step
-    assert setups() == (0, step)
+    assert status != 0 and calls == steps[:1]
+    assert setups() == (0, steps)
     assert setups() == (0, [])
 
 
@@ -359,7 +371,7 @@ def test_too_old_python_is_one_clear_error(tmp_path: Path) -> None:
         result = run_make("lint", f"VENV={venv}", f"PYTHON={old}")
         assert result.returncode != 0
         first, *rest = result.stderr.splitlines()
-        assert f"Python 3.10 or newer is needed, and '{old}' is 3.8.18" in first
+        assert f"Python 3.10 or newer is needed, but '{old}' is 3.8.18" in first
         assert all(line.startswith("make") for line in rest)
         assert result.stdout == ""
 
@@ -387,7 +399,7 @@ def test_python_without_ensurepip_is_one_clear_error(tmp_path: Path) -> None:
     ],
 )
 def test_ci_ends_with_the_closing_line_of_pytest(tmp_path: Path, closing: str, status: int) -> None:
-    # Stands in for make, which reports a failure after the output of what it ran.
+    # A fake make, which reports a failure after the output of its command.
     write_interpreter(
         tmp_path / "make",
         f'[ "$1" = test ] || exit 0\necho "{closing}"\n'

@@ -1,4 +1,4 @@
-"""Test-time augmentation: hand-worked means, the published formula, records without an image."""
+"""Test-time augmentation: hand-computed means, the original sum, records without an image."""
 
 import weakref
 
@@ -18,14 +18,14 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class Scores(nn.Module):
-    """Scores are the image's own values at the output size; keeps what it was called with."""
+    """Returns the image at the output size as scores; records the sizes of its inputs."""
 
     def __init__(self, key: str = "sem_seg"):
         super().__init__()
         self.key = key
         self.batches: list[list[tuple[int, ...]]] = []
         self.alive: list[weakref.ref] = []
-        self.most_alive = 0
+        self.max_alive = 0
 
     def forward(self, batched_inputs: list[dict]) -> list[dict]:
         self.batches.append([tuple(x["image"].shape[1:]) for x in batched_inputs])
@@ -34,7 +34,7 @@ class Scores(nn.Module):
             size = (x["height"], x["width"])
             outputs.append({self.key: F.interpolate(x["image"][None].float(), size=size)[0]})
             self.alive.append(weakref.ref(outputs[-1][self.key]))
-        self.most_alive = max(self.most_alive, sum(ref() is not None for ref in self.alive))
+        self.max_alive = max(self.max_alive, sum(ref() is not None for ref in self.alive))
         return outputs
 
 
@@ -59,7 +59,7 @@ def cfg(tiny_cfg):
 
 @pytest.fixture
 def image() -> torch.Tensor:
-    """4 × 6 pixels, brighter to the right and different in each channel."""
+    """4 × 6 pixels, brighter to the right, different in each channel."""
     row = torch.tensor([0, 10, 20, 30, 40, 50], dtype=torch.uint8)
     return torch.stack([row, row + 100, row + 200]).unsqueeze(1).repeat(1, 4, 1)
 
@@ -76,7 +76,7 @@ def test_mean_over_sizes_and_flips(cfg, image):
 def test_flips_are_undone(cfg, image):
     cfg.TEST.AUG.MIN_SIZES = (4,)
     (output,) = SemanticSegmentorWithTTA(cfg, Scores())([{"image": image}])
-    # Not undone, the mean of a row and its mirror image would be 25 everywhere.
+    # Otherwise the mean of a row and its mirror image would be 25 everywhere.
     assert torch.equal(output["sem_seg"], image.float())
     cfg.TEST.AUG.FLIP = False
     model = Scores()
@@ -84,7 +84,7 @@ def test_flips_are_undone(cfg, image):
     assert len(model.batches) == 1
 
 
-def test_same_as_the_published_sum(cfg, make_input):
+def test_same_as_the_original_sum(cfg, make_input):
     cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
     cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
     cfg.TEST.AUG.MIN_SIZES = (32, 48, 72)
@@ -108,22 +108,22 @@ def test_images_of_one_size_share_a_batch(cfg, image):
     assert output["sem_seg"].shape == (3, 4, 6)
 
 
-def test_scores_are_not_collected(cfg, image):
+def test_memory_does_not_grow_with_augmentations(cfg, image):
     cfg.TEST.AUG.MIN_SIZES = tuple(range(4, 14))
     model = Scores()
     SemanticSegmentorWithTTA(cfg, model)([{"image": image}, {"image": image}])
     assert len(model.alive) == 40
-    # The ones just made, and those before, to which a loop variable still points.
-    assert model.most_alive <= 2
+    # The current scores, and the previous ones, to which a loop variable still refers.
+    assert model.max_alive <= 2
 
 
 @pytest.mark.parametrize("image_format", ["RGB", "BGR"])
 def test_image_is_read_upright_in_the_models_format(cfg, image, tmp_path, image_format):
     cfg.INPUT.FORMAT = image_format
     cfg.TEST.AUG.MIN_SIZES = (4,)
-    pixels = image.permute(1, 2, 0).numpy()  # (4, 6, 3) as one should see it
+    pixels = image.permute(1, 2, 0).numpy()  # (4, 6, 3) upright
     exif = Image.Exif()
-    exif[_EXIF_ORIENTATION] = 6  # stored on its side: to be turned clockwise
+    exif[_EXIF_ORIENTATION] = 6  # stored rotated: to be turned clockwise
     path = tmp_path / "a.png"
     Image.fromarray(np.ascontiguousarray(np.rot90(pixels))).save(path, exif=exif)
     (output,) = SemanticSegmentorWithTTA(cfg, Scores())([{"file_name": str(path)}])
@@ -131,7 +131,7 @@ def test_image_is_read_upright_in_the_models_format(cfg, image, tmp_path, image_
     assert torch.equal(output["sem_seg"], expected.float())
 
 
-def test_panoptic_and_instance_inference_are_left_out(cfg, image, monkeypatch):
+def test_panoptic_and_instance_inference_are_skipped(cfg, image, monkeypatch):
     torch.manual_seed(0)
     model = build_model(cfg).eval()
     with torch.no_grad():
@@ -140,7 +140,7 @@ def test_panoptic_and_instance_inference_are_left_out(cfg, image, monkeypatch):
         expected = model([record])[0]["sem_seg"]
 
     def refuse(*args):
-        raise AssertionError("not wanted")
+        raise AssertionError("must not run")
 
     monkeypatch.setattr(model, "panoptic_inference", refuse)
     monkeypatch.setattr(model, "instance_inference", refuse)
@@ -149,13 +149,13 @@ def test_panoptic_and_instance_inference_are_left_out(cfg, image, monkeypatch):
     torch.testing.assert_close(output["sem_seg"], expected)
     assert model.panoptic_on and model.instance_on
     monkeypatch.setattr(model, "semantic_inference", refuse)
-    with pytest.raises(AssertionError, match="not wanted"):
+    with pytest.raises(AssertionError, match="must not run"):
         tta([record])
     assert model.panoptic_on and model.instance_on
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_evaluation_gives_the_model_back_in_its_mode(cfg, training):
+def test_evaluation_restores_the_mode_of_the_model(cfg, training):
     model = Scores().train(training)
     tta = SemanticSegmentorWithTTA(cfg, model)
     with inference_context(tta):
@@ -175,14 +175,14 @@ def test_model_wrapped_for_distributed_training(cfg, image, monkeypatch):
     assert SemanticSegmentorWithTTA(cfg, Wrapped(model)).model is model
 
 
-def test_bad_use(cfg, image):
+def test_bad_arguments(cfg, image):
     with pytest.raises(ValueError, match="batch_size is 0"):
         SemanticSegmentorWithTTA(cfg, Scores(), batch_size=0)
     with pytest.raises(ValueError, match=r"'image' or 'file_name', got \['height'\]"):
         SemanticSegmentorWithTTA(cfg, Scores())([{"height": 3}])
-    with pytest.raises(ValueError, match=r"no 'sem_seg' but \['instances'\]"):
+    with pytest.raises(ValueError, match=r"returns \['instances'\] but no 'sem_seg'"):
         SemanticSegmentorWithTTA(cfg, Scores("instances"))([{"image": image}])
-    with pytest.raises(ValueError, match="made no image of a.jpg"):
+    with pytest.raises(ValueError, match="returned no images for a.jpg"):
         SemanticSegmentorWithTTA(cfg, Scores(), tta_mapper=lambda record: [])(
             [{"image": image, "file_name": "a.jpg"}]
         )

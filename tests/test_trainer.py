@@ -10,21 +10,18 @@ from pathlib import Path
 
 import pytest
 import torch
+import toy_training as toy
 from detectron2.data import MetadataCatalog, build_detection_train_loader
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from load_script import load_script
 
 from mask2former.evaluation import write_results
 from mask2former.trainer import Trainer
 
 TOY = Path(__file__).parent / "toy_training.py"
-# What depends on the clock.
+# Metrics that depend on the clock.
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
-
-
-toy = load_script(TOY)
 
 
 @pytest.fixture(autouse=True)
@@ -34,7 +31,7 @@ def show_logs(caplog):
 
 
 class Stop(HookBase):
-    """Breaks off a run in this process, before the given iteration."""
+    """Interrupts a run in this process, before the given iteration."""
 
     def __init__(self, iteration):
         self.iteration = iteration
@@ -58,7 +55,7 @@ def run(output_dir, *options, resume=False, stop_before=None):
 
 
 def start_program(*arguments, launcher=(), cwd=None):
-    """Runs the toy training as a program of its own, as a user would."""
+    """Runs the toy training as a separate program, as a user would."""
     root = str(TOY.parents[1])
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     command = [sys.executable, *launcher, str(TOY), *map(str, arguments)]
@@ -66,7 +63,7 @@ def start_program(*arguments, launcher=(), cwd=None):
 
 
 def metrics(output_dir):
-    """Iteration → its last row of metrics.json, without what depends on the clock."""
+    """Iteration → its last row of metrics.json, without TIMES."""
     rows = map(json.loads, (Path(output_dir) / "metrics.json").read_text().splitlines())
     return {r["iteration"]: {k: v for k, v in r.items() if k not in TIMES} for r in rows}
 
@@ -80,7 +77,7 @@ def metrics(output_dir):
     ],
 )
 def test_resume_is_exact(tmp_path, options):
-    """Broken off at iteration 27; the last checkpoint is of 14. The seed is drawn at random."""
+    """Interrupted at iteration 27; the last checkpoint is of 14. The seed is random."""
     interrupted = run(tmp_path / "resumed", *options, stop_before=27)
     resumed = run(tmp_path / "resumed", *options, resume=True)
     assert resumed.start_iter == 15
@@ -93,13 +90,13 @@ def test_resume_is_exact(tmp_path, options):
     assert toy.read_losses(tmp_path / "resumed") == expected
     rows = metrics(tmp_path / "whole")
     assert list(rows) == [19, 39, 44]
-    # Breaking off wrote one more. The row of 19 needs values from before the checkpoint.
+    # The interrupt wrote one more row. Row 19 needs values from before the checkpoint.
     assert {i: row for i, row in metrics(tmp_path / "resumed").items() if i in rows} == rows
 
 
 @pytest.mark.parametrize("scheduler", ["WarmupPolyLR", "WarmupMultiStepLR"])
 def test_checkpoint_with_a_group_for_each_parameter(tmp_path, scheduler):
-    """The layout of published training checkpoints; losses go on as if it had been ours."""
+    """The layout of the original release's training checkpoints; the losses are the same."""
     options = ("SOLVER.LR_SCHEDULER_NAME", scheduler, "SEED", "7")
     run(tmp_path, *options, stop_before=27)
     path = tmp_path / (tmp_path / "last_checkpoint").read_text().strip()
@@ -121,8 +118,8 @@ def test_checkpoint_with_a_group_for_each_parameter(tmp_path, scheduler):
     assert toy.read_losses(tmp_path) == expected
 
 
-def test_each_ingredient_of_the_order_matters(tmp_path):
-    """So that the test above cannot pass because nothing is random."""
+def test_seed_order_and_noise_change_the_losses(tmp_path):
+    """Otherwise the test above could pass because nothing is random."""
     curves = [
         toy.read_losses(run(tmp_path / name, *options, "SOLVER.MAX_ITER", "6").cfg.OUTPUT_DIR)
         for name, options in {
@@ -138,7 +135,7 @@ def test_each_ingredient_of_the_order_matters(tmp_path):
 
 
 def test_resume_after_kill(tmp_path):
-    """`kill -9` in the middle of writing the checkpoint of iteration 29, with loading processes."""
+    """`kill -9` while writing the checkpoint of iteration 29, with loader processes."""
     options = ("SEED", "3", "DATALOADER.NUM_WORKERS", "2")
     killed = start_program("--kill-at", 29, tmp_path, *options)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
@@ -151,7 +148,7 @@ def test_resume_after_kill(tmp_path):
 def test_two_processes_train_like_one(tmp_path):
     """The same losses as one process with the same total batch, within 1e-5.
 
-    Rounding differs: the mean of two workers' means is not summed in the order of one batch.
+    Rounding differs, because the mean of two workers' means has another order of summation.
     """
     options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "4", "MODEL.MASK_FORMER.DROPOUT", "0.0")
     options += ("SOLVER.MAX_ITER", "20")
@@ -159,15 +156,15 @@ def test_two_processes_train_like_one(tmp_path):
     both = start_program(tmp_path / "both", *options, launcher=launcher)
     assert both.returncode == 0, both.stderr
     run(tmp_path / "one", *options)
-    expected, found = toy.read_losses(tmp_path / "one"), toy.read_losses(tmp_path / "both")
-    assert len(expected) == len(found) == 20
+    expected, actual = toy.read_losses(tmp_path / "one"), toy.read_losses(tmp_path / "both")
+    assert len(expected) == len(actual) == 20
     for iteration, line in expected.items():
-        for (name, value), (_, other) in zip(eval(line), eval(found[iteration]), strict=True):
+        for (name, value), (_, other) in zip(eval(line), eval(actual[iteration]), strict=True):
             assert other == pytest.approx(value, rel=1e-5, abs=1e-6), (iteration, name)
     assert "Effective batch size 4 = 2 process(es) x 2 images" in (both.stdout + both.stderr)
 
 
-def test_seed_of_the_config_wins_with_a_warning(tmp_path, caplog):
+def test_seed_of_the_config_takes_precedence(tmp_path, caplog):
     options = ("SOLVER.CHECKPOINT_PERIOD", "1", "SOLVER.MAX_ITER", "3")
     run(tmp_path, "SEED", "1", *options, stop_before=2)
     trainer = run(tmp_path, "SEED", "2", *options, resume=True)
@@ -175,22 +172,22 @@ def test_seed_of_the_config_wins_with_a_warning(tmp_path, caplog):
     assert "had seed 1, but SEED is 2" in caplog.text
 
 
-def test_resume_without_a_checkpoint_starts_anew(tmp_path):
+def test_resume_without_a_checkpoint_starts_over(tmp_path):
     trainer = run(tmp_path, "SOLVER.MAX_ITER", "2", resume=True)
     assert trainer.start_iter == 0
 
 
 def test_resume_with_more_iterations(tmp_path):
-    """The schedule goes on to the new end; Detectron2's would fail behind the old one."""
+    """The schedule continues to the new end; Detectron2's fails beyond the old one."""
     run(tmp_path, "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0")
     run(tmp_path, "SOLVER.MAX_ITER", "4", "SOLVER.WARMUP_ITERS", "0", resume=True)
     assert sorted(toy.read_losses(tmp_path)) == [0, 1, 2, 3]
-    # The rate that is written is the backbone's, a tenth of SOLVER.BASE_LR.
+    # The learning rate written is the backbone's, a tenth of SOLVER.BASE_LR.
     assert metrics(tmp_path)[3]["lr"] == pytest.approx(0.001 * (1 - 3 / 4) ** 0.9)
 
 
 def test_foreign_loader(tmp_path, caplog):
-    """Subclasses may bring Detectron2's own loader: they train, and are told about resuming."""
+    """Subclasses may use Detectron2's loader: they train, with a warning when resuming."""
 
     class Foreign(toy.ToyTrainer):
         @classmethod

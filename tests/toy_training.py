@@ -1,9 +1,9 @@
-"""A training job that takes milliseconds a step, for tests; also run as a program.
+"""A training job with steps of milliseconds, for tests; also a program.
 
     python toy_training.py [--resume] [--kill-at ITERATION] OUTPUT_DIR [KEY VALUE ...]
 
-Its model draws random numbers in each step, and so does its mapper, from all three generators.
-Every step's losses are appended to OUTPUT_DIR/losses.txt with all their digits.
+Its model and its mapper use random numbers in each step, from all three generators. Every step's
+losses are appended to OUTPUT_DIR/losses.txt in full precision.
 """
 
 import argparse
@@ -33,7 +33,7 @@ NUM_IMAGES = 11
 
 @META_ARCH_REGISTRY.register()
 class ToyArchitecture(nn.Module):
-    """Two losses; one of them depends on random numbers if the config's DROPOUT is above 0."""
+    """Two losses, which depend on random numbers if the config's DROPOUT is above 0."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ def load_toy_dataset() -> list[dict]:
 
 
 def augment(record: dict) -> dict:
-    """The mapper: an image of four numbers, of which three are augmentation."""
+    """The mapper: an image of four numbers, three of them random."""
     noise = [random.random(), np.random.rand(), torch.rand(()).item()]
     return {**record, "image": torch.tensor([record["image_id"] / NUM_IMAGES, *noise])}
 
@@ -105,7 +105,7 @@ class WriteLosses(HookBase):
 
 
 class KillWhileSaving(HookBase):
-    """Kills the process as `kill -9` does, when it has written half of a checkpoint."""
+    """Kills the process like `kill -9`, after it has written half of a checkpoint."""
 
     def __init__(self, iteration: int) -> None:
         self.iteration = iteration
@@ -124,7 +124,7 @@ class KillWhileSaving(HookBase):
 class ToyTrainer(Trainer):
     def build_hooks(self):
         hooks = super().build_hooks()
-        # After the scheduler's and before the one that writes checkpoints.
+        # After the scheduler's hook and before the checkpointer's.
         return [*hooks[:2], WriteLosses(), *hooks[2:]]
 
     @classmethod
@@ -133,7 +133,7 @@ class ToyTrainer(Trainer):
 
 
 def read_losses(output_dir: str | Path) -> dict[int, str]:
-    """Iteration → its line. Where an iteration ran twice, the lines must agree."""
+    """Iteration → its line. If an iteration ran twice, both lines must agree."""
     losses: dict[int, str] = {}
     for line in (Path(output_dir) / "losses.txt").read_text().splitlines():
         iteration, values = line.split(" ", 1)

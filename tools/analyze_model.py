@@ -1,19 +1,19 @@
 #!/usr/bin/env python
-"""Parameters, multiply-adds, activations and structure of a config's model.
+"""Parameters, multiply-adds, activations and structure of the model of a config.
 
     python tools/analyze_model.py --tasks parameter flop --config-file configs/... [KEY VALUE ...]
     python tools/analyze_model.py --tasks flop --dataset coco_2017_val --config-file configs/...
 
-Multiply-adds are those of the network, from the image to class and mask logits, without
-post-processing, whose cost depends on what was predicted. Counted are convolutions, matrix
-products, attention and deformable attention; what works on single values (norms, activation
-functions, resizing, softmax) is not, as is usual. A multiply-add counts once.
+Multiply-adds cover the network from the image to class and mask logits. Post-processing, whose cost
+depends on the predictions, is excluded. As usual, convolutions, matrix products, attention and
+deformable attention are counted, and elementwise operations (norms, activation functions, resizing,
+softmax) are not. A multiply-add counts once.
 
-They depend on the image size only, so no image and no weights are read, and what is counted is not
-computed. By default the sizes are `COCO_SIZES`; those of a data set at hand with --dataset.
+The counts depend on the image size only, so the tool reads neither images nor weights and does not
+execute the counted operators. Sizes are `COCO_SIZES` by default, or those of --dataset.
 
-The paper counts the masks of every decoder layer. Here inference multiplies out those of the last
-layer only: both numbers are given.
+The paper counts the masks of every decoder layer. Inference here computes full masks of the last
+layer only; both numbers are printed.
 """
 
 import argparse
@@ -39,7 +39,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mask2former.config import load_config
 from mask2former.data.loader import check_dataset_names
 
-# (height, width) → how many of 100 images: the shapes of COCO's photographs, similar ones together.
+# {(height, width): images out of 100}: COCO image shapes, similar ones grouped.
 COCO_SIZES = {
     (480, 640): 36,
     (427, 640): 28,
@@ -48,10 +48,10 @@ COCO_SIZES = {
     (600, 640): 8,
     (360, 640): 4,
 }
-# For one sampled value: four corners, and the weight of the point.
+# Per sampled value: four corners and the attention weight.
 _PER_SAMPLE = 5
-# Part of the model → the module whose calls belong to it. The head is the pixel decoder, once the
-# transformer decoder inside it is taken out.
+# {part of the model: path of its module}. The head without the transformer decoder inside it is the
+# pixel decoder.
 _PARTS = {
     "backbone": "backbone",
     "pixel decoder": "sem_seg_head",
@@ -71,12 +71,12 @@ def _attention(args: tuple, out: tuple[Tensor, ...]) -> int:
 
 
 def _sampling(value: Tensor, locations: Tensor) -> int:
-    """Of values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
+    """Count sampling of values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
     return locations.numel() // 2 * value.shape[-1] * _PER_SAMPLE
 
 
 class _Operator(NamedTuple):
-    """How an operator is counted: its label, and (arguments, result) → multiply-adds."""
+    """The label of an operator, and a function from (arguments, result) to multiply-adds."""
 
     label: str
     multiply_adds: Callable[[tuple, Any], int]
@@ -89,7 +89,7 @@ _OPERATORS = {
     "aten::addmm": _Operator("matrix product", lambda args, out: out.numel() * args[1].shape[-1]),
     "aten::baddbmm": _Operator("matrix product", lambda args, out: out.numel() * args[1].shape[-1]),
     "aten::_scaled_dot_product_flash_attention_for_cpu": _Operator("attention", _attention),
-    # The three forms of deformable attention: one call each, or one for each level.
+    # The three implementations of deformable attention: one call, or one per level.
     "mask2former::ms_deform_attn_fused": _Operator(
         "deformable attention", lambda args, out: _sampling(args[0], args[3])
     ),
@@ -100,21 +100,23 @@ _OPERATORS = {
         "deformable attention", lambda args, out: out.numel() * _PER_SAMPLE
     ),
 }
-# Their results differ in size with the form of the op.
+# Excluded from activations: the size of the result depends on the implementation.
 _NO_ACTIVATIONS = "deformable attention"
 
 
 class CountingMode(TorchDispatchMode):
     """Counts the operators above without running them.
 
-    They give stand-ins: tensors of the right shape and strides in memory that is never touched.
-    What is computed from a stand-in or a parameter is a stand-in too. The rest, such as positional
-    encodings, which depend on shapes only, is computed as ever: nothing false is left in a cache.
+    They return stand-ins: tensors of the right shape and strides whose memory is never touched.
+    Results computed from a stand-in or a parameter are stand-ins too. Everything else, such as
+    positional encodings, which depend on shapes only, is computed normally, so that caches never
+    hold invalid values.
 
     Attributes:
-        part: what is running, the key under which it is counted.
+        part: the running part of the model, used as a key of the counts.
         multiply_adds: {(part, operator): number}.
-        activations: likewise, values in the results of convolutions, products and attention.
+        activations: {(part, operator): number of values in the results}, for convolutions, matrix
+            products and attention.
     """
 
     def __init__(self) -> None:
@@ -122,20 +124,20 @@ class CountingMode(TorchDispatchMode):
         self.part = ""
         self.multiply_adds: Counter[tuple[str, str]] = Counter()
         self.activations: Counter[tuple[str, str]] = Counter()
-        # The memory of stand-ins, by dtype: the largest that was asked for, and all before.
+        # Memory of stand-ins by dtype: the largest so far, and the smaller ones before it.
         self._memory: dict[torch.dtype, Tensor] = {}
         self._outgrown: list[Tensor] = []
         self._addresses: set[int] = set()
 
     def stand_in(self, like: Tensor) -> Tensor:
-        """A CPU tensor of this shape, these strides and this dtype, without values."""
+        """Return a CPU tensor with the shape, strides and dtype of `like`, without values."""
         spans = zip(like.shape, like.stride(), strict=True)
         needed = 1 + sum(max(size - 1, 0) * stride for size, stride in spans)
         memory = self._memory.get(like.dtype)
         if memory is None or memory.numel() < needed:
             if memory is not None:
                 self._outgrown.append(memory)
-            # Zeros, which the system hands out as pages that take no room until they are used.
+            # The system maps zero pages lazily, so untouched zeros take no memory.
             memory = torch.zeros(2 * needed, dtype=like.dtype)
             self._memory[like.dtype] = memory
             self._addresses.add(memory.data_ptr())
@@ -155,7 +157,7 @@ class CountingMode(TorchDispatchMode):
             if func.is_view or not any(map(self._is_stand_in, tensors)):
                 return func(*args, **kwargs)
             if func._schema.is_mutable:
-                # What is written to a stand-in does not matter.
+                # Writes to a stand-in can be dropped.
                 return args[0] if self._is_stand_in(args[0]) else func(*args, **kwargs)
         meta_args, meta_kwargs = tree_map_only(Tensor, lambda x: x.to("meta"), (args, kwargs))
         out = func(*meta_args, **meta_kwargs)
@@ -169,7 +171,7 @@ class CountingMode(TorchDispatchMode):
 
 @contextmanager
 def _named_parts(model: nn.Module, mode: CountingMode):
-    """Tell the mode which part of the model runs."""
+    """Set `mode.part` to the running part of the model."""
     running = [mode.part]
 
     def enter(name: str) -> Callable:
@@ -198,7 +200,7 @@ def _named_parts(model: nn.Module, mode: CountingMode):
 
 
 class Counts(NamedTuple):
-    """Of one image: {(part, operator): number}."""
+    """Counts of one image: {(part, operator): number}."""
 
     multiply_adds: Counter[tuple[str, str]]
     activations: Counter[tuple[str, str]]
@@ -216,12 +218,12 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
     """Count one image.
 
     Args:
-        model: on the CPU, with a `backbone` and a `sem_seg_head` as `MaskFormer` has.
+        model: on the CPU, with `backbone` and `sem_seg_head` like those of `MaskFormer`.
         height: of the padded image.
-        width: likewise.
+        width: of the padded image.
 
     Returns:
-        The counts, provided that no step of the network depends on computed values.
+        The counts. They are valid only if no control flow depends on computed values.
     """
     mode = CountingMode()
     with torch.no_grad(), _named_parts(model, mode), mode:
@@ -236,10 +238,10 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
 
 
 def dataset_sizes(name: str, number: int) -> Counter[tuple[int, int]]:
-    """The sizes of the first images of a data set.
+    """Count the sizes of the first images of a data set.
 
     Raises:
-        ValueError: it is not registered, or has no image.
+        ValueError: the data set is not registered or has no image.
     """
     check_dataset_names([name])
     sizes: Counter[tuple[int, int]] = Counter()
@@ -254,10 +256,10 @@ def dataset_sizes(name: str, number: int) -> Counter[tuple[int, int]]:
 
 
 def fixed_size(cfg: CfgNode) -> tuple[int, int]:
-    """The size of training images.
+    """Return the size of training images.
 
     Raises:
-        ValueError: the config fixes none.
+        ValueError: the config does not fix a size.
     """
     if cfg.INPUT.DATASET_MAPPER_NAME.endswith("_lsj"):
         return cfg.INPUT.IMAGE_SIZE, cfg.INPUT.IMAGE_SIZE
@@ -272,7 +274,7 @@ def fixed_size(cfg: CfgNode) -> tuple[int, int]:
 
 
 def padded_size(cfg: CfgNode, divisibility: int, height: int, width: int) -> tuple[int, int]:
-    """The size at which the model sees a test image: resized, padded to multiples."""
+    """Return the size of a test image after resizing and padding to multiples."""
     short = cfg.INPUT.MIN_SIZE_TEST
     if short:  # 0 turns resizing off
         height, width = ResizeShortestEdge.get_output_shape(
@@ -285,13 +287,13 @@ def padded_size(cfg: CfgNode, divisibility: int, height: int, width: int) -> tup
 def count_all(
     cfg: CfgNode, model: nn.Module, sizes: dict[tuple[int, int], int], resize: bool
 ) -> list[Counts]:
-    """Counts of every image, each padded size counted once.
+    """Return the counts of every image, running each padded size once.
 
     Args:
-        cfg: read is INPUT.{MIN,MAX}_SIZE_TEST.
+        cfg: INPUT.{MIN,MAX}_SIZE_TEST are read.
         model: see `count`.
-        sizes: (height, width) → number of images.
-        resize: whether to resize as in testing.
+        sizes: {(height, width): number of images}.
+        resize: whether to resize as at test time.
     """
     divisibility = model.size_divisibility
     cache: dict[tuple[int, int], Counts] = {}
@@ -305,7 +307,7 @@ def count_all(
 
 
 def _table(images: list[Counts], index: int) -> str:
-    """Means over images by part (index 0) or by operator (index 1)."""
+    """Format means over images, by part (index 0) or by operator (index 1)."""
     rows: dict[str, list[float]] = defaultdict(lambda: [0.0, 0.0])
     for column, field in enumerate(("multiply_adds", "activations")):
         for counts in images:
@@ -355,7 +357,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         required=True,
         nargs="+",
         choices=["flop", "activation", "parameter", "structure"],
-        help="what to print; flop and activation come in one table",
+        help="what to print; flop and activation share a table",
     )
     parser.add_argument("--dataset", metavar="NAME", help="take the image sizes from this data set")
     parser.add_argument(
@@ -369,9 +371,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     args = parser.parse_args(argv)
     if args.num_inputs is not None and (not args.dataset or args.num_inputs < 1):
-        parser.error("--num-inputs is the number, at least 1, of images of --dataset")
+        parser.error("--num-inputs is the number of images of --dataset, at least 1")
     if args.dataset and args.use_fixed_input_size:
-        parser.error("--dataset and --use-fixed-input-size exclude each other")
+        parser.error("--dataset and --use-fixed-input-size are mutually exclusive")
     return args
 
 

@@ -4,10 +4,10 @@
     python tools/check_dataset.py coco_2017_train coco_2017_val --output check
     python tools/check_dataset.py --config-file my_data.yaml [--opts KEY VALUE ...]
 
-With a config the data sets of its DATASETS.CUSTOM are known too, and without names those of its
-DATASETS.TRAIN and DATASETS.TEST are read. --output receives report.md and report.json (each problem
-with its file, id and reason; classes and sizes) and, for each data set, contact_sheet_NAME.png. The
-exit status is 1 if there is a problem. Warnings are about what may be intended.
+A config adds the data sets of its DATASETS.CUSTOM; without names, its DATASETS.TRAIN and
+DATASETS.TEST are checked. Writes report.md, report.json (each problem with file, id and reason;
+classes and sizes) and a contact_sheet_NAME.png per data set to --output. Exits with status 1 if
+there is any problem. Warnings are about things that may be intended.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from mask2former.data.check.report import (
 from mask2former.data.class_counts import check_class_counts
 from mask2former.data.loader import check_dataset_names
 
-# Findings printed of each data set; the report has all.
+# Findings printed per data set; the report has all.
 _NUM_PRINTED = 10
 
 # Examples on the contact sheet.
@@ -47,34 +47,34 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="registered data sets")
-    parser.add_argument("--config-file", metavar="FILE", help="config that names your own data")
-    parser.add_argument("--output", default="dataset_check", metavar="DIR", help="for the report")
+    parser.add_argument("--config-file", metavar="FILE", help="config with DATASETS.CUSTOM")
+    parser.add_argument("--output", default="dataset_check", metavar="DIR", help="report folder")
     parser.add_argument(
-        "--workers", type=int, default=os.cpu_count() or 1, help="processes that read"
+        "--workers", type=int, default=os.cpu_count() or 1, help="number of processes"
     )
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
     )
     args = parser.parse_args(argv)
     if args.workers < 1:
-        parser.error(f"--workers must be at least 1, not {args.workers}")
+        parser.error(f"--workers must be at least 1, got {args.workers}")
     if args.opts and not args.config_file:
-        parser.error("--opts overrides a config: give --config-file too")
+        parser.error("--opts overrides a config: add --config-file")
     if not args.names and not args.config_file:
-        parser.error("give the NAME of a data set, or --config-file")
+        parser.error("give a data set NAME or --config-file")
     return args
 
 
 def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None]:
-    """Registers the data sets of the config.
+    """Register the data sets of the config and choose the ones to check.
 
     Returns:
-        The data sets to check, each once, and how the classes of those in the config differ from
-        each other or from the model's; None: they agree.
+        The names without duplicates, and a message if the classes of the config's data sets differ
+        from each other or from the model's, else None.
 
     Raises:
-        FileNotFoundError: the config, or a file of own data that registration needs, is missing.
-        ValueError: the config is wrong, a data set is not registered, or none is named.
+        FileNotFoundError: the config, or a file needed to register its data, is missing.
+        ValueError: the config is invalid, a data set is not registered, or no name is given.
     """
     names, mismatch = args.names, None
     if args.config_file:
@@ -87,13 +87,13 @@ def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None]:
     check_dataset_names(names)
     if not names:
         raise ValueError(
-            f"{args.config_file} has no data set in DATASETS.TRAIN and DATASETS.TEST: give a NAME."
+            f"{args.config_file} has empty DATASETS.TRAIN and DATASETS.TEST: give a NAME."
         )
     return list(dict.fromkeys(names)), mismatch
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Processes that use one thread each: a forked one waits forever for threads of its parent."""
+    """Return a pool of single-threaded processes: a fork would deadlock on its parent's threads."""
     return ProcessPoolExecutor(workers, initializer=_use_one_thread)
 
 
@@ -103,7 +103,7 @@ def _use_one_thread() -> None:
 
 
 def check_items(index: Index, workers: int) -> list[ItemReport]:
-    """Reads every image and annotation, in parallel; returns a report for each, in their order."""
+    """Check every image and annotation in parallel; return one report per item, in order."""
     checker = ItemChecker(index)
     items = index.items
 
@@ -120,8 +120,8 @@ def check_items(index: Index, workers: int) -> list[ItemReport]:
 
 def print_findings(title: str, findings: Sequence[dict[str, Any]]) -> None:
     for finding in findings[:_NUM_PRINTED]:
-        named = "" if finding["id"] is None else f", {finding['id']}"
-        print(f"  {title}: {finding['file']}{named}: {finding['why']}")
+        item_id = "" if finding["id"] is None else f", {finding['id']}"
+        print(f"  {title}: {finding['file']}{item_id}: {finding['why']}")
     if len(findings) > _NUM_PRINTED:
         print(f"  ... and {len(findings) - _NUM_PRINTED} more {title}s")
 
@@ -138,14 +138,14 @@ def main(argv: list[str] | None = None) -> None:
     unlisted = find_unlisted(indices)
     summaries = {}
     for index in indices:
-        of_folders: list[Finding] = [
+        in_folders: list[Finding] = [
             f for f in unlisted if os.path.dirname(f.file) in map(os.path.normpath, index.folders)
         ]
-        index.warnings += of_folders
+        index.warnings += in_folders
         reports = check_items(index, args.workers)
         summary = summarise(index, reports)
         summaries[index.name] = summary
-        # After each data set, so that an interruption loses little.
+        # Written after each data set, so that an interruption loses little.
         write_reports(args.output, summaries)
         examples = choose_examples(index, reports, _NUM_EXAMPLES)
         if examples:

@@ -4,9 +4,9 @@
     python tools/convert_weights.py resnet101-63fe2227.pth R-101.pkl
     python tools/convert_weights.py swin_small_patch4_window7_224.{pth,pkl}
 
-The input is a ResNet of torchvision or a Swin Transformer of its authors' release; which of the two
-is read off its keys. The output is what `MODEL.WEIGHTS` of the recipes names. What only a
-classifier has is left out, and listed.
+The input is a ResNet of torchvision or a Swin Transformer of its authors' release, told apart by
+their keys. The output is the file that `MODEL.WEIGHTS` of the recipes names. Classifier weights are
+left out and listed.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 from mask2former.utils.files import atomic_write, explained_read_errors, load_torch
 
 _NAMES = {"torchvision": "a ResNet of torchvision", "swin": "an official Swin Transformer"}
-# Keys that a file of either kind has, and the only ones that it may have.
+# Keys that each kind of file must have, and patterns of all keys that it may have.
 _RESNET_KEYS = {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"}
 _RESNET_KEY = re.compile(
     r"(conv1|bn1|fc|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01]))\.\w+"
@@ -37,26 +37,26 @@ _SWIN_KEY = re.compile(
     r"|layers\.\d\.blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.\w+|attn_mask"
     r"|attn\.relative_position_(bias_table|index))"
 )
-# What else people have, by the keys that tell.
+# Other common files, recognised by a key.
 _OTHERS = {
-    r"(^|\.)sem_seg_head\.": "a whole segmentation model, which MODEL.WEIGHTS takes as it is",
+    r"(^|\.)sem_seg_head\.": "a whole segmentation model, which MODEL.WEIGHTS accepts unconverted",
     r"^backbone\.": "a backbone inside another model",
-    r"^features\.\d+\.\d+\.attn\.": "torchvision's Swin, whose layout is another",
-    r"\.attn\.logit_scale$": "Swin V2, which this project does not have",
-    r"^layers\.1\.downsample\.reduction\.weight$": "timm's Swin, whose layout is another",
+    r"^features\.\d+\.\d+\.attn\.": "torchvision's Swin, which has a different layout",
+    r"\.attn\.logit_scale$": "Swin V2, which is not supported",
+    r"^layers\.1\.downsample\.reduction\.weight$": "timm's Swin, which has a different layout",
 }
-# The final norm, the classifier, and masks that the backbone computes itself.
+# The final norm, the classifier, and masks that the backbone computes.
 _SWIN_LEFT_OUT = re.compile(r"^(norm|head)\.|\.attn_mask$")
 
 
 def convert_resnet(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename torchvision's ResNet.
+    """Rename the weights of a torchvision ResNet.
 
     Args:
         weights: by torchvision's names.
 
     Returns:
-        The weights by Detectron2's names, and the names that were left out.
+        The weights by Detectron2's names, and the names left out.
     """
     renamed, left_out = {}, []
     for name, value in weights.items():
@@ -73,43 +73,45 @@ def convert_resnet(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], li
 
 
 def convert_swin(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Take the backbone out of an official Swin; its names are the backbone's own.
+    """Select the backbone weights of an official Swin, whose names stay the same.
 
     Args:
         weights: by the official names.
 
     Returns:
-        The weights that the backbone has, and the names that were left out.
+        The backbone weights, and the names left out.
     """
     left_out = [name for name in weights if _SWIN_LEFT_OUT.search(name)]
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
 
 
 def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
-    """Tell what a file holds.
+    """Identify the content of a file.
 
     Args:
-        data: what the file holds, as loaded.
-        path: the file, for messages.
+        data: the loaded content.
+        path: the file, for error messages.
 
     Returns:
         "torchvision" or "swin", and the weights.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: the file is neither.
     """
     weights = data.get("model", data) if isinstance(data, dict) else data
     is_state_dict = isinstance(weights, dict) and weights
     if not is_state_dict or not all(isinstance(value, Tensor) for value in weights.values()):
-        found = sorted(map(str, weights))[:5] if isinstance(weights, dict) else type(data).__name__
-        raise ValueError(f"{path} holds no state dict, but {found}.")
+        content = (
+            sorted(map(str, weights))[:5] if isinstance(weights, dict) else type(data).__name__
+        )
+        raise ValueError(f"{path} does not hold a state dict, but {content}.")
     kinds = (("torchvision", _RESNET_KEYS, _RESNET_KEY), ("swin", _SWIN_KEYS, _SWIN_KEY))
     for kind, required, allowed in kinds:
         if required <= weights.keys():
             unknown = [name for name in weights if not allowed.fullmatch(name)]
             if unknown:
                 raise ValueError(
-                    f"{path} looks like {_NAMES[kind]}, but has {len(unknown)} keys that it lacks: "
+                    f"{path} looks like {_NAMES[kind]}, but has {len(unknown)} unknown keys: "
                     f"{', '.join(unknown[:5])}."
                 )
             return kind, weights
@@ -118,31 +120,33 @@ def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
             if re.search(pattern, name):
                 raise ValueError(f"{path} holds {what} (it has {name}); it cannot be converted.")
     raise ValueError(
-        f"{path} is neither {_NAMES['torchvision']} nor {_NAMES['swin']}: its keys begin with "
+        f"{path} is neither {_NAMES['torchvision']} nor {_NAMES['swin']}: its first keys are "
         f"{', '.join(list(weights)[:5])}."
     )
 
 
 def convert(source: str, target: str) -> tuple[str, int, list[str]]:
-    """Convert a file; the new one appears under its name only when it is complete.
+    """Convert a file, writing the output atomically.
 
     Args:
-        source: file of `torch.save`.
-        target: the `.pkl` to write; one that exists is replaced.
+        source: file written by `torch.save`.
+        target: the `.pkl` to write; an existing file is replaced.
 
     Returns:
-        What the source was, how many tensors were written, and the names left out.
+        The kind of the source, the number of tensors written, and the names left out.
 
     Raises:
-        FileNotFoundError: there is no such source.
-        ValueError: a source that is of neither kind or cannot be read, or a target of another name.
+        FileNotFoundError: the source does not exist.
+        ValueError: the source is of neither kind or cannot be read, or the target is not a `.pkl`.
     """
     if Path(target).suffix != ".pkl":
-        raise ValueError(f"{target}: the output must end in .pkl, by which its format is known.")
+        raise ValueError(
+            f"{target}: the output must end in .pkl, which tells Detectron2 its format."
+        )
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist.")
     if Path(source).suffix == ".pkl":
-        raise ValueError(f"{source} is a .pkl: it is in Detectron2's format already.")
+        raise ValueError(f"{source} is a .pkl, which is already in Detectron2's format.")
     with explained_read_errors(source):
         data = load_torch(source)
     kind, weights = identify(data, source)

@@ -7,8 +7,8 @@
 --input takes image files, folders and glob patterns. --output is a folder, which receives a PNG
 named after each image, or, for one drawing, a file. Without a GPU add `MODEL.DEVICE cpu` to --opts.
 
-Class names and colours are those of the first data set in DATASETS.TEST. Your own data sets are
-known where the config lists them in DATASETS.CUSTOM, as the config.yaml that training wrote does.
+Class names and colours are those of the first data set in DATASETS.TEST. For your own data use a
+config with DATASETS.CUSTOM, such as the config.yaml that training wrote.
 """
 
 import argparse
@@ -16,22 +16,22 @@ import glob
 import sys
 from pathlib import Path
 
+import torch
 from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
-from mask2former.config import load_config
-from mask2former.data.class_counts import check_class_counts
-from mask2former.data.loader import check_dataset_names
 from mask2former.predictor import Predictor
+from mask2former.preflight import load_and_check
 from mask2former.utils.files import atomic_write
+from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def find_images(patterns: list[str]) -> list[Path]:
-    """Returns the image files that the patterns name, in order and each once.
+    """Returns the image files that match the patterns, in order and without duplicates.
 
     Args:
         patterns: files, folders (their images, not those of subfolders) or glob patterns.
@@ -43,14 +43,14 @@ def find_images(patterns: list[str]) -> list[Path]:
     for pattern in patterns:
         path = Path(pattern).expanduser()
         if path.is_dir():
-            found = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
+            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
         elif path.is_file():
-            found = [path]
+            matches = [path]
         else:
-            found = [p for p in map(Path, sorted(glob.glob(str(path)))) if p.is_file()]
-        if not found:
+            matches = [p for p in map(Path, sorted(glob.glob(str(path)))) if p.is_file()]
+        if not matches:
             raise FileNotFoundError(f"--input {pattern}: no image file there")
-        images |= dict.fromkeys(found)
+        images |= dict.fromkeys(matches)
     return list(images)
 
 
@@ -58,8 +58,8 @@ def choose_tasks(requested: str | None, enabled: list[str]) -> list[str]:
     """Returns the tasks to draw.
 
     Args:
-        requested: a task, "all", or None for the first one that is enabled.
-        enabled: tasks the config turns on.
+        requested: a task, "all", or None for the first enabled one.
+        enabled: tasks that the config turns on.
 
     Raises:
         ValueError: the requested task is off.
@@ -123,7 +123,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--confidence-threshold",
         type=float,
         default=0.5,
-        help="least score of the instances drawn (default: 0.5)",
+        help="minimum score of the instances drawn (default: 0.5)",
     )
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
@@ -138,11 +138,11 @@ def draw_all(
     predictor: Predictor, planned: dict[tuple[Path, str], Path], confidence_threshold: float
 ) -> dict[Path, str]:
     """Writes all drawings; returns the images that could not be read, with the reason."""
-    tasks_of: dict[Path, list[str]] = {}
+    tasks_by_image: dict[Path, list[str]] = {}
     for image, task in planned:
-        tasks_of.setdefault(image, []).append(task)
+        tasks_by_image.setdefault(image, []).append(task)
     failed = {}
-    for path, tasks in tqdm(tasks_of.items(), desc="images", unit="image"):
+    for path, tasks in tqdm(tasks_by_image.items(), desc="images", unit="image"):
         try:
             bgr = read_image(str(path), format="BGR")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
@@ -167,11 +167,11 @@ def draw_all(
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        cfg = load_config(args.config_file, args.opts)
-        check_dataset_names(cfg.DATASETS.TEST[:1])
-        check_class_counts(cfg)
+        cfg = load_and_check(args.config_file, args.opts, "predict")
         tasks = choose_tasks(args.task, enabled_tasks(cfg))
         planned = plan_outputs(find_images(args.input), tasks, args.output)
+        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+            keep_freed_memory()
         predictor = Predictor(cfg)
     except (ValueError, FileNotFoundError) as error:
         sys.exit(f"error: {error}")

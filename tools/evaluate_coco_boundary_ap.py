@@ -4,8 +4,8 @@
     python tools/evaluate_coco_boundary_ap.py --gt-json-file instances_val2017.json \
         --dt-json-file OUTPUT_DIR/inference/coco_instances_results.json
 
-The predictions are what an evaluation of instances leaves in OUTPUT_DIR/inference. The table is
-printed and, with --output-dir, written to boundary_ap.md and boundary_ap.json.
+An instance segmentation evaluation writes the predictions to OUTPUT_DIR/inference. The table is
+printed and, with --output-dir, also written to boundary_ap.md and boundary_ap.json.
 """
 
 import argparse
@@ -33,12 +33,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--dilation-ratio",
         type=float,
         default=DILATION_RATIO,
-        help="width of boundaries as a part of the image diagonal (default: %(default)s)",
+        help="boundary width as a fraction of the image diagonal (default: %(default)s)",
     )
-    parser.add_argument("--output-dir", metavar="DIR", help="where to write the table too")
+    parser.add_argument("--output-dir", metavar="DIR", help="folder to also write the table to")
     args = parser.parse_args(argv)
     if not 0 < args.dilation_ratio < 1:
-        parser.error(f"--dilation-ratio is {args.dilation_ratio}, not between 0 and 1")
+        parser.error(f"--dilation-ratio must be between 0 and 1, got {args.dilation_ratio}")
     return args
 
 

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Panoptic quality of a semantic model: all pixels of a class in an image are one segment.
+"""Panoptic quality of a semantic model: all pixels of a class in an image form one segment.
 
     python tools/evaluate_pq_for_semantic_segmentation.py --dataset-name ade20k_sem_seg_val \
         --json-file OUTPUT_DIR/inference/sem_seg_predictions.json
 
-The predictions are what an evaluation of semantic segmentation leaves in OUTPUT_DIR/inference; the
-truth is that of the registered data set. The table is printed and, with --output-dir, written to
+A semantic segmentation evaluation writes the predictions to OUTPUT_DIR/inference; the ground truth
+comes from the registered data set. The table is printed and, with --output-dir, also written to
 semantic_pq.md and semantic_pq.json.
 """
 
@@ -35,12 +35,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--json-file", required=True, metavar="FILE", help="sem_seg_predictions.json"
     )
-    parser.add_argument("--output-dir", metavar="DIR", help="where to write the table too")
+    parser.add_argument("--output-dir", metavar="DIR", help="folder to also write the table to")
     return parser.parse_args(argv)
 
 
 def load_predictions(json_file: str) -> dict[str, list[dict]]:
-    """Returns the predicted masks of each image, by the image's name without extension.
+    """Load the predicted masks of each image, by image name without extension.
 
     Raises:
         ValueError: the file has another format.
@@ -49,7 +49,7 @@ def load_predictions(json_file: str) -> dict[str, list[dict]]:
     keys = {"file_name", "category_id", "segmentation"}
     if not isinstance(predictions, list) or not all(keys <= set(p) for p in predictions):
         raise ValueError(
-            f"{json_file} is no sem_seg_predictions.json: a list of masks, each with "
+            f"{json_file} is not a sem_seg_predictions.json, which is a list of masks, each with "
             f"{', '.join(sorted(keys))}"
         )
     by_image = defaultdict(list)
@@ -59,14 +59,14 @@ def load_predictions(json_file: str) -> dict[str, list[dict]]:
 
 
 def label_map(masks: list[dict], to_class: dict[int, int]) -> np.ndarray:
-    """Paints masks into one label map (H, W), -1 where there is none.
+    """Paint the masks of one image into a label map (H, W), -1 for uncovered pixels.
 
     Args:
-        masks: with `segmentation` and `category_id`, of one image.
-        to_class: class of each category id.
+        masks: with `segmentation` and `category_id`.
+        to_class: {category id: class}.
 
     Raises:
-        ValueError: an unknown category id.
+        ValueError: a category id is unknown.
     """
     labels = np.full(masks[0]["segmentation"]["size"], -1)
     for mask in masks:
@@ -78,10 +78,10 @@ def label_map(masks: list[dict], to_class: dict[int, int]) -> np.ndarray:
 
 
 def evaluate(dataset_name: str, json_file: str) -> dict[str, float]:
-    """Returns PQ, SQ, RQ and mIoU, in percent.
+    """Return PQ, SQ, RQ and mIoU in percent.
 
     Raises:
-        ValueError: the data set is unknown or the predictions do not fit it.
+        ValueError: the data set is unknown, or the predictions do not match it.
         FileNotFoundError: a file does not exist.
     """
     check_dataset_names((dataset_name,))

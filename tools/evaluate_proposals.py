@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Class-agnostic average recall of the proposals that decoder layers make (the paper's Figure 3).
+"""Class-agnostic average recall of proposals from decoder layers (Figure 3 of the paper).
 
     python tools/evaluate_proposals.py --config-file configs/... --layer 0,3,6,9 --num-gpus 8 \
         MODEL.WEIGHTS model.pth [KEY VALUE ...]
 
-Layer 0 are the learnable queries before the decoder. Each query is a proposal; of more than
---num-proposals those most likely to be an object count. DATASETS.TEST must have COCO instance
-annotations. OUTPUT_DIR receives proposals.md and proposals.json.
+Layer 0 predicts from the learnable queries before the decoder. Each query is a proposal; the
+--num-proposals with the highest object probability are evaluated. DATASETS.TEST must have COCO
+instance annotations. Writes proposals.md and proposals.json to OUTPUT_DIR.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mask2former.trainer import Trainer
 
 
 def layer_numbers(text: str) -> list[int]:
-    """Parses "0,3,6,9"."""
+    """Parse "0,3,6,9"."""
     return [int(number) for number in text.split(",")]
 
 
@@ -42,16 +42,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="decoder layers, 0 (the learnable queries) to the number of decoder layers",
     )
     parser.add_argument(
-        "--num-proposals", type=int, default=100, help="of an image (default: %(default)s)"
+        "--num-proposals", type=int, default=100, help="per image (default: %(default)s)"
     )
     args = parser.parse_args(argv)
     if args.num_proposals < 1:
-        parser.error(f"--num-proposals is {args.num_proposals}, not at least 1")
+        parser.error(f"--num-proposals must be at least 1, got {args.num_proposals}")
     return args
 
 
 def main(args: argparse.Namespace) -> dict:
-    """Evaluates in this process; returns {data set: {"layer <n>": {metric: value}}}."""
+    """Evaluate in this process; return {data set: {"layer <n>": {metric: value}}}."""
     cfg = setup(args).clone()
     cfg.defrost()
     test = cfg.MODEL.MASK_FORMER.TEST
@@ -64,12 +64,12 @@ def main(args: argparse.Namespace) -> dict:
     for dataset_name in cfg.DATASETS.TEST:
         evaluator = ProposalEvaluator(dataset_name, args.num_proposals)
         results[dataset_name] = dict.fromkeys(f"layer {layer}" for layer in args.layer)
-        # From the last one, so that a layer that does not exist is noticed at once.
+        # Start with the last layer, so that an invalid number fails at once.
         for layer in sorted(set(args.layer), reverse=True):
             loader = Trainer.build_test_loader(cfg, dataset_name)
-            found = inference_on_dataset(LayerProposals(model, layer), loader, evaluator)
+            metrics = inference_on_dataset(LayerProposals(model, layer), loader, evaluator)
             if comm.is_main_process():
-                results[dataset_name][f"layer {layer}"] = found["proposals"]
+                results[dataset_name][f"layer {layer}"] = metrics["proposals"]
     if comm.is_main_process():
         print(results_table(results))
         write_results(cfg.OUTPUT_DIR, results, "proposals")

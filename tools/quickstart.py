@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""See one model learn panoptic, instance and semantic segmentation, in minutes and on any machine.
+"""Train one model for panoptic, instance and semantic segmentation in minutes on any machine.
 
     python tools/quickstart.py [--output output/quickstart] [--fresh] [KEY VALUE ...]
 
-Prepares the Shapes data set where it is missing, trains a small model with tools/train_net.py,
-prints its PQ, AP and mIoU on held-out images and draws some of them on a contact sheet. A finished
-run is used again, an interrupted one continues; --fresh starts over.
+Prepares the Shapes data set if missing, trains a small model with tools/train_net.py, prints its
+PQ, AP and mIoU on held-out images and draws some of them on a contact sheet. A finished run is
+reused, an interrupted one resumes; --fresh starts over.
 """
 
 import argparse
@@ -34,17 +34,17 @@ from mask2former.utils.visualization import (
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
-# task → (name of the metric, evaluator's task, evaluator's metric)
+# {task: (metric name, evaluator task, evaluator metric)}
 METRICS = {
     "panoptic": ("PQ", "panoptic_seg", "PQ"),
     "instance": ("AP", "segm", "AP"),
     "semantic": ("mIoU", "sem_seg", "mIoU"),
 }
-SCALE = 2.5  # of the drawings; class names do not fit into small images
+SCALE = 2.5  # of the drawings: class names do not fit into small images
 
 
 def prepare_data() -> None:
-    """Writes the Shapes data set unless it is there."""
+    """Write the Shapes data set if it is missing."""
     data = Path(os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))) / "shapes"
     if not (data / "annotations").is_dir():
         script = ROOT / "datasets/prepare_shapes.py"
@@ -52,7 +52,7 @@ def prepare_data() -> None:
 
 
 def clear_run(output: Path) -> None:
-    """Deletes an earlier run.
+    """Delete an earlier run.
 
     Raises:
         ValueError: the folder is not the output of a run.
@@ -60,26 +60,28 @@ def clear_run(output: Path) -> None:
     if not output.exists():
         return
     if not (output / "config.yaml").is_file():
-        raise ValueError(f"{output} has no config.yaml, so it is no training run: not deleted")
+        raise ValueError(f"{output} has no config.yaml, so it is not a training run: not deleted")
     shutil.rmtree(output)
 
 
 def check_same_config(output: Path, cfg: CfgNode) -> None:
-    """Checks that the run in `output`, if any, was started with `cfg`.
+    """Check that the run in `output`, if any, was started with `cfg`.
 
     Raises:
-        ValueError: its config differs.
+        ValueError: the config of the run differs.
     """
     file = output / "config.yaml"
     if not file.is_file():
         return
-    # Both through YAML, which has no tuples. A run may move to another machine or folder.
-    now, recorded = (_flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), file.read_text()))
-    keys = sorted((now | recorded).keys() - {"MODEL.DEVICE", "OUTPUT_DIR"})
-    changed = [key for key in keys if now.get(key) != recorded.get(key)]
+    # Compare both as YAML, which has no tuples. A run may move to another machine or folder.
+    current, recorded = (
+        _flatten(CfgNode.load_cfg(text)) for text in (cfg.dump(), load_config(str(file)).dump())
+    )
+    keys = sorted((current | recorded).keys() - {"MODEL.DEVICE", "OUTPUT_DIR"})
+    changed = [key for key in keys if current.get(key) != recorded.get(key)]
     if changed:
         raise ValueError(
-            f"{output} holds a run with other values of {', '.join(changed)}: add --fresh to "
+            f"{output} holds a run with different {', '.join(changed)}: add --fresh to "
             "replace it, or choose another --output"
         )
 
@@ -95,23 +97,23 @@ def _flatten(node: CfgNode, prefix: str = "") -> dict:
 
 
 def train(output: Path, opts: list[str]) -> None:
-    """Runs tools/train_net.py until there is a final model and its evaluation."""
+    """Run tools/train_net.py unless the final model and its evaluation exist."""
     command = [sys.executable, "-u", str(ROOT / "tools/train_net.py"), "--config-file", str(CONFIG)]
     final = output / "model_final.pth"
     if final.is_file() and (output / "evaluation.json").is_file():
-        print(f"{output} holds a finished run: not trained again (--fresh starts over)")
+        print(f"{output} holds a finished run: training skipped (--fresh starts over)")
         return
-    if final.is_file():  # interrupted in the evaluation
+    if final.is_file():  # interrupted during evaluation
         command += ["--eval-only"]
     subprocess.run([*command, "--resume", *opts], check=True)
 
 
 def results_table(results: dict, tasks: list[str]) -> str:
-    """Returns a line for each task with its metric in percent.
+    """Return a table with the metric of each task in percent.
 
     Args:
-        results: {evaluator's task: {metric: value}}.
-        tasks: those to list.
+        results: {evaluator task: {metric: value}}.
+        tasks: the tasks to list.
     """
     lines = [f"{'task':<10} {'metric':<6} {'value':>6}"]
     for task in tasks:
@@ -121,7 +123,7 @@ def results_table(results: dict, tasks: list[str]) -> str:
 
 
 def draw_contact_sheet(cfg: CfgNode, num_images: int) -> Path:
-    """Draws the first test images, their truth and each prediction; returns the file."""
+    """Draw the first test images, their ground truth and predictions; return the file."""
     predictor = Predictor(cfg)
     name, tasks = cfg.DATASETS.TEST[0], enabled_tasks(cfg)
     metadata, rows = MetadataCatalog.get(name), []
@@ -129,10 +131,10 @@ def draw_contact_sheet(cfg: CfgNode, num_images: int) -> Path:
         image = read_image(record["file_name"], format="BGR")
         outputs, image = predictor(image), image[:, :, ::-1]
         drawings = [draw_prediction(image, outputs, metadata, task, scale=SCALE) for task in tasks]
-        truth = draw_panoptic_truth(image, record, metadata, scale=SCALE)
-        rows.append([magnify(image, SCALE), truth, *drawings])
+        gt = draw_panoptic_truth(image, record, metadata, scale=SCALE)
+        rows.append([magnify(image, SCALE), gt, *drawings])
     path = Path(cfg.OUTPUT_DIR) / "contact_sheet.png"
-    contact_sheet(rows, path, ["image", "truth", *tasks])
+    contact_sheet(rows, path, ["image", "ground truth", *tasks])
     return path
 
 
@@ -144,7 +146,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="config overrides")
     args = parser.parse_args(argv)
     if args.num_images < 1:
-        parser.error(f"--num-images must be at least 1, not {args.num_images}")
+        parser.error(f"--num-images must be at least 1, got {args.num_images}")
 
     device = [] if torch.cuda.is_available() else ["MODEL.DEVICE", "cpu"]
     opts = [*device, *args.opts, "OUTPUT_DIR", str(args.output)]
@@ -158,7 +160,7 @@ def main(argv: list[str] | None = None) -> None:
     except ValueError as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
-        sys.exit(f"error: {' '.join(error.cmd[:3])} ended with status {error.returncode}")
+        sys.exit(f"error: {' '.join(error.cmd[:3])} exited with status {error.returncode}")
     cfg.MODEL.WEIGHTS = str(args.output / "model_final.pth")
     path = draw_contact_sheet(cfg, args.num_images)
     results = json.loads((args.output / "evaluation.json").read_text())[cfg.DATASETS.TEST[0]]

@@ -1,18 +1,18 @@
-"""Puts what this project needs into the Python environment that runs this script.
+"""Set up the Python environment that runs this script.
 
     python tools/setup_env.py [--keep-installed] {runtime,dev,project} ...
 
-runtime: the packages of requirements.txt, then Detectron2 and panopticapi where they are missing.
-dev:     the packages of requirements-dev.txt (tests and lint), and of requirements-evaluation.txt.
+runtime: the packages of requirements.txt; Detectron2 and panopticapi if missing.
+dev:     the packages of requirements-dev.txt (tests and lint) and requirements-evaluation.txt.
 project: this checkout as an editable install, with its compiled operators.
 
-The Makefile calls it. An environment of the project's own gets exactly the pinned versions. With
-`--keep-installed` (an environment somebody else manages) only what is missing is installed, and
-nothing that is there changes version (but setuptools, where it is too old to build anything): the
-ranges of pyproject.toml decide whether it will do.
-Repeating a step does no harm, and neither does interrupting one.
+The Makefile calls it. The project's own environment gets exactly the pinned versions. With
+`--keep-installed`, for an environment managed by someone else, only missing packages are installed
+and no installed package changes version, except a setuptools too old to build anything. Installed
+versions must be in the ranges of pyproject.toml.
+Steps can be repeated and interrupted safely.
 
-Only the standard library and pip are used, since this runs before anything is installed.
+Uses only the standard library and pip, since it runs before anything is installed.
 """
 
 import argparse
@@ -34,27 +34,27 @@ except ImportError:  # Python 3.10
     from pip._vendor import tomli as tomllib
 
 ROOT = Path(__file__).resolve().parents[1]
-# Distributions whose import name is not their own with "_" for "-".
+# Distributions whose import name is not their own name with "_" for "-".
 MODULE_NAMES = {
     "hydra-core": "hydra",
     "opencv-python-headless": "cv2",
     "pillow": "PIL",
     "pyyaml": "yaml",
 }
-# One is built for the other: with one of them there, the pin of the other does not apply.
+# Builds must match each other: if one is installed, the pin of the other does not apply.
 TORCH_PAIR = {"torch", "torchvision"}
-# What may be brought up to date even where the rest is kept, since new virtual environments hold
-# one that torch itself refuses. Below 82, which dropped a module that other packages still import.
+# May be upgraded even with --keep-installed: new virtual environments have a version that torch
+# refuses. Below 82, which dropped a module that other packages still import.
 BUILD_TOOL, BUILD_TOOL_LIMIT = "setuptools", "<82"
-# Not in the registry under their own names: module -> its line in requirements-detectron2.txt.
+# Not in the registry under their own names: {module: name in requirements-detectron2.txt}.
 UNLISTED = {"detectron2": "sal-detectron2", "panopticapi": "panopticapi-lite"}
-# Parts of those wheels that must not be installed: scripts that would land as a top-level package
-# `tools`, and extensions built for one Python and one torch.
+# Parts of those wheels to leave out: scripts, which would become a top-level package `tools`, and
+# extensions built for one Python and one torch.
 UNWANTED_DIR, UNWANTED_SUFFIX = "tools", ".so"
 
 
 class SetupError(Exception):
-    """A reason why the environment cannot be set up, told to the user as it is."""
+    """An error whose message is shown to the user without a traceback."""
 
 
 def say(text: str) -> None:
@@ -62,45 +62,45 @@ def say(text: str) -> None:
 
 
 def half_installed() -> set[Path]:
-    """Metadata folders of interrupted installs: pip writes INSTALLER after all other files."""
+    """Return metadata folders of interrupted installs: pip writes INSTALLER last."""
     sites = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
     folders = (folder for site in sites for folder in Path(site).glob("*.dist-info"))
     return {folder for folder in folders if not (folder / "INSTALLER").exists()}
 
 
 def forget(folders: set[Path]) -> None:
-    """Removes metadata folders, so that pip installs those packages again."""
+    """Remove metadata folders, so that pip installs those packages again."""
     for folder in folders:
         shutil.rmtree(folder)
 
 
 def run_pip(*args: str | Path, hint: str = "") -> None:
-    """Runs pip, which stays silent unless it fails.
+    """Run pip, silently unless it fails.
 
-    A package whose metadata was written before it was interrupted would count as installed from
-    then on, so that metadata is removed.
+    If pip is interrupted, a package may have metadata without all of its files and would count as
+    installed from then on. So such metadata is removed.
 
     Raises:
-        SetupError: pip failed; its own message is already on the terminal, `hint` is added.
+        SetupError: pip failed and has printed its message; `hint` is added.
     """
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *map(str, args), "-qq"]
-    not_ours = half_installed()
+    before = half_installed()
     try:
         status = subprocess.run(command, cwd=ROOT).returncode
     finally:
-        forget(half_installed() - not_ours)
+        forget(half_installed() - before)
     if status != 0:
-        raise SetupError(f"pip failed, see its message above.{' ' * bool(hint)}{hint}")
+        raise SetupError(f"pip failed, see the message above.{' ' * bool(hint)}{hint}")
 
 
 def read_requirements(path: Path) -> list[str]:
-    """The requirement lines of a file: no comments, no options such as `-c`."""
+    """Return the requirement lines of a file, without comments and options such as `-c`."""
     lines = (line.strip() for line in path.read_text().splitlines())
     return [line for line in lines if line and not line.startswith(("#", "-"))]
 
 
 def applicable(lines: list[str]) -> dict[str, Requirement]:
-    """Requirements whose environment marker holds here, by distribution name."""
+    """Return requirements whose environment marker applies, by distribution name."""
     requirements = [Requirement(line) for line in lines]
     return {r.name: r for r in requirements if r.marker is None or r.marker.evaluate()}
 
@@ -118,7 +118,7 @@ def is_importable(module: str) -> bool:
 
 
 def declared_ranges(group: str) -> list[str]:
-    """What pyproject.toml declares for a group, `runtime` (with the build's own needs) or `dev`."""
+    """Return the requirements in pyproject.toml: `runtime` (with those of the build) or `dev`."""
     with open(ROOT / "pyproject.toml", "rb") as f:
         pyproject = tomllib.load(f)
     if group == "dev":
@@ -129,14 +129,14 @@ def declared_ranges(group: str) -> list[str]:
 def find_missing(
     ranges: dict[str, Requirement], pins: dict[str, Requirement]
 ) -> tuple[list[str], list[str]]:
-    """Compares what is installed with what is needed.
+    """Compare installed versions with the declared ranges.
 
     Args:
-        ranges: what the code works with, by distribution name.
-        pins: the exact versions to take for what is not there; same names.
+        ranges: declared ranges by distribution name.
+        pins: exact versions to install for missing packages; same names.
 
     Returns:
-        Requirements to install, and sentences on installed versions that are out of range.
+        Requirements to install, and a sentence for each installed version out of range.
     """
     versions = {name: installed_version(name) for name in ranges}
     has_own_torch = any(versions.get(name) for name in TORCH_PAIR)
@@ -157,62 +157,62 @@ def find_missing(
 
 
 def freeze() -> list[str]:
-    """`name==version` of everything that must stay, without versions that pip cannot read."""
+    """Return `name==version` of installed packages, without versions that pip cannot parse."""
     pins = []
     names = {dist.metadata["Name"] for dist in importlib.metadata.distributions()}
     for name in names - {None, BUILD_TOOL}:
         try:
             pins.append(str(Requirement(f"{name}=={installed_version(name)}")))
-        except InvalidRequirement:  # such as a system package with a version of its own kind
+        except InvalidRequirement:  # such as a system package with a nonstandard version
             continue
     return sorted(pins)
 
 
 def install_missing(group: str, pin_file: Path) -> bool:
-    """Installs what is not there and changes nothing that is.
+    """Install missing packages without changing installed ones.
 
     Args:
-        group: as in `declared_ranges`.
-        pin_file: requirements file with the versions to take.
+        group: see `declared_ranges`.
+        pin_file: requirements file with the versions to install.
 
     Returns:
-        Whether there was anything to install.
+        Whether anything was installed.
 
     Raises:
-        SetupError: an installed version is out of range, or pip finds no fitting set.
+        SetupError: an installed version is out of range, or pip finds no compatible set.
     """
     pins = applicable(read_requirements(pin_file))
     missing, unsuitable = find_missing(applicable(declared_ranges(group)), pins)
     if unsuitable:
         raise SetupError(
-            f"{sys.executable}: {'; '.join(unsuitable)}. The active environment is left as it is: "
-            "upgrade there yourself, or let make create its own (leave out VENV=)."
+            f"{sys.executable}: {'; '.join(unsuitable)}. The active environment is not changed: "
+            "upgrade it yourself, or let make create its own (leave out VENV=)."
         )
     if not missing:
         return False
-    say(f"installing what is missing ({', '.join(missing)}); this can take minutes")
+    say(f"installing missing packages ({', '.join(missing)}); this can take minutes")
     with tempfile.TemporaryDirectory() as tmp:
         frozen = Path(tmp, "installed.txt")
         frozen.write_text("\n".join(freeze()))
         hint = (
-            "Nothing that is installed may change version in the active environment; "
-            "if that is the conflict, let make create its own (leave out VENV=)."
+            "Packages of the active environment must not change version; if that is the "
+            "conflict, let make create its own environment (leave out VENV=)."
         )
         run_pip("install", "--use-pep517", "-c", frozen, *missing, hint=hint)
     return True
 
 
 def install_unlisted(module: str, site: Path) -> None:
-    """Installs the wheel that provides `module`, for any Python and without its dependencies.
+    """Install the wheel that provides `module`, on any Python and without dependencies.
 
     Args:
         module: a key of UNLISTED.
         site: the site-packages folder to install into.
 
     Raises:
-        SetupError: the wheel cannot be had with the pinned hash, or `site` cannot be written.
+        SetupError: no wheel with the pinned hash can be downloaded, or `site` is not writable.
     """
-    # Unpacked beside its final place and moved there whole, so that it can be interrupted.
+    # Unpack beside the destination and move, so that an interruption does no harm.
     name = UNLISTED[module]
     lines = read_requirements(ROOT / "requirements-detectron2.txt")
     line = next(line for line in lines if line.startswith(f"{name}=="))
@@ -227,19 +227,19 @@ def install_unlisted(module: str, site: Path) -> None:
         options += ["--abi", "none", "--platform", "any"]
         run_pip("install", *options, "--target", unpacked, "-r", pinned)
         trim(unpacked)
-        # The module last: where it can be imported, everything else is in place.
+        # Move the module last: if it can be imported, everything else is in place.
         for entry in sorted(unpacked.iterdir(), key=lambda entry: entry.name == module):
             target = site / entry.name
-            if target.exists():  # left by an interrupted run; the module itself is not there
+            if target.exists():  # left by an interrupted run
                 shutil.rmtree(target)
             entry.rename(target)
 
 
 def trim(unpacked: Path) -> None:
-    """Removes scripts, extensions and the dependency list from an unpacked wheel.
+    """Remove scripts, extensions and the dependency list from an unpacked wheel.
 
-    RECORD must forget the removed files, or uninstalling would delete others of the same names;
-    the dependency list would have pip complain about NumPy 2 at every later install.
+    RECORD must not list the removed files, or uninstalling would delete other files of the same
+    names. With the dependency list, pip would complain about NumPy 2 at every later install.
     """
     (record,) = unpacked.glob("*.dist-info/RECORD")
     kept = []
@@ -251,7 +251,7 @@ def trim(unpacked: Path) -> None:
             metadata = (unpacked / path).read_text(encoding="utf-8").splitlines(keepends=True)
             listed = [text for text in metadata if not text.startswith("Requires-Dist:")]
             (unpacked / path).write_text("".join(listed), encoding="utf-8")
-            kept.append(f"{path},,")  # its hash and size no longer hold; both may be left out
+            kept.append(f"{path},,")  # hash and size have changed; both are optional
         else:
             kept.append(line)
     record.write_text("\n".join(kept) + "\n")
@@ -259,10 +259,10 @@ def trim(unpacked: Path) -> None:
 
 
 def check_imports() -> None:
-    """Imports the large packages once and prints their versions.
+    """Import the large packages once and print their versions.
 
     Raises:
-        SetupError: one of them does not load; its traceback is on the terminal.
+        SetupError: an import failed and has printed its traceback.
     """
     code = (
         "import sys, torch, torchvision, numpy, cv2, detectron2.modeling, panopticapi.evaluation\n"
@@ -270,7 +270,7 @@ def check_imports() -> None:
         "      f'torchvision {torchvision.__version__}, NumPy {numpy.__version__}, '\n"
         "      f'Detectron2 in {detectron2.__path__[0]}')"
     )
-    say("checking that everything loads")
+    say("checking that the packages load")
     command = [sys.executable, "-W", "ignore::FutureWarning", "-c", code]
     if subprocess.run(command).returncode != 0:
         raise SetupError("an installed package does not load, see the traceback above.")
@@ -280,7 +280,7 @@ def set_up_runtime(keep_installed: bool) -> None:
     if keep_installed:
         changed = install_missing("runtime", ROOT / "requirements.txt")
     else:
-        say("installing PyTorch and the other pinned packages; at first this takes minutes")
+        say("installing PyTorch and the other pinned packages; the first time takes minutes")
         run_pip("install", "--use-pep517", "-r", "requirements.txt")
         changed = True
     for module in UNLISTED:
@@ -301,10 +301,10 @@ def set_up_dev(keep_installed: bool) -> None:
 
 
 def library_is_current() -> bool:
-    """Whether the compiled operators are there, no older than their sources, or cannot be had."""
+    """Return whether the compiled operators are up to date, or cannot be built."""
     library = ROOT / "mask2former" / "_C.abi3.so"
     if not library.exists():
-        # On its own, since setuptools changes what this process has imported.
+        # In a separate process, since importing setuptools modifies the importing one.
         code = "import setup, sys; sys.exit(setup.why_no_library() is None)"
         return subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
     built = library.stat().st_mtime
@@ -313,10 +313,10 @@ def library_is_current() -> bool:
 
 
 def describe_library() -> None:
-    """Loads the compiled operators and prints what they were built for, which pip keeps to itself.
+    """Load the compiled operators and print what they were built for, which pip does not show.
 
     Raises:
-        SetupError: they do not load; the traceback is on the terminal.
+        SetupError: they do not load; the traceback has been printed.
     """
     path = ROOT / "mask2former" / "ops" / "_library.py"
     code = "import runpy, sys; print('[setup]', runpy.run_path(sys.argv[1])['describe']())"
@@ -328,11 +328,11 @@ def set_up_project(keep_installed: bool) -> None:
     if keep_installed:
         spec = importlib.util.find_spec("mask2former")
         if spec is not None:
-            found = Path(spec.origin or next(iter(spec.submodule_search_locations))).resolve()
-            if ROOT not in found.parents:
+            location = Path(spec.origin or next(iter(spec.submodule_search_locations))).resolve()
+            if ROOT not in location.parents:
                 raise SetupError(
-                    f"another mask2former is installed ({found}): uninstall it first, or let make "
-                    "create its own environment (leave out VENV=)."
+                    f"another mask2former is installed ({location}): uninstall it first, or let "
+                    "make create its own environment (leave out VENV=)."
                 )
             if library_is_current():
                 return
@@ -351,13 +351,13 @@ def main() -> None:
     args = parser.parse_args()
     try:
         if not args.keep_installed:
-            forget(half_installed())  # of a run that was killed
+            forget(half_installed())  # left by a killed run
         for step in args.steps:
             STEPS[step](args.keep_installed)
     except SetupError as error:
         sys.exit(f"[setup] error: {error}")
     except KeyboardInterrupt:
-        sys.exit("[setup] interrupted; repeat the command to go on")
+        sys.exit("[setup] interrupted; repeat the command to continue")
 
 
 if __name__ == "__main__":

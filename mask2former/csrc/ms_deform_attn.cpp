@@ -1,6 +1,6 @@
-// The operators of the library: their schemas, and what it was built for.
+// Schemas of the operators, and the architectures the library was built for.
 //
-// Kernels are registered in cpu/ and cuda/; autograd, fake tensors and checks with good messages in Python.
+// cpu/ and cuda/ register the kernels; Python adds autograd, fake tensors and checks with helpful messages.
 
 #include "ms_deform_attn.h"
 

@@ -1,18 +1,18 @@
-// Multi-scale deformable attention: what the CPU and the CUDA kernels share.
+// Multi-scale deformable attention: sizes and checks shared by the CPU and CUDA kernels.
 //
-// Shape letters: B batch, S values of all levels together, Q queries, M heads, D channels of a head, L levels, P points
-// per level and head. Everything is contiguous, in the order in which the letters stand.
+// Shape letters: B batch, S values of all levels, Q queries, M heads, D channels per head, L levels, P points per level
+// and head. All tensors are contiguous in the given order.
 //
 //   value                (B, S, M, D)         float, half, bfloat16 or double
-//   sampling_locations   (B, Q, M, L, P, 2)   x, y in [0, 1] over a level             \ float; double where value is
+//   sampling_locations   (B, Q, M, L, P, 2)   x, y in [0, 1] over a level             \ float; double if value is
 //   attention_weights    (B, Q, M, L, P)                                              | double (see `accumulate_type`)
 //   reference_points     (1 or B, Q, L, 2)    x, y in [0, 1]                          | (fused ops)
 //   sampling_offsets     (B, Q, M, L, P, 2)   in pixels of the level                  |
 //   attention_logits     (B, Q, M, L * P)     softmax over the last axis              /
 //   output               (B, Q, M * D)        type of value
 //
-// A sample at pixel (x, y) = location * (width, height) - 0.5 is bilinear, with zeros outside. One that lies outside
-// (-1, width) x (-1, height), or is not finite, counts nothing and gets no gradient.
+// A sample at pixel (x, y) = location * (width, height) - 0.5 is interpolated bilinearly, with zeros outside the level.
+// A sample outside (-1, width) x (-1, height), or not finite, contributes nothing and gets no gradient.
 
 #pragma once
 
@@ -34,9 +34,9 @@ using torch::stable::Tensor;
 
 constexpr int64_t kMaxLevels = 16;
 
-// One level of the value. Positions inside a level fit 31 bits, the start of a level need not.
+// One level of the value. Positions within a level fit 31 bits; the start of a level may not.
 struct Level {
-  int64_t start;  // index of its first position among the S
+  int64_t start;  // index of its first position in S
   int32_t height;
   int32_t width;
 };
@@ -49,11 +49,11 @@ struct Sizes {
   int64_t queries;     // Q
   int64_t levels;      // L
   int64_t points;      // P
-  bool per_image_reference;  // reference_points has B entries and not one for all
+  bool per_image_reference;  // reference_points has B entries instead of one for all images
   Level level[kMaxLevels];
 };
 
-// The type of everything but value, output and their gradients, and of all sums.
+// The type of all sums, and of every tensor except value, output and their gradients.
 inline ScalarType accumulate_type(ScalarType value) {
   return value == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -64,11 +64,11 @@ inline void check_like(const Tensor& value, const Tensor& tensor, ScalarType typ
   STD_TORCH_CHECK(tensor.device() == value.device(), name, " is not on the device of value");
 }
 
-// Reads the sizes off the arguments. `spatial_shapes` holds height and width of every level one after the other,
-// `locations` is sampling_locations or sampling_offsets.
+// Reads the sizes from the arguments. `spatial_shapes` holds height and width of each level in turn; `locations` is
+// sampling_locations or sampling_offsets.
 //
-// The Python API has checked all this already and has said what is wrong in better words; these checks are for callers
-// of torch.ops, so that no call whatsoever reads or writes out of bounds.
+// The Python API makes the same checks with better messages. These are for direct calls of torch.ops: no call may read
+// or write out of bounds.
 inline Sizes read_sizes(const Tensor& value, const std::vector<int64_t>& spatial_shapes, const Tensor& locations) {
   const auto type = value.scalar_type();
   STD_TORCH_CHECK(

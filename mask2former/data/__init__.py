@@ -1,28 +1,35 @@
-"""Data: sets registered with Detectron2, mappers from records to training samples, the loader.
+"""Data sets registered with Detectron2, mappers from records to training samples, data loaders.
 
-datasets/          registered names → records
-dataset_mappers/   record → sample, with augmentations.py, targets.py and
-  fused_augmentation.py           Detectron2's transforms, computing only what crops keep
-  label_maps.py, packed_masks.py  targets as they travel to the device
-loader.py          samples → batches, in an order that can be resumed
-class_counts.py    the number of classes follows from your own data, and must be every data set's
-check/             reads whole data sets and reports what is wrong with them
+datasets/             registered names → records
+dataset_mappers/      record → sample; the registry of mappers
+augmentations.py      the augmentations of the mappers
+lazy_augmentation.py  applies them, computing only the pixels that crops keep
+targets.py            annotations → classes and masks
+label_maps.py         masks that do not overlap, as label maps
+packed_masks.py       masks as sent to the device
+loader.py             samples → batches, in a resumable order
+class_counts.py       sets the number of classes from your data and checks it for every data set
+check/                checks of whole data sets, for tools/check_dataset.py
 
-`register_panoptic`, `register_instances` and `register_semantic` register your own data.
+Register your own data with `register_panoptic`, `register_instances` or `register_semantic`, and
+your own mapper with `register_mapper`.
 """
 
 from . import datasets
 from .dataset_mappers import (
+    DATASET_MAPPER_REGISTRY,
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
     MaskFormerInstanceDatasetMapper,
     MaskFormerPanopticDatasetMapper,
     MaskFormerSemanticDatasetMapper,
     build_mapper,
+    register_mapper,
 )
 from .datasets.register_custom import register_instances, register_panoptic, register_semantic
 
 __all__ = [
+    "DATASET_MAPPER_REGISTRY",
     "COCOInstanceNewBaselineDatasetMapper",
     "COCOPanopticNewBaselineDatasetMapper",
     "MaskFormerInstanceDatasetMapper",
@@ -31,6 +38,7 @@ __all__ = [
     "build_mapper",
     "datasets",
     "register_instances",
+    "register_mapper",
     "register_panoptic",
     "register_semantic",
 ]

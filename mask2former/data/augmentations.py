@@ -1,6 +1,6 @@
-"""Which augmentations the mappers apply, in which order.
+"""The augmentations of the mappers.
 
-The order matters twice: for the result, and for the random numbers, which are drawn in this order.
+Their order determines both the result and the sequence of random draws.
 """
 
 import cv2
@@ -13,22 +13,22 @@ __all__ = ["ColorAugSSDTransform", "build_resize_crop_gen", "build_transform_gen
 
 
 class ColorAugSSDTransform(PointRendColorAugSSDTransform):
-    """Detectron2's colour jitter, with its arithmetic on 256 values instead of on every pixel."""
+    """Detectron2's colour jitter, computed once for the 256 pixel values as a lookup table."""
 
     def convert(self, img: np.ndarray, alpha: float = 1, beta: float = 0) -> np.ndarray:
-        """uint8 `img` times alpha plus beta, as Detectron2 rounds and clips it."""
+        """uint8 `img` times alpha plus beta, rounded and clipped as in Detectron2."""
         return cv2.LUT(img, super().convert(np.arange(256, dtype=np.uint8), alpha, beta))
 
 
 def build_resize_crop_gen(cfg: CfgNode, *, limit_category_area: bool) -> list:
-    """Resize the shortest edge, crop, jitter the colours, flip: for the mask_former_* mappers.
+    """Augmentations of the mask_former_* mappers: resize shortest edge, crop, colour jitter, flip.
 
     Reads `INPUT.{MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING, CROP, COLOR_AUG_SSD,
     FORMAT}` and `MODEL.SEM_SEG_HEAD.IGNORE_VALUE`.
 
     Args:
         cfg: the config.
-        limit_category_area: draw crops again in which one category covers more than
+        limit_category_area: reject crops in which one category covers more than
             `INPUT.CROP.SINGLE_CATEGORY_MAX_AREA` of the labelled pixels; needs semantic labels.
 
     Returns:
@@ -58,13 +58,13 @@ def build_resize_crop_gen(cfg: CfgNode, *, limit_category_area: bool) -> list:
 
 
 def build_transform_gen(cfg: CfgNode, is_train: bool) -> list:
-    """Large-scale jittering (paper, section 4.1): flip, rescale, crop or pad to a fixed square.
+    """Large-scale jittering (paper, section 4.1): flip, rescale, then crop or pad to a square.
 
     Reads `INPUT.{RANDOM_FLIP, MIN_SCALE, MAX_SCALE, IMAGE_SIZE}`.
 
     Args:
         cfg: the config.
-        is_train: must be True, there is no jittering at test time.
+        is_train: must be True; jittering is not used at test time.
 
     Returns:
         Detectron2 augmentations.

@@ -1,29 +1,22 @@
 """The number of classes: taken from your own data, and compared with every data set's.
 
-What counts as a class follows from the evaluator type in the metadata: of instances the
-`thing_classes`, of semantic and panoptic data the `stuff_classes`, which list all classes, things
-included.
+What counts as a class follows from the evaluator type in the metadata (`evaluator_types.py`):
+`thing_classes` for instance data; for semantic and panoptic data `stuff_classes`, which lists all
+classes, things included.
 """
 
+import logging
 from collections.abc import Set
 
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
+from ..utils.registry import is_mask_former
 from .datasets.register_custom import is_own
+from .evaluator_types import EVALUATOR_TYPES
 
 NUM_CLASSES = "MODEL.SEM_SEG_HEAD.NUM_CLASSES"
 IGNORE_VALUE = "MODEL.SEM_SEG_HEAD.IGNORE_VALUE"
-
-_INSTANCE_TYPES = ("coco", "lvis", "cityscapes_instance")
-_OTHER_TYPES = (
-    "sem_seg",
-    "cityscapes_sem_seg",
-    "coco_panoptic_seg",
-    "ade20k_panoptic_seg",
-    "cityscapes_panoptic_seg",
-    "mapillary_vistas_panoptic_seg",
-)
 
 
 def class_names(name: str) -> list[str] | None:
@@ -33,31 +26,26 @@ def class_names(name: str) -> list[str] | None:
         name: of a data set.
 
     Returns:
-        Their names, or None: it is not registered, its evaluator type is none of ours, or its
-        classes are known only once it is loaded.
+        Their names, or None if the data set is not registered, its evaluator type is unknown, or
+        its classes are known only once it is loaded.
     """
     if name not in DatasetCatalog:
         return None
     metadata = MetadataCatalog.get(name)
-    evaluator_type = metadata.get("evaluator_type")
-    if evaluator_type in _INSTANCE_TYPES:
-        return metadata.get("thing_classes")
-    if evaluator_type in _OTHER_TYPES:
-        return metadata.get("stuff_classes")
-    return None
+    entry = EVALUATOR_TYPES.get(metadata.get("evaluator_type"))
+    return None if entry is None else metadata.get(entry.classes)
 
 
 def follow_own_data(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> None:
     """Set the number of classes and the ignore label from the first data set of your own.
 
-    What was set together with the data set's name, or after it, stays. What came before it (in a
-    file that the config file builds on, or in the file if an option names the data set) was meant
-    for other data.
+    Values set together with the data set's name, or after it, stay. Values set before it (in a
+    base file, or in the config file if an override names the data set) were meant for other data.
 
     Args:
         cfg: changed in place.
         file_keys: dotted keys of the config file itself.
-        option_keys: of the overrides.
+        option_keys: dotted keys of the overrides.
     """
     own = _first_own(cfg)
     if own is None:
@@ -81,21 +69,25 @@ def _names(cfg: CfgNode) -> list[str]:
 
 
 def check_class_counts(cfg: CfgNode) -> None:
-    """Check that the model has the classes of its data sets, and that those have the same.
+    """Check that the model has the classes of its data sets, and that all have the same.
 
-    Only configs of the meta-architecture `MaskFormer` are checked, as in `config.check_config`, and
-    only data sets whose classes are known before they are loaded.
+    Only configs of `MaskFormer` and its subclasses are checked, and only data sets whose classes
+    are known before they are loaded. A data set of unknown evaluator type is skipped with a
+    warning.
 
     Raises:
         ValueError: naming the data sets, the key and both numbers or classes.
     """
-    if cfg.MODEL.META_ARCHITECTURE != "MaskFormer":
+    if not is_mask_former(cfg.MODEL.META_ARCHITECTURE):
         return
     num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     first: tuple[str, list[str]] | None = None
     for name in _names(cfg):
         classes = class_names(name)
-        if classes is None or _lists_things_of(name, cfg):
+        if classes is None:
+            _warn_of_unknown_type(name)
+            continue
+        if _lists_things_of(name, cfg):
             continue
         if len(classes) != num_classes:
             raise ValueError(_wrong_number(cfg, name, classes))
@@ -103,6 +95,17 @@ def check_class_counts(cfg: CfgNode) -> None:
             first = (name, classes)
         _check_same_classes(*first, name, classes)
         _check_ignore_label(cfg, name)
+
+
+def _warn_of_unknown_type(name: str) -> None:
+    if name not in DatasetCatalog:
+        return
+    evaluator_type = MetadataCatalog.get(name).get("evaluator_type")
+    if evaluator_type not in EVALUATOR_TYPES:
+        logging.getLogger(__name__).warning(
+            f"The classes of data set {name!r} are not compared with {NUM_CLASSES}: its metadata "
+            f"has evaluator_type {evaluator_type!r}, which is unknown."
+        )
 
 
 def _wrong_number(cfg: CfgNode, name: str, classes: list[str]) -> str:
@@ -143,10 +146,10 @@ def _check_ignore_label(cfg: CfgNode, name: str) -> None:
 
 
 def _lists_things_of(name: str, cfg: CfgNode) -> bool:
-    """Whether `name` has instances of exactly the things that a panoptic model predicts.
+    """Whether `name` is an instance data set of exactly the things that a panoptic model predicts.
 
-    Such a model keeps its instances of things, so that their AP can be computed on it, where the
-    things have the same ids: before all stuff.
+    A panoptic model returns instances of things only, so their AP is defined on such a data set if
+    the things have the same ids, which means that they come before all stuff.
     """
     panoptic = cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON and name not in cfg.DATASETS.TRAIN
     if not panoptic or not cfg.DATASETS.TRAIN:
@@ -155,7 +158,7 @@ def _lists_things_of(name: str, cfg: CfgNode) -> bool:
     things = trained.get("thing_classes")
     ids = trained.get("thing_dataset_id_to_contiguous_id", {})
     return (
-        tested.get("evaluator_type") in _INSTANCE_TYPES
+        EVALUATOR_TYPES[tested.evaluator_type].classes == "thing_classes"
         and things is not None
         and sorted(ids.values()) == list(range(len(things)))
         and tested.get("thing_classes") == things

@@ -1,9 +1,9 @@
-"""Label maps of targets that do not overlap: uint8, cheap to augment and to send.
+"""Targets that do not overlap as uint8 label maps, which are cheap to augment and transfer.
 
     Runs.layers → transform_layers → pack_layers, layers_to_boxes
 
-Layer 0 holds the first 254 of N targets under the labels 1 to 254, layer 1 the next, and so on: 0
-is nothing and 255 what Detectron2's crops pad with.
+Layer 0 holds the first 254 of N targets as labels 1 to 254, layer 1 the next 254, and so on. 0 is
+background, and Detectron2's crops pad with 255.
 
 Shape letters: N targets, H W pixels.
 """
@@ -15,20 +15,17 @@ import torch
 from detectron2.data import transforms as T
 from detectron2.structures import Boxes
 
-from .fused_augmentation import apply_labels
+from .lazy_augmentation import apply_labels
 from .packed_masks import LABELS_PER_PLANE, PackedMasks
 
 
 def present_values(labels: np.ndarray) -> np.ndarray:
-    """The distinct values of a label map, ascending.
-
-    Neighbouring pixels mostly agree, so one value per run is sorted instead of every pixel.
-    """
+    """The distinct values of a label map, ascending; faster than `np.unique` on all pixels."""
     return Runs(labels).values
 
 
 class Runs:
-    """A label map as runs of equal labels, row by row: few where neighbours mostly agree."""
+    """A label map as runs of equal labels in row order: far fewer than pixels."""
 
     def __init__(self, labels: np.ndarray) -> None:
         flat = labels.reshape(-1)
@@ -37,14 +34,14 @@ class Runs:
         starts = np.flatnonzero(is_start)
         self._size = labels.shape
         self._lengths = np.diff(starts, append=flat.size)
-        # The labels that occur, ascending, and which of them each run has.
+        # The distinct labels, ascending, and the index of each run's label among them.
         self.values, self._indices = np.unique(flat[starts], return_inverse=True)
 
     def layers(self, values: np.ndarray) -> list[np.ndarray]:
-        """Label maps (H, W) uint8: the first 254 values become 1 to 254 of the first, and so on.
+        """Layers (H, W) uint8 of the given values: the first 254 become 1 to 254 of layer 0.
 
         Args:
-            values: distinct labels, each of which occurs.
+            values: distinct labels of the map.
         """
         layers = []
         for start in range(0, len(values), LABELS_PER_PLANE):
@@ -56,10 +53,10 @@ class Runs:
 
 
 def transform_layers(layers: Sequence[np.ndarray], transforms: T.TransformList) -> list[np.ndarray]:
-    """Apply to each layer what was applied to the image.
+    """Apply the transforms of the image to each layer.
 
     Raises:
-        ValueError: a transform pads with a value that the layers use for a segment.
+        ValueError: a transform pads with a label of a segment.
     """
     for transform in transforms.transforms:
         if (
@@ -67,8 +64,8 @@ def transform_layers(layers: Sequence[np.ndarray], transforms: T.TransformList) 
             and 0 < transform.seg_pad_value <= LABELS_PER_PLANE
         ):
             raise ValueError(
-                f"An augmentation pads segmentations with {transform.seg_pad_value}; panoptic maps "
-                "can be padded with 0 or 255 (seg_pad_value)."
+                f"An augmentation pads segmentations with {transform.seg_pad_value}; set its "
+                "seg_pad_value to 0 or 255, the only values that panoptic maps can be padded with."
             )
     return [apply_labels(transforms, layer) for layer in layers]
 
@@ -76,19 +73,19 @@ def transform_layers(layers: Sequence[np.ndarray], transforms: T.TransformList) 
 def pack_layers(
     layers: Sequence[np.ndarray], num_masks: int, image_size: tuple[int, int]
 ) -> PackedMasks:
-    """Masks that do not overlap from label maps; empty where a label does not occur.
+    """Pack label maps as masks that do not overlap; a mask without pixels is empty.
 
     Args:
-        layers: (H, W) uint8, labelled as by `segment_layers`.
+        layers: (H, W) uint8, from `Runs.layers`, possibly augmented.
         num_masks: N.
-        image_size: (H, W), needed when there is no layer.
+        image_size: (H, W), needed if `layers` is empty.
     """
     planes = np.stack(layers) if layers else np.empty((0, *image_size), dtype=np.uint8)
     return PackedMasks(torch.from_numpy(planes), num_masks, overlapping=False)
 
 
 def layers_to_boxes(layers: Sequence[np.ndarray], num_segments: int) -> Boxes:
-    """The tight boxes of augmented layers; zeros where a segment was cropped away."""
+    """Tight boxes of the segments in augmented layers; zeros for segments outside the crop."""
     boxes = [np.empty((0, 4))]
     for start, layer in zip(range(0, num_segments, LABELS_PER_PLANE), layers, strict=True):
         boxes.append(_label_boxes(layer, min(num_segments - start, LABELS_PER_PLANE)))
@@ -96,7 +93,7 @@ def layers_to_boxes(layers: Sequence[np.ndarray], num_segments: int) -> Boxes:
 
 
 def _label_boxes(labels: np.ndarray, num_labels: int) -> np.ndarray:
-    """Boxes (num_labels, 4) of the labels 1, 2, ... as `BitMasks.get_bounding_boxes` gives them.
+    """Boxes (num_labels, 4) of the labels 1, 2, ..., equal to `BitMasks.get_bounding_boxes`.
 
     Args:
         labels: (H, W) uint8.

@@ -1,10 +1,10 @@
-"""Loaders: Detectron2's samples and batches, for training in an order that can be resumed exactly.
+"""Data loaders: Detectron2's samples and batches, in an order that can be resumed exactly.
 
-A training run draws an endless sequence of samples. Which sample stands at a position, and how it
-is augmented, depends only on the run's seed and the position. So a resumed run starts at any
-iteration without loading what came before, for any number of loading processes; and W workers with
-B / W images each see in every iteration the same B samples as one worker (without aspect ratio
-grouping, which sorts the samples of each worker on its own, as in Detectron2).
+Training draws an endless sequence of samples. The sample at a position and its augmentation depend
+only on the seed of the run and the position. So a run can resume at any iteration without loading
+the earlier samples, with any number of loader processes. W workers with B / W images each see the
+same B samples per iteration as a single worker (except with aspect ratio grouping, which groups
+the samples of each worker separately, as in Detectron2).
 
     Detectron2's sampler (seed) → index at each position → batches of `Draw` → mapper → samples
 """
@@ -38,14 +38,14 @@ from .datasets.checks import check_builtin
 
 Mapper = Callable[[dict], dict | None]
 
-# How many samples in a row a mapper may refuse (by returning None) before that is an error.
-_MAX_REFUSALS = 100
+# How many samples in a row a mapper may reject (return None) before it is an error.
+_MAX_REJECTIONS = 100
 
 _EXIF_ORIENTATION = 0x0112
 
 
 class Draw(NamedTuple):
-    """One sample to load: its index in the data set, and what its augmentation depends on."""
+    """One sample to load: its index in the data set, and the seed and position of its RNG."""
 
     seed: int
     position: int
@@ -53,7 +53,7 @@ class Draw(NamedTuple):
 
 
 class SeededSamples(Dataset):
-    """Turns a `Draw` into a training sample; the same draw always gives the same sample."""
+    """Loads the training sample of a `Draw`; equal draws give equal samples."""
 
     def __init__(self, records: Sequence[dict], mapper: Mapper) -> None:
         self._records = records
@@ -63,26 +63,26 @@ class SeededSamples(Dataset):
         return len(self._records)
 
     def __getitem__(self, draw: Draw) -> dict:
-        """Load and augment. A sample that the mapper refuses is replaced by a random other one.
+        """Load and augment; a sample that the mapper rejects is replaced by a random one.
 
         Raises:
-            ValueError: the mapper refused too many samples in a row.
+            ValueError: the mapper rejected too many samples in a row.
         """
         index = draw.index
         with isolated_rng(draw.seed, DATA, draw.position):
-            for _ in range(_MAX_REFUSALS):
+            for _ in range(_MAX_REJECTIONS):
                 sample = self._mapper(self._records[index])
                 if sample is not None:
                     return sample
                 index = random.randrange(len(self))
         raise ValueError(
-            f"The dataset mapper returned None for {_MAX_REFUSALS} samples in a row, the first of "
-            f"them {self._records[draw.index].get('file_name', draw.index)}."
+            f"The dataset mapper returned None for {_MAX_REJECTIONS} samples in a row, from "
+            f"{self._records[draw.index].get('file_name', draw.index)}."
         )
 
 
 class ResumableBatchSampler(Sampler):
-    """This worker's batches of draws, endless, from any iteration on."""
+    """The endless batches of draws of this worker, from any iteration on."""
 
     def __init__(
         self,
@@ -95,12 +95,13 @@ class ResumableBatchSampler(Sampler):
     ) -> None:
         """
         Args:
-            indices: Detectron2's sampler: this worker's indices, endless, the same in every pass.
-            batch_size: images of one batch of this worker.
-            seed: what `indices` was made from.
-            reseed: makes such a sampler from another seed.
-            is_wide: says of an index whether its image is wider than high; then a batch holds
-                either only such images or none. Without it batches are as the samples come.
+            indices: Detectron2's sampler: the endless indices of this worker, the same each time
+                it is iterated.
+            batch_size: images per batch of this worker.
+            seed: seed of `indices`.
+            reseed: returns such a sampler for another seed.
+            is_wide: whether the image at an index is wider than high; if given, wide and other
+                images are batched separately.
         """
         self._indices = indices
         self._batch_size = batch_size
@@ -110,13 +111,13 @@ class ResumableBatchSampler(Sampler):
         self._start_iteration = 0
 
     def seek(self, seed: int, iteration: int) -> None:
-        """Start the next pass at `iteration` of the run that has this `seed`."""
+        """Start the next iterator at `iteration` of the run with this `seed`."""
         if seed != self._seed:
             self._indices = self._reseed(seed)
         self._seed, self._start_iteration = seed, iteration
 
     def __iter__(self) -> Iterator[list[Draw]]:
-        # Detectron2's samplers deal the positions out to the workers in turn.
+        # Detectron2's samplers assign positions to workers round-robin.
         positions = itertools.count(comm.get_rank(), comm.get_world_size())
         draws = (
             Draw(self._seed, position, index)
@@ -130,7 +131,7 @@ class ResumableBatchSampler(Sampler):
             yield batch
 
     def _grouped_batches(self, draws: Iterator[Draw]) -> Iterator[list[Draw]]:
-        """The batches that Detectron2's `AspectRatioGroupedDataset` makes of the samples."""
+        """The same batches as Detectron2's `AspectRatioGroupedDataset`."""
         groups: dict[bool, list[Draw]] = {True: [], False: []}
         for draw in draws:
             wide = self._is_wide(draw.index)
@@ -141,12 +142,12 @@ class ResumableBatchSampler(Sampler):
 
 
 def _known_shapes(records: Iterable[dict]) -> list[bool | None]:
-    """Of each record whether its image is wider than high; None where it does not say."""
+    """Whether the image of each record is wider than high; None if the record has no size."""
     return [r["width"] > r["height"] if "width" in r and "height" in r else None for r in records]
 
 
 class _AspectRatios:
-    """Says which images are wider than high, from the records or else from the image headers."""
+    """Tells which images are wider than high, from the records or else the image headers."""
 
     def __init__(self, wide: list[bool | None], records: Sequence[dict]) -> None:
         self._wide = wide
@@ -154,7 +155,7 @@ class _AspectRatios:
 
     def is_wide(self, index: int) -> bool:
         if self._wide[index] is None:
-            # Records of semantic data sets carry no size. Headers are read as they are needed.
+            # Records of semantic data sets have no size. Read headers only when needed.
             self._wide[index] = _image_is_wide(self._records[index]["file_name"])
         return self._wide[index]
 
@@ -162,7 +163,7 @@ class _AspectRatios:
 def _image_is_wide(file_name: str) -> bool:
     with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
         width, height = image.size
-        # Detectron2 loads images upright: orientations 5 to 8 lie on their side.
+        # Detectron2 applies the EXIF orientation on loading; 5 to 8 swap width and height.
         if image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8):
             width, height = height, width
     return width > height
@@ -183,14 +184,14 @@ def check_dataset_names(names: Sequence[str]) -> None:
 
 @contextmanager
 def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
-    """Turn what Detectron2 asserts about data sets into errors that say what was looked for.
+    """Turn Detectron2's assertions about data sets into errors that name the paths.
 
     Args:
-        names: the data sets that the block loads.
+        names: the data sets loaded in the block.
 
     Raises:
-        FileNotFoundError: a file of a data set that Detectron2 registers is missing.
-        ModuleNotFoundError: the package that reads it is missing.
+        FileNotFoundError: a file of a data set registered by Detectron2 is missing.
+        ModuleNotFoundError: the package that reads such a data set is missing.
         ValueError: a data set is not registered or has no usable image.
     """
     check_dataset_names(names)
@@ -210,31 +211,31 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
 
 
 def _load(cfg: CfgNode, mapper: Mapper, seed: int, dataset: Any = None) -> dict:
-    """Detectron2's arguments of a training loader; its samplers get their seeds from `seed`."""
+    """Detectron2's arguments of a training loader, with samplers seeded by `seed`."""
     cfg = cfg.clone()
     cfg.defrost()
     cfg.SEED = seed
-    # Where a sampler does not read cfg.SEED it draws its seed from NumPy.
+    # A sampler that does not read cfg.SEED draws its seed from NumPy.
     with explained_dataset_errors(cfg.DATASETS.TRAIN), isolated_rng(seed, SAMPLER):
         return build_detection_train_loader.from_config(cfg, mapper=mapper, dataset=dataset)
 
 
 def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
-    """Build this worker's training loader, endless.
+    """Build the endless training loader of this worker.
 
     Reads `DATASETS.TRAIN`, `DATALOADER.*`, `SOLVER.IMS_PER_BATCH` and `SEED` as Detectron2's
     `build_detection_train_loader` does.
 
     Args:
         cfg: the config. With a negative SEED the order is random.
-        mapper: turns a record of the data set into a training sample, or returns None to skip it.
+        mapper: maps a record of the data set to a training sample, or to None to skip it.
 
     Returns:
         A loader of lists of samples; its `batch_sampler` is a `ResumableBatchSampler`.
 
     Raises:
-        ValueError: no data set, one that is unknown, empty or not indexable, or a batch size that
-            does not divide by the number of workers.
+        ValueError: no data set is given, one is unknown, empty or not indexable, or the batch
+            size is not a multiple of the number of workers.
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name at least one data set to train on.")
@@ -250,7 +251,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []
     if isinstance(records, list):
-        # Serialised once, so that loading processes share the memory.
+        # Serialise once, so that loader processes share the memory.
         records = DatasetFromList(records, copy=False)
     batch_sampler = ResumableBatchSampler(
         loaded["sampler"],
@@ -264,27 +265,27 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         batch_sampler=batch_sampler,
         num_workers=loaded["num_workers"],
         collate_fn=trivial_batch_collator,
-        # A generator of its own: else creating the iterator would draw from the model's.
+        # With its own generator, creating the iterator does not draw from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
-def check_batch_size(cfg: CfgNode) -> None:
-    """Check that the total batch can be dealt out to the workers.
+def check_batch_size(cfg: CfgNode, num_workers: int | None = None) -> None:
+    """Check that the total batch can be split evenly between the workers.
 
     Raises:
         ValueError: SOLVER.IMS_PER_BATCH is not a positive multiple of the number of workers.
     """
-    batch_size, num_workers = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+    batch_size, num_workers = cfg.SOLVER.IMS_PER_BATCH, num_workers or comm.get_world_size()
     if batch_size <= 0 or batch_size % num_workers:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {batch_size}, which is not a positive multiple of the number "
-            f"of workers, {num_workers}. It is the batch size of all workers together."
+            f"of workers, {num_workers}. It is the total batch size of all workers."
         )
 
 
 class InferenceMapper(DatasetMapper):
-    """Detectron2's mapper for inference; an unreadable image is an error that names it."""
+    """Detectron2's mapper for inference, with an error that names an unreadable image."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg, is_train=False)
@@ -293,7 +294,7 @@ class InferenceMapper(DatasetMapper):
         try:
             return super().__call__(dataset_dict)
         except OSError as error:
-            # The operating system's errors carry the file name, those of PIL do not.
+            # Errors of the operating system name the file, those of PIL do not.
             if error.filename is not None:
                 raise
             raise ValueError(
@@ -302,10 +303,10 @@ class InferenceMapper(DatasetMapper):
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
-    """Build this worker's loader of one data set, each image once.
+    """Build the inference loader of this worker, which yields each image once.
 
     Raises:
-        ValueError: the data set is unknown or has no image.
+        ValueError: the data set is unknown or has no images.
     """
     with explained_dataset_errors([dataset_name]):
         return build_detection_test_loader(cfg, dataset_name, mapper=InferenceMapper(cfg))

@@ -1,8 +1,8 @@
-"""Targets as they travel from the loading processes to the device: a byte or less for each pixel.
+"""Compact masks for the transfer from loader workers to the device.
 
-N masks of H x W booleans are large (20 targets of 1024 x 1024 pixels: 20 MB), slow to make and to
-send. Mappers make `PackedMasks` instead, in a `TargetInstances`; whoever reads `gt_masks` there
-gets the tensor (N, H, W), made at that moment on the device that the instances were moved to.
+N boolean masks of H x W are large (20 targets of 1024 x 1024 pixels: 20 MB) and slow to make and
+transfer. Mappers store `PackedMasks` in a `TargetInstances` instead. Reading its `gt_masks`
+expands them to a tensor (N, H, W) on the current device of the instances.
 
 Shape letters: N masks, P planes, H W pixels.
 """
@@ -13,16 +13,16 @@ import torch
 from detectron2.structures import Instances
 from torch import Tensor
 
-# Labels of one plane: 0 is nothing and 255 what Detectron2's crops pad with.
+# 0 is background, and Detectron2's crops pad with 255.
 LABELS_PER_PLANE = 254
 BITS_PER_PLANE = 8
 
 
 class PackedMasks:
-    """N binary masks in planes of bytes.
+    """N binary masks in uint8 planes.
 
-    Masks that do not overlap are labels: mask n is where plane n // 254 holds n % 254 + 1. Masks
-    that may overlap are bits: mask n is where plane n // 8 has bit n % 8.
+    Masks that do not overlap are stored as labels: mask n is plane[n // 254] == n % 254 + 1. Masks
+    that may overlap are stored as bits: mask n is bit n % 8 of plane[n // 8].
     """
 
     def __init__(self, planes: Tensor, num_masks: int, *, overlapping: bool) -> None:
@@ -30,7 +30,7 @@ class PackedMasks:
         Args:
             planes: (P, H, W) uint8.
             num_masks: N.
-            overlapping: whether planes hold bits, otherwise labels.
+            overlapping: whether planes hold bits; otherwise they hold labels.
         """
         per_plane = BITS_PER_PLANE if overlapping else LABELS_PER_PLANE
         assert planes.dtype == torch.uint8 and planes.ndim == 3
@@ -48,7 +48,7 @@ class PackedMasks:
         return self.num_masks, *self.planes.shape[1:]
 
     def to(self, *args: Any, **kwargs: Any) -> "PackedMasks | Tensor":
-        """As `Tensor.to`; another dtype gives the expanded tensor in that dtype."""
+        """Like `Tensor.to`; with another dtype returns the expanded tensor in that dtype."""
         planes = self.planes.to(*args, **kwargs)
         if planes.dtype != torch.uint8:
             return self.expand().to(*args, **kwargs)
@@ -58,7 +58,7 @@ class PackedMasks:
         return self.expand()[item]
 
     def pad(self, padding: list[int]) -> "PackedMasks":
-        """Pad with nothing, `padding` as `torch.nn.functional.pad` takes it."""
+        """Pad with background; `padding` as in `torch.nn.functional.pad`."""
         if not any(padding):
             return self
         planes = torch.nn.functional.pad(self.planes, padding)
@@ -79,10 +79,10 @@ class PackedMasks:
 
 
 class TargetInstances(Instances):
-    """Detectron2's container; a field of `PackedMasks` becomes a tensor when it is read."""
+    """Detectron2's `Instances` that expands `PackedMasks` to a tensor when the field is read."""
 
     def __getattr__(self, name: str) -> Any:
-        super().__getattr__(name)  # raises for what is no field
+        super().__getattr__(name)  # raises if `name` is not a field
         return self.get(name)
 
     def get(self, name: str) -> Any:
@@ -97,7 +97,7 @@ class TargetInstances(Instances):
         return self._fields
 
     def to(self, *args: Any, **kwargs: Any) -> "TargetInstances":
-        """As Detectron2's; packed masks stay packed."""
+        """Like Detectron2's; packed masks stay packed."""
         moved = TargetInstances(self._image_size)
         for name, value in self._fields.items():
             moved.set(name, value.to(*args, **kwargs) if hasattr(value, "to") else value)

@@ -1,10 +1,10 @@
-"""Training targets from annotations: classes and packed masks, whatever the annotation was.
+"""Training targets (classes and packed masks) from annotations of any kind.
 
     polygons, RLE → read_annotations → transform_annotations → pack_shapes, annotation_boxes
     panoptic PNG  → segment_layers → (label_maps.py)
     semantic map  → check_sem_seg → (transform) → semantic_targets
 
-What goes in is checked before it is augmented, so an error speaks of the file as it is on disk.
+Annotations are checked before augmentation, so that errors describe the file on disk.
 
 Shape letters: N targets of the image, H W pixels of the augmented image, h w of the file.
 """
@@ -20,18 +20,18 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, polygons_to_bitmask
 from torch import Tensor
 
-from .fused_augmentation import apply_labels, apply_polygons
 from .label_maps import Runs, pack_layers, present_values
+from .lazy_augmentation import apply_labels, apply_polygons
 from .packed_masks import BITS_PER_PLANE, PackedMasks, TargetInstances
 
-# Of one object: polygons, each (2 * points,) x y in pixels, or a mask (h, w) uint8 of 0 and 1.
+# Shape of one object: polygons, each (2 * points,) x y in pixels, or a mask (h, w) uint8 in {0, 1}.
 Shape = list[np.ndarray] | np.ndarray
 
 
 def build_instances(
     classes: Tensor, masks: PackedMasks, boxes: Boxes | None = None
 ) -> TargetInstances:
-    """Put the targets of one image into Detectron2's container.
+    """Put the targets of one image into Detectron2's `Instances`.
 
     Args:
         classes: (N,) int64 contiguous category ids.
@@ -51,7 +51,7 @@ def check_size(size: Sequence[int], image_size: tuple[int, int], what: str, file
     """Check that an annotation has the size of its image.
 
     Raises:
-        ValueError: it has not.
+        ValueError: the sizes differ.
     """
     if tuple(size) != image_size:
         raise ValueError(
@@ -61,7 +61,7 @@ def check_size(size: Sequence[int], image_size: tuple[int, int], what: str, file
 
 
 def check_category(category_id: int, num_classes: int | None, where: str) -> None:
-    """Check a contiguous category id; `num_classes` None allows every id.
+    """Check a contiguous category id; with `num_classes` None every id is valid.
 
     Raises:
         ValueError: it is not in [0, num_classes).
@@ -82,12 +82,12 @@ def check_sem_seg(sem_seg: np.ndarray, num_classes: int, ignore_label: int, file
 
     Args:
         sem_seg: (h, w) labels.
-        num_classes: labels lie in [0, num_classes), or are `ignore_label`.
-        ignore_label: of pixels without a class.
-        file_name: the map's, for the error.
+        num_classes: labels must be in [0, num_classes) or `ignore_label`.
+        ignore_label: label of pixels without a class.
+        file_name: of the map, for the error.
 
     Raises:
-        ValueError: there is another label.
+        ValueError: the map contains another label.
     """
     values = present_values(sem_seg)
     bad = values[((values < 0) | (values >= num_classes)) & (values != ignore_label)]
@@ -101,11 +101,11 @@ def check_sem_seg(sem_seg: np.ndarray, num_classes: int, ignore_label: int, file
 
 
 def semantic_targets(sem_seg: np.ndarray, ignore_label: int) -> tuple[Tensor, PackedMasks]:
-    """One target for each class in the map.
+    """One target per class in the map.
 
     Args:
         sem_seg: (H, W) int64 labels.
-        ignore_label: of pixels without a class.
+        ignore_label: label of pixels without a class.
 
     Returns:
         Classes (N,) int64, ascending, and their masks (N, H, W).
@@ -127,20 +127,20 @@ def segment_layers(
 ) -> tuple[Tensor, list[np.ndarray]]:
     """The target segments of a panoptic PNG as uint8 label maps, which are cheap to augment.
 
-    Crowd segments are no targets. The others are numbered in the order of `segments_info`: layer 0
-    holds the first 254 of them under the labels 1 to 254, layer 1 the next, and so on.
+    Crowd segments are dropped. The others keep the order of `segments_info`: layer 0 holds the
+    first 254 of them as labels 1 to 254, layer 1 the next 254, and so on.
 
     Args:
         pan_seg: (h, w, 3) uint8, the colours of the PNG as RGB.
         segments_info: dicts with `id`, `category_id` (contiguous) and optionally `iscrowd`.
-        file_name: the PNG's, for errors.
-        num_classes: if given, category ids lie in [0, num_classes).
+        file_name: of the PNG, for errors.
+        num_classes: if not None, category ids must be in [0, num_classes).
 
     Returns:
         Classes (N,) int64, and the layers, each (h, w) uint8.
 
     Raises:
-        ValueError: PNG and `segments_info` do not have the same segment ids, an id repeats, or a
+        ValueError: PNG and `segments_info` have different segment ids, an id repeats, or a
             category id is out of range.
     """
     ids = np.array([segment["id"] for segment in segments_info], dtype=np.int64)
@@ -148,19 +148,19 @@ def segment_layers(
     if (counts > 1).any():
         raise ValueError(f"{file_name}: segments_info repeats the ids {sorted_ids[counts > 1]}.")
 
-    # An id is red + 256 green + 65536 blue: the four bytes read as one number, without the last.
+    # An id is red + 256 green + 65536 blue: the RGBA bytes as one uint32, without alpha.
     runs = Runs(cv2.cvtColor(pan_seg, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF)
     unknown = np.setdiff1d(runs.values[runs.values != 0], ids)
     if unknown.size:
         raise ValueError(
-            f"{file_name} contains the segment id {unknown[0]} ({unknown.size} such), which its "
-            "segments_info in the panoptic JSON does not list. PNG and JSON do not belong together."
+            f"{file_name} contains the segment id {unknown[0]} ({unknown.size} unknown ids), which "
+            "its segments_info in the panoptic JSON does not list. PNG and JSON do not match."
         )
     absent = np.setdiff1d(ids, runs.values)
     if absent.size:
         raise ValueError(
-            f"{file_name} has no pixel of the segment id {absent[0]} ({absent.size} such), which "
-            "its segments_info in the panoptic JSON lists. PNG and JSON do not belong together."
+            f"{file_name} has no pixel of the segment id {absent[0]} ({absent.size} missing ids), "
+            "which its segments_info in the panoptic JSON lists. PNG and JSON do not match."
         )
 
     targets = [segment for segment in segments_info if not segment.get("iscrowd", 0)]
@@ -181,27 +181,27 @@ def read_annotations(
     file_name: str,
     num_classes: int | None = None,
 ) -> tuple[Tensor, list[Shape]]:
-    """The objects of one image; crowds are no targets.
+    """The objects of one image without crowds.
 
     Args:
         annotations: dicts with `category_id` (contiguous), `segmentation` (polygons, COCO RLE or a
             mask) and optionally `iscrowd`. Boxes are not read.
         image_size: (h, w).
-        file_name: the image's, for errors.
-        num_classes: if given, category ids lie in [0, num_classes).
+        file_name: of the image, for errors.
+        num_classes: if not None, category ids must be in [0, num_classes).
 
     Returns:
-        Classes (N,) int64 and shapes, which share no memory with `annotations`.
+        Classes (N,) int64 and shapes, which do not share memory with `annotations`.
 
     Raises:
-        ValueError: a segmentation is missing, malformed or of another size, or a category id is
+        ValueError: a segmentation is missing, malformed or has another size, or a category id is
             out of range.
     """
     classes, shapes = [], []
     for i, annotation in enumerate(annotations):
         if annotation.get("iscrowd", 0):
             continue
-        # Detectron2's loader leaves out the id, so the position stands in for it.
+        # Detectron2's loader drops the id; then name the annotation by its position.
         name = f"id {annotation['id']}" if "id" in annotation else f"number {i} (from 0)"
         where = f"{file_name}: annotation {name}"
         check_category(annotation["category_id"], num_classes, where)
@@ -214,7 +214,7 @@ def _read_shape(
     segmentation: Any, image_size: tuple[int, int], where: str, file_name: str
 ) -> Shape:
     if isinstance(segmentation, list) and segmentation:
-        # float64 also for whole numbers, which would be truncated when they are scaled in place.
+        # Integers become float64 too, or scaling in place would truncate them.
         polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
         for polygon in polygons:
             if polygon.ndim != 1 or polygon.size < 6 or polygon.size % 2:
@@ -252,14 +252,14 @@ def _decode_rle(rle: dict[str, Any]) -> np.ndarray:
 
 
 def transform_annotations(shapes: Sequence[Shape], transforms: T.TransformList) -> list[Shape]:
-    """Apply to each object what was applied to the image. Polygons are changed in place.
+    """Apply the transforms of the image to each object. Polygons are changed in place.
 
     Args:
         shapes: from `read_annotations`.
-        transforms: what was applied.
+        transforms: applied to the image.
 
     Returns:
-        The shapes in the augmented image; an object outside is an empty list or an empty mask.
+        The shapes in the augmented image; an empty list or mask for an object outside.
     """
     transformed: list[Shape] = []
     for shape in shapes:
@@ -267,13 +267,13 @@ def transform_annotations(shapes: Sequence[Shape], transforms: T.TransformList) 
             polygons = apply_polygons(transforms, [polygon.reshape(-1, 2) for polygon in shape])
             transformed.append([polygon.reshape(-1) for polygon in polygons])
         else:
-            # Crops may pad with 255, which is no part of the object.
+            # Crops may pad with 255, which is not part of the object.
             transformed.append((apply_labels(transforms, shape) == 1).view(np.uint8))
     return transformed
 
 
 def annotation_boxes(shapes: Sequence[Shape]) -> Boxes:
-    """The tight boxes of objects in pixels; of an empty object a box without area."""
+    """Tight boxes of objects in pixels; zeros for an empty object."""
     boxes = [
         _polygon_box(shape) if isinstance(shape, list) else _mask_box(shape) for shape in shapes
     ]
@@ -295,7 +295,7 @@ def _mask_box(mask: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def pack_shapes(shapes: Sequence[Shape], image_size: tuple[int, int]) -> PackedMasks:
-    """Masks of objects, which may overlap, in an image of size (H, W)."""
+    """Draw objects, which may overlap, as masks of an image of size (H, W)."""
     planes = np.zeros((-(-len(shapes) // BITS_PER_PLANE), *image_size), dtype=np.uint8)
     for i, shape in enumerate(shapes):
         plane, bit = planes[i // BITS_PER_PLANE], np.uint8(1 << i % BITS_PER_PLANE)
@@ -310,10 +310,10 @@ def pack_shapes(shapes: Sequence[Shape], image_size: tuple[int, int]) -> PackedM
 def _rasterise_polygons(
     polygons: list[np.ndarray], image_size: tuple[int, int]
 ) -> tuple[slice, slice, np.ndarray]:
-    """A window of the image around the polygons, and their mask (rows, columns) uint8 in it."""
+    """The window (rows, columns) around the polygons and their uint8 mask in it."""
     left, top, right, bottom = _polygon_box(polygons)
-    # Up to two pixels more, since pycocotools rounds. The origin stays where it is: where an edge
-    # passes exactly between two pixels, rounding depends on the position.
+    # A margin of up to two pixels, since pycocotools rounds. The polygons are not shifted to the
+    # window: where an edge runs exactly between two pixels, rounding depends on the position.
     rows, columns = (
         slice(*(min(max(int(end), 0), size) for end in (low - 1, high + 3)))
         for low, high, size in ((top, bottom, image_size[0]), (left, right, image_size[1]))
@@ -321,7 +321,7 @@ def _rasterise_polygons(
     if rows.start == rows.stop or columns.start == columns.stop:
         return slice(0), slice(0), np.zeros((0, 0), dtype=np.uint8)
     mask = polygons_to_bitmask(polygons, rows.stop, columns.stop).view(np.uint8)
-    # pycocotools goes column by column, and OpenCV turns that faster than NumPy does.
+    # pycocotools returns column-major masks, which OpenCV transposes faster than NumPy.
     return rows, columns, cv2.transpose(mask.T[columns, rows])
 
 

@@ -1,5 +1,6 @@
-"""Evaluation: official metrics, chosen by the data set and by what the config turns on."""
+"""Official metrics, chosen by the evaluator type of the data set and the tasks in the config."""
 
+from ..data.evaluator_types import register_evaluator_type
 from .boundary_ap import BoundaryEval, evaluate_boundary_ap, mask_to_boundary
 from .build import build_evaluator
 from .cityscapes_evaluation import CityscapesInstanceEvaluator, CityscapesSemSegEvaluator
@@ -24,6 +25,7 @@ __all__ = [
     "evaluate_boundary_ap",
     "layer_proposals",
     "mask_to_boundary",
+    "register_evaluator_type",
     "results_table",
     "write_results",
 ]

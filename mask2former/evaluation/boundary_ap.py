@@ -1,8 +1,8 @@
-"""Boundary AP (Cheng et al., CVPR 2021): mask AP where the IoU of boundaries must be high too.
+"""Boundary AP (Cheng et al., CVPR 2021): mask AP that also requires a high boundary IoU.
 
-The boundary of a mask is what lies within a distance of its edge, 2% of the image diagonal. The
-overlap of two objects is the lesser of mask IoU and the IoU of the boundaries, except with crowd
-regions, for which it is the mask's alone. The rest is official COCO evaluation.
+The boundary of a mask is its pixels within a distance of its edge: 2% of the image diagonal. The
+overlap of two objects is the minimum of mask IoU and boundary IoU; for crowd regions it is the mask
+IoU alone. The rest is official COCO evaluation.
 """
 
 import contextlib
@@ -26,11 +26,11 @@ METRICS = (
 
 
 def mask_to_boundary(mask: np.ndarray, dilation_ratio: float = DILATION_RATIO) -> np.ndarray:
-    """The boundary of a mask: its pixels within a distance of a pixel outside it.
+    """Return the boundary of a mask: its pixels within a distance of a pixel outside it.
 
     Args:
-        mask: (H, W) uint8, 0 or 1. The image ends the mask: beyond its border is outside.
-        dilation_ratio: the distance as a part of the image diagonal.
+        mask: (H, W) uint8, 0 or 1. Pixels beyond the image border count as outside.
+        dilation_ratio: the distance as a fraction of the image diagonal.
     """
     boundary = np.zeros_like(mask)
     rows, columns = np.flatnonzero(mask.any(1)), np.flatnonzero(mask.any(0))
@@ -39,34 +39,32 @@ def mask_to_boundary(mask: np.ndarray, dilation_ratio: float = DILATION_RATIO) -
     box = slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1)
     distance = max(1, round(dilation_ratio * float(np.hypot(*mask.shape))))
     kernel = np.ones((2 * distance + 1, 2 * distance + 1), dtype=np.uint8)
-    border = {"borderType": cv2.BORDER_CONSTANT, "borderValue": 0}
-    # A copy, for OpenCV would see the pixels around a part of an array.
+    # Copy the crop: OpenCV would read the pixels around a view.
     inside = np.ascontiguousarray(mask[box])
-    boundary[box] = inside - cv2.erode(inside, kernel, **border)
+    eroded = cv2.erode(inside, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0)
+    boundary[box] = inside - eroded
     return boundary
 
 
 class BoundaryEval(COCOeval):
-    """The official evaluation of masks with the overlap of boundaries."""
+    """Official mask evaluation with boundary overlaps."""
 
-    def __init__(
-        self, truth: COCO, predictions: COCO, dilation_ratio: float = DILATION_RATIO
-    ) -> None:
-        super().__init__(truth, predictions, iouType="segm")
+    def __init__(self, gt: COCO, predictions: COCO, dilation_ratio: float = DILATION_RATIO) -> None:
+        super().__init__(gt, predictions, iouType="segm")
         self._dilation_ratio = dilation_ratio
 
     def computeIoU(self, imgId: int, catId: int) -> np.ndarray | list:
-        """Overlaps (predictions by falling score, true objects) in one image."""
+        """Return overlaps (predictions in descending score order, gt objects) in one image."""
         ious = super().computeIoU(imgId, catId)
-        truth, predictions = self._gts[imgId, catId], self._dts[imgId, catId]
-        columns = [i for i, annotation in enumerate(truth) if not annotation["iscrowd"]]
+        gt, predictions = self._gts[imgId, catId], self._dts[imgId, catId]
+        columns = [i for i, annotation in enumerate(gt) if not annotation["iscrowd"]]
         if not columns or not predictions:
             return ious
         order = np.argsort([-p["score"] for p in predictions], kind="mergesort")
         predictions = [predictions[i] for i in order[: len(ious)]]
         boundary_ious = mask_util.iou(
             [self._boundary(p) for p in predictions],
-            [self._boundary(truth[i]) for i in columns],
+            [self._boundary(gt[i]) for i in columns],
             [0] * len(columns),
         )
         ious[:, columns] = np.minimum(ious[:, columns], boundary_ious)
@@ -79,24 +77,24 @@ class BoundaryEval(COCOeval):
 
 
 def evaluate_boundary_ap(
-    truth_file: str,
+    gt_file: str,
     predictions_file: str,
     dilation_ratio: float = DILATION_RATIO,
     iou_type: str = "boundary",
 ) -> dict[str, float]:
-    """Boundary AP of predictions in the COCO result format.
+    """Compute boundary AP of predictions in the COCO result format.
 
     Args:
-        truth_file: COCO instance JSON.
+        gt_file: COCO instance JSON.
         predictions_file: such as `coco_instances_results.json` of `InstanceSegEvaluator`.
-        dilation_ratio: width of boundaries as a part of the image diagonal.
+        dilation_ratio: width of boundaries as a fraction of the image diagonal.
         iou_type: "boundary", or "segm" for mask AP.
 
     Returns:
         The twelve COCO metrics in percent, NaN where undefined.
 
     Raises:
-        ValueError: an unknown `iou_type`, or predictions in another format.
+        ValueError: `iou_type` is unknown, or the predictions are in another format.
     """
     if iou_type not in ("boundary", "segm"):
         raise ValueError(f"iou_type is {iou_type!r}; allowed: 'boundary', 'segm'")
@@ -108,27 +106,27 @@ def evaluate_boundary_ap(
             "image_id, category_id, score and segmentation."
         )
     for result in results:
-        # Else areas would be those of the boxes.
+        # With a box, pycocotools would take areas from boxes instead of masks.
         result.pop("bbox", None)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        truth = COCO(truth_file)
-        known = set(truth.getImgIds())
+        gt = COCO(gt_file)
+        known = set(gt.getImgIds())
     unknown = {result["image_id"] for result in results} - known
     if unknown:
         raise ValueError(
-            f"{predictions_file} has predictions for images that {truth_file} does not list: "
+            f"{predictions_file} has predictions for images that {gt_file} does not list: "
             f"{sorted(unknown)[:5]}"
         )
     if not results:
         return dict.fromkeys(METRICS, float("nan"))
     with contextlib.redirect_stdout(log):
         if iou_type == "boundary":
-            evaluation = BoundaryEval(truth, truth.loadRes(results), dilation_ratio)
+            evaluation = BoundaryEval(gt, gt.loadRes(results), dilation_ratio)
             evaluation.evaluate()
             evaluation.accumulate()
         else:
-            evaluation = evaluate_masks(truth, results)
+            evaluation = evaluate_masks(gt, results)
         evaluation.summarize()
     logging.getLogger(__name__).debug(log.getvalue())
     return {

@@ -1,7 +1,7 @@
-"""Cityscapes' own evaluation of semantic segmentation (IoU, iIoU) and of instances (AP).
+"""Official Cityscapes evaluation of semantic (IoU, iIoU) and instance segmentation (AP).
 
-Workers write predictions to temporary folders of their own, which the main worker collects. So
-several machines can evaluate too, which Detectron2's classes refuse.
+Each worker writes its predictions to a temporary folder of its own, and the main worker collects
+them. Unlike Detectron2's classes, this works on several machines.
 """
 
 import glob
@@ -24,11 +24,11 @@ _SCRIPTS = "cityscapesscripts.evaluation"
 
 
 class _OfficialEvaluation(CityscapesEvaluator):
-    """What the two evaluators share: collecting the predictions, running an official script."""
+    """Collects predictions and runs an official script on them."""
 
     _script: str  # module of the package
-    _truth: str  # ending of the ground truth files
-    _prediction: str  # ending of the prediction files
+    _gt_suffix: str  # of ground truth files
+    _prediction_suffix: str  # of prediction files
 
     def __init__(self, dataset_name: str) -> None:
         """
@@ -46,11 +46,11 @@ class _OfficialEvaluation(CityscapesEvaluator):
         self._temp_dir = self._working_dir.name
 
     def evaluate(self) -> OrderedDict | None:
-        """Returns {task: {metric: value}} in percent, on the main worker.
+        """Return {task: {metric: value}} in percent, on the main worker.
 
         Raises:
-            FileNotFoundError: there is no ground truth.
-            ValueError: an image of the ground truth has no prediction, or the script gave up.
+            FileNotFoundError: the ground truth is missing.
+            ValueError: an image has no prediction, or the script reports an error.
         """
         comm.synchronize()
         self._collect()
@@ -59,54 +59,56 @@ class _OfficialEvaluation(CityscapesEvaluator):
         return results
 
     def _collect(self) -> None:
-        """Copy what other workers wrote into the main worker's folder."""
+        """Copy the files of all workers into the main worker's folder."""
         if comm.get_world_size() == 1:
             return
         main = comm.is_main_process()
         files = {} if main else {p.name: p.read_bytes() for p in Path(self._temp_dir).iterdir()}
-        for of_worker in comm.gather(files):
-            for name, content in of_worker.items():
+        for worker_files in comm.gather(files):
+            for name, content in worker_files.items():
                 (Path(self._temp_dir) / name).write_bytes(content)
 
     def _run(self) -> Mapping[str, Mapping[str, float]]:
-        truths, predictions = self._pairs()
-        self._logger.info(f"Evaluating {len(truths)} images with the official Cityscapes script")
+        gt_files, predictions = self._pairs()
+        self._logger.info(f"Evaluating {len(gt_files)} images with the official Cityscapes script")
         args = self._official.args
         args.quiet, args.JSONOutput, args.colorized = True, False, False
-        # Absolute and without links, as the script compares it with the paths of the predictions.
+        # The script compares this with the prediction paths, so resolve links.
         args.predictionPath = os.path.realpath(self._temp_dir)
         args.gtInstancesFile = os.path.join(args.predictionPath, "gtInstances.json")
         with replaced(
             self._official,
             np=numpy_with_old_names(),
             printError=_raise,
-            # It would leave its intermediate results in the current folder.
+            # Keep it from writing intermediate results to the current folder.
             writeDict2JSON=lambda content, file_name: None,
         ):
             return self._summarise(
-                self._official.evaluateImgLists(predictions, truths, self._official.args)
+                self._official.evaluateImgLists(predictions, gt_files, self._official.args)
             )
 
     def _pairs(self) -> tuple[list[str], list[str]]:
-        """Files of truth and of prediction, in the same order."""
+        """Return ground truth files and prediction files, in the same order."""
         gt_dir = PathManager.get_local_path(self._metadata.gt_dir)
-        truths = sorted(glob.glob(os.path.join(gt_dir, "*", f"*{self._truth}")))
-        if not truths:
+        gt_files = sorted(glob.glob(os.path.join(gt_dir, "*", f"*{self._gt_suffix}")))
+        if not gt_files:
             raise FileNotFoundError(
-                f"There is no ground truth {os.path.join(gt_dir, '<city>', '*' + self._truth)}."
+                f"There is no ground truth {os.path.join(gt_dir, '<city>', '*' + self._gt_suffix)}."
             )
         folder = os.path.realpath(self._temp_dir)
         predictions = [
-            os.path.join(folder, os.path.basename(t)[: -len(self._truth)] + self._prediction)
-            for t in truths
+            os.path.join(
+                folder, os.path.basename(f).removesuffix(self._gt_suffix) + self._prediction_suffix
+            )
+            for f in gt_files
         ]
-        missing = [t for t, p in zip(truths, predictions, strict=True) if not os.path.isfile(p)]
+        missing = [f for f, p in zip(gt_files, predictions, strict=True) if not os.path.isfile(p)]
         if missing:
             raise ValueError(
-                f"{len(missing)} of {len(truths)} images of the ground truth have no prediction, "
+                f"{len(missing)} of {len(gt_files)} images of the ground truth have no prediction, "
                 f"the first is {missing[0]}."
             )
-        return truths, predictions
+        return gt_files, predictions
 
     def _summarise(self, scores: dict[str, Any]) -> Mapping[str, Mapping[str, float]]:
         raise NotImplementedError
@@ -117,26 +119,26 @@ def _raise(message: str) -> NoReturn:
 
 
 class CityscapesInstanceEvaluator(_OfficialEvaluation, _InstanceEvaluator):
-    """AP of instances: {"segm": {"AP", "AP50", "AP-person", ...}}."""
+    """Instance AP: {"segm": {"AP", "AP50", "AP-person", ...}}."""
 
     _script = "evalInstanceLevelSemanticLabeling"
-    _truth = "_gtFine_instanceIds.png"
-    _prediction = "_leftImg8bit_pred.txt"
+    _gt_suffix = "_gtFine_instanceIds.png"
+    _prediction_suffix = "_leftImg8bit_pred.txt"
 
     def _summarise(self, scores: dict[str, Any]) -> Mapping[str, Mapping[str, float]]:
         averages = scores["averages"]
         results = {"AP": 100 * averages["allAp"], "AP50": 100 * averages["allAp50%"]}
-        for name, of_class in averages["classes"].items():
-            results[f"AP-{name}"] = 100 * of_class["ap"]
+        for name, metrics in averages["classes"].items():
+            results[f"AP-{name}"] = 100 * metrics["ap"]
         return {"segm": {name: float(value) for name, value in results.items()}}
 
 
 class CityscapesSemSegEvaluator(_OfficialEvaluation, _SemSegEvaluator):
-    """IoU of classes and categories: {"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", ...}}."""
+    """IoU over classes and categories: {"sem_seg": {"IoU", "iIoU", "IoU_sup", "iIoU_sup", ...}}."""
 
     _script = "evalPixelLevelSemanticLabeling"
-    _truth = "_gtFine_labelIds.png"
-    _prediction = "_leftImg8bit_pred.png"
+    _gt_suffix = "_gtFine_labelIds.png"
+    _prediction_suffix = "_leftImg8bit_pred.png"
 
     def _summarise(self, scores: dict[str, Any]) -> Mapping[str, Mapping[str, float]]:
         results = {

@@ -1,4 +1,4 @@
-"""Mask AP by the official COCO rules, for data sets whose thing ids need not be 0 to n - 1."""
+"""Mask AP by the official COCO rules, for data sets with any thing class ids."""
 
 import itertools
 import json
@@ -16,10 +16,10 @@ from .mask_encoding import EncodesMasks
 
 
 class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
-    """Detectron2's COCO evaluator for the thing classes of any data set.
+    """Detectron2's COCO evaluator without the restriction of thing classes to ids 0 to n - 1.
 
-    In a panoptic data set things may have any of the class ids, so predicted ids go back to the
-    data set's through `thing_dataset_id_to_contiguous_id` as it is.
+    In a panoptic data set things may have any class ids. `thing_dataset_id_to_contiguous_id` maps
+    predicted ids back to those of the data set.
     """
 
     def __init__(
@@ -32,20 +32,20 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: registered name; its metadata names the COCO `json_file`.
-            tasks: "segm" and possibly "bbox": the boxes that the model predicts are empty.
-            args, kwargs: `distributed`, `output_dir`, `max_dets_per_image`, as Detectron2 has them.
-            use_fast_impl: False leaves all to pycocotools, which gives the same digits. So do tasks
-                other than "segm" alone.
+            dataset_name: registered name; its metadata has the COCO `json_file`.
+            tasks: "segm", optionally "bbox"; the model predicts empty boxes.
+            args, kwargs: `distributed`, `output_dir`, `max_dets_per_image` of Detectron2.
+            use_fast_impl: False uses pycocotools, which gives the same digits and always runs for
+                tasks other than "segm" alone.
         """
-        # What Detectron2 has under this name does not give the same digits.
+        # Detectron2's own fast implementation differs in some digits.
         super().__init__(dataset_name, tasks, *args, use_fast_impl=False, **kwargs)
         self._use_fast_encoding = self._evaluates_compiled = use_fast_impl
         metadata = MetadataCatalog.get(dataset_name)
         to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
         self._to_dataset_id = to_contiguous and {v: k for k, v in to_contiguous.items()}
-        # The base class would map ids on its own, and would take class names that a data set may
-        # have for more classes than its annotation file has. AP comes in the order of the file.
+        # With the full metadata, the base class would map ids itself and expect one class name per
+        # annotated class, but a data set may name more. AP is in the order of the file.
         categories = self._coco_api.loadCats(sorted(self._coco_api.getCatIds()))
         self._metadata = Metadata(
             name=dataset_name, thing_classes=[category["name"] for category in categories]
@@ -62,13 +62,13 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
             super()._eval_predictions(predictions, img_ids)
 
     def _eval_masks(self, predictions: list[dict], img_ids: list[int] | None) -> None:
-        """What the base class does for masks, by `evaluate_masks`."""
+        """Do what the base class does for masks, with `evaluate_masks`."""
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
         if self._output_dir:
             path = os.path.join(self._output_dir, "coco_instances_results.json")
             self._logger.info(f"Saving results to {path}")
             with atomic_write(path) as file:
-                # Not `dump`, which is much slower.
+                # `dumps` is much faster than `dump`.
                 file.write(json.dumps(results))
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
@@ -86,7 +86,7 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
     def _derive_coco_results(
         self, coco_eval: COCOeval | None, iou_type: str, class_names: list[str] | None = None
     ) -> dict[str, float]:
-        """Adds to AP what the official code prints besides: AR by detections and by size."""
+        """Add AR by number of detections and by size, which the official code also prints."""
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
         names = [*(f"AR{limit}" for limit in self._max_dets_per_image), "ARs", "ARm", "ARl"]
         stats = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[6:12]
@@ -100,8 +100,8 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
     def _dataset_id(self, class_id: int) -> int:
         if class_id not in self._to_dataset_id:
             raise ValueError(
-                f"An instance was predicted of class {class_id}, which is no thing class of data "
-                f"set {self._metadata.name}. A model of things and stuff predicts instances of "
-                "things only if MODEL.MASK_FORMER.TEST.PANOPTIC_ON is True."
+                f"Class {class_id} of a predicted instance is not a thing class of data set "
+                f"{self._metadata.name}. A model with stuff classes predicts only instances of "
+                "things if MODEL.MASK_FORMER.TEST.PANOPTIC_ON is True."
             )
         return self._to_dataset_id[class_id]

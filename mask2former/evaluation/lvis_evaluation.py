@@ -10,16 +10,16 @@ from .official_packages import import_official, numpy_with_old_names, replaced
 
 
 class LVISEvaluator(EncodesMasks, _LVISEvaluator):
-    """Detectron2's LVIS evaluator, of masks alone by default and with today's NumPy."""
+    """Detectron2's LVIS evaluator, for masks only by default and with current NumPy."""
 
     def __init__(
         self, dataset_name: str, tasks: Sequence[str] | None = ("segm",), **kwargs: Any
     ) -> None:
         """
         Args:
-            dataset_name: registered name; its metadata names the LVIS `json_file`.
-            tasks: "segm" and possibly "bbox": the boxes that the model predicts are empty.
-            kwargs: `distributed`, `output_dir`, `max_dets_per_image`, as Detectron2 has them.
+            dataset_name: registered name; its metadata has the LVIS `json_file`.
+            tasks: "segm", optionally "bbox"; the model predicts empty boxes.
+            kwargs: `distributed`, `output_dir`, `max_dets_per_image` of Detectron2.
 
         Raises:
             ImportError: the package lvis is not installed.
@@ -30,6 +30,6 @@ class LVISEvaluator(EncodesMasks, _LVISEvaluator):
     def _eval_predictions(self, predictions: list[dict]) -> None:
         with replaced(self._official, np=numpy_with_old_names()):
             super()._eval_predictions(predictions)
-        # The official code has -1 where the truth has no object to average over.
+        # The official code returns -1 for an average without any gt object.
         for metrics in self._results.values():
             metrics.update({name: float("nan") for name, value in metrics.items() if value < 0})

@@ -1,7 +1,8 @@
-"""Predicted masks as COCO run lengths, character for character as pycocotools writes them.
+"""COCO run-length encoding of predicted masks, identical to that of pycocotools.
 
-N instances, H W pixels of an image. Run lengths go down the columns of an image, so that a mask is
-transposed first; OpenCV and hotcoco do either several times faster than NumPy and pycocotools.
+N instances, H W pixels of an image. Run lengths follow the columns of an image, so masks are
+transposed first. OpenCV transposes and hotcoco encodes several times faster than NumPy and
+pycocotools.
 """
 
 from typing import Any
@@ -16,40 +17,40 @@ from torch import Tensor
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
-    """Run lengths of masks, {"size": [H, W], "counts": text} for each.
+    """Encode each mask as {"size": [H, W], "counts": text}.
 
     Args:
-        masks: (N, H, W) of any number type and on any device; 1 is foreground.
+        masks: (N, H, W) of any dtype, on any device; 1 is foreground.
     """
     if masks.device.type != "cpu" or masks.dtype == torch.bfloat16:
-        # A fourth of the bytes to copy; and NumPy has no such type.
+        # Copies a quarter of the bytes; and NumPy has no bfloat16.
         masks = masks >= 1
     arrays = masks.cpu().numpy()
     foreground = np.empty(arrays.shape[1:], dtype=bool)
     encoded = []
     for mask in arrays:
-        # Below 1 is background, as for the cast to an integer in Detectron2.
+        # Values below 1 are background, as with the integer cast in Detectron2.
         np.greater_equal(mask, 1, out=foreground)
         encoded.append(encode_transposed(cv2.transpose(foreground.view(np.uint8))))
     return encoded
 
 
 def encode_transposed(mask: np.ndarray) -> dict[str, Any]:
-    """Run lengths of one mask.
+    """Encode one transposed mask.
 
     Args:
-        mask: (W, H) uint8, 0 or 1, contiguous: the columns of the image one after another.
+        mask: (W, H) uint8, 0 or 1, contiguous: one row per image column.
     """
     encoded = hotcoco_mask.encode(mask.T)
-    # JSON has text only.
+    # JSON cannot hold bytes.
     encoded["counts"] = encoded["counts"].decode()
     return encoded
 
 
 class EncodesMasks(DatasetEvaluator):
-    """For evaluators of Detectron2 that keep instances as COCO results: masks are encoded faster.
+    """Mixin for Detectron2 evaluators with COCO results: encodes masks faster.
 
-    Stands before Detectron2's class among the bases.
+    List it before Detectron2's class among the bases.
     """
 
     _use_fast_encoding = True
@@ -58,19 +59,19 @@ class EncodesMasks(DatasetEvaluator):
         """
         Args:
             inputs: with `image_id`.
-            outputs: with `instances`, whose masks are `pred_masks` (N, H, W).
+            outputs: with `instances`, which have `pred_masks` (N, H, W).
         """
-        for of_image, output in zip(inputs, outputs, strict=True):
+        for image, output in zip(inputs, outputs, strict=True):
             instances = output.get("instances")
             has_masks = instances is not None and instances.has("pred_masks")
             if not (has_masks and self._use_fast_encoding):
-                super().process([of_image], [output])
+                super().process([image], [output])
                 continue
             fields = instances.get_fields()
             encoded = encode_masks(fields["pred_masks"])
             others = {name: field for name, field in fields.items() if name != "pred_masks"}
             others = Instances(instances.image_size, **others)
-            super().process([of_image], [{**output, "instances": others}])
+            super().process([image], [{**output, "instances": others}])
             results = self._predictions[-1]["instances"]
             for result, segmentation in zip(results, encoded, strict=True):
                 result["segmentation"] = segmentation

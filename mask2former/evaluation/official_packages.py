@@ -1,6 +1,6 @@
-"""What the official Cityscapes and LVIS packages need: to be there, and NumPy's old names.
+"""Imports the optional official Cityscapes and LVIS packages and adapts them to current NumPy.
 
-Both are optional. Neither has a release for current NumPy, which has dropped names they use.
+Neither has a release for current NumPy, which has dropped names that they use.
 """
 
 import importlib
@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-# Neither needs the rest of its own dependency list, which would replace packages used here.
+# Installed without their other dependencies, which would replace packages used here.
 _PACKAGES = {
     "cityscapesscripts": "cityscapesscripts pyquaternion",
     "lvis": "lvis",
@@ -23,10 +23,10 @@ def import_official(module: str, dataset_name: str) -> ModuleType:
 
     Args:
         module: full name.
-        dataset_name: the data set that it evaluates, for the message.
+        dataset_name: the data set to evaluate, for the error message.
 
     Raises:
-        ImportError: the package, or one it needs, is not installed.
+        ImportError: the package or one of its dependencies is not installed.
     """
     package = module.partition(".")[0]
     try:
@@ -39,7 +39,7 @@ def import_official(module: str, dataset_name: str) -> ModuleType:
 
 
 def numpy_with_old_names() -> ModuleType:
-    """A module like NumPy that also has `float` (dropped in 1.24) and `in1d` (dropped in 2.4)."""
+    """Return a copy of NumPy with `float` (dropped in 1.24) and `in1d` (dropped in 2.4)."""
 
     def in1d(values: Any, test_values: Any, **kwargs: Any) -> np.ndarray:
         return np.isin(values, test_values, **kwargs).ravel()
@@ -51,7 +51,7 @@ def numpy_with_old_names() -> ModuleType:
 
 @contextmanager
 def replaced(module: ModuleType, **attributes: Any) -> Iterator[None]:
-    """Replace attributes of a module for a while."""
+    """Temporarily replace attributes of a module."""
     before = {name: getattr(module, name) for name in attributes}
     vars(module).update(attributes)
     try:

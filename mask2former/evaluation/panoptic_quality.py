@@ -1,26 +1,30 @@
-"""Panoptic quality counted image by image, by the official rules and with the official digits.
+"""Panoptic quality (PQ) counted image by image by the official rules, to the official digits.
 
-H W pixels of an image. Segments change seldom along a row, so that runs of pixels are counted in
-place of pixels.
+H W pixels of an image. Segment ids rarely change along a row, so we count runs of pixels instead of
+pixels. Sums over images are exact, so they depend neither on the order of the images nor on the
+number of workers or CPUs; the official code adds up per CPU core and differs in the last bits.
 """
 
+import contextlib
+import io
 import math
 import multiprocessing
 from collections.abc import Collection, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
-from panopticapi.evaluation import PQStat
+from panopticapi.evaluation import PQStat, pq_compute_single_core
 from PIL import Image
 
 _VOID = 0
-# Ids have 24 bits: they are the colours of PNG files.
+# Segment ids have 24 bits: a PNG stores them as colours.
 _ID_BITS = 24
 _ID_MASK = (1 << _ID_BITS) - 1
 
 
 class SegmentCounts(NamedTuple):
-    """What one image adds to the quality: category ids, for matched segments with their IoU."""
+    """What one image contributes to PQ: category ids, with the IoU for matched segments."""
 
     matched: list[tuple[int, float]]
     missed: list[int]
@@ -28,16 +32,16 @@ class SegmentCounts(NamedTuple):
 
 
 def read_segment_ids(file_name: str) -> np.ndarray:
-    """The segment ids (H, W) uint32 of a panoptic PNG.
+    """Read the segment ids (H, W) uint32 of a panoptic PNG.
 
     Raises:
-        ValueError: the image has no three colour channels.
+        ValueError: the image does not have three colour channels.
     """
     with Image.open(file_name) as image:
         if image.mode not in ("RGB", "RGBA"):
             raise ValueError(
-                f"{file_name} is an image of mode {image.mode}: a panoptic PNG has the ids of its "
-                "segments in three colour channels."
+                f"{file_name} is an image of mode {image.mode}: a panoptic PNG stores segment ids "
+                "in three colour channels."
             )
         pixels = image.convert("RGB").tobytes("raw", "RGBX")
         ids = np.frombuffer(pixels, dtype="<u4").reshape(image.height, image.width)
@@ -45,114 +49,162 @@ def read_segment_ids(file_name: str) -> np.ndarray:
 
 
 def as_segment_ids(panoptic_map: np.ndarray) -> np.ndarray:
-    """A predicted map (H, W) of integers as uint32, with the bits that a PNG would keep."""
+    """Convert a predicted integer map (H, W) to uint32, keeping the bits that a PNG would keep."""
     return panoptic_map.astype(np.uint32) & _ID_MASK
 
 
 def count_segments(
-    true_ids: np.ndarray,
-    found_ids: np.ndarray,
-    truth: dict[str, Any],
-    found: Sequence[dict[str, Any]],
+    gt_ids: np.ndarray,
+    pred_ids: np.ndarray,
+    annotation: dict[str, Any],
+    pred_segments: Sequence[dict[str, Any]],
     categories: Collection[int],
 ) -> SegmentCounts:
     """Match the segments of one image.
 
     Args:
-        true_ids: (H, W) uint32, 0 where there is no segment.
-        found_ids: (H, W) uint32, likewise.
-        truth: annotation of the image: `image_id`, `segments_info`.
-        found: predicted segments: `id`, `category_id` of the data set.
-        categories: the ids of the categories that may be predicted.
+        gt_ids: (H, W) uint32, 0 for void.
+        pred_ids: (H, W) uint32, 0 for void.
+        annotation: ground truth of the image: `image_id`, `file_name`, `segments_info`.
+        pred_segments: predicted segments: `id`, `category_id` of the data set.
+        categories: the known category ids.
 
     Raises:
         ValueError: the sizes differ.
-        KeyError: predicted map and `found` have different ids, or a category is unknown.
+        KeyError: `pred_ids` and `pred_segments` have different ids, or a category is unknown.
     """
-    if true_ids.shape != found_ids.shape:
+    if gt_ids.shape != pred_ids.shape:
         raise ValueError(
-            f"The prediction for image {truth['image_id']} has {found_ids.shape} pixels, the truth "
-            f"{truth['file_name']} has {true_ids.shape}."
+            f"The prediction for image {annotation['image_id']} has shape {pred_ids.shape}, but "
+            f"the ground truth {annotation['file_name']} has shape {gt_ids.shape}."
         )
-    overlaps = _overlaps(true_ids, found_ids)
-    true_segments = {segment["id"]: segment for segment in truth["segments_info"]}
-    found_segments = {segment["id"]: segment for segment in found}
-    areas: dict[int, int] = {}
-    for (_, found_id), area in overlaps.items():
-        areas[found_id] = areas.get(found_id, 0) + area
-    _check_found(truth["image_id"], areas, found_segments, categories)
+    overlaps = _overlaps(gt_ids, pred_ids)
+    gt_by_id = {segment["id"]: segment for segment in annotation["segments_info"]}
+    pred_by_id = {segment["id"]: segment for segment in pred_segments}
+    pred_areas: dict[int, int] = {}
+    for (_, pred_id), area in overlaps.items():
+        pred_areas[pred_id] = pred_areas.get(pred_id, 0) + area
+    _check_predictions(annotation["image_id"], pred_areas, pred_by_id, categories)
 
-    matched, true_matches, found_matches = [], set(), set()
-    for (true_id, found_id), intersection in overlaps.items():
-        if true_id not in true_segments or found_id not in found_segments:
+    matched: list[tuple[int, float]] = []
+    matched_gt_ids, matched_pred_ids = set(), set()
+    for (gt_id, pred_id), intersection in overlaps.items():
+        if gt_id not in gt_by_id or pred_id not in pred_by_id:
             continue
-        segment = true_segments[true_id]
+        segment = gt_by_id[gt_id]
         category = segment["category_id"]
-        if segment["iscrowd"] == 1 or category != found_segments[found_id]["category_id"]:
+        if segment["iscrowd"] == 1 or category != pred_by_id[pred_id]["category_id"]:
             continue
-        in_void = overlaps.get((_VOID, found_id), 0)
-        union = areas[found_id] + segment["area"] - intersection - in_void
-        # Only a wrong area in the annotation file can make it zero.
+        in_void = overlaps.get((_VOID, pred_id), 0)
+        union = pred_areas[pred_id] + segment["area"] - intersection - in_void
+        # Only a wrong area in the annotation file makes the union zero.
         iou = intersection / union if union else math.inf
         if iou > 0.5:
             matched.append((category, iou))
-            true_matches.add(true_id)
-            found_matches.add(found_id)
+            matched_gt_ids.add(gt_id)
+            matched_pred_ids.add(pred_id)
 
-    missed, crowds = [], {}
-    for true_id, segment in true_segments.items():
-        if true_id in true_matches:
+    missed: list[int] = []
+    crowds: dict[int, int] = {}
+    for gt_id, segment in gt_by_id.items():
+        if gt_id in matched_gt_ids:
             continue
         if segment["iscrowd"] == 1:
-            crowds[segment["category_id"]] = true_id
+            crowds[segment["category_id"]] = gt_id
         else:
             missed.append(segment["category_id"])
 
-    wrong = []
-    for found_id, segment in found_segments.items():
-        if found_id in found_matches:
+    wrong: list[int] = []
+    for pred_id, segment in pred_by_id.items():
+        if pred_id in matched_pred_ids:
             continue
         category = segment["category_id"]
-        ignored = overlaps.get((_VOID, found_id), 0)
+        ignored = overlaps.get((_VOID, pred_id), 0)
         if category in crowds:
-            ignored += overlaps.get((crowds[category], found_id), 0)
-        if ignored / areas[found_id] <= 0.5:
+            ignored += overlaps.get((crowds[category], pred_id), 0)
+        if ignored / pred_areas[pred_id] <= 0.5:
             wrong.append(category)
     return SegmentCounts(matched, missed, wrong)
 
 
-def add_up(counts: Sequence[SegmentCounts]) -> PQStat:
-    """The sums over images, added in the order of the official code.
+def image_stat(counts: SegmentCounts) -> PQStat:
+    """Convert the counts of one image to the official structure."""
+    stat = PQStat()
+    for category, iou in counts.matched:
+        stat[category].tp += 1
+        stat[category].iou += iou
+    for category in counts.missed:
+        stat[category].fn += 1
+    for category in counts.wrong:
+        stat[category].fp += 1
+    return stat
 
-    It adds up the images of each CPU core first. So its last digits depend on the number of cores,
-    and these do in the same way.
+
+def official_image_stats(
+    pairs: Sequence[tuple[dict[str, Any], dict[str, Any]]],
+    gt_folder: str,
+    pred_folder: str,
+    categories: dict[int, dict[str, Any]],
+    num_workers: int | None = None,
+) -> list[PQStat]:
+    """Run the official code on each image by itself.
+
+    Args:
+        pairs: (ground truth annotation, prediction) of each image.
+        gt_folder: folder of the ground truth PNGs.
+        pred_folder: folder of the predicted PNGs.
+        categories: by id.
+        num_workers: number of processes; by default one per CPU.
+
+    Returns:
+        One `PQStat` per image, in the order of `pairs`.
     """
+    compute = partial(
+        _official_image_stat,
+        gt_folder=gt_folder,
+        pred_folder=pred_folder,
+        categories=categories,
+    )
+    with multiprocessing.Pool(num_workers) as pool:
+        return pool.map(compute, pairs)
+
+
+def add_up(image_stats: Sequence[PQStat]) -> PQStat:
+    """Add up images; IoUs exactly, by `math.fsum`, so that order and grouping do not matter."""
     total = PQStat()
-    for part in np.array_split(np.arange(len(counts)), multiprocessing.cpu_count()):
-        of_part = PQStat()
-        for index in part:
-            of_image = counts[index]
-            for category, iou in of_image.matched:
-                of_part[category].tp += 1
-                of_part[category].iou += iou
-            for category in of_image.missed:
-                of_part[category].fn += 1
-            for category in of_image.wrong:
-                of_part[category].fp += 1
-        total += of_part
+    ious: dict[int, list[float]] = {}
+    for stat in image_stats:
+        for category, counts in stat.pq_per_cat.items():
+            total[category].tp += counts.tp
+            total[category].fp += counts.fp
+            total[category].fn += counts.fn
+            ious.setdefault(category, []).append(counts.iou)
+    for category, values in ious.items():
+        total[category].iou = math.fsum(values)
     return total
 
 
-def _overlaps(true_ids: np.ndarray, found_ids: np.ndarray) -> dict[tuple[int, int], int]:
-    """Pixels of each pair (true id, found id) that occurs, in ascending order."""
-    true_ids, found_ids = true_ids.ravel(), found_ids.ravel()
-    changes = true_ids[1:] != true_ids[:-1]
-    changes |= found_ids[1:] != found_ids[:-1]
+def _official_image_stat(
+    pair: tuple[dict[str, Any], dict[str, Any]],
+    gt_folder: str,
+    pred_folder: str,
+    categories: dict[int, dict[str, Any]],
+) -> PQStat:
+    # Silence its progress lines, two per image.
+    with contextlib.redirect_stdout(io.StringIO()):
+        return pq_compute_single_core(0, [pair], gt_folder, pred_folder, categories)
+
+
+def _overlaps(gt_ids: np.ndarray, pred_ids: np.ndarray) -> dict[tuple[int, int], int]:
+    """Count the pixels of each pair (gt id, pred id) that occurs, in ascending order."""
+    gt_ids, pred_ids = gt_ids.ravel(), pred_ids.ravel()
+    changes = gt_ids[1:] != gt_ids[:-1]
+    changes |= pred_ids[1:] != pred_ids[:-1]
     starts = np.concatenate(([0], np.flatnonzero(changes) + 1))
-    lengths = np.diff(starts, append=len(true_ids))
-    pairs = true_ids[starts].astype(np.uint64) << np.uint64(_ID_BITS)
-    pairs, pair_of_run = np.unique(pairs | found_ids[starts], return_inverse=True)
-    # Sums in float64, which are exact.
+    lengths = np.diff(starts, append=len(gt_ids))
+    pairs = gt_ids[starts].astype(np.uint64) << np.uint64(_ID_BITS)
+    pairs, pair_of_run = np.unique(pairs | pred_ids[starts], return_inverse=True)
+    # bincount adds in float64, which is exact for integers of this size.
     areas = np.bincount(pair_of_run, weights=lengths)
     return {
         (pair >> _ID_BITS, pair & _ID_MASK): int(area)
@@ -160,26 +212,26 @@ def _overlaps(true_ids: np.ndarray, found_ids: np.ndarray) -> dict[tuple[int, in
     }
 
 
-def _check_found(
+def _check_predictions(
     image_id: Any,
     areas: dict[int, int],
     segments: dict[int, dict[str, Any]],
     categories: Collection[int],
 ) -> None:
-    """Raises the errors of the official code, in its words and in its order."""
+    """Raise the errors of the official code, with the same text and in the same order."""
     absent = set(segments)
-    for found_id in sorted(areas):
-        if found_id in segments:
-            absent.remove(found_id)
-            category = segments[found_id]["category_id"]
+    for pred_id in sorted(areas):
+        if pred_id in segments:
+            absent.remove(pred_id)
+            category = segments[pred_id]["category_id"]
             if category not in categories:
                 raise KeyError(
-                    f"In the image with ID {image_id} segment with ID {found_id} has unknown "
+                    f"In the image with ID {image_id} segment with ID {pred_id} has unknown "
                     f"category_id {category}."
                 )
-        elif found_id != _VOID:
+        elif pred_id != _VOID:
             raise KeyError(
-                f"In the image with ID {image_id} segment with ID {found_id} is presented in PNG "
+                f"In the image with ID {image_id} segment with ID {pred_id} is presented in PNG "
                 "and not presented in JSON."
             )
     if absent:

@@ -1,7 +1,7 @@
-"""The queries of any decoder layer as class-agnostic proposals, and their average recall.
+"""Average recall of the queries of a decoder layer, taken as class-agnostic proposals.
 
-Layer 0 are the learnable queries before the decoder, the last one is the model's prediction
-(Figure 3 of the paper shows AR@100 of layers 0, 3, 6 and 9).
+Layer 0 predicts from the learnable queries before the decoder, the last layer makes the model's
+prediction. Figure 3 of the paper shows AR@100 of layers 0, 3, 6 and 9.
 """
 
 import contextlib
@@ -28,19 +28,19 @@ _SIZES = {"all": "", "small": "s", "medium": "m", "large": "l"}
 
 
 def layer_proposals(outputs: dict[str, Any], layer: int) -> dict[str, Tensor]:
-    """One layer's predictions with two classes: object and no object.
+    """Reduce the predictions of one layer to two classes: object and no object.
 
     Args:
-        outputs: of a head: ``pred_logits`` (B, Q, K+1), ``pred_masks`` (B, Q, H, W) and, for the
-            layers before the last, ``aux_outputs``.
+        outputs: head outputs: ``pred_logits`` (B, Q, K+1), ``pred_masks`` (B, Q, H, W) and
+            ``aux_outputs`` of the layers before the last.
         layer: from 0.
 
     Returns:
-        ``pred_logits`` (B, Q, 2), whose first probability is that of any of the K classes, and
+        ``pred_logits`` (B, Q, 2), where object has the total probability of the K classes, and
         ``pred_masks``.
 
     Raises:
-        ValueError: there is no such layer.
+        ValueError: the layer does not exist.
     """
     layers = [*outputs.get("aux_outputs", []), outputs]
     if not 0 <= layer < len(layers):
@@ -54,22 +54,23 @@ def layer_proposals(outputs: dict[str, Any], layer: int) -> dict[str, Tensor]:
 
 
 class LayerProposals(nn.Module):
-    """Predicts a layer's proposals: instances of class 0, one for each query."""
+    """Predicts the proposals of a layer: instances of class 0, one per query."""
 
     def __init__(self, model: nn.Module, layer: int) -> None:
         """
         Args:
-            model: a `MaskFormer` that predicts instances only (INSTANCE_ON and neither PANOPTIC_ON
-                nor SEMANTIC_ON), as many as proposals are wanted.
-            layer: of the decoder, from 0.
+            model: a `MaskFormer` with only INSTANCE_ON. TEST.DETECTIONS_PER_IMAGE is the number of
+                proposals.
+            layer: decoder layer, from 0.
         """
         super().__init__()
         self.model = model
         self.layer = layer
 
     def forward(self, batched_inputs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-        # The model does the rest as ever: it takes its head's word for what is predicted.
-        hook = self.model.sem_seg_head.register_forward_hook(
+        # The model post-processes the outputs of its head, so replace those.
+        head: nn.Module = self.model.get_submodule("sem_seg_head")
+        hook = head.register_forward_hook(
             lambda head, args, outputs: layer_proposals(outputs, self.layer)
         )
         try:
@@ -81,7 +82,7 @@ class LayerProposals(nn.Module):
 class ProposalEvaluator(DatasetEvaluator):
     """Class-agnostic average recall of masks by the official COCO rules.
 
-    Objects of all classes count as one class; recall is averaged over IoU from 0.5 to 0.95.
+    All classes are pooled into one; recall is averaged over IoU from 0.5 to 0.95.
     """
 
     def __init__(
@@ -89,9 +90,9 @@ class ProposalEvaluator(DatasetEvaluator):
     ) -> None:
         """
         Args:
-            dataset_name: registered name; its metadata names the COCO `json_file`.
-            num_proposals: how many of an image to take, by falling score.
-            use_fast_impl: False leaves it to pycocotools, which gives the same digits.
+            dataset_name: registered name; its metadata has the COCO `json_file`.
+            num_proposals: number of top-scoring proposals per image.
+            use_fast_impl: False uses pycocotools, which gives the same digits.
 
         Raises:
             ValueError: the data set has no COCO annotation file.
@@ -103,7 +104,7 @@ class ProposalEvaluator(DatasetEvaluator):
                 "json_file."
             )
         with contextlib.redirect_stdout(io.StringIO()):
-            self._truth = COCO(PathManager.get_local_path(json_file))
+            self._gt = COCO(PathManager.get_local_path(json_file))
         self._num_proposals = num_proposals
         self._use_fast_impl = use_fast_impl
         self._logger = logging.getLogger(__name__)
@@ -115,17 +116,17 @@ class ProposalEvaluator(DatasetEvaluator):
         """
         Args:
             inputs: with `image_id`.
-            outputs: with `instances`, whose classes do not matter.
+            outputs: with `instances`; their classes are ignored.
         """
-        # The official code pools classes that it knows.
-        category = self._truth.getCatIds()[0]
-        for of_image, output in zip(inputs, outputs, strict=True):
+        # The official code pools only known classes, so use one.
+        category = self._gt.getCatIds()[0]
+        for image, output in zip(inputs, outputs, strict=True):
             instances = output["instances"]
             encoded = encode_masks(instances.pred_masks)
             for score, mask in zip(instances.scores.tolist(), encoded, strict=True):
                 self._predictions.append(
                     {
-                        "image_id": of_image["image_id"],
+                        "image_id": image["image_id"],
                         "category_id": category,
                         "score": score,
                         "segmentation": mask,
@@ -133,9 +134,9 @@ class ProposalEvaluator(DatasetEvaluator):
                 )
 
     def evaluate(self) -> OrderedDict | None:
-        """Returns {"proposals": {"AR@100", "ARs@100", "ARm@100", "ARl@100"}} on the main worker.
+        """Return {"proposals": {"AR@100", "ARs@100", "ARm@100", "ARl@100"}} on the main worker.
 
-        In percent, NaN where there is no object.
+        Values are in percent, NaN for sizes without any object.
         """
         comm.synchronize()
         gathered = comm.gather(self._predictions)
@@ -153,7 +154,7 @@ class ProposalEvaluator(DatasetEvaluator):
     def _recalls(self, predictions: list[dict]) -> dict[str, float]:
         with contextlib.redirect_stdout(io.StringIO()):
             evaluation = evaluate_masks(
-                self._truth,
+                self._gt,
                 predictions,
                 max_dets=[self._num_proposals],
                 use_cats=False,
@@ -161,7 +162,7 @@ class ProposalEvaluator(DatasetEvaluator):
             )
         recall = evaluation.eval["recall"][:, 0, :, 0]  # (IoU thresholds, sizes)
         values = {}
-        for size, of_size in zip(evaluation.params.areaRngLbl, recall.T, strict=True):
-            known = of_size[of_size > -1]
+        for size, recalls in zip(evaluation.params.areaRngLbl, recall.T, strict=True):
+            known = recalls[recalls > -1]
             values[size] = 100 * float(np.mean(known)) if len(known) else float("nan")
         return values

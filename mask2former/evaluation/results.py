@@ -1,4 +1,4 @@
-"""Evaluation results as files: JSON for programs, a Markdown table for people."""
+"""Writes evaluation results to files: JSON for programs, a Markdown table for people."""
 
 import json
 import math
@@ -11,19 +11,19 @@ from tabulate import tabulate
 
 from ..utils.files import atomic_write
 
-# Metrics of one class, such as "AP-cat"; the metric itself has a hyphen in one case.
-_OF_CLASS = re.compile(r"(min\(IoU, B-Iou\)|[^-]+)-(.+)")
+# Per-class metrics such as "AP-cat". One metric has a hyphen in its own name.
+_CLASS_METRIC = re.compile(r"(min\(IoU, B-Iou\)|[^-]+)-(.+)")
 
 Results = Mapping[str, Mapping[str, Mapping[str, float]]]
 
 
 def write_results(output_dir: str, results: Results, name: str = "evaluation") -> None:
-    """Write `evaluation.json` and `evaluation.md` to a folder, each complete or not at all.
+    """Write `evaluation.json` and `evaluation.md` to a folder, each atomically.
 
     Args:
-        output_dir: made if it does not exist.
-        results: {data set: {task: {metric: value}}}; values that are not finite become null.
-        name: of the files, without extension.
+        output_dir: created if missing.
+        results: {data set: {task: {metric: value}}}; non-finite values become null.
+        name: file name without extension.
     """
     os.makedirs(output_dir, exist_ok=True)
     with atomic_write(os.path.join(output_dir, f"{name}.json")) as file:
@@ -33,25 +33,26 @@ def write_results(output_dir: str, results: Results, name: str = "evaluation") -
 
 
 def results_table(results: Results) -> str:
-    """One Markdown table of all metrics, then for each data set one of its classes, if known."""
-    rows, classes = [], {}
+    """Return a Markdown table of all metrics and one of per-class metrics for each data set."""
+    rows: list[list[str]] = []
+    classes: dict[str, dict[str, dict[str, float]]] = {}
     for dataset, tasks in results.items():
         for task, metrics in tasks.items():
             for metric, value in metrics.items():
-                of_class = _OF_CLASS.fullmatch(metric)
-                if of_class is None:
+                class_metric = _CLASS_METRIC.fullmatch(metric)
+                if class_metric is None:
                     rows.append([_cell(dataset), _cell(task), _cell(metric), _number(value)])
                 else:
-                    scores = classes.setdefault(dataset, {}).setdefault(of_class[2], {})
-                    scores[f"{task}/{of_class[1]}"] = value
+                    scores = classes.setdefault(dataset, {}).setdefault(class_metric[2], {})
+                    scores[f"{task}/{class_metric[1]}"] = value
     parts = [_markdown(rows, ["data set", "task", "metric", "value"])]
-    for dataset, of_classes in classes.items():
-        metrics = list(dict.fromkeys(m for scores in of_classes.values() for m in scores))
+    for dataset, class_scores in classes.items():
+        names = list(dict.fromkeys(m for scores in class_scores.values() for m in scores))
         rows = [
-            [_cell(name), *(_number(scores[m]) if m in scores else "" for m in metrics)]
-            for name, scores in of_classes.items()
+            [_cell(label), *(_number(scores[m]) if m in scores else "" for m in names)]
+            for label, scores in class_scores.items()
         ]
-        parts += [f"Classes of {dataset}:", _markdown(rows, ["class", *metrics])]
+        parts += [f"Classes of {dataset}:", _markdown(rows, ["class", *names])]
     return "\n\n".join(parts) + "\n"
 
 

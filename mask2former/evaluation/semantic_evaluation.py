@@ -3,6 +3,7 @@
 K classes, H W pixels of an image.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import cv2
@@ -21,8 +22,9 @@ _IGNORE = 255
 
 
 def build_semantic_evaluator(dataset_name: str, output_folder: str | None) -> SemSegEvaluator:
-    """Mean IoU on a data set whose records have `sem_seg_file_name` or panoptic annotations."""
+    """Build the mIoU evaluator of a data set with `sem_seg_file_name` or panoptic annotations."""
     records = DatasetCatalog.get(dataset_name)
+    loading_fn: Callable[..., np.ndarray]
     if all("sem_seg_file_name" in record for record in records):
         loading_fn = LabelReader(MetadataCatalog.get(dataset_name))
     else:
@@ -34,7 +36,7 @@ def build_semantic_evaluator(dataset_name: str, output_folder: str | None) -> Se
 
 
 class SemanticEvaluator(SemSegEvaluator):
-    """Detectron2's evaluator with the same results, faster on what a CPU has to do per image."""
+    """Detectron2's evaluator with faster per-image CPU work and the same results."""
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """
@@ -42,30 +44,30 @@ class SemanticEvaluator(SemSegEvaluator):
             inputs: with `file_name`.
             outputs: with `sem_seg`, scores (K, H, W).
         """
-        for of_image, output in zip(inputs, outputs, strict=True):
+        for image, output in zip(inputs, outputs, strict=True):
             labels = best_labels(output["sem_seg"]).astype(int)
-            truth_file = self.input_file_to_gt_file[of_image["file_name"]]
-            truth = self.sem_seg_loading_fn(truth_file, dtype=int)
-            truth[truth == self._ignore_label] = self._num_classes
-            self._conf_matrix += self._confusion(labels, truth)
+            gt_file = self.input_file_to_gt_file[image["file_name"]]
+            gt = self.sem_seg_loading_fn(gt_file, dtype=int)
+            gt[gt == self._ignore_label] = self._num_classes
+            self._conf_matrix += self._confusion(labels, gt)
             if self._compute_boundary_iou:
-                # Of 8 bits also in their sums: Detectron2's figures, which wrap, are kept.
-                boundaries = [self._mask_to_boundary(x.astype(np.uint8)) for x in (labels, truth)]
+                # 8-bit sums that wrap around, for the same values as Detectron2.
+                boundaries = [self._mask_to_boundary(x.astype(np.uint8)) for x in (labels, gt)]
                 self._b_conf_matrix += self._confusion(*boundaries)
-            self._predictions.extend(self.encode_json_sem_seg(labels, of_image["file_name"]))
+            self._predictions.extend(self.encode_json_sem_seg(labels, image["file_name"]))
 
-    def _confusion(self, labels: np.ndarray, truth: np.ndarray) -> np.ndarray:
-        pairs = (self._num_classes + 1) * labels.ravel() + truth.ravel()
+    def _confusion(self, labels: np.ndarray, gt: np.ndarray) -> np.ndarray:
+        pairs = (self._num_classes + 1) * labels.ravel() + gt.ravel()
         counts = np.bincount(pairs, minlength=self._conf_matrix.size)
         return counts.reshape(self._conf_matrix.shape)
 
     def encode_json_sem_seg(
         self, sem_seg: np.ndarray, input_file_name: str
     ) -> list[dict[str, Any]]:
-        """The classes of a label map (H, W) as masks, in the COCO stuff format.
+        """Encode a label map (H, W) as one mask per class, in the COCO stuff format.
 
         Raises:
-            ValueError: the metadata has no such class.
+            ValueError: a class is not in the metadata.
         """
         columns = cv2.transpose(sem_seg.astype(np.int32))
         dataset_ids = self._contiguous_id_to_dataset_id
@@ -73,8 +75,7 @@ class SemanticEvaluator(SemSegEvaluator):
         for label in np.flatnonzero(np.bincount(sem_seg.ravel())).tolist():
             if dataset_ids is not None and label not in dataset_ids:
                 raise ValueError(
-                    f"Class {label} was predicted, which is not in the metadata of "
-                    f"{self._dataset_name}."
+                    f"Predicted class {label} is not in the metadata of {self._dataset_name}."
                 )
             results.append(
                 {
@@ -87,30 +88,30 @@ class SemanticEvaluator(SemSegEvaluator):
 
 
 def best_labels(scores: Tensor) -> np.ndarray:
-    """The class (H, W) of the highest score, the first of several; as `argmax` over the classes.
+    """Return the class (H, W) of the highest score, the first in case of ties, like `argmax`.
 
     Args:
         scores: (K, H, W).
     """
     if scores.device.type != "cpu" or scores.dtype != torch.float32:
         return scores.argmax(dim=0).cpu().numpy()
-    # Class by class in rows of memory, in place of down all the classes at each pixel.
-    scores = scores.numpy()
-    highest = scores[0].copy()
-    labels = np.zeros(highest.shape, dtype=np.min_scalar_type(len(scores) - 1))
+    # Go class by class through contiguous memory, which is faster than pixel by pixel.
+    score_maps = scores.numpy()
+    highest = score_maps[0].copy()
+    labels = np.zeros(highest.shape, dtype=np.min_scalar_type(len(score_maps) - 1))
     is_higher = np.empty(highest.shape, dtype=bool)
-    for label, of_class in enumerate(scores[1:], start=1):
-        np.greater(of_class, highest, out=is_higher)
-        np.maximum(of_class, highest, out=highest)
+    for label, score_map in enumerate(score_maps[1:], start=1):
+        np.greater(score_map, highest, out=is_higher)
+        np.maximum(score_map, highest, out=highest)
         np.putmask(labels, is_higher, label)
     if np.isnan(highest).any():
-        # No number is higher than NaN, which counts as the highest.
-        return torch.from_numpy(scores).argmax(dim=0).numpy()
+        # `argmax` treats NaN as the highest score, which `greater` does not.
+        return scores.argmax(dim=0).numpy()
     return labels
 
 
 def load_label_map(file_name: str, dtype: np.dtype | type | None = None) -> np.ndarray:
-    """Read a label image (H, W), one class id a pixel."""
+    """Read a label image (H, W) with one class id per pixel."""
     with PathManager.open(file_name, "rb") as file:
         return np.array(Image.open(file), dtype=dtype)
 
@@ -121,39 +122,39 @@ class LabelReader:
     def __init__(self, metadata: Metadata) -> None:
         """
         Args:
-            metadata: of the data set: `stuff_classes` and `ignore_label` are read.
+            metadata: of the data set, with `stuff_classes` and `ignore_label`.
         """
         self._num_classes = len(metadata.stuff_classes)
         self._ignore_label = metadata.ignore_label
 
     def __call__(self, file_name: str, dtype: np.dtype | type = int) -> np.ndarray:
-        """The label map (H, W) of a file.
+        """Read the label map (H, W) of a file.
 
         Raises:
-            ValueError: it is no label image, or has labels that are no class.
+            ValueError: the file is not a label image, or has labels outside the class range.
         """
         labels = load_label_map(file_name, dtype)
         if labels.ndim != 2:
             raise ValueError(
                 f"{file_name} has shape {labels.shape}: a label image has one channel."
             )
-        strange = (labels < 0) | (labels >= self._num_classes)
-        strange &= labels != self._ignore_label
-        if strange.any():
+        invalid = (labels < 0) | (labels >= self._num_classes)
+        invalid &= labels != self._ignore_label
+        if invalid.any():
             raise ValueError(
-                f"{file_name} has labels {np.unique(labels[strange])[:5].tolist()}, but the "
-                f"classes are 0 to {self._num_classes - 1}, and {self._ignore_label} is ignored."
+                f"{file_name} has labels {np.unique(labels[invalid])[:5].tolist()}; valid are "
+                f"0 to {self._num_classes - 1} and the ignore label {self._ignore_label}."
             )
         return labels
 
 
 class PanopticToSemantic:
-    """Reads semantic truth out of panoptic PNGs: each segment's class, 255 where there is none."""
+    """Reads semantic labels from panoptic PNGs: the class of each segment, 255 for void."""
 
     def __init__(self, records: list[dict]) -> None:
         """
         Args:
-            records: with `pan_seg_file_name` and `segments_info` in contiguous class ids.
+            records: with `pan_seg_file_name` and `segments_info` with contiguous class ids.
         """
         self._classes = {
             record["pan_seg_file_name"]: {
@@ -163,7 +164,7 @@ class PanopticToSemantic:
         }
 
     def __call__(self, file_name: str, dtype: np.dtype | type = int) -> np.ndarray:
-        """The label map (H, W) of a panoptic PNG."""
+        """Read the label map (H, W) of a panoptic PNG."""
         segment_ids = rgb2id(load_label_map(file_name))
         semantic = np.full(segment_ids.shape, _IGNORE, dtype=dtype)
         for segment_id, class_id in self._classes[file_name].items():
@@ -172,10 +173,10 @@ class PanopticToSemantic:
 
 
 def _register_semantic_view(dataset_name: str, records: list[dict]) -> str:
-    """Register the panoptic data set under a second name, as the semantic evaluator wants it.
+    """Register a panoptic data set under a second name, in the form of a semantic data set.
 
     Raises:
-        ValueError: thing and stuff classes overlap, or `stuff_classes` does not name all classes.
+        ValueError: thing and stuff ids overlap, or `stuff_classes` does not name all classes.
     """
     view = f"{dataset_name}/semantic_from_panoptic"
     if view in DatasetCatalog.list():
@@ -188,7 +189,7 @@ def _register_semantic_view(dataset_name: str, records: list[dict]) -> str:
     num_classes = len(metadata.stuff_classes)
     if sorted(to_contiguous.values()) != list(range(num_classes)):
         raise ValueError(
-            f"Semantic segmentation cannot be evaluated on {dataset_name}: it has no "
+            f"Semantic segmentation cannot be evaluated on {dataset_name}: its records have no "
             "sem_seg_file_name, and its panoptic classes do not match its metadata: stuff_classes "
             f"has {num_classes} names, the contiguous ids are {sorted(to_contiguous.values())}."
         )

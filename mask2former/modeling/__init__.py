@@ -1,4 +1,4 @@
-"""The parts of the model, in the order in which data flows through them.
+"""The plain model: its parts in the order in which data flows through them.
 
 B batch, Q queries, K classes, C channels, H W padded image size:
 
@@ -6,27 +6,38 @@ B batch, Q queries, K classes, C channels, H W padded image size:
       → backbone/                 res2 … res5, strides 4, 8, 16, 32
       → pixel_decoder/            per-pixel embedding (B, C, H/4, W/4) and three scales
                                   (B, C, H/32, W/32), (B, C, H/16, W/16), (B, C, H/8, W/8)
-      → transformer_decoder/      class logits (B, Q, K+1) and mask logits (B, Q, H/4, W/4), the
-                                  latter as factors (mask_predictions.py), after every layer
+      → transformer_decoder/      class logits (B, Q, K+1) and mask logits (B, Q, H/4, W/4), from
+                                  the queries and after every layer
       → matcher.py, criterion.py  training: losses on sampled points (mask_losses.py)
       → postprocessing.py         inference: semantic, panoptic, instances
 
-meta_arch/mask_former_head.py joins pixel and transformer decoder; ../maskformer_model.py is the
-whole. Importing this package registers everything with Detectron2.
+layers/ holds what several parts share. meta_arch/mask_former_head.py joins pixel and transformer
+decoder; ../maskformer_model.py is the whole. Importing this package registers everything with
+Detectron2. The code here reads as the paper's steps; where a faster way exists, a twin in ../fast/
+runs instead, with the same numbers.
 
 Under autocast, in float16 or bfloat16, these stay in float32: the residual streams of both
-transformers and their layer norms; where deformable attention looks and how much it weighs, and its
-sums; class probabilities and all matching costs; features, masks and targets once they are read at
-points; the losses. Convolutions, linear layers, attention and the products that give masks are in
-half precision.
+transformers and their layer norms; locations, weights and sums of deformable attention; class
+probabilities and all matching costs; features, masks and targets once they are sampled at points;
+the losses. Convolutions, linear layers, attention and the products that predict masks are in half
+precision.
 """
 
 from . import backbone, meta_arch, pixel_decoder, transformer_decoder
+from .backbone import D2SwinTransformer
 from .criterion import SetCriterion
 from .matcher import HungarianMatcher
+from .meta_arch import MaskFormerHead, PerPixelBaselineHead, PerPixelBaselinePlusHead
+from .pixel_decoder import BasePixelDecoder, MSDeformAttnPixelDecoder
 
 __all__ = [
+    "BasePixelDecoder",
+    "D2SwinTransformer",
     "HungarianMatcher",
+    "MSDeformAttnPixelDecoder",
+    "MaskFormerHead",
+    "PerPixelBaselineHead",
+    "PerPixelBaselinePlusHead",
     "SetCriterion",
     "backbone",
     "meta_arch",

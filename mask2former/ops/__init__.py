@@ -1,6 +1,6 @@
-"""Operators with their own kernels: multi-scale deformable attention.
+"""Operators with compiled kernels: multi-scale deformable attention.
 
-``python -m mask2former.ops`` prints what was built and tries it out.
+``python -m mask2former.ops`` prints what was built and runs a self-test.
 """
 
 from .ms_deform_attn import MSDeformAttn, backend, ms_deform_attn, ms_deform_attn_fused

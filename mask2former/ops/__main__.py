@@ -1,6 +1,6 @@
-"""``python -m mask2former.ops``: which backends exist, what they were built for, and a self-test.
+"""``python -m mask2former.ops``: the available backends, what they were built for, and a self-test.
 
-Ends with status 1 where a compiled kernel does not agree with the PyTorch formulation.
+Exits with status 1 if a compiled kernel disagrees with the PyTorch formulation.
 """
 
 import sys
@@ -12,14 +12,15 @@ from ._kernels import COMPILED_DEVICES
 from .ms_deform_attn import _pytorch_formulation, ms_deform_attn
 
 _SHAPES = [(5, 7), (3, 4), (1, 1)]
-# Half precision values: one rounding of the output, and of the gradient of the values.
+# For half precision values, the output and the gradient of the values are rounded once.
 _TOLERANCES = {torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 2e-3}
 
 
 def self_test(device: str, dtype: torch.dtype) -> float:
-    """The largest difference between the compiled op and its formulation in float64.
+    """The largest difference between the compiled op and the PyTorch formulation in float64.
 
-    Outputs and gradients of about unit size, on random inputs with locations inside and outside.
+    Compares outputs and gradients, scaled to about unit size, for random locations inside and
+    outside the levels.
     """
     generator = torch.Generator().manual_seed(0)
     size = (2, 9, 8, len(_SHAPES), 4)
@@ -35,7 +36,7 @@ def self_test(device: str, dtype: torch.dtype) -> float:
         ]
         out = function(inputs[0], _SHAPES, inputs[1], inputs[2])
         gradients = torch.autograd.grad(out, inputs, grad.to(out.dtype))
-        # A location's gradient grows with the size of its level.
+        # Gradients of locations grow with the size of the level.
         results.append([out, gradients[0], gradients[1] / 7, gradients[2] / 32**0.5])
     return max((a.double() - b).abs().max().item() for a, b in zip(*results, strict=True))
 

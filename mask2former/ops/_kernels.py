@@ -1,6 +1,7 @@
-"""The compiled operators ``torch.ops.mask2former.*``: fake tensors, gradients, and where they run.
+"""The compiled operators ``torch.ops.mask2former.*``: devices, fake tensors and gradients.
 
-Schemas and kernels are in ``csrc/``. Everything here is registered once, when the library is there.
+Schemas and kernels are in ``csrc/``. Importing this module registers the rest, if the library was
+built.
 """
 
 import logging
@@ -13,7 +14,7 @@ from . import _library
 logger = logging.getLogger(__name__)
 
 _OPERATORS = ("ms_deform_attn", "ms_deform_attn_fused")
-# Device types with compiled kernels: "cpu", "cuda", both or none.
+# Device types that have compiled kernels.
 COMPILED_DEVICES = frozenset(
     device
     for device, is_built in {
@@ -22,32 +23,32 @@ COMPILED_DEVICES = frozenset(
     }.items()
     if is_built
 )
-_told: set[str] = set()
+_warned: set[str] = set()
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether the compiled operators run on this device; says once on a CPU or GPU if not."""
+    """Whether the compiled operators run on this device. If not, warns once per CPU and GPU."""
     if device.type in COMPILED_DEVICES:
         return True
     if device.type in ("cpu", "cuda") and not torch.compiler.is_compiling():
-        _tell_once(device.type)
+        _warn_once(device.type)
     return False
 
 
-def _tell_once(device_type: str) -> None:
-    if device_type in _told:
+def _warn_once(device_type: str) -> None:
+    if device_type in _warned:
         return
-    _told.add(device_type)
+    _warned.add(device_type)
     logger.warning(
-        "Multi-scale deformable attention runs its PyTorch formulation on %s, which is many times "
-        "slower: %s. `python -m mask2former.ops` tells more.",
+        "Multi-scale deformable attention runs its PyTorch formulation on %s, which is many "
+        "times slower: %s. `python -m mask2former.ops` prints details.",
         device_type,
         "its library was built without CUDA" if COMPILED_DEVICES else "its library was not built",
     )
 
 
 def _register() -> None:
-    """Give the operators of the loaded library fake kernels and gradients."""
+    """Register fake kernels and gradients for the operators of the loaded library."""
     for name in _OPERATORS:
         torch.library.register_fake(f"mask2former::{name}", _fake_forward)
         torch.library.register_fake(f"mask2former::{name}_backward", _fake_backward)
@@ -65,7 +66,7 @@ def _register() -> None:
 
 
 def _fake_forward(value: Tensor, spatial_shapes: list[int], *points: Tensor) -> Tensor:
-    # The locations or offsets: sampling locations, or reference points and sampling offsets.
+    # `points` is (locations, weights) or (reference points, offsets, logits).
     locations = points[-2]
     _, _, num_heads, dim = value.shape
     return value.new_empty((value.shape[0], locations.shape[1], num_heads * dim))

@@ -1,7 +1,7 @@
-"""The compiled library of the operators: where it is, what it was built for; loaded on import.
+"""The compiled library of the operators: its file, what it was built for; loaded on import.
 
-It is no Python module, only registers ``torch.ops.mask2former.*``, and fits every torch from 2.11
-on and every Python (``setup.py`` tells how), so there is one file for all of them.
+The library is no Python module: it only registers ``torch.ops.mask2former.*``. One file works with
+every torch from 2.11 on and every Python version, see ``setup.py``.
 """
 
 import ctypes
@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 
 _FILE = Path(__file__).resolve().parents[1] / "_C.abi3.so"
-# None where the library was not built: no compiler, or an install that left it out.
+# None if the library was not built: no compiler, or an installation without it.
 LIBRARY_PATH: Path | None = _FILE.resolve() if _FILE.exists() else None
-# The oldest torch that it runs on, as in setup.py.
+# The oldest torch that the library runs on, as in setup.py.
 MIN_TORCH = "2.11"
-REMEDY = "to build it, reinstall mask2former where there is a C++ compiler: pip install -e ."
+REMEDY = "to build it, reinstall mask2former on a machine with a C++ compiler: pip install -e ."
 
 
 def is_loaded() -> bool:
@@ -23,18 +23,18 @@ def is_loaded() -> bool:
 
 
 def load() -> None:
-    """Loads the library, if there is one and it has not been loaded.
+    """Load the library if it was built and is not loaded yet.
 
     Raises:
-        ImportError: the file cannot be loaded, or another copy has registered its operators.
+        ImportError: the file cannot be loaded, or another copy has registered the operators.
     """
     if LIBRARY_PATH is None or is_loaded():
         return
-    # A second registration would end the process without a word.
+    # A second registration would abort the process without a message.
     if hasattr(torch.ops.mask2former, "ms_deform_attn"):
         others = [path for path in torch.ops.loaded_libraries if Path(path).name == _FILE.name]
         raise ImportError(
-            f"cannot load {LIBRARY_PATH}: another copy of mask2former has registered its operators "
+            f"cannot load {LIBRARY_PATH}: another copy of mask2former has registered the operators "
             f"in this process ({', '.join(sorted(others)) or 'not loaded through torch.ops'}); "
             "use one copy only"
         )
@@ -49,7 +49,7 @@ def load() -> None:
 
 @functools.cache
 def _call(function_name: str) -> str:
-    """Calls a function of the library that takes nothing and returns a text."""
+    """Call a function of the library without arguments that returns a string."""
     assert LIBRARY_PATH is not None, "not built"
     function = getattr(ctypes.CDLL(str(LIBRARY_PATH)), function_name)
     function.restype = ctypes.c_char_p
@@ -57,17 +57,17 @@ def _call(function_name: str) -> str:
 
 
 def cuda_architectures() -> str:
-    """Compute capabilities with CUDA kernels, such as "8.0 9.0+PTX"; "" where there are none."""
+    """Compute capabilities with CUDA kernels, such as "8.0 9.0+PTX"; "" without CUDA kernels."""
     return _call("mask2former_cuda_architectures") if is_loaded() else ""
 
 
 def cpu_instructions() -> str:
-    """The instruction set that the CPU kernels use on this machine; "" where there are none."""
+    """The instruction set that the CPU kernels use on this machine; "" if not built."""
     return _call("mask2former_cpu_instructions") if is_loaded() else ""
 
 
 def describe() -> str:
-    """One line: which kernels there are, and in which file."""
+    """One line with the available kernels and their file."""
     if LIBRARY_PATH is None:
         return "compiled operators: none were built, the PyTorch formulation runs"
     architectures = cuda_architectures()

@@ -1,20 +1,19 @@
-"""Multi-scale deformable attention (Deformable DETR, equation 3) as a function and as a module.
+"""Multi-scale deformable attention (Deformable DETR, equation 3) as functions and as a module.
 
-Every query looks at a few points around its reference point, on every level, in every head. Values
-are sampled as grid_sample does with bilinear interpolation, zeros outside and
-``align_corners=False``. A location that is not finite counts as outside.
+In every head and on every level, each query samples a few points around its reference point.
+Sampling is that of grid_sample: bilinear, zeros outside, ``align_corners=False``. A location that
+is not finite counts as outside.
 
-Two levels: `ms_deform_attn` takes sampling locations and normalised weights, the classic
-signature; `ms_deform_attn_fused` takes what the projections give and does the rest in one pass.
-Both run the compiled kernels where the device has them, see `backend`, and otherwise, and while a
-model is exported, their formulation in PyTorch. Any of float32, float16, bfloat16 and float64 will
-do for the values; locations, weights and sums are float32 then (float64 for float64).
+`ms_deform_attn` takes sampling locations and normalised weights, the original signature.
+`ms_deform_attn_fused` takes the outputs of the projections and does the rest in one pass over
+memory. Both run the compiled kernels if the device has them (see `backend`), else, and while a
+model is exported, the same computation in PyTorch. Values may be float32, float16, bfloat16 or
+float64; locations, weights and sums are float32 (float64 for float64 values).
 
-Shape letters: B batch, S values of all levels together, Q queries, M heads, D channels of a head,
-L levels, P points per level and head.
+Shape letters: B batch, S values of all levels, Q queries, M heads, D channels per head, L levels,
+P points per level and head.
 """
 
-import functools
 import math
 from collections.abc import Sequence
 
@@ -22,55 +21,58 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..utils.shape_cache import cached_by_shape
 from ._kernels import has_kernel
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
 
-# Of the kernels, see csrc/ms_deform_attn.h.
+# The limit of the kernels, see csrc/ms_deform_attn.h.
 _MAX_LEVELS = 16
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
 def backend(device: torch.device | str) -> str:
-    """What runs the op on a device: "compiled" or "pytorch"."""
+    """The implementation that runs on a device: "compiled" or "pytorch"."""
     return "compiled" if has_kernel(torch.device(device)) else "pytorch"
 
 
 def _host_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
-    """Level sizes as host integers; a tensor on a GPU costs a synchronisation.
+    """Level sizes as host integers. A tensor on a GPU costs a host sync, one on the CPU does not.
 
     Raises:
         ValueError: a size is negative, or there are more levels than the kernels support.
     """
     if isinstance(spatial_shapes, Tensor):
         spatial_shapes = spatial_shapes.tolist()
-    shapes = [(int(height), int(width)) for height, width in spatial_shapes]
+    # The exporter's symbolic sizes stay symbolic: int() would make them constants.
+    shapes = [
+        tuple(size if isinstance(size, torch.SymInt) else int(size) for size in shape)
+        for shape in spatial_shapes
+    ]
     if len(shapes) > _MAX_LEVELS:
         raise ValueError(f"at most {_MAX_LEVELS} levels are supported, got {len(shapes)}")
     if any(height < 0 or width < 0 or height * width >= 2**31 for height, width in shapes):
-        raise ValueError(f"spatial shapes must be in 0 ... 2**31 - 1 positions, got {shapes}")
+        raise ValueError(f"spatial shapes must have 0 ... 2**31 - 1 positions, got {shapes}")
     return shapes
 
 
-@functools.lru_cache(maxsize=32)
+@cached_by_shape(maxsize=32)
 def _widths_and_heights(
     shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
-    """Width and height of every level, (L, 2). Kept, as a GPU would wait for each copy."""
-    # A tensor made in inference mode could not be used for training afterwards.
-    with torch.inference_mode(False), torch.no_grad():
-        return torch.tensor(shapes, dtype=dtype).flip(-1).to(device)
+    """Width and height of every level, (L, 2)."""
+    return torch.tensor(shapes, dtype=dtype).flip(-1).to(device)
 
 
 def _accumulate_dtype(value: Tensor) -> torch.dtype:
-    """The dtype of everything but the values."""
+    """The dtype of everything except the values."""
     return torch.float64 if value.dtype == torch.float64 else torch.float32
 
 
 def _check(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> None:
-    """Raise ValueError where the arguments do not fit together."""
+    """Raise ValueError unless the arguments of `ms_deform_attn` fit together."""
     _check_value(value, shapes)
     if locations.dim() != 6 or locations.shape[-1] != 2:
         raise ValueError(
@@ -85,7 +87,7 @@ def _check(
         )
     if tuple(weights.shape) != expected:
         raise ValueError(
-            f"attention weights are {tuple(weights.shape)}, but the locations ask for {expected}"
+            f"attention weights are {tuple(weights.shape)}, but the locations need {expected}"
         )
     _check_dtypes_and_devices(
         value, {"sampling locations": locations, "attention weights": weights}
@@ -93,7 +95,7 @@ def _check(
 
 
 def _check_value(value: Tensor, shapes: list[tuple[int, int]]) -> None:
-    """Raise ValueError where `value` is none, or does not fit the shapes."""
+    """Raise ValueError unless `value` is (B, S, M, D) and fits the shapes."""
     if value.dim() != 4:
         raise ValueError(f"value must be (B, S, M, D), got {tuple(value.shape)}")
     total = sum(height * width for height, width in shapes)
@@ -106,13 +108,13 @@ def _check_value(value: Tensor, shapes: list[tuple[int, int]]) -> None:
 
 
 def _check_dtypes_and_devices(value: Tensor, others: dict[str, Tensor]) -> None:
-    """Raise ValueError unless the others are where value is, and not more exact than the sums."""
+    """Raise ValueError for another device, or a dtype wider than that of the sums."""
     allowed = [dtype for dtype in _DTYPES if dtype != torch.float64 or value.dtype == dtype]
     for name, tensor in others.items():
         if tensor.device != value.device:
             raise ValueError(f"{name} are on {tensor.device}, but value is on {value.device}")
         if tensor.dtype not in allowed:
-            raise ValueError(f"{name} are {tensor.dtype}, which does not go with {value.dtype}")
+            raise ValueError(f"{name} are {tensor.dtype}, which does not fit {value.dtype} values")
 
 
 def _check_fused(
@@ -122,7 +124,7 @@ def _check_fused(
     offsets: Tensor,
     logits: Tensor,
 ) -> None:
-    """Raise ValueError where the arguments of `ms_deform_attn_fused` do not fit together."""
+    """Raise ValueError unless the arguments of `ms_deform_attn_fused` fit together."""
     _check_value(value, shapes)
     levels = len(shapes)
     if offsets.dim() != 6 or offsets.shape[3] != levels or offsets.shape[-1] != 2:
@@ -141,11 +143,13 @@ def _check_fused(
             "reference points must end in 2 (x, y) or 4 (x, y, width, height), got "
             f"{tuple(reference.shape)}"
         )
-    sizes = [(size, num_queries, levels) for size in (batch, 1)]
-    if reference.dim() != 4 or tuple(reference.shape[:3]) not in sizes:
+    sizes = (batch, num_queries, levels)
+    if reference.dim() != 4 or any(
+        size not in (1, full) for size, full in zip(reference.shape, sizes, strict=False)
+    ):
         raise ValueError(
             f"reference points are {tuple(reference.shape)}; with sampling offsets "
-            f"{tuple(offsets.shape)} they must begin with {sizes[0]} or {sizes[1]}"
+            f"{tuple(offsets.shape)} they must begin with {sizes}, each size possibly 1"
         )
     expected = (batch, num_queries, num_heads, levels * num_points)
     if tuple(logits.shape) != expected:
@@ -160,7 +164,7 @@ def _check_fused(
 
 
 def _use_kernel(device: torch.device) -> bool:
-    """Whether to call the compiled op: an exported model must run where it is not installed."""
+    """Whether to call the compiled op. An exported model must run where it is not installed."""
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
     return not exporting and has_kernel(device)
 
@@ -171,11 +175,11 @@ def ms_deform_attn(
     sampling_locations: Tensor,
     attention_weights: Tensor,
 ) -> Tensor:
-    """Sample and sum: the classic signature.
+    """Sample the values and sum them by weight: the original signature.
 
     Args:
-        value: (B, S, M, D), the levels one after the other, each row by row.
-        spatial_shapes: L pairs (height, width), as host integers or as a (L, 2) tensor.
+        value: (B, S, M, D), levels concatenated, each in row-major order.
+        spatial_shapes: L pairs (height, width), as host integers or as an (L, 2) tensor.
         sampling_locations: (B, Q, M, L, P, 2), x and y in [0, 1] over each level.
         attention_weights: (B, Q, M, L, P), summing to 1 over L and P.
 
@@ -206,15 +210,18 @@ def ms_deform_attn_fused(
     sampling_offsets: Tensor,
     attention_logits: Tensor,
 ) -> Tensor:
-    """Softmax of the weights, locations from offsets, sampling and sum.
+    """Softmax of the weights, locations from offsets, sampling and weighted sum.
+
+    This is one pass over memory for reference points without a gradient. Boxes, and points that
+    need a gradient, go through `ms_deform_attn`.
 
     Args:
         value: (B, S, M, D), as for `ms_deform_attn`.
         spatial_shapes: L pairs (height, width).
-        reference_points: (B or 1, Q, L, 2) x and y in [0, 1], or (B or 1, Q, L, 4) boxes as
-            x, y, width, height; offsets are then in units of P-ths of half a box. The one pass is
-            for points that need no gradient; boxes and others go through `ms_deform_attn`.
-        sampling_offsets: (B, Q, M, L, P, 2), in pixels of each level.
+        reference_points: (B, Q, L, 2) x and y in [0, 1], or (B, Q, L, 4) boxes as x, y, width,
+            height. B, Q and L may be 1: the size is then broadcast.
+        sampling_offsets: (B, Q, M, L, P, 2), in pixels of each level; with boxes in units of half
+            the box size divided by P.
         attention_logits: (B, Q, M, L·P).
 
     Returns:
@@ -226,7 +233,10 @@ def ms_deform_attn_fused(
     shapes = _host_shapes(spatial_shapes)
     _check_fused(value, shapes, reference_points, sampling_offsets, attention_logits)
     dtype = _accumulate_dtype(value)
-    reference_points = reference_points.to(dtype)
+    # The kernels broadcast the batch, but neither queries nor levels.
+    reference_points = reference_points.to(dtype).expand(
+        -1, sampling_offsets.shape[1], len(shapes), -1
+    )
     sampling_offsets, attention_logits = sampling_offsets.to(dtype), attention_logits.to(dtype)
     are_points = reference_points.shape[-1] == 2 and not reference_points.requires_grad
     if are_points and _use_kernel(value.device):
@@ -240,10 +250,7 @@ def ms_deform_attn_fused(
     num_points = sampling_offsets.shape[4]
     reference = reference_points[:, :, None, :, None, :]  # (B or 1, Q, 1, L, 1, 2 or 4)
     if reference_points.shape[-1] == 2:
-        # The cache must not keep the fake tensors that torch.export traces with.
-        compiling = torch.compiler.is_compiling()
-        compute = _widths_and_heights.__wrapped__ if compiling else _widths_and_heights
-        sizes = compute(tuple(shapes), dtype, value.device)
+        sizes = _widths_and_heights(tuple(shapes), dtype, value.device)
         locations = reference + sampling_offsets / sizes[:, None, :]
     else:
         half_box = reference[..., 2:] * 0.5
@@ -255,7 +262,7 @@ def ms_deform_attn_fused(
 def _pytorch_formulation(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """The op in terms of grid_sample, one call per level; arguments as `ms_deform_attn`."""
+    """`ms_deform_attn` with one grid_sample per level."""
     batch, _, num_heads, dim = value.shape
     _, num_queries, _, _, num_points, _ = locations.shape
     # -1 and 2 lie outside on levels of any size.
@@ -282,8 +289,23 @@ def _pytorch_formulation(
     return out.to(value.dtype).contiguous()
 
 
+def ms_deform_attn_core_pytorch(
+    value: Tensor,
+    value_spatial_shapes: SpatialShapes,
+    sampling_locations: Tensor,
+    attention_weights: Tensor,
+) -> Tensor:
+    """`ms_deform_attn` in plain PyTorch on every device, under its original name."""
+    shapes = _host_shapes(value_spatial_shapes)
+    _check(value, shapes, sampling_locations, attention_weights)
+    dtype = _accumulate_dtype(value)
+    return _pytorch_formulation(
+        value, shapes, sampling_locations.to(dtype), attention_weights.to(dtype)
+    )
+
+
 class MSDeformAttnFunction:
-    """The published call, ``MSDeformAttnFunction.apply(...)``, served by `ms_deform_attn`."""
+    """The original call, ``MSDeformAttnFunction.apply(...)``; runs `ms_deform_attn`."""
 
     @staticmethod
     def apply(
@@ -294,15 +316,15 @@ class MSDeformAttnFunction:
         attention_weights: Tensor,
         im2col_step: int,
     ) -> Tensor:
-        """As `ms_deform_attn`; ``value_level_start_index`` follows from the shapes and any batch
-        size works, so that it and ``im2col_step`` are not used.
+        """See `ms_deform_attn`. ``value_level_start_index`` and ``im2col_step`` are not used: the
+        starts follow from the shapes, and the kernels take a batch of any size at once.
         """
         del value_level_start_index, im2col_step
         return ms_deform_attn(value, value_spatial_shapes, sampling_locations, attention_weights)
 
 
 class MSDeformAttn(nn.Module):
-    """Deformable attention with its projections, under the published parameter names.
+    """Deformable attention with its projections, under the original parameter names.
 
     Args:
         d_model: channels C = M·D.
@@ -319,6 +341,8 @@ class MSDeformAttn(nn.Module):
         self.n_levels = n_levels
         self.n_heads = n_heads
         self.n_points = n_points
+        # For subclasses that call `MSDeformAttnFunction.apply` as the original did.
+        self.im2col_step = 128
         self.sampling_offsets = nn.Linear(d_model, n_heads * n_levels * n_points * 2)
         self.attention_weights = nn.Linear(d_model, n_heads * n_levels * n_points)
         self.value_proj = nn.Linear(d_model, d_model)
@@ -326,7 +350,7 @@ class MSDeformAttn(nn.Module):
         self._reset_parameters()
 
     def _reset_parameters(self) -> None:
-        """Start from points spread in M directions, the p-th of them p steps away."""
+        """Spread the points in M directions, the p-th point p steps away."""
         nn.init.zeros_(self.sampling_offsets.weight)
         angle = torch.arange(self.n_heads, dtype=torch.float32) * (2 * math.pi / self.n_heads)
         direction = torch.stack((angle.cos(), angle.sin()), -1)  # (M, 2)
@@ -355,12 +379,13 @@ class MSDeformAttn(nn.Module):
 
         Args:
             query: (B, Q, C).
-            reference_points: (B or 1, Q, L, 2) or (B or 1, Q, L, 4), see `ms_deform_attn_fused`.
-            input_flatten: (B, S, C), the levels one after the other, each row by row.
-            input_spatial_shapes: L pairs (height, width); host integers avoid a synchronisation.
-            input_level_start_index: published argument; the start of each level follows from the
-                shapes, so it is not used.
-            input_padding_mask: (B, S) bool, True at padding, whose values count as zero.
+            reference_points: (B, Q, L, 2) or (B, Q, L, 4), see `ms_deform_attn_fused`; any of
+                B, Q and L may be 1.
+            input_flatten: (B, S, C), levels concatenated, each in row-major order.
+            input_spatial_shapes: L pairs (height, width), as host integers or as an (L, 2) tensor.
+                A tensor on a GPU costs a host sync.
+            input_level_start_index: not used, the starts follow from the shapes.
+            input_padding_mask: (B, S) or (1, S) bool, True at padding, where values count as zero.
 
         Returns:
             (B, Q, C).
@@ -374,8 +399,8 @@ class MSDeformAttn(nn.Module):
         if input_padding_mask is not None:
             value = value.masked_fill(input_padding_mask[..., None], 0.0)
         value = value.unflatten(2, (self.n_heads, -1))  # (B, S, M, D)
-        # Where to look and how much is decided in full precision under autocast too: rounded to
-        # bfloat16, an offset of ten pixels is off by up to a thirtieth of a pixel.
+        # Compute offsets and weights in full precision under autocast too: rounding to bfloat16
+        # moves an offset of ten pixels by up to a thirtieth of a pixel.
         with torch.autocast(query.device.type, enabled=False):
             query = query.to(self.sampling_offsets.weight.dtype)
             offsets = self.sampling_offsets(query).unflatten(

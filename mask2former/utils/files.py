@@ -1,7 +1,7 @@
-"""Files: read from anywhere without executing code, written all or nothing.
+"""Files: safe reading of pickles from unknown sources, and atomic writing.
 
-Pickle runs whatever a file says. Here a `.pkl` file may hold tensors, NumPy arrays and plain
-containers only, and files of `torch.save` go through torch's weights-only loader.
+Unpickling can execute arbitrary code. Here a `.pkl` file may contain only tensors, NumPy arrays and
+plain containers, and files of `torch.save` are read by torch's weights-only loader.
 """
 
 import io
@@ -20,10 +20,10 @@ from detectron2.utils.file_io import PathManager
 
 @contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
-    """Open a local file for writing that appears under its name only once it is complete.
+    """Open a local file for writing; it appears under its name only when it is complete.
 
     Args:
-        path: the file; one that exists is replaced.
+        path: the file; an existing one is replaced.
         mode: "w" or "wb".
     """
     temporary = f"{path}.tmp"
@@ -40,16 +40,19 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
 
 
 def _storage_from_bytes(data: bytes) -> Any:
-    # What torch itself has under this name runs a full pickle inside the pickle.
+    # torch's own function of this name unpickles without restrictions.
     return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
 
 
 def _numpy_globals() -> dict[tuple[str, str], Any]:
-    """The functions that pickled arrays and scalars name, under NumPy 1's and 2's names."""
+    """What pickled arrays and scalars refer to, under the names of NumPy 1 and 2."""
     reconstruct = np.empty(0).__reduce__()[0]
     from_buffer = np.empty(0).__reduce_ex__(5)[0]
     scalar = np.float32(0).__reduce__()[0]
-    allowed = {("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype}
+    allowed: dict[tuple[str, str], Any] = {
+        ("numpy", "ndarray"): np.ndarray,
+        ("numpy", "dtype"): np.dtype,
+    }
     for core in ("numpy.core", "numpy._core"):
         allowed[f"{core}.multiarray", "_reconstruct"] = reconstruct
         allowed[f"{core}.multiarray", "scalar"] = scalar
@@ -60,7 +63,7 @@ def _numpy_globals() -> dict[tuple[str, str], Any]:
 def _allowed_globals() -> dict[tuple[str, str], Any]:
     allowed = {
         ("collections", "OrderedDict"): OrderedDict,
-        # How Python 3 writes bytes for Python 2.
+        # Python 3 pickles bytes this way for Python 2.
         ("_codecs", "encode"): _encode_latin1,
         ("torch", "Size"): torch.Size,
         ("torch", "device"): torch.device,
@@ -79,7 +82,7 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 
 class _RestrictedUnpickler(pickle.Unpickler):
-    """Reads tensors, arrays and plain containers; refuses every other class or function."""
+    """Reads tensors, arrays and plain containers; rejects every other class or function."""
 
     _ALLOWED = _allowed_globals()
 
@@ -91,14 +94,14 @@ class _RestrictedUnpickler(pickle.Unpickler):
 
 @contextmanager
 def explained_read_errors(path: str) -> Iterator[None]:
-    """Name the file in whatever goes wrong while it is decoded.
+    """Turn decoding errors into errors that name the file.
 
     Raises:
-        ValueError: the file holds more than data, or is damaged.
+        ValueError: the file contains more than data, or is damaged.
     """
     try:
         yield
-    # Damaged bytes can make a decoder fail in any way it knows.
+    # Damaged bytes can raise any exception in a decoder.
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
         if isinstance(error, pickle.UnpicklingError) and refused:
@@ -115,13 +118,13 @@ def explained_read_errors(path: str) -> Iterator[None]:
 
 
 def load_pickle(path: str) -> Any:
-    """Read a `.pkl` file (latin1 strings, as Detectron2's model zoo) without executing code."""
+    """Read a `.pkl` file (latin1 strings, as in Detectron2's model zoo) without executing code."""
     with PathManager.open(path, "rb") as file:
         return _RestrictedUnpickler(file, encoding="latin1").load()
 
 
 def load_torch(path: str) -> Any:
-    """Read a file of `torch.save` onto the CPU without executing code; may hold NumPy data."""
+    """Read a file of `torch.save` onto the CPU without executing code; NumPy data is allowed."""
     numpy_globals = [(value, ".".join(key)) for key, value in _numpy_globals().items()]
     dtypes = [type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"]
     with torch.serialization.safe_globals([*numpy_globals, *dtypes]):

@@ -1,8 +1,8 @@
-"""Random numbers that depend on where in a run they are drawn, not on what was drawn before.
+"""Seeds that depend on the position in a run, not on the random numbers drawn before.
 
-A run that was killed and resumed can only repeat an uninterrupted one if no random state has to
-survive. So every place that draws gets its own seed, computed from the run's seed and a key that
-names the place, such as (DATA, position of the sample) or (MODEL, iteration, rank).
+A resumed run repeats an uninterrupted one only if it needs no saved random state. So each use of
+random numbers is seeded from the run's seed and a key that identifies it, such as (DATA, position
+of the sample) or (MODEL, iteration, rank).
 """
 
 import random
@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 
-# First element of a key: what the random numbers are for.
+# First element of a key: the purpose of the random numbers.
 DATA, MODEL, SAMPLER = range(3)
 
 
@@ -27,7 +27,7 @@ def seed_all(seed: int, *key: int) -> None:
 
     Args:
         seed: the run's seed, at least 0.
-        key: names the place, each element at least 0.
+        key: identifies the use, each element at least 0.
     """
     python_seed, numpy_seed, torch_seed = _derive(seed, key)
     random.seed(python_seed)
@@ -37,17 +37,17 @@ def seed_all(seed: int, *key: int) -> None:
 
 @contextmanager
 def isolated_rng(seed: int, *key: int) -> Iterator[None]:
-    """Seed `random`, NumPy and torch (CPU) for the block, and put their states back afterwards.
+    """Seed `random`, NumPy and torch (CPU) for the block, and restore their states afterwards.
 
     Args:
         seed: the run's seed, at least 0.
-        key: names the place, each element at least 0.
+        key: identifies the use, each element at least 0.
     """
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     python_seed, numpy_seed, torch_seed = _derive(seed, key)
     random.seed(python_seed)
     np.random.seed(numpy_seed % 2**32)
-    # Not torch.manual_seed, which would also seed the accelerator, whose state is not put back.
+    # Not torch.manual_seed, which also seeds the accelerator, whose state is not restored.
     torch.default_generator.manual_seed(torch_seed)
     try:
         yield

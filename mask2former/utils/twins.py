@@ -42,6 +42,9 @@ class Twin:
     stands_for: tuple[str, ...] = ()
     parts: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     condition: Callable[[Any], str | None] | None = None
+    # The methods as they were when the twin was registered, by part; and the marked method.
+    originals: dict[str, dict[str, Any]] = field(init=False)
+    dispatcher: Any = field(init=False)
 
     def __post_init__(self) -> None:
         owned: dict[str, dict[str, Any]] = {path: {} for path in ("", *self.parts)}

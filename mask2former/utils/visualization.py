@@ -1,4 +1,4 @@
-"""Draws what a model predicted, and the annotation it is compared with, on images.
+"""Draws predictions and ground truth on images.
 
 Used by tools/demo.py and tools/quickstart.py. H, W: image size in pixels. Images are RGB, uint8.
 """
@@ -24,7 +24,7 @@ _OUTPUTS = {"panoptic": "panoptic_seg", "instance": "instances", "semantic": "se
 
 
 def enabled_tasks(cfg: CfgNode) -> list[str]:
-    """Returns the tasks whose outputs the config's inference computes, in the order of TASKS."""
+    """Returns the tasks that the config turns on for inference, in the order of TASKS."""
     test = cfg.MODEL.MASK_FORMER.TEST
     return [task for task in TASKS if test[f"{task.upper()}_ON"]]
 
@@ -38,21 +38,21 @@ def draw_prediction(
     confidence_threshold: float = 0.5,
     scale: float = 1.0,
 ) -> np.ndarray:
-    """Draws one kind of output on the image it was predicted for.
+    """Draws the output of one task on its image.
 
     Args:
         image: (H, W, 3).
         outputs: the model's outputs for this image, at its size.
         metadata: class names and colours.
         task: one of TASKS.
-        confidence_threshold: draw instances with at least this score; other tasks have none.
+        confidence_threshold: minimum score of the instances drawn; ignored by other tasks.
         scale: magnification of the result.
 
     Returns:
-        The drawing, (scale * H, scale * W, 3). The same input gives the same colours.
+        The drawing, (scale * H, scale * W, 3). Colours are deterministic.
 
     Raises:
-        ValueError: the model did not compute this output.
+        ValueError: the outputs lack this task.
     """
     if task not in TASKS or _OUTPUTS[task] not in outputs:
         raise ValueError(f"no output for task {task!r}; the model returned {sorted(outputs)}")
@@ -68,10 +68,10 @@ def draw_prediction(
 
 
 def _by_contiguous_id(metadata: Metadata) -> Metadata:
-    """Metadata whose thing names can be looked up by contiguous id, as the visualizer does.
+    """Metadata whose thing names are indexed by contiguous id, as the visualizer expects.
 
-    ADE20K panoptic, as published, lists the names of its 100 things alone, but numbers them among
-    all 150 classes.
+    In the original release, ADE20K panoptic lists the names of its 100 things only, but the ids of
+    things are among those of all 150 classes.
     """
     contiguous = metadata.get("thing_dataset_id_to_contiguous_id") or {}
     if max(contiguous.values(), default=-1) < len(metadata.get("thing_classes", ())):
@@ -91,7 +91,7 @@ def _draw(visualizer: Visualizer, output, task: str, confidence_threshold: float
         return visualizer.draw_sem_seg(output.argmax(dim=0).cpu())
     output = output.to("cpu")
     output = output[output.scores >= confidence_threshold]
-    # Without the boxes, which inference leaves empty: labels are then placed at the masks.
+    # Inference leaves boxes empty; without boxes, labels are placed at the masks.
     drawn = Instances(
         output.image_size,
         scores=output.scores,
@@ -101,10 +101,10 @@ def _draw(visualizer: Visualizer, output, task: str, confidence_threshold: float
     return visualizer.draw_instance_predictions(drawn)
 
 
-def draw_panoptic_truth(
+def draw_panoptic_gt(
     image: np.ndarray, dataset_dict: dict, metadata: Metadata, *, scale: float = 1.0
 ) -> np.ndarray:
-    """Draws the panoptic annotation of an image.
+    """Draws the panoptic ground truth of an image.
 
     Args:
         image: (H, W, 3).
@@ -124,6 +124,10 @@ def draw_panoptic_truth(
     return drawn.get_image()
 
 
+# Earlier name.
+draw_panoptic_truth = draw_panoptic_gt
+
+
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]],
     path: str | os.PathLike,
@@ -135,12 +139,12 @@ def contact_sheet(
 
     Args:
         rows: images of any size, (H, W, 3); the same number in each row.
-        path: file to write, whole or not at all.
-        titles: one for each column, or none.
+        path: file to write, atomically.
+        titles: one per column, or none.
         margin: pixels between images.
 
     Raises:
-        ValueError: no images, or rows or titles that do not agree in number.
+        ValueError: no images, rows of different lengths, or a wrong number of titles.
     """
     lengths = {len(row) for row in rows}
     if len(lengths) != 1 or lengths == {0}:
@@ -172,6 +176,6 @@ def contact_sheet(
 
 
 def magnify(image: np.ndarray, scale: float) -> np.ndarray:
-    """Returns the image at `scale` times its size, as drawings of that scale are."""
+    """Returns the image at `scale` times its size, the size of drawings with that `scale`."""
     size = (int(image.shape[1] * scale), int(image.shape[0] * scale))
     return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)

@@ -1,4 +1,4 @@
-"""Which augmentations each config gives, and the order of the random numbers they draw."""
+"""The augmentations of a config and the order of their random draws."""
 
 import random
 
@@ -43,7 +43,7 @@ def names(augmentations: list) -> list[str]:
 
 
 def run(augmentations: list, seed: int):
-    """Result of the augmentations, and a random number of each generator drawn after them."""
+    """Augmented image and labels, and the next number of each random generator."""
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)
     sem_seg = np.kron(rng.integers(0, 4, (3, 4)), np.ones((10, 10)))
@@ -63,11 +63,11 @@ def assert_same_stream(augmentations: list, reference: list) -> None:
         assert (actual[1] == expected[1]).all()
         assert actual[2:] == expected[2:]
         images.append(expected[0].tobytes())
-    assert len(set(images)) > 1, "the seeds make no difference, so this test compares nothing"
+    assert len(set(images)) > 1, "all seeds give the same image, so the test compares nothing"
 
 
 @pytest.mark.parametrize("limit", [True, False])
-def test_resize_crop_draws_in_the_published_order(cfg, limit):
+def test_resize_crop_draws_in_the_original_order(cfg, limit):
     crop = (
         T.RandomCrop_CategoryAreaConstraint("absolute", (16, 16), 0.7, 200)
         if limit
@@ -97,7 +97,7 @@ def test_category_limit_reads_the_config(cfg):
 
 
 @pytest.mark.parametrize("flip", ["horizontal", "vertical"])
-def test_jitter_draws_in_the_published_order(cfg, flip):
+def test_jitter_draws_in_the_original_order(cfg, flip):
     cfg.INPUT.RANDOM_FLIP = flip
     reference = [
         T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical"),
@@ -120,7 +120,7 @@ def test_jitter_bad_values(cfg):
         build_transform_gen(cfg, is_train=True)
 
 
-def test_colour_jitter_leaves_the_geometry():
+def test_colour_jitter_keeps_the_geometry():
     transform = ColorAugSSDTransform("RGB", brightness_delta=32, hue_delta=18)
     image = np.full((4, 6, 3), 100, dtype=np.uint8)
     random.seed(1)
@@ -131,7 +131,7 @@ def test_colour_jitter_leaves_the_geometry():
     assert transform.apply_segmentation(labels) is labels
 
 
-def test_colour_jitter_without_strength_changes_nothing():
+def test_colour_jitter_of_zero_strength():
     transform = ColorAugSSDTransform("BGR", 0, 1, 1, 1, 1, 0)
     image = np.full((4, 6, 3), 100, dtype=np.uint8)
     assert all((transform.apply_image(image) == image).all() for _ in range(8))

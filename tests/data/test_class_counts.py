@@ -1,4 +1,4 @@
-"""The number of classes follows from your own data, and is compared with that of every data set."""
+"""The number of classes follows from your own data and is compared with that of every data set."""
 
 import re
 from pathlib import Path
@@ -10,10 +10,12 @@ from dataset_trees import write_json
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
+from detectron2.modeling import META_ARCH_REGISTRY
 
 from mask2former.config import load_config
 from mask2former.data.class_counts import check_class_counts, class_names
 from mask2former.launch import launch
+from mask2former.maskformer_model import MaskFormer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -96,7 +98,7 @@ def test_the_saved_config_repeats_the_run(panoptic_config, tmp_path):
     assert len(DatasetCatalog.get("own_train")) == 3
 
 
-def test_the_key_is_there_only_where_it_was_set():
+def test_the_key_exists_only_if_it_was_set():
     cfg = load_config(str(BASE))
     assert "CUSTOM" not in cfg.DATASETS
     assert "CUSTOM" not in load_config(str(BASE), ["DATASETS.CUSTOM", "[]"]).DATASETS
@@ -167,14 +169,14 @@ RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("maskf
 
 
 @pytest.mark.parametrize("path", RECIPES)
-def test_published_recipes_fit_their_data_sets(path):
+def test_recipes_fit_their_data_sets(path):
     cfg = load_config(str(CONFIGS / path))
     for name in (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST):
         assert len(class_names(name)) == cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, name
     check_class_counts(cfg)
 
 
-def test_published_data_set_and_another_number():
+def test_built_in_data_set_and_another_number():
     cfg = load_config(str(BASE), ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "133"])
     with pytest.raises(
         ValueError, match="is 133, but data set 'shapes_train_panoptic'.* 10 classes"
@@ -192,17 +194,39 @@ def test_data_sets_without_known_classes_pass():
     check_class_counts(cfg)
 
 
+def test_unknown_evaluator_types_are_said(caplog):
+    DatasetCatalog.register("depth_train", list)
+    MetadataCatalog.get("depth_train").evaluator_type = "depth"
+    check_class_counts(load_config(str(BASE), ["DATASETS.TRAIN", "('depth_train', 'absent')"]))
+    assert "classes of data set 'depth_train' are not compared" in caplog.text
+    assert "evaluator_type 'depth', which is unknown" in caplog.text
+    assert "absent" not in MetadataCatalog.list()
+
+
+def test_subclasses_of_the_model_are_checked(monkeypatch):
+    monkeypatch.setattr(META_ARCH_REGISTRY, "_obj_map", dict(META_ARCH_REGISTRY._obj_map))
+
+    @META_ARCH_REGISTRY.register()
+    class MyFormer(MaskFormer):
+        pass
+
+    cfg = load_config(str(BASE), ["MODEL.SEM_SEG_HEAD.NUM_CLASSES", "133"])
+    cfg.MODEL.META_ARCHITECTURE = "MyFormer"
+    with pytest.raises(ValueError, match="NUM_CLASSES is 133, but data set 'shapes_train_pan"):
+        check_class_counts(cfg)
+
+
 @pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside the repository")
 def test_configs_of_the_readme(tmp_path, monkeypatch):
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(DATA)
     expected = {"nuts_train": (4, 14, 255), "camvid_train": (11, 60, 11)}
-    found = {}
+    actual = {}
     for i, block in enumerate(blocks):
         path = tmp_path / f"{i}.yaml"
         path.write_text(block.replace("_BASE_: configs", f"_BASE_: {CONFIGS}"))
         cfg = load_config(str(path))
         check_class_counts(cfg)
         head, name = cfg.MODEL.SEM_SEG_HEAD, cfg.DATASETS.TRAIN[0]
-        found[name] = (head.NUM_CLASSES, len(DatasetCatalog.get(name)), head.IGNORE_VALUE)
-    assert found == expected
+        actual[name] = (head.NUM_CLASSES, len(DatasetCatalog.get(name)), head.IGNORE_VALUE)
+    assert actual == expected

@@ -21,7 +21,7 @@ SIZES = [(10, 20) if i % 2 == 0 else (20, 10) for i in range(8)] + [(10, 10)]
 
 
 def draw_numbers(record):
-    """Stands for a mapper: which record it is, and what an augmentation of it would draw."""
+    """A mapper that returns the record with the numbers its augmentation would draw."""
     numbers = (random.random(), np.random.rand(), torch.rand(()).item())
     return {**record, "numbers": numbers}
 
@@ -106,7 +106,7 @@ def test_same_batches_as_detectron2(dataset, options, grouping):
 
 
 def test_options_change_the_order(dataset):
-    """So that the test above cannot pass by ignoring an option in both."""
+    """Otherwise the test above could pass with an option that both loaders ignore."""
     variants = [
         config(dataset),
         config(dataset, SEED=8),
@@ -134,11 +134,11 @@ def test_groups_by_aspect_ratio(dataset):
 @pytest.mark.parametrize("num_workers", [0, 2])
 @pytest.mark.parametrize("grouping", [False, True])
 def test_seek_continues_as_if_never_stopped(dataset, num_workers, grouping):
-    """Samples and augmentations, across an epoch's end, for any number of loading processes."""
+    """Same samples and augmentations across an epoch boundary, for any number of processes."""
     cfg = config(dataset, ASPECT_RATIO_GROUPING=grouping)
     expected = batches(build_train_loader(cfg, draw_numbers), 12)
     numbers = [numbers for batch in expected for _, numbers in batch]
-    assert len(set(numbers)) == len(numbers), "each sample has augmentations of its own"
+    assert len(set(numbers)) == len(numbers), "two samples have the same augmentation"
 
     cfg.DATALOADER.NUM_WORKERS = num_workers
     resumed = build_train_loader(cfg, draw_numbers)
@@ -159,7 +159,7 @@ def test_workers_share_the_batch_of_one(dataset, monkeypatch):
     alone = batches(build_train_loader(cfg, draw_numbers), 6)
 
     monkeypatch.setattr(comm, "get_world_size", lambda: 2)
-    # The other worker is not there to confirm the seed that both draw.
+    # There is no second worker to exchange the shared seed with.
     monkeypatch.setattr(comm, "shared_random_seed", lambda: int(np.random.randint(2**31)))
     shares = []
     for rank in range(2):
@@ -170,7 +170,7 @@ def test_workers_share_the_batch_of_one(dataset, monkeypatch):
         assert sorted(first + second) == sorted(whole)
 
 
-def test_leaves_the_models_random_numbers_alone(dataset):
+def test_global_random_state_is_unchanged(dataset):
     loader = build_train_loader(config(dataset), draw_numbers)
     torch.manual_seed(0), np.random.seed(0), random.seed(0)
     expected = torch.rand(3), np.random.rand(3), random.random()
@@ -182,7 +182,7 @@ def test_leaves_the_models_random_numbers_alone(dataset):
     assert drawn[2] == expected[2]
 
 
-def test_refused_samples_are_replaced_the_same_way_each_time(dataset):
+def test_rejected_samples_are_replaced_reproducibly(dataset):
     def only_even(record):
         return draw_numbers(record) if record["image_id"] % 2 == 0 else None
 
@@ -193,13 +193,13 @@ def test_refused_samples_are_replaced_the_same_way_each_time(dataset):
     assert batches(resumed, 5) == first[4:]
 
 
-def test_mapper_that_refuses_everything(dataset):
+def test_mapper_that_rejects_everything(dataset):
     with pytest.raises(ValueError, match=r"returned None for 100 samples .* \d.png"):
         next(iter(build_train_loader(config(dataset), lambda record: None)))
 
 
-def test_sizes_are_read_from_images_where_records_have_none(register, tmp_path, monkeypatch):
-    """As in semantic data sets. A photograph taken on its side counts as it is shown."""
+def test_sizes_of_records_without_size_are_read_from_images(register, tmp_path, monkeypatch):
+    """As in semantic data sets. The EXIF orientation counts."""
     records = []
     for i, (height, width) in enumerate(SIZES):
         exif = Image.Exif()
@@ -222,7 +222,7 @@ def test_sizes_are_read_from_images_where_records_have_none(register, tmp_path, 
     assert ids(build_train_loader(cfg, draw_numbers), 20) == ids(
         build_train_loader(expected, draw_numbers), 20
     )
-    assert len(opened) == len(SIZES), "each header is read once"
+    assert len(opened) == len(SIZES), "a header was read twice"
 
 
 def test_bad_batch_size(dataset, monkeypatch):
@@ -257,7 +257,7 @@ def test_bad_datasets(register, dataset, tmp_path):
         build_train_loader(config(dataset, SAMPLER_TRAIN="Best"), draw_numbers)
 
 
-def test_iterable_dataset_is_refused(register):
+def test_iterable_dataset_raises(register):
     class Stream(IterableDataset):
         def __iter__(self):
             yield {}
@@ -267,7 +267,7 @@ def test_iterable_dataset_is_refused(register):
 
 
 def test_test_loader(register, tmp_path):
-    """Each image once, in order; one that cannot be read is named."""
+    """Yields each image once, in order; an error names an unreadable image."""
     for name in ("a.png", "b.png", "c.png"):
         Image.fromarray(np.random.default_rng(0).integers(0, 255, (9, 9, 3), np.uint8)).save(
             tmp_path / name

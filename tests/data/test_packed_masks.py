@@ -1,4 +1,4 @@
-"""Packed masks expand to what was packed, and `TargetInstances` behave as Detectron2's."""
+"""Packed masks expand to the original masks; `TargetInstances` behave like `Instances`."""
 
 import copy
 import pickle
@@ -85,12 +85,12 @@ class TestTargetInstances:
         [lambda x: x.gt_masks, lambda x: x.get("gt_masks"), lambda x: x.get_fields()["gt_masks"]],
         ids=["attribute", "get", "get_fields"],
     )
-    def test_reading_gives_a_tensor(self, read):
+    def test_reading_expands(self, read):
         targets = instances()
         assert isinstance(targets, Instances) and len(targets) == 3 and packed_field(targets)
         masks = read(targets)
         assert type(masks) is torch.Tensor and masks.int().tolist() == LABEL_MASKS
-        assert targets.gt_masks is masks, "expanded again"
+        assert targets.gt_masks is masks, "expanded twice"
 
     def test_writing(self):
         targets = instances()
@@ -103,7 +103,7 @@ class TestTargetInstances:
         with pytest.raises(AttributeError, match="gt_masks"):
             _ = targets.gt_masks
 
-    def test_moving_keeps_them_packed(self):
+    def test_to_keeps_masks_packed(self):
         moved = instances().to("meta")
         assert type(moved) is TargetInstances and packed_field(moved)
         assert moved.gt_masks.is_meta and moved.gt_masks.shape == (3, 2, 3)
@@ -123,22 +123,22 @@ class TestTargetInstances:
         assert packed_field(cloned) and cloned.image_size == (2, 3)
         assert cloned.gt_masks.int().tolist() == LABEL_MASKS
 
-    def test_through_a_loading_process(self):
-        loader = DataLoader([instances()], batch_size=None, num_workers=1, collate_fn=list_of)
+    def test_transfer_from_a_loader_process(self):
+        loader = DataLoader([instances()], batch_size=None, num_workers=1, collate_fn=as_list)
         (received,) = next(iter(loader))
         assert packed_field(received)
         assert received.gt_masks.int().tolist() == LABEL_MASKS
 
 
-def list_of(sample):
+def as_list(sample):
     return [sample]
 
 
 class TestPrepareTargets:
-    """What the model gives its criterion is what an override, as published, makes of `gt_masks`."""
+    """`MaskFormer.prepare_targets` gives the criterion the same targets as the original's."""
 
     @staticmethod
-    def published(targets: list[Instances], images: ImageList) -> list[dict[str, torch.Tensor]]:
+    def original(targets: list[Instances], images: ImageList) -> list[dict[str, torch.Tensor]]:
         prepared = []
         for instances in targets:
             masks = instances.gt_masks
@@ -151,7 +151,7 @@ class TestPrepareTargets:
     @pytest.mark.parametrize("size", [(2, 3), (4, 3), (5, 7)])
     def test_same(self, size):
         images = ImageList(torch.empty(1, 3, *size), [(2, 3)])
-        expected = self.published([instances().to("cpu")], images)
+        expected = self.original([instances().to("cpu")], images)
         (actual,) = MaskFormer.prepare_targets(None, [instances().to("cpu")], images)
         assert actual.keys() == expected[0].keys()
         for key, tensor in expected[0].items():

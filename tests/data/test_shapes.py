@@ -1,4 +1,4 @@
-"""The Shapes data set: what prepare_shapes.py writes is consistent, repeatable and registered."""
+"""The Shapes data set: prepare_shapes.py writes consistent and reproducible files; registration."""
 
 import importlib
 import json
@@ -50,7 +50,7 @@ def test_layout(shapes):
     assert names == {f.format(s) for f in folders for s in ("train", "val")} | {"annotations"}
     assert len(read_json(shapes, "panoptic_train")["images"]) == 8
     assert len(read_json(shapes, "instances_val")["images"]) == 4
-    # Nothing of the temporary folder remains.
+    # The temporary folder is removed.
     assert [p.name for p in shapes.parent.iterdir()] == ["shapes"]
 
 
@@ -78,11 +78,11 @@ def test_panoptic_annotations_agree_with_pngs(shapes, split):
             assert mask[:, x].any() and mask[:, x + width - 1].any()
             assert (semantic[mask] == class_of[segment["category_id"]]).all()
         stuff = [s["category_id"] for s in annotation["segments_info"] if s["category_id"] > 100]
-        assert len(stuff) == len(set(stuff)), "one segment for each stuff class"
+        assert len(stuff) == len(set(stuff)), "a stuff class has two segments"
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_instances_are_the_things_of_the_panoptic_annotation(shapes, split):
+def test_instances_equal_panoptic_things(shapes, split):
     panoptic = read_json(shapes, f"panoptic_{split}")
     coco = COCO(str(shapes / "annotations" / f"instances_{split}.json"))
     for annotation in panoptic["annotations"]:
@@ -96,7 +96,7 @@ def test_instances_are_the_things_of_the_panoptic_annotation(shapes, split):
             np.testing.assert_array_equal(mask, segments == thing["id"])
 
 
-def test_rare_cases_are_there(shapes):
+def test_rare_cases(shapes):
     annotations = read_json(shapes, "panoptic_train")["annotations"]
     instances = read_json(shapes, "instances_train")["annotations"]
     assert {s["category_id"] > 100 for s in annotations[1]["segments_info"]} == {True}
@@ -105,10 +105,10 @@ def test_rare_cases_are_there(shapes):
     kinds = Counter((type(a["segmentation"]), a["iscrowd"]) for a in instances)
     assert kinds[list, 0] > 0 and kinds[dict, 0] > 0 and kinds[dict, 1] > 0 and kinds[list, 1] == 0
     assert all(isinstance(a["segmentation"]["counts"], list) for a in instances if a["iscrowd"]), (
-        "crowds are uncompressed"
+        "a crowd is not an uncompressed RLE"
     )
     assert all(isinstance(a["segmentation"], dict) for a in instances if a["category_id"] == 9), (
-        "a ring has a hole"
+        "a ring, which has a hole, is a polygon"
     )
 
 
@@ -132,11 +132,11 @@ def test_crowd_run_lengths_by_hand(prepare_shapes):
     mask = np.array([[False, True], [True, True]])
     # Columns from top to bottom: 0 1 | 1 1.
     assert prepare_shapes.encode_mask(mask, 1) == {"size": [2, 2], "counts": [1, 3]}
-    # The first run is of zeros, even if it has none.
+    # The first run counts zeros, even if there are none.
     assert prepare_shapes.encode_mask(~mask, 1) == {"size": [2, 2], "counts": [0, 1, 3]}
 
 
-def test_same_seed_same_bytes_and_other_seed_other_images(prepare_shapes, shapes, tmp_path):
+def test_reproducible_by_seed(prepare_shapes, shapes, tmp_path):
     prepare_shapes.main(["--output", str(tmp_path / "again"), *SMALL])
     assert read_files(tmp_path / "again") == read_files(shapes)
     few = ["--num-train", "2", "--num-val", "1", "--size", "64"]
@@ -149,7 +149,7 @@ def test_same_seed_same_bytes_and_other_seed_other_images(prepare_shapes, shapes
     assert all(other[name] != fewer[name] for name in images if name.startswith("images"))
 
 
-def test_complete_data_set_is_kept_and_others_need_force(prepare_shapes, shapes, tmp_path, capsys):
+def test_complete_data_set_is_kept_unless_forced(prepare_shapes, shapes, tmp_path, capsys):
     root = tmp_path / "shapes"
     few = ["--output", str(root), "--num-train", "1", "--num-val", "1", "--size", "48"]
     prepare_shapes.main(few)
@@ -165,7 +165,7 @@ def test_complete_data_set_is_kept_and_others_need_force(prepare_shapes, shapes,
 
 def test_foreign_folder_is_never_replaced(prepare_shapes, tmp_path):
     (tmp_path / "precious.txt").write_text("data")
-    with pytest.raises(SystemExit, match="holds no Shapes"):
+    with pytest.raises(SystemExit, match="does not contain Shapes"):
         prepare_shapes.main(["--output", str(tmp_path), *SMALL, "--force"])
     assert (tmp_path / "precious.txt").read_text() == "data"
 
@@ -191,7 +191,7 @@ def test_bad_options(prepare_shapes, option, value, capsys):
 
 
 def registered(root: Path, monkeypatch):
-    """Registers Shapes of `root` in empty catalogues."""
+    """Register the Shapes data set at `root` in empty catalogues."""
     from mask2former.data.datasets import register_shapes
 
     for catalog in (DatasetCatalog, MetadataCatalog):
@@ -245,7 +245,7 @@ def test_registering_again_changes_nothing(shapes, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["shapes_train", "shapes_val_panoptic", "shapes_val_sem_seg"])
-def test_missing_data_set_says_what_to_run(name, monkeypatch, tmp_path):
+def test_error_of_missing_data_set_gives_the_command(name, monkeypatch, tmp_path):
     registered(tmp_path / "shapes", monkeypatch)
     with pytest.raises(FileNotFoundError, match=r"python datasets/prepare_shapes\.py"):
         DatasetCatalog.get(name)
@@ -253,7 +253,7 @@ def test_missing_data_set_says_what_to_run(name, monkeypatch, tmp_path):
 
 def test_categories_are_ordered():
     categories = json.loads((ROOT / "mask2former/data/datasets/categories/shapes.json").read_text())
-    # load_coco_json numbers classes by sorted id, the panoptic task things first.
+    # load_coco_json orders classes by id, panoptic loaders put things first.
     ids = [c["id"] for c in categories]
     assert ids == sorted(ids)
     assert [c["isthing"] for c in categories] == [1] * 6 + [0] * 4

@@ -1,4 +1,4 @@
-"""Targets from polygons, RLE, panoptic colours and label maps, on maps one can check by eye."""
+"""Targets from polygons, RLE, panoptic colours and label maps, small enough to check by eye."""
 
 import numpy as np
 import pycocotools.mask as mask_util
@@ -77,7 +77,7 @@ class TestPresentValues:
 class TestSemantic:
     SEM_SEG = np.array([[4, 4, 255], [1, 255, 4]])
 
-    def test_one_target_for_each_class(self):
+    def test_one_target_per_class(self):
         classes, masks = semantic_targets(self.SEM_SEG, ignore_label=255)
         assert classes.tolist() == [1, 4]
         assert classes.dtype == torch.int64
@@ -101,7 +101,7 @@ class TestSemantic:
 
 
 class TestPanoptic:
-    # 300 needs the second byte, 70000 the third one.
+    # 300 needs a second byte, 70000 a third one.
     IDS = np.array([[0, 0, 300, 300, 300, 9], [70000, 70000, 300, 300, 9, 9]])
     SEGMENTS = [
         {"id": 70000, "category_id": 2, "iscrowd": 0},
@@ -109,7 +109,7 @@ class TestPanoptic:
         {"id": 300, "category_id": 0, "iscrowd": 0},
     ]
 
-    def test_order_of_the_json_without_crowd(self):
+    def test_json_order_without_crowd(self):
         classes, layers = segment_layers(id2rgb(self.IDS), self.SEGMENTS, "a.png", num_classes=3)
         masks = pack_layers(layers, 2, (2, 6)).expand()
         assert classes.tolist() == [2, 0]
@@ -124,7 +124,7 @@ class TestPanoptic:
         assert masks.shape == (0, 4, 6) and masks.dtype == torch.bool
         assert layers_to_boxes(layers, 0).tensor.shape == (0, 4)
 
-    def test_more_segments_than_one_layer_holds(self):
+    def test_several_layers(self):
         ids = np.random.default_rng(0).permutation(np.arange(1, 601) * 1000).reshape(20, 30)
         segments = [{"id": int(i), "category_id": 1} for i in ids.reshape(-1)[::-1]]
         classes, layers = segment_layers(id2rgb(ids), segments, "a.png")
@@ -135,7 +135,7 @@ class TestPanoptic:
         boxes = layers_to_boxes(layers, 600)
         assert (boxes.tensor == expected.get_bounding_boxes().tensor).all()
 
-    def test_padding_is_no_segment(self):
+    def test_padding_is_not_a_segment(self):
         segments = [{"id": i, "category_id": 0} for i in range(1, 255)]
         ids = np.arange(1, 255).reshape(2, 127)
         _, layers = segment_layers(id2rgb(ids), segments, "a.png")
@@ -148,14 +148,14 @@ class TestPanoptic:
         with pytest.raises(ValueError, match="pads segmentations with 7"):
             transform_layers(layers, T.TransformList([pad]))
 
-    def test_cropped_away_segment_stays_empty(self):
+    def test_segment_outside_the_crop_is_empty(self):
         _, layers = segment_layers(id2rgb(self.IDS), self.SEGMENTS, "a.png")
         layers = transform_layers(layers, T.TransformList([T.CropTransform(2, 0, 4, 2)]))
         masks = pack_layers(layers, 2, (2, 4)).expand()
         assert masks.sum(dim=(1, 2)).tolist() == [0, 5]
         assert layers_to_boxes(layers, 2).tensor.tolist() == [[0, 0, 0, 0], [0, 0, 3, 2]]
 
-    def test_segment_without_json(self):
+    def test_segment_missing_in_json(self):
         with pytest.raises(ValueError, match=r"a\.png contains the segment id 300 .*JSON"):
             segment_layers(id2rgb(self.IDS), self.SEGMENTS[:2], "a.png")
 
@@ -190,7 +190,7 @@ class TestInstances:
         ],
         ids=["polygon", "polygons", "rle", "uncompressed", "uint8", "bool", "0-255"],
     )
-    def test_every_form_gives_the_same_target(self, segmentation):
+    def test_all_formats_give_the_same_target(self, segmentation):
         flip_and_pad = T.TransformList(
             [T.HFlipTransform(6), T.PadTransform(0, 0, 2, 1, 6, 4, 0, 255)]
         )
@@ -207,15 +207,15 @@ class TestInstances:
             boxes = annotation_boxes(shapes).tensor
             assert boxes.tolist() == [[columns.start, 1, columns.stop, 3]]
 
-    def test_whole_numbers_are_not_truncated(self):
-        # A triangle whose corners fall between pixels when it is scaled by 1.5.
+    def test_integer_coordinates_are_not_truncated(self):
+        # Scaled by 1.5, the corners of this triangle are between pixels.
         polygon = [1, 1, 4, 1, 1, 3]
         shapes = transform_annotations(
             read([polygon]), T.TransformList([T.ResizeTransform(4, 6, 6, 9)])
         )
         assert shapes[0][0].tolist() == [1.5, 1.5, 6, 1.5, 1.5, 4.5]
 
-    def test_annotations_stay_as_they_are(self):
+    def test_annotations_are_not_modified(self):
         polygon, mask = np.array(RECTANGLE, dtype=np.float64), RECTANGLE_MASK.copy()
         for segmentation, original in ([[polygon], polygon], [mask, mask]):
             kept = original.copy()
@@ -224,14 +224,14 @@ class TestInstances:
             )
             assert (original == kept).all()
 
-    def test_crop_away(self):
+    def test_object_outside_the_crop(self):
         crop = T.TransformList([T.CropTransform(4, 0, 2, 4)])
         shapes = [shape for s in ([RECTANGLE], rle(RECTANGLE_MASK)) for shape in read(s)]
         shapes = transform_annotations(shapes, crop)
         assert not rasterise(shapes, (4, 2)).any()
         assert annotation_boxes(shapes).nonempty(1e-5).tolist() == [False, False]
 
-    def test_crowd_is_no_target_and_order_is_kept(self):
+    def test_crowd_is_dropped_and_order_kept(self):
         annotations = [
             annotation([RECTANGLE], 3),
             annotation(rle(RECTANGLE_MASK), 9, iscrowd=1),
@@ -248,8 +248,8 @@ class TestInstances:
         assert masks.shape == (0, 4, 6) and masks.dtype == torch.bool
         assert annotation_boxes([]).tensor.shape == (0, 4)
 
-    def test_overlapping_objects_of_all_forms(self):
-        """Twenty nested and disjoint ones: three planes of bits."""
+    def test_overlapping_objects_of_all_formats(self):
+        """Twenty masks need three planes of bits."""
         rng = np.random.default_rng(0)
         masks = rng.random((20, *SIZE)) < 0.5
         masks[3], masks[17] = True, False
@@ -264,8 +264,8 @@ class TestInstances:
         assert torch.equal(annotation_boxes(shapes).tensor, boxes)
 
     @pytest.mark.parametrize("step", [0.05, 0.1, 0.25, 1 / 3, 1e-3])
-    def test_window_of_a_polygon_changes_no_pixel(self, step):
-        """Against pycocotools on the whole image, at coordinates where rounding is a tie."""
+    def test_polygon_window_is_exact(self, step):
+        """Same as pycocotools on the full image, at coordinates where rounding ties."""
         rng = np.random.default_rng(int(1 / step))
         size = (40, 60)
         for _ in range(300):

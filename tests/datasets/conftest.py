@@ -1,4 +1,4 @@
-"""Scripts of datasets/ as modules; they import each other as scripts beside each other do."""
+"""The scripts of datasets/ as modules."""
 
 import importlib
 from collections.abc import Callable, Iterator
@@ -14,7 +14,7 @@ SHARED_DATA = Path(__file__).resolve().parents[3] / "shared" / "data"
 
 @pytest.fixture
 def script(monkeypatch) -> Callable[[str], ModuleType]:
-    """Function (name of a script) → its module."""
+    """Function (script name) → its module."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
     return importlib.import_module
 
@@ -29,7 +29,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def interrupted(monkeypatch) -> Callable[[ModuleType, str, int], AbstractContextManager]:
-    """Context (module, name, number of calls): the call after these is interrupted by Ctrl-C."""
+    """Context (module, function name, n): Ctrl-C interrupts the call after the first n ones."""
 
     @contextmanager
     def context(module: ModuleType, name: str, calls: int) -> Iterator[None]:

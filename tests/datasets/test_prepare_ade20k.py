@@ -19,7 +19,7 @@ def read(path: Path) -> np.ndarray:
     return np.array(Image.open(path))
 
 
-def ids_of(path: Path) -> np.ndarray:
+def read_ids(path: Path) -> np.ndarray:
     return read(path).astype(int) @ [1, 256, 65536]
 
 
@@ -53,13 +53,13 @@ def test_semantic(script, tmp_path, capsys):
     before = snapshot(tmp_path)
     main(["--root", str(tmp_path), *ONE])
     assert snapshot(tmp_path) == before
-    assert "0 files written, 2 were there already" in capsys.readouterr().out
+    assert "0 files written, 2 existed already" in capsys.readouterr().out
     main(["--root", str(tmp_path), *ONE, "--force"])
     assert contents(tmp_path) == {name: content for name, (_, content) in before.items()}
 
 
-def test_semantic_goes_on_after_an_interruption(script, tmp_path, interrupted):
-    """Files are whole or absent; the next run makes what is missing or was cut short."""
+def test_semantic_continues_after_an_interruption(script, tmp_path, interrupted):
+    """Files are complete or absent; the next run writes missing and truncated ones."""
     base = dataset_trees.ade20k(tmp_path)
     module = script("prepare_ade20k_sem_seg")
     with interrupted(module, "save_image", 1):
@@ -67,7 +67,7 @@ def test_semantic_goes_on_after_an_interruption(script, tmp_path, interrupted):
     output = base / "annotations_detectron2" / "training"
     assert [p.name for p in output.iterdir()] == [f"{TRAIN[0]}.png"]
 
-    # As an interrupted run of the original script leaves it.
+    # An interrupted run of the original script leaves a truncated file.
     whole = (output / f"{TRAIN[0]}.png").read_bytes()
     (output / f"{TRAIN[0]}.png").write_bytes(whole[:-20])
     module.main(["--root", str(tmp_path), *ONE])
@@ -115,7 +115,7 @@ def test_full(script, tmp_path):
     assert contents(tmp_path) == {name: content for name, (_, content) in before.items()}
 
 
-def test_full_copies_where_links_are_impossible(script, tmp_path, monkeypatch):
+def test_full_copies_if_links_fail(script, tmp_path, monkeypatch):
     def refuse(*args):
         raise OSError("no links here")
 
@@ -142,7 +142,7 @@ def test_instances(script, tmp_path, capsys):
     annotations = content["annotations"]
     assert [a["id"] for a in annotations] == list(range(1, 9))
     assert [a["image_id"] for a in annotations] == [TRAIN[0]] * 4 + [TRAIN[1]] * 4
-    # bed, person, bed, person, by number of the object
+    # bed, person, bed, person, in the order of the object numbers
     assert [a["category_id"] for a in annotations[:4]] == [7, 12, 7, 12]
     boxes = [[0, 0, 2, 2], [2, 0, 2, 2], [0, 2, 2, 2], [0, 4, 2, 2]]
     assert [a["bbox"] for a in annotations[:4]] == boxes
@@ -157,7 +157,7 @@ def test_instances(script, tmp_path, capsys):
     main(["--root", str(tmp_path), *ONE])
     assert snapshot(tmp_path) == before
     assert "ade20k_instance_val.json is complete: nothing to do" in capsys.readouterr().out
-    (base / "ade20k_instance_val.json").write_text('{"images": [')  # cut short
+    (base / "ade20k_instance_val.json").write_text('{"images": [')  # truncated
     main(["--root", str(tmp_path), *ONE])
     assert contents(tmp_path) == {name: content for name, (_, content) in before.items()}
 
@@ -165,7 +165,7 @@ def test_instances(script, tmp_path, capsys):
 # ---- panoptic ----
 
 
-def test_panoptic_validation_is_as_published(script, tmp_path):
+def test_panoptic_validation_equals_the_original(script, tmp_path):
     base = dataset_trees.ade20k(tmp_path)
     script("prepare_ade20k_pan_seg").main(["--root", str(tmp_path), *ONE])
     content = json.loads((base / "ade20k_panoptic_val.json").read_text())
@@ -179,7 +179,7 @@ def test_panoptic_validation_is_as_published(script, tmp_path):
     (annotation,) = content["annotations"]
     assert (annotation["image_id"], annotation["file_name"]) == (stem, f"{stem}.png")
     segments = annotation["segments_info"]
-    # Stuff by class, then things by number. Areas of stuff count what things hide.
+    # Stuff by class, then things by number. Areas of stuff include hidden pixels.
     assert [(s["category_id"], s["area"], s["bbox"], s["iscrowd"]) for s in segments] == [
         (0, 24, [0, 0, 4, 7], 0),
         (2, 4, [0, 4, 2, 2], 0),
@@ -190,13 +190,13 @@ def test_panoptic_validation_is_as_published(script, tmp_path):
         (7, 4, [0, 2, 2, 2], 0),
         (12, 4, [0, 4, 2, 2], 0),
     ]
-    # The colours of the classes, of stuff and of the first thing of a class.
+    # Stuff and the first thing of a class have the colour of the class.
     ids = [s["id"] for s in segments]
     grey = 140 * (1 + 256 + 65536)
     assert ids[:4] == [120 * (1 + 256 + 65536), 6 + 230 * 256 + 230 * 65536, grey, grey]
     assert ids[4:6] == [204 + 5 * 256 + 255 * 65536, 150 + 5 * 256 + 61 * 65536]
     assert len(set(ids)) == 7 and 0 not in ids
-    png = ids_of(base / "ade20k_panoptic_val" / f"{stem}.png")
+    png = read_ids(base / "ade20k_panoptic_val" / f"{stem}.png")
     labels, numbers = ade20k_labels(), ade20k_objects()[..., 1]
     expected = np.zeros((HEIGHT, WIDTH), int)
     for label, segment in zip((1, 3, 7, 49), ids[:4], strict=True):
@@ -204,7 +204,7 @@ def test_panoptic_validation_is_as_published(script, tmp_path):
     for number, segment in zip((1, 2, 3, 9), ids[4:], strict=True):
         expected[numbers == number] = segment
     np.testing.assert_array_equal(png, expected)
-    # Further things have a colour near that of their class.
+    # Other things have a colour near that of the class.
     for segment, color in ((ids[6], (204, 5, 255)), (ids[7], (150, 5, 61))):
         channels = np.array([segment % 256, segment // 256 % 256, segment // 65536])
         assert np.abs(channels - color).max() <= 30
@@ -220,13 +220,13 @@ def test_panoptic_training_segments_are_distinct(script, tmp_path):
         # The sky is hidden by a person.
         assert [s["category_id"] for s in segments] == [0, 6, 48, 7, 12, 7, 12]
         ids = [s["id"] for s in segments]
-        png = ids_of(base / "ade20k_panoptic_train" / annotation["file_name"])
+        png = read_ids(base / "ade20k_panoptic_train" / annotation["file_name"])
         assert set(ids) == set(np.unique(png).tolist()) - {0} and len(set(ids)) == 7
         assert (png[:7, 8:] == ids[2]).all() and (png[:7, 4:8] == ids[1]).all()
 
 
 def test_panoptic_again(script, tmp_path, capsys, interrupted):
-    """The same bytes each time; an interrupted run leaves no JSON that would not fit its PNGs."""
+    """Every run writes the same bytes; an interrupted run leaves no JSON of other PNGs."""
     base = dataset_trees.ade20k(tmp_path)
     module = script("prepare_ade20k_pan_seg")
     module.main(["--root", str(tmp_path), *ONE])
@@ -253,7 +253,7 @@ def test_colors_of_many_things_are_distinct(script):
     assert (0, 0, 0) not in colors and stuff[0] == (120, 120, 120)
 
 
-# ---- what is wrong ----
+# ---- errors ----
 
 SCRIPTS = ("prepare_ade20k_sem_seg", "prepare_ade20k_pan_seg", "prepare_ade20k_ins_seg")
 
@@ -293,9 +293,9 @@ def test_bad_files(script, name, folder, workers, tmp_path):
     with pytest.raises(SystemExit, match=rf"{path} cannot be read, download it again"):
         script(name).main(run)
     dataset_trees.save(path, np.full((HEIGHT, WIDTH), 151, np.uint8))
-    with pytest.raises(SystemExit, match=rf"{path} is no "):
+    with pytest.raises(SystemExit, match=rf"{path} is not "):
         script(name).main(run)
-    if name != "prepare_ade20k_sem_seg":  # which makes label maps without looking at images
+    if name != "prepare_ade20k_sem_seg":  # which does not read images
         channels = () if folder == "annotations" else (3,)
         dataset_trees.save(path, np.zeros((4, 5, *channels), np.uint8))
         with pytest.raises(SystemExit, match=rf"{path} is 5x4 pixels, its image .* 12x8"):
@@ -311,11 +311,11 @@ def test_bad_files(script, name, folder, workers, tmp_path):
 def test_object_of_two_classes(script, name, tmp_path):
     base = dataset_trees.ade20k(tmp_path)
     path = base / "annotations_instance" / "training" / f"{TRAIN[0]}.png"
-    for class_id, found in ((101, r"\[1, 101\]"), (4, r"\[1, 4\]")):
+    for class_id, classes in ((101, r"\[1, 101\]"), (4, r"\[1, 4\]")):
         objects = ade20k_objects()
         objects[0, 0, 0] = class_id
         dataset_trees.save(path, objects)
-        with pytest.raises(SystemExit, match=rf"{path}: object 1 has the classes {found}"):
+        with pytest.raises(SystemExit, match=rf"{path}: object 1 has the classes {classes}"):
             script(name).main(["--root", str(tmp_path), *ONE])
 
 
@@ -326,7 +326,7 @@ def test_full_without_segmentation(script, tmp_path):
     with pytest.raises(SystemExit, match=rf"{path} does not exist"):
         script("prepare_ade20k_full_sem_seg").main(["--root", str(tmp_path), *ONE])
     dataset_trees.save(path, np.zeros((HEIGHT, WIDTH), np.uint8))
-    with pytest.raises(SystemExit, match=rf"{path} is no segmentation"):
+    with pytest.raises(SystemExit, match=rf"{path} is not a segmentation"):
         script("prepare_ade20k_full_sem_seg").main(["--root", str(tmp_path), *ONE])
 
 

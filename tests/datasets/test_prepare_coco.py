@@ -20,7 +20,7 @@ def read(path: Path) -> np.ndarray:
     return np.array(Image.open(path))
 
 
-def times(root: Path) -> dict[Path, int]:
+def mtimes(root: Path) -> dict[Path, int]:
     return {path: path.stat().st_mtime_ns for path in root.rglob("*")}
 
 
@@ -41,14 +41,14 @@ def test_semantic_from_panoptic(script, tmp_path, capsys):
         for output in outputs:
             assert read(output).dtype == np.uint8
             np.testing.assert_array_equal(read(output), expected)
-    before = times(tmp_path)
+    before = mtimes(tmp_path)
     script(SEMANTIC).main(["--root", str(tmp_path), *ONE])
-    assert times(tmp_path) == before
-    assert "0 files written, 2 were there already" in capsys.readouterr().out
+    assert mtimes(tmp_path) == before
+    assert "0 files written, 2 existed already" in capsys.readouterr().out
 
 
-def test_labels_are_those_of_the_registration(script):
-    """Whatever the order of the JSON's categories."""
+def test_labels_equal_the_registered_ids(script):
+    """For any order of the categories in the JSON."""
     expected = {category["id"]: label for label, category in enumerate(COCO_CATEGORIES)}
     module = script(SEMANTIC)
     assert module.contiguous_ids(COCO_CATEGORIES) == expected
@@ -85,10 +85,10 @@ def test_semantic_bad_input(script, tmp_path):
     pixels = read(png).copy()
     pixels[0, 0] = 9
     dataset_trees.save(png, pixels)
-    with pytest.raises(SystemExit, match=rf"{png} has the segment id {9 * 65793} \(1 such\), whic"):
+    with pytest.raises(SystemExit, match=rf"{png} has the segment id {9 * 65793} \(1 unkno"):
         main(run)
     dataset_trees.save(png, pixels[..., 0])
-    with pytest.raises(SystemExit, match=rf"{png} is no panoptic PNG"):
+    with pytest.raises(SystemExit, match=rf"{png} is not a panoptic PNG"):
         main(run)
     png.write_bytes(whole[:-30])
     with pytest.raises(SystemExit, match=rf"{png} cannot be read, download it again"):
@@ -103,14 +103,14 @@ def test_semantic_bad_input(script, tmp_path):
     json_file = base / "annotations" / "panoptic_val2017.json"
     json_file.write_text(json.dumps({"annotations": [], "categories": COCO_CATEGORIES[:80]}))
     with pytest.raises(
-        SystemExit, match=r"no COCO panoptic JSON .*133 classes, .* found 80 and 80"
+        SystemExit, match=r"not a COCO panoptic JSON .*133 classes, .* got 80 and 80"
     ):
         main(run)
     json_file.write_text(json.dumps({"images": [], "annotations": []}))
-    with pytest.raises(SystemExit, match=rf"{json_file} is no COCO panoptic JSON .*categories"):
+    with pytest.raises(SystemExit, match=rf"{json_file} is not a COCO panoptic JSON .*categories"):
         main(run)
     json_file.write_text('{"images": [')
-    with pytest.raises(SystemExit, match=rf"{json_file} is no valid JSON, download it again"):
+    with pytest.raises(SystemExit, match=rf"{json_file} is not valid JSON, download it again"):
         main(run)
 
 
@@ -134,9 +134,9 @@ def test_stuff_10k(script, tmp_path):
         for stem in stems:
             assert read(labels / f"{stem}.png").dtype == np.uint8
             np.testing.assert_array_equal(read(labels / f"{stem}.png"), expected)
-    before = times(tmp_path)
+    before = mtimes(tmp_path)
     script(STUFF).main(["--root", str(tmp_path), *ONE])
-    assert times(tmp_path) == before
+    assert mtimes(tmp_path) == before
 
 
 def test_stuff_10k_bad_input(script, tmp_path):
@@ -152,7 +152,7 @@ def test_stuff_10k_bad_input(script, tmp_path):
         np.zeros((1, 2, 3)),
     ):
         savemat(path, {"S": classes.astype(np.uint16)})
-        with pytest.raises(SystemExit, match=rf"{path} has class ids that are not of COCO-Stuff"):
+        with pytest.raises(SystemExit, match=rf"{path} has class ids unknown to COCO-Stuff"):
             main(run)
     savemat(path, {"S": np.ones((3, 4), np.uint16)})
     with pytest.raises(SystemExit, match=rf"{path} is 4x3 pixels, its image .*x\.jpg 12x8"):

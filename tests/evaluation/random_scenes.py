@@ -1,6 +1,6 @@
-"""Random truth and predictions in every official format; also run as a program by each worker.
+"""Random ground truth and predictions in every official format.
 
-    python random_scenes.py FOLDER     evaluates FOLDER's predictions; under torchrun its share
+    python random_scenes.py FOLDER     evaluates FOLDER's predictions; under torchrun, one shard
 
 Classes: 0 road (stuff), 1 car, 2 sky (stuff), 3 person, 4 bicycle; as Cityscapes names them.
 """
@@ -46,7 +46,7 @@ def encode(mask):
 
 
 def random_segments(random, height, width, number):
-    """Overlapping rectangles, the later ones on top: a map of segment numbers and their classes."""
+    """Overlapping rectangles, later ones on top: a map of segment numbers and their classes."""
     numbers = np.zeros((height, width), dtype=int)
     for number_ in range(1, number + 1):
         top, left = random.integers(height - 12), random.integers(width - 12)
@@ -56,7 +56,7 @@ def random_segments(random, height, width, number):
 
 
 def merge_stuff(numbers, classes):
-    """Segments (class, mask), one for each stuff class, as in panoptic annotation."""
+    """Segments (class, mask); stuff is merged by class, as in panoptic annotations."""
     segments = {}
     for number in np.unique(numbers[numbers > 0]).tolist():
         class_id = int(classes[number])
@@ -67,7 +67,7 @@ def merge_stuff(numbers, classes):
 
 
 def perturbed(random, segments):
-    """A prediction: masks moved by up to 2 pixels, some classes wrong, some segments missing."""
+    """Predict: move masks by up to 2 pixels, change some classes, drop some segments."""
     numbers = np.zeros(segments[0][1].shape, dtype=int)
     classes = [0]
     for class_id, mask in segments:
@@ -90,14 +90,14 @@ def model_outputs(random, shape, segments):
         "panoptic_seg": (panoptic, infos),
         "sem_seg": torch.from_numpy(scores),
         "classes": [c for c, _ in things],
-        # Few values: equal scores must not depend on the order of workers.
+        # Few values, so that ties occur: results must not depend on the order of workers.
         "scores": (random.integers(1, 6, size=len(things)) / 5).tolist(),
         "masks": torch.from_numpy(np.stack([m for _, m in things] or [np.zeros(shape)])),
     }
 
 
 def write_scenes(folder, seed=0):
-    """Writes truth in the formats of COCO, LVIS and Cityscapes, and predictions.pt."""
+    """Write ground truth in the formats of COCO, LVIS and Cityscapes, and predictions.pt."""
     random = np.random.default_rng(seed)
     for name in ("panoptic", "semantic", "gt/city"):
         (folder / name).mkdir(parents=True)
@@ -128,14 +128,14 @@ def write_scenes(folder, seed=0):
                     city_instances[mask] = 1000 * CITYSCAPES_IDS[class_id] + number
         Image.fromarray(id2rgb(ids)).save(folder / "panoptic" / f"{image_id}.png")
         Image.fromarray(semantic.astype(np.uint8)).save(folder / "semantic" / f"{image_id}.png")
-        truth = folder / "gt" / "city" / f"{stem(image_id)}_gtFine_"
-        Image.fromarray(city_labels.astype(np.uint8)).save(f"{truth}labelIds.png")
-        Image.fromarray(city_instances.astype(np.uint16)).save(f"{truth}instanceIds.png")
+        gt_prefix = folder / "gt" / "city" / f"{stem(image_id)}_gtFine_"
+        Image.fromarray(city_labels.astype(np.uint8)).save(f"{gt_prefix}labelIds.png")
+        Image.fromarray(city_instances.astype(np.uint16)).save(f"{gt_prefix}instanceIds.png")
         panoptic.append(
             {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": infos}
         )
-        found = perturbed(random, segments)
-        predictions[image_id] = model_outputs(random, (height, width), found)
+        pred = perturbed(random, segments)
+        predictions[image_id] = model_outputs(random, (height, width), pred)
     torch.save(predictions, folder / "predictions.pt")
 
     categories = [
@@ -152,9 +152,9 @@ def write_scenes(folder, seed=0):
 
 
 def register(folder):
-    """Registers the scenes under the names in TYPES."""
+    """Register the scenes under the names in TYPES."""
     images = json.loads((folder / "instances.json").read_text())["images"]
-    truth = json.loads((folder / "panoptic.json").read_text())["annotations"]
+    annotations = json.loads((folder / "panoptic.json").read_text())["annotations"]
     records = [
         {
             "file_name": f"images/{stem(image['id'])}_leftImg8bit.png",
@@ -162,7 +162,7 @@ def register(folder):
             "pan_seg_file_name": str(folder / "panoptic" / annotation["file_name"]),
             "sem_seg_file_name": str(folder / "semantic" / annotation["file_name"]),
         }
-        for image, annotation in zip(images, truth, strict=True)
+        for image, annotation in zip(images, annotations, strict=True)
     ]
     for name, evaluator_type in TYPES.items():
         DatasetCatalog.register(name, lambda: records)
@@ -188,7 +188,7 @@ def unregister():
 
 
 def outputs_of(prediction, name):
-    """A prediction as the model returns it, on a data set."""
+    """Convert a prediction to the model outputs on a data set."""
     shape = tuple(prediction["panoptic_seg"][0].shape)
     number = len(prediction["classes"])
     instances = Instances(shape)
@@ -209,7 +209,7 @@ def outputs_of(prediction, name):
 
 
 def evaluate(folder, output_dir):
-    """Evaluates this worker's share with all evaluators; the main worker returns the results."""
+    """Evaluate this worker's shard with all evaluators; the main worker returns the results."""
     cfg = CfgNode({"OUTPUT_DIR": str(output_dir), "MODEL": {"MASK_FORMER": {"TEST": {}}}})
     for task in ("PANOPTIC_ON", "INSTANCE_ON", "SEMANTIC_ON"):
         cfg.MODEL.MASK_FORMER.TEST[task] = True
@@ -234,6 +234,6 @@ if __name__ == "__main__":
         join_torchrun(on_gpu=False)
     scenes = Path(sys.argv[1])
     register(scenes)
-    found = evaluate(scenes, scenes / f"output_{comm.get_world_size()}")
-    if found is not None:
-        (scenes / f"results_{comm.get_world_size()}.json").write_text(json.dumps(found))
+    metrics = evaluate(scenes, scenes / f"output_{comm.get_world_size()}")
+    if metrics is not None:
+        (scenes / f"results_{comm.get_world_size()}.json").write_text(json.dumps(metrics))

@@ -10,13 +10,13 @@ from mask2former.evaluation import evaluate_boundary_ap, mask_to_boundary
 
 ROOT = Path(__file__).parents[2]
 REAL = ROOT.parent / "shared" / "data" / "evaluators" / "coco_ap"
-# What the official API gives for the sample's masks.
+# Metrics of the official API for the masks of the sample.
 REAL_FIGURES = """
     AP .319545 AP50 .562288 AP75 .298927 APs .387374 APm .310183 APl .326934
     AR1 .268230 AR10 .415449 AR100 .416839 ARs .469450 ARm .376759 ARl .381472
 """.split()
 
-# What the package faster-coco-eval 1.8.0 gives for the same boundaries.
+# Metrics of the package faster-coco-eval 1.8.0 for the same boundaries.
 REAL_BOUNDARIES = """
     .226394 .377501 .225580 .387374 .272367 .075544
     .187226 .312652 .314043 .469450 .340543 .103870
@@ -41,10 +41,10 @@ def entry(mask, **fields):
 
 @pytest.fixture
 def write_files(tmp_path):
-    def write(truth, predictions):
+    def write(gt, predictions):
         annotations = [
             t | {"id": i, "area": int(mask_util.area(t["segmentation"]))}
-            for i, t in enumerate(truth, start=1)
+            for i, t in enumerate(gt, start=1)
         ]
         content = {
             "info": {},
@@ -52,7 +52,7 @@ def write_files(tmp_path):
             "categories": [{"id": 5, "name": "square"}],
             "annotations": annotations,
         }
-        files = tmp_path / "truth.json", tmp_path / "predictions.json"
+        files = tmp_path / "gt.json", tmp_path / "predictions.json"
         for file, data in zip(files, (content, predictions), strict=True):
             file.write_text(json.dumps(data))
         return [str(file) for file in files]
@@ -68,7 +68,7 @@ def test_boundary_by_hand():
     # The border of the image ends a mask; its diagonal is 28.3, so the boundary is 1 wide.
     assert mask_to_boundary(np.ones((20, 20), dtype=np.uint8)).sum() == 4 * 19
     assert not mask_to_boundary(np.zeros((20, 20), dtype=np.uint8)).any()
-    # A thin object is nothing but boundary, as is one in a tiny image.
+    # A thin object is all boundary, and so is one in a tiny image.
     assert (mask_to_boundary(square(3, 3, size=5)) == square(3, 3, size=5)).all()
     assert mask_to_boundary(np.ones((2, 2), dtype=np.uint8)).sum() == 4
 
@@ -103,62 +103,60 @@ def test_boundary_ap_by_hand(write_files):
     assert evaluate_boundary_ap(*files, iou_type="segm")["AP"] == pytest.approx(90)
 
 
-def test_truth_scores_100(write_files):
+def test_gt_scores_100(write_files):
     masks = [square(5, 5), square(50, 40), square(0, 60, size=30)]
     files = write_files(
         [entry(m, iscrowd=0) for m in masks],
-        # The boxes, which would change which sizes objects have, do not count.
+        # Ignored boxes: with them, objects would fall into other size ranges.
         [entry(m, score=0.5) | {"bbox": [0, 0, 1, 1]} for m in masks],
     )
     metrics = evaluate_boundary_ap(*files)
     assert metrics["AP"] == metrics["AR100"] == metrics["APm"] == pytest.approx(100)
 
 
-def test_crowds_count_by_their_masks(write_files):
-    """A detection in the middle of a crowd is ignored, though it has no part of its boundary."""
+def test_crowds_use_mask_iou(write_files):
+    """A detection inside a crowd is ignored, although it does not overlap the crowd's boundary."""
     crowd = entry(square(0, 0, size=50), iscrowd=1)
-    found = [entry(square(20, 20, size=10), score=0.99), entry(square(60, 60, size=30), score=0.5)]
-    files = write_files([crowd, entry(square(60, 60, size=30), iscrowd=0)], found)
+    pred = [entry(square(20, 20, size=10), score=0.99), entry(square(60, 60, size=30), score=0.5)]
+    files = write_files([crowd, entry(square(60, 60, size=30), iscrowd=0)], pred)
     assert evaluate_boundary_ap(*files)["AP"] == pytest.approx(100)
 
 
 def test_sorting_and_limit_of_detections(write_files):
-    """Overlaps stay with their detections when these are not sorted by score, and above 100."""
+    """Overlaps stay aligned with unsorted detections, also with more than 100 of them."""
     wrong = [entry(square(70, 70, size=20), score=0.1 + i / 1e4) for i in range(120)]
-    found = [*wrong, entry(square(10, 10), score=0.9)]
-    files = write_files([entry(square(10, 10), iscrowd=0)], found)
+    pred = [*wrong, entry(square(10, 10), score=0.9)]
+    files = write_files([entry(square(10, 10), iscrowd=0)], pred)
     assert evaluate_boundary_ap(*files)["AP"] == pytest.approx(100)
 
 
 def test_bad_predictions(write_files):
-    truth = [entry(square(10, 10), iscrowd=0)]
+    gt = [entry(square(10, 10), iscrowd=0)]
     with pytest.raises(ValueError, match=r"not list: \[7\]"):
-        evaluate_boundary_ap(*write_files(truth, [entry(square(1, 1), score=1.0, image_id=7)]))
+        evaluate_boundary_ap(*write_files(gt, [entry(square(1, 1), score=1.0, image_id=7)]))
     with pytest.raises(ValueError, match="not in the COCO result format"):
-        evaluate_boundary_ap(*write_files(truth, {"annotations": []}))
+        evaluate_boundary_ap(*write_files(gt, {"annotations": []}))
     with pytest.raises(ValueError, match="iou_type is 'bbox'"):
-        evaluate_boundary_ap(*write_files(truth, []), iou_type="bbox")
-    assert np.isnan(evaluate_boundary_ap(*write_files(truth, []))["AP"])
+        evaluate_boundary_ap(*write_files(gt, []), iou_type="bbox")
+    assert np.isnan(evaluate_boundary_ap(*write_files(gt, []))["AP"])
 
 
 def test_tool(write_files, tmp_path, capsys):
-    truth, found = write_files(
-        [entry(square(10, 10), iscrowd=0)], [entry(square(10, 12), score=0.9)]
-    )
-    options = ["--gt-json-file", truth, "--dt-json-file", found]
+    gt, pred = write_files([entry(square(10, 10), iscrowd=0)], [entry(square(10, 12), score=0.9)])
+    options = ["--gt-json-file", gt, "--dt-json-file", pred]
     tool.main([*options, "--output-dir", str(tmp_path / "out")])
     assert "| boundary | AP       |  10.000 |" in capsys.readouterr().out
     written = json.loads((tmp_path / "out" / "boundary_ap.json").read_text())
-    assert written[truth]["boundary"]["AP50"] == pytest.approx(100)
+    assert written[gt]["boundary"]["AP50"] == pytest.approx(100)
     with pytest.raises(SystemExit, match="error: .*absent.json"):
-        tool.main(["--gt-json-file", "absent.json", "--dt-json-file", found])
+        tool.main(["--gt-json-file", "absent.json", "--dt-json-file", pred])
     with pytest.raises(SystemExit):
         tool.main([*options, "--dilation-ratio", "0"])
 
 
-@pytest.mark.skipif(not REAL.is_dir(), reason="the sample of the COCO API is not there")
+@pytest.mark.skipif(not REAL.is_dir(), reason="needs the sample of the COCO API")
 def test_sample_results_of_the_coco_api():
-    """All twelve figures of masks and of boundaries, digit for digit."""
+    """All twelve metrics of masks and of boundaries."""
     files = [
         str(REAL / f"instances_val2014_{name}.json") for name in ("100", "fakesegm100_results")
     ]

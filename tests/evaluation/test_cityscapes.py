@@ -1,7 +1,7 @@
-"""Cityscapes' own metrics on two images worked out by hand, and what can be wrong.
+"""Official Cityscapes metrics on two images worked out by hand, and errors.
 
-Images are 40 x 100. In the first, a car in the left half and road in the right one; in the second,
-a person of 30 columns, 10 columns of group of persons, 20 of void and 40 of road.
+Images are 40 x 100. The first has a car in the left half and road in the right half; the second has
+a person of 30 columns, a group of persons of 10, void of 20 and road of 40.
 """
 
 import numpy as np
@@ -46,7 +46,7 @@ def dataset(tmp_path, monkeypatch):
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     yield folder
-    assert not list((tmp_path / "cwd").iterdir()), "nothing is left in the current folder"
+    assert not list((tmp_path / "cwd").iterdir()), "nothing is written to the current folder"
     MetadataCatalog.remove("city_val")
 
 
@@ -54,14 +54,14 @@ def semantic(train_ids):
     return {"sem_seg": torch.nn.functional.one_hot(torch.from_numpy(train_ids), 19).movedim(2, 0)}
 
 
-def instances(*found):
-    """(thing, score, mask) of an image."""
+def instances(*pred):
+    """Model outputs from (thing, score, mask) of one image."""
     result = Instances((40, 100))
-    masks = np.stack([mask for _, _, mask in found]) if found else np.zeros((0, 40, 100))
+    masks = np.stack([mask for _, _, mask in pred]) if pred else np.zeros((0, 40, 100))
     result.pred_masks = torch.from_numpy(masks).float()
-    result.pred_boxes = Boxes(torch.zeros(len(found), 4))
-    result.scores = torch.tensor([score for _, score, _ in found])
-    result.pred_classes = torch.tensor([THINGS.index(t) for t, _, _ in found], dtype=torch.int64)
+    result.pred_boxes = Boxes(torch.zeros(len(pred), 4))
+    result.scores = torch.tensor([score for _, score, _ in pred])
+    result.pred_classes = torch.tensor([THINGS.index(t) for t, _, _ in pred], dtype=torch.int64)
     return {"instances": result}
 
 
@@ -72,59 +72,59 @@ def evaluate(evaluator, outputs):
     return evaluator.evaluate()
 
 
-def test_truth_scores_100():
+def test_gt_scores_100():
     perfect = [
         columns((CAR, 50), (ROAD, 50)),
-        # What is predicted in void does not count.
+        # Predictions in void are ignored.
         columns((PERSON, 40), (CAR, 20), (ROAD, 40)),
     ]
-    found = evaluate(CityscapesSemSegEvaluator("city_val"), map(semantic, perfect))["sem_seg"]
-    assert found["IoU"] == found["iIoU"] == found["IoU_sup"] == found["iIoU_sup"] == 100
-    assert found["IoU-car"] == 100
-    assert np.isnan(found["IoU-sky"])
-    found = evaluate(
+    metrics = evaluate(CityscapesSemSegEvaluator("city_val"), map(semantic, perfect))["sem_seg"]
+    assert metrics["IoU"] == metrics["iIoU"] == metrics["IoU_sup"] == metrics["iIoU_sup"] == 100
+    assert metrics["IoU-car"] == 100
+    assert np.isnan(metrics["IoU-sky"])
+    metrics = evaluate(
         CityscapesInstanceEvaluator("city_val"),
         [
             instances(("car", 0.9, columns((1, 50), (0, 50)))),
-            # One of a group is not wrong.
+            # A prediction inside a group is no false positive.
             instances(
                 ("person", 0.4, columns((1, 30), (0, 70))),
                 ("person", 0.8, columns((0, 30), (1, 10), (0, 60))),
             ),
         ],
     )["segm"]
-    assert found["AP"] == found["AP50"] == found["AP-person"] == pytest.approx(100)
-    assert np.isnan(found["AP-bus"])
+    assert metrics["AP"] == metrics["AP50"] == metrics["AP-person"] == pytest.approx(100)
+    assert np.isnan(metrics["AP-bus"])
 
 
 def test_semantic_by_hand():
-    found = evaluate(
+    metrics = evaluate(
         CityscapesSemSegEvaluator("city_val"),
         [
-            # A fifth of the car is taken for road.
+            # A fifth of the car is predicted as road.
             semantic(columns((CAR, 40), (ROAD, 60))),
             semantic(columns((PERSON, 40), (ROAD, 60))),
         ],
     )["sem_seg"]
-    assert found["IoU-car"] == pytest.approx(100 * 40 / 50)
-    assert found["IoU-road"] == pytest.approx(100 * 90 / 100)
-    assert found["IoU"] == pytest.approx(100 * (0.8 + 0.9 + 1) / 3)
+    assert metrics["IoU-car"] == pytest.approx(100 * 40 / 50)
+    assert metrics["IoU-road"] == pytest.approx(100 * 90 / 100)
+    assert metrics["IoU"] == pytest.approx(100 * (0.8 + 0.9 + 1) / 3)
 
 
 def test_instances_by_hand():
-    found = evaluate(
+    metrics = evaluate(
         CityscapesInstanceEvaluator("city_val"),
         [
-            # IoU 0.78: found at the 6 thresholds up to 0.75.
+            # IoU 0.78: matches at the 6 thresholds up to 0.75.
             instances(("car", 0.9, columns((1, 39), (0, 61)))),
-            # The person is missed, and there is no prediction at all.
+            # The person is missed: no prediction at all.
             instances(),
         ],
     )["segm"]
-    assert found["AP-car"] == pytest.approx(60)
-    assert found["AP-person"] == 0
-    assert found["AP"] == pytest.approx(30)
-    assert found["AP50"] == pytest.approx(50)
+    assert metrics["AP-car"] == pytest.approx(60)
+    assert metrics["AP-person"] == 0
+    assert metrics["AP"] == pytest.approx(30)
+    assert metrics["AP50"] == pytest.approx(50)
 
 
 def test_image_without_prediction():
@@ -140,7 +140,7 @@ def test_no_ground_truth(dataset):
 
 
 def test_wrong_size_is_an_error():
-    """Where the official script would end the program."""
+    """The official script would exit the program."""
     wrong = semantic(np.zeros((20, 100), dtype=int))
     with pytest.raises(ValueError, match="are not equal"):
         evaluate(CityscapesSemSegEvaluator("city_val"), [wrong, wrong])

@@ -1,11 +1,11 @@
-"""Official metrics on a data set of three images whose results can be worked out by hand.
+"""Official metrics on a data set of three images with results worked out by hand.
 
-Contiguous classes: 0 wall (stuff), 1 cat (thing), 2 sky (stuff), 3 dog (thing, never in the truth).
-So thing ids are neither 0 to n - 1 nor dense, as in panoptic data sets. Images are 40 × 60.
+Contiguous classes: 0 wall (stuff), 1 cat (thing), 2 sky (stuff), 3 dog (thing, no ground truth).
+Thing ids are neither 0 to n - 1 nor dense, as in panoptic data sets. Images are 40 × 60.
 
-    image 1   cat on the left third, sky on the rest
-    image 2   cat on the top half but for a crowd of cats in the corner, wall below, some void
-    image 3   sky alone
+    image 1   cat in the left third, sky elsewhere
+    image 2   cat in the top half except for a crowd of cats in the corner, wall below, some void
+    image 3   sky only
 """
 
 import copy
@@ -35,7 +35,7 @@ VOID = -1
 
 
 def _segments():
-    """For each image its segments: (class, is crowd, mask)."""
+    """Segments per image: (class, is crowd, mask)."""
     rows, columns = np.mgrid[:HEIGHT, :WIDTH]
     left, top = columns < 20, rows < 20
     corner, void = top & (columns >= 50), (rows >= 30) & (columns < 10)
@@ -50,16 +50,16 @@ def _segments():
 SEGMENTS = _segments()
 
 
-def _semantic_truth(image_id):
-    truth = np.full((HEIGHT, WIDTH), 255)
+def _semantic_gt(image_id):
+    labels = np.full((HEIGHT, WIDTH), 255)
     for class_id, _, mask in SEGMENTS[image_id]:
-        truth[mask] = class_id
-    return truth
+        labels[mask] = class_id
+    return labels
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Writes the data set and registers it under four names."""
+    """Write the data set and register it under four names."""
     panoptic, annotations, records = [], [], []
     categories = [
         {"id": DATASET_IDS[c], "name": NAMES[c], "isthing": int(IS_THING[c])} for c in range(4)
@@ -68,7 +68,7 @@ def dataset(tmp_path):
         ids = np.zeros((HEIGHT, WIDTH), dtype=int)
         infos = []
         for number, (class_id, iscrowd, mask) in enumerate(segments, start=1):
-            # Ids above 255 need more than one channel of the PNG.
+            # Ids above 255 need more than one PNG channel.
             segment_id = 300 * number
             ids[mask] = segment_id
             info = {
@@ -92,7 +92,7 @@ def dataset(tmp_path):
                 )
         Image.fromarray(id2rgb(ids)).save(tmp_path / f"{image_id}.png")
         semantic = tmp_path / f"semantic_{image_id}.png"
-        Image.fromarray(_semantic_truth(image_id).astype(np.uint8)).save(semantic)
+        Image.fromarray(_semantic_gt(image_id).astype(np.uint8)).save(semantic)
         panoptic.append(
             {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": infos}
         )
@@ -130,7 +130,7 @@ def dataset(tmp_path):
         "json_file": instances_json,
         "panoptic_json": panoptic_json,
         "panoptic_root": str(tmp_path),
-        # As Detectron2's standard COCO panoptic sets: names of all classes in both.
+        # Like Detectron2's standard COCO panoptic data sets: both name all classes.
         "thing_classes": NAMES,
         "stuff_classes": NAMES,
         "thing_dataset_id_to_contiguous_id": things,
@@ -162,13 +162,13 @@ def config(tmp_path, *tasks):
 
 
 def perfect_outputs(image_id):
-    """What a model would return that predicts exactly the truth, crowds aside."""
+    """Model outputs equal to the ground truth, without crowds."""
     segments = [(c, mask) for c, iscrowd, mask in SEGMENTS[image_id] if not iscrowd]
     return model_outputs(segments)
 
 
 def model_outputs(segments, scores=None):
-    """Outputs for segments (class, mask); semantic scores are of the truth where none covers."""
+    """Model outputs for segments (class, mask)."""
     panoptic = torch.zeros(HEIGHT, WIDTH, dtype=torch.int32)
     semantic = torch.zeros(4, HEIGHT, WIDTH)
     infos = []
@@ -193,7 +193,7 @@ def change_metadata(name, **changes):
 
 
 def evaluate(evaluator, records, outputs):
-    """Runs an evaluator over outputs by image id; as Detectron2 does."""
+    """Run an evaluator over outputs by image id, as Detectron2 does."""
     evaluator.reset()
     for record in records:
         evaluator.process([record], [outputs[record["image_id"]]])
@@ -201,20 +201,22 @@ def evaluate(evaluator, records, outputs):
 
 
 @pytest.mark.parametrize("name", ["ev_panoptic", "ev_panoptic_semantic"])
-def test_truth_scores_100(dataset, tmp_path, name):
+def test_gt_scores_100(dataset, tmp_path, name):
     evaluator = build_evaluator(config(tmp_path, "PANOPTIC", "INSTANCE", "SEMANTIC"), name)
     outputs = {i: perfect_outputs(i) for i in SEGMENTS}
-    # The crowd is a cat in the semantic truth.
+    # The crowd is a cat in the semantic ground truth.
     outputs[2]["sem_seg"][1][torch.from_numpy(SEGMENTS[2][1][2])] = 1
     results = evaluate(evaluator, dataset, outputs)
     assert results["panoptic_seg"]["PQ"] == 100
     assert results["panoptic_seg"]["PQ_th"] == results["panoptic_seg"]["PQ_st"] == 100
     assert results["segm"]["AP"] == pytest.approx(100)
     assert results["segm"]["AP-cat"] == pytest.approx(100)
-    assert math.isnan(results["segm"]["AP-dog"]), "no dog in the truth: no AP, and no part in mean"
+    assert math.isnan(results["segm"]["AP-dog"]), (
+        "without ground truth: no AP, and not part of the mean"
+    )
     assert results["sem_seg"]["mIoU"] == 100
     assert math.isnan(results["sem_seg"]["IoU-dog"])
-    assert set(results) == {"panoptic_seg", "segm", "sem_seg"}, "no boxes are predicted"
+    assert set(results) == {"panoptic_seg", "segm", "sem_seg"}, "no box AP"
 
 
 def test_panoptic_quality_by_hand(dataset, tmp_path):
@@ -223,10 +225,10 @@ def test_panoptic_quality_by_hand(dataset, tmp_path):
     # Image 1: the cat keeps 3/4 of its height, IoU 0.75; the sky is exact.
     partial = left & (np.arange(HEIGHT) < 30)[:, None]
     outputs[1] = model_outputs([(1, partial), (2, right)])
-    # Image 2: no prediction at all: one cat and one wall are missed.
+    # Image 2: no predictions, so one cat and one wall are missed.
     outputs[2] = model_outputs([])
-    # Image 3: the sky is found, and half of the image is said to be wall: IoU of the sky is 0.5,
-    # which is no match. So one sky is missed, one is false, and the wall is false.
+    # Image 3: half of the sky is predicted as wall. The sky has IoU 0.5, which is no match: one
+    # false negative and one false positive of sky, and a false positive of wall.
     half = SEGMENTS[2][2][2] | (np.arange(HEIGHT) >= 20)[:, None]
     outputs[3] = model_outputs([(2, ~half), (0, half)])
     evaluator = build_evaluator(config(tmp_path, "PANOPTIC"), "ev_panoptic")
@@ -242,12 +244,12 @@ def test_panoptic_quality_by_hand(dataset, tmp_path):
     assert results["RQ_th"] == pytest.approx(100 * 1 / 1.5)
 
 
-def test_panoptic_quality_without_any_thing(dataset, tmp_path):
-    """Truth and predictions of stuff alone, where the official code divides by zero."""
+def test_panoptic_quality_without_things(dataset, tmp_path):
+    """Only stuff, where the official code divides by zero."""
     path = tmp_path / "panoptic.json"
-    truth = json.loads(path.read_text())
-    truth["annotations"] = truth["annotations"][2:]
-    path.write_text(json.dumps(truth))
+    gt = json.loads(path.read_text())
+    gt["annotations"] = gt["annotations"][2:]
+    path.write_text(json.dumps(gt))
     evaluator = build_evaluator(config(tmp_path, "PANOPTIC"), "ev_panoptic")
     results = evaluate(evaluator, dataset[2:], {3: perfect_outputs(3)})["panoptic_seg"]
     assert results["PQ"] == results["PQ_st"] == 100
@@ -256,13 +258,13 @@ def test_panoptic_quality_without_any_thing(dataset, tmp_path):
 
 @pytest.mark.parametrize("name", ["ev_panoptic", "ev_panoptic_semantic"])
 def test_panoptic_json_without_categories(dataset, tmp_path, name):
-    """The metadata knows them; in one data set stuff lists all classes."""
+    """Categories come from the metadata; in one data set stuff lists all classes."""
     outputs = {i: perfect_outputs(i) for i in SEGMENTS} | {2: model_outputs([])}
     evaluator = build_evaluator(config(tmp_path, "PANOPTIC"), name)
     expected = evaluate(evaluator, dataset, copy.deepcopy(outputs))
-    truth = json.loads((tmp_path / "panoptic.json").read_text())
-    del truth["categories"]
-    (tmp_path / "panoptic.json").write_text(json.dumps(truth))
+    gt = json.loads((tmp_path / "panoptic.json").read_text())
+    del gt["categories"]
+    (tmp_path / "panoptic.json").write_text(json.dumps(gt))
     assert evaluate(evaluator, dataset, outputs) == expected
     assert expected["panoptic_seg"]["PQ_th"] != expected["panoptic_seg"]["PQ_st"]
 
@@ -274,7 +276,7 @@ def test_panoptic_image_without_prediction(dataset, tmp_path):
 
 
 def test_average_precision_by_hand(dataset, tmp_path):
-    """One of two cats is found, at IoU 0.75, and a dog that is not there has no effect."""
+    """One of two cats matches, at IoU 0.75; a predicted dog without ground truth has no effect."""
     left = SEGMENTS[1][0][2]
     partial = left & (np.arange(HEIGHT) < 30)[:, None]
     outputs = {
@@ -294,8 +296,8 @@ def test_average_precision_by_hand(dataset, tmp_path):
 
 @pytest.mark.parametrize("tasks", [("segm",), ("bbox", "segm"), None])
 @pytest.mark.parametrize("use_fast_impl", [True, False])
-def test_tasks_and_limits_of_instances(dataset, tmp_path, tasks, use_fast_impl):
-    """Detectron2's arguments. Of thirteen detections the last one is right."""
+def test_instance_tasks_and_limits(dataset, tmp_path, tasks, use_fast_impl):
+    """Detectron2's arguments. Of thirteen detections, the last one is correct."""
     left = SEGMENTS[1][0][2]
     outputs = {i: model_outputs([]) for i in SEGMENTS}
     scores = [0.9] * 12 + [0.5]
@@ -329,20 +331,20 @@ def test_no_instance_predicted_anywhere(dataset, tmp_path):
     assert math.isnan(results["segm"]["AP"])
 
 
-def test_instance_of_stuff(dataset, tmp_path):
+def test_stuff_class_of_instance(dataset, tmp_path):
     outputs = {i: perfect_outputs(i) for i in SEGMENTS}
     outputs[1]["instances"].pred_classes[:] = 2
     evaluator = build_evaluator(config(tmp_path, "INSTANCE"), "ev_panoptic")
-    with pytest.raises(ValueError, match="class 2, which is no thing class of data set ev_panopt"):
+    with pytest.raises(ValueError, match="Class 2 .* is not a thing class of data set ev_panoptic"):
         evaluate(evaluator, dataset, outputs)
 
 
 def test_mean_iou_by_hand(dataset, tmp_path):
     outputs = {i: perfect_outputs(i) for i in SEGMENTS}
-    # Image 2, where 100 pixels are void, is all wall. Truth: 1000 cat (crowd too: 1200), 1100 wall.
+    # Image 2 (100 void pixels) is all wall. Ground truth: 1200 cat with the crowd, 1100 wall.
     everything = np.ones((HEIGHT, WIDTH), dtype=bool)
     outputs[2] = model_outputs([(0, everything)])
-    # Image 1 is all dog, which is never true: 800 cat and 1600 sky are missed.
+    # Image 1 is all dog, which is always wrong: 800 cat and 1600 sky pixels are missed.
     outputs[1] = model_outputs([(3, everything)])
     evaluator = build_evaluator(config(tmp_path, "SEMANTIC"), "ev_semantic")
     assert isinstance(evaluator, SemanticEvaluator)
@@ -401,9 +403,7 @@ def test_evaluators_of_other_panoptic_sets(dataset, tmp_path, evaluator_type):
         ("lvis", "INSTANCE", "lvis.eval"),
     ],
 )
-def test_official_package_that_is_not_installed(
-    dataset, tmp_path, monkeypatch, evaluator_type, task, module
-):
+def test_missing_official_package(dataset, tmp_path, monkeypatch, evaluator_type, task, module):
     suffix = "SemanticLabeling" if "cityscapes" in module else ""
     monkeypatch.setitem(sys.modules, module + suffix, None)
     change_metadata("ev_instances", evaluator_type=evaluator_type)
@@ -421,29 +421,31 @@ def test_nothing_to_evaluate(dataset, tmp_path):
     MetadataCatalog.remove("ev_voc")
 
 
-def test_semantic_classes_that_do_not_match_the_panoptic_ones(dataset, tmp_path):
+def test_semantic_classes_differ_from_panoptic_ones(dataset, tmp_path):
     change_metadata("ev_panoptic", stuff_classes=["wall", "sky"])
     with pytest.raises(ValueError, match=r"evaluated on ev_panoptic.*2 names.*\[0, 1, 2, 3\]"):
         build_evaluator(config(tmp_path, "SEMANTIC"), "ev_panoptic")
 
 
-def test_labels_that_are_no_class(dataset, tmp_path):
-    labels = _semantic_truth(3).astype(np.uint8)
+def test_labels_outside_the_classes(dataset, tmp_path):
+    labels = _semantic_gt(3).astype(np.uint8)
     labels[0, 0] = 7
     Image.fromarray(labels).save(tmp_path / "semantic_3.png")
     evaluator = build_evaluator(config(tmp_path, "SEMANTIC"), "ev_semantic")
     outputs = {i: perfect_outputs(i) for i in SEGMENTS}
-    with pytest.raises(ValueError, match=r"semantic_3.png has labels \[7\].* 0 to 3, and 255 is"):
+    with pytest.raises(
+        ValueError, match=r"semantic_3.png has labels \[7\].* 0 to 3 and the ignore label 255"
+    ):
         evaluate(evaluator, dataset, outputs)
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "semantic_3.png")
     with pytest.raises(ValueError, match=r"semantic_3.png has shape \(40, 60, 3\)"):
         evaluate(evaluator, dataset, outputs)
 
 
-def test_ignore_label_of_the_data_set(dataset, tmp_path):
-    """As in ADE20K with 847 classes: 16-bit labels of which 65535 is ignored."""
+def test_ignore_label_of_the_dataset(dataset, tmp_path):
+    """As in ADE20K with 847 classes: 16-bit labels with ignore label 65535."""
     for image_id in SEGMENTS:
-        labels = _semantic_truth(image_id)
+        labels = _semantic_gt(image_id)
         labels[labels == 255] = 65535
         path = tmp_path / f"semantic_{image_id}.tif"
         Image.fromarray(labels.astype(np.uint16)).save(path)

@@ -1,4 +1,4 @@
-"""Encoded masks are those of Detectron2 and pycocotools, character for character."""
+"""Encoded masks are identical to those of Detectron2 and pycocotools."""
 
 import numpy as np
 import pytest
@@ -17,7 +17,7 @@ def reference(masks):
 
 
 def random_masks(seed, number=6):
-    """Noise of any density in blocks of any size, cut at any size."""
+    """Noise of random density, block size and image size."""
     random = np.random.default_rng(seed)
     height, width = random.integers(1, 90, size=2)
     masks = np.zeros((number, height, width), dtype=np.uint8)
@@ -37,7 +37,7 @@ def test_random_masks(seed):
 @pytest.mark.parametrize(
     "dtype", [torch.bool, torch.uint8, torch.int64, torch.float64, torch.float32, torch.float16]
 )
-def test_number_types(dtype):
+def test_dtypes(dtype):
     masks = random_masks(1).to(dtype)
     assert encode_masks(masks) == reference(masks)
 
@@ -73,7 +73,7 @@ def test_masks_on_a_gpu():
 
 
 class Evaluator(EncodesMasks, COCOEvaluator):
-    """Needs no data set as long as nothing is evaluated."""
+    """Needs no data set, since nothing is evaluated."""
 
     def __init__(self):
         self._cpu_device = torch.device("cpu")
@@ -91,7 +91,7 @@ def instances(number):
     return Instances(tuple(masks.shape[1:]), **fields)
 
 
-def test_results_are_those_of_detectron2():
+def test_results_equal_detectron2():
     evaluator = Evaluator()
     for image_id, number in ((5, 3), (6, 0), (9, 2)):
         evaluator.process([{"image_id": image_id}], [{"instances": instances(number)}])
@@ -109,12 +109,12 @@ def test_instances_without_masks_and_other_outputs():
     proposals = Instances((3, 4), proposal_boxes=Boxes(torch.zeros(1, 4)))
     outputs = [{"instances": boxes_alone}, {"proposals": proposals}, {"sem_seg": None}]
     evaluator.process([{"image_id": i} for i in range(3)], outputs)
-    of_boxes, of_proposals = evaluator._predictions
-    assert of_boxes == {"image_id": 0, "instances": instances_to_coco_json(boxes_alone, 0)}
-    assert len(of_proposals["proposals"]) == 1
+    boxes_result, proposals_result = evaluator._predictions
+    assert boxes_result == {"image_id": 0, "instances": instances_to_coco_json(boxes_alone, 0)}
+    assert len(proposals_result["proposals"]) == 1
 
 
-def test_outputs_are_not_changed():
+def test_outputs_are_not_modified():
     evaluator, output = Evaluator(), {"instances": instances(2)}
     evaluator.process([{"image_id": 1}], [output])
     assert output["instances"].has("pred_masks")

@@ -1,24 +1,30 @@
-"""Panoptic quality counted here is that of panopticapi, digit for digit, errors included."""
+"""Our panoptic quality equals that of panopticapi, errors included."""
 
 import contextlib
 import copy
 import io
+import itertools
 import json
 import multiprocessing
+import os
 
 import numpy as np
 import pytest
 import torch
 from detectron2.data import MetadataCatalog
-from panopticapi.evaluation import pq_compute_multi_core, pq_compute_single_core
+from detectron2.utils import comm
+from panopticapi.evaluation import PQStat, pq_compute_single_core
 from panopticapi.utils import id2rgb, rgb2id
 from PIL import Image
 
 from mask2former.evaluation import PanopticEvaluator
 from mask2former.evaluation.panoptic_quality import (
+    SegmentCounts,
     add_up,
     as_segment_ids,
     count_segments,
+    image_stat,
+    official_image_stats,
     read_segment_ids,
 )
 
@@ -30,7 +36,7 @@ def write(folder, image_id, ids):
 
 
 def describe(ids, random, numbers):
-    """Segments of a map of numbers, each with an id and a class; true ones also with an area."""
+    """Give each number of a map a random segment id and class."""
     segments, new_ids = [], np.zeros(ids.shape, dtype=np.int64)
     for number in numbers:
         segment_id = int(random.integers(1, 2**24))
@@ -41,37 +47,37 @@ def describe(ids, random, numbers):
 
 
 def random_scene(random, image_id):
-    """Maps and segments of truth and prediction.
+    """Maps and segments of ground truth and prediction.
 
-    The truth has void, crowds (also several of a class), pixels whose id is no segment, a segment
-    without pixels, and a segment whose area is not that of its pixels.
+    The ground truth has void, crowds (also several of one class), pixels with an unlisted id, a
+    segment without pixels, and a segment with a wrong area.
     """
     height, width = random.integers(30, 90, size=2)
     numbers = np.zeros((height, width), dtype=np.int64)
     for number in range(1, 10):
         top, left = random.integers(height - 9), random.integers(width - 9)
         numbers[top : top + random.integers(9, 50), left : left + random.integers(9, 50)] = number
-    true_ids, truth = describe(numbers, random, np.unique(numbers[numbers > 0]))
-    found_ids = np.roll(true_ids, random.integers(-2, 3, size=2), axis=(0, 1))
-    found = []
-    for segment in truth:
-        if random.random() < 0.2 or not (found_ids == segment["id"]).any():
-            found_ids[found_ids == segment["id"]] = 0
+    gt_ids, gt = describe(numbers, random, np.unique(numbers[numbers > 0]))
+    pred_ids = np.roll(gt_ids, random.integers(-2, 3, size=2), axis=(0, 1))
+    pred = []
+    for segment in gt:
+        if random.random() < 0.2 or not (pred_ids == segment["id"]).any():
+            pred_ids[pred_ids == segment["id"]] = 0
             continue
         wrong = random.random() < 0.15
         category = int(random.choice([*CATEGORIES])) if wrong else segment["category_id"]
-        found.append({"id": segment["id"], "category_id": category})
-    for segment in truth:
+        pred.append({"id": segment["id"], "category_id": category})
+    for segment in gt:
         segment["iscrowd"] = int(random.random() < 0.25)
-        segment["area"] = int((true_ids == segment["id"]).sum())
-    if random.random() < 0.3 and len(truth) > 1:
-        truth.pop()
+        segment["area"] = int((gt_ids == segment["id"]).sum())
+    if random.random() < 0.3 and len(gt) > 1:
+        gt.pop()
     if random.random() < 0.3:
-        truth.append({"id": 5, "category_id": 7, "iscrowd": 0, "area": 20})
+        gt.append({"id": 5, "category_id": 7, "iscrowd": 0, "area": 20})
     if random.random() < 0.2:
-        truth[0]["area"] //= 2
-    annotation = {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": truth}
-    return true_ids, annotation, found_ids, found
+        gt[0]["area"] //= 2
+    annotation = {"image_id": image_id, "file_name": f"{image_id}.png", "segments_info": gt}
+    return gt_ids, annotation, pred_ids, pred
 
 
 def official(function, *args):
@@ -79,48 +85,68 @@ def official(function, *args):
         return function(*args)
 
 
-@pytest.mark.parametrize("cores", [1, 3, 40])
-def test_random_scenes(tmp_path, monkeypatch, cores):
-    """Sums of floats depend on their order, so for the official code on the number of cores."""
-    monkeypatch.setattr(multiprocessing, "cpu_count", lambda: cores)
-    random = np.random.default_rng(cores)
-    folders = tmp_path / "truth", tmp_path / "found"
-    for folder in folders:
-        folder.mkdir()
+@pytest.fixture(scope="module")
+def scenes(tmp_path_factory):
+    """Folders of gt and predicted PNGs, the pairs of annotations, and the counts per image."""
+    random = np.random.default_rng(3)
+    folders = [tmp_path_factory.mktemp(name) for name in ("gt", "pred")]
     pairs, counts = [], []
     for image_id in range(37):
-        true_ids, truth, found_ids, found = random_scene(random, image_id)
-        write(folders[0], image_id, true_ids)
-        write(folders[1], image_id, found_ids)
-        pairs.append((truth, {"file_name": f"{image_id}.png", "segments_info": found}))
+        gt_ids, gt, pred_ids, pred = random_scene(random, image_id)
+        write(folders[0], image_id, gt_ids)
+        write(folders[1], image_id, pred_ids)
+        pairs.append((gt, {"file_name": f"{image_id}.png", "segments_info": pred}))
         read = read_segment_ids(str(folders[0] / f"{image_id}.png"))
-        np.testing.assert_array_equal(read, true_ids)
-        counts.append(count_segments(read, as_segment_ids(found_ids), truth, found, CATEGORIES))
-    if cores > 4:
-        # As many processes as that would only take time: what each of them does, one by one.
-        expected = [
-            official(pq_compute_single_core, 0, part, *folders, CATEGORIES)
-            for part in np.array_split(np.array(pairs), cores)
-        ]
-        for of_part in expected[1:]:
-            expected[0] += of_part
-        expected = expected[0]
-    else:
-        expected = official(pq_compute_multi_core, pairs, *folders, CATEGORIES)
-    found = add_up(counts)
+        np.testing.assert_array_equal(read, gt_ids)
+        counts.append(count_segments(read, as_segment_ids(pred_ids), gt, pred, CATEGORIES))
+    return folders, pairs, counts
+
+
+def sums(stat):
+    """{category: tp, fp, fn and the exact bits of the IoU sum}."""
+    return {k: (stat[k].tp, stat[k].fp, stat[k].fn, float(stat[k].iou).hex()) for k in CATEGORIES}
+
+
+@pytest.mark.parametrize("cores", [1, 3, 40])
+def test_random_scenes(scenes, cores):
+    """The official sum of IoUs depends on the number of cores in its last bits, ours does not."""
+    folders, pairs, counts = scenes
+    expected = PQStat()
+    # The official code splits the images over the cores; here one process takes the parts in turn.
+    for part in np.array_split(np.array(pairs), cores):
+        expected += official(pq_compute_single_core, 0, part, *folders, CATEGORIES)
+    stat = add_up([image_stat(image_counts) for image_counts in counts])
     for category in CATEGORIES:
-        assert vars(found[category]) == vars(expected[category])
-    assert all(vars(found[7]).values()), "each kind of result occurs"
+        actual, target = vars(stat[category]), vars(expected[category])
+        assert actual.pop("iou") == pytest.approx(target.pop("iou"), rel=1e-12, abs=0)
+        assert actual == target
+    assert all(vars(stat[7]).values()), "each kind of result occurs"
+
+
+def test_iou_sums_are_exact():
+    """1e16 + 1 is 1e16 in floating point, so a running sum would lose every 1."""
+    values = [1e16, 1.0, 1.0, -1e16, 1.0]
+    for order in itertools.permutations(values):
+        stats = [image_stat(SegmentCounts([(7, value)], [], [])) for value in order]
+        assert add_up(stats)[7].iou == 3.0
+
+
+@pytest.mark.parametrize("num_workers", [1, 2, 3, 5])
+def test_official_code_for_any_number_of_workers(scenes, num_workers):
+    folders, pairs, counts = scenes
+    stats = official(official_image_stats, pairs, *folders, CATEGORIES, num_workers)
+    expected = add_up([image_stat(image_counts) for image_counts in counts])
+    assert sums(add_up(stats)) == sums(expected)
 
 
 def example():
-    """Two segments and void, in truth and prediction."""
+    """Two segments and void, in ground truth and prediction."""
     ids = np.zeros((6, 8), dtype=np.uint32)
     ids[:3], ids[3:5] = 70000, 3
-    found = [{"id": 70000, "category_id": 7}, {"id": 3, "category_id": 40}]
-    segments = [s | {"iscrowd": 0, "area": int((ids == s["id"]).sum())} for s in found]
-    truth = {"image_id": 12, "file_name": "12.png", "segments_info": segments}
-    return ids, truth, ids.copy(), found
+    pred = [{"id": 70000, "category_id": 7}, {"id": 3, "category_id": 40}]
+    segments = [s | {"iscrowd": 0, "area": int((ids == s["id"]).sum())} for s in pred]
+    gt = {"image_id": 12, "file_name": "12.png", "segments_info": segments}
+    return ids, gt, ids.copy(), pred
 
 
 @pytest.mark.parametrize(
@@ -133,45 +159,47 @@ def example():
     ],
 )
 def test_errors_are_the_official_ones(tmp_path, case, message):
-    true_ids, truth, found_ids, found = example()
+    gt_ids, gt, pred_ids, pred = example()
     if case in ("not in JSON", "two"):
-        found_ids[0, 0] = 9
+        pred_ids[0, 0] = 9
     if case == "not in PNG":
-        found.append({"id": 44, "category_id": 7})
+        pred.append({"id": 44, "category_id": 7})
     if case == "category":
-        found[1]["category_id"] = 8
+        pred[1]["category_id"] = 8
     if case == "two":
-        # The one of the lower id is reported.
-        found_ids[found_ids == 3] = 2
-        found[1] |= {"id": 2, "category_id": 8}
-    for name, ids in (("truth", true_ids), ("found", found_ids)):
+        # The lower id is reported.
+        pred_ids[pred_ids == 3] = 2
+        pred[1] |= {"id": 2, "category_id": 8}
+    for name, ids in (("gt", gt_ids), ("pred", pred_ids)):
         (tmp_path / name).mkdir()
         write(tmp_path / name, 12, ids)
     with pytest.raises(KeyError) as expected:
-        prediction = {"file_name": "12.png", "segments_info": copy.deepcopy(found)}
-        folders = tmp_path / "truth", tmp_path / "found"
-        official(pq_compute_single_core, 0, [(truth, prediction)], *folders, CATEGORIES)
+        prediction = {"file_name": "12.png", "segments_info": copy.deepcopy(pred)}
+        folders = tmp_path / "gt", tmp_path / "pred"
+        official(pq_compute_single_core, 0, [(gt, prediction)], *folders, CATEGORIES)
     with pytest.raises(KeyError) as error:
-        count_segments(true_ids, found_ids, truth, found, CATEGORIES)
+        count_segments(gt_ids, pred_ids, gt, pred, CATEGORIES)
     assert error.value.args == expected.value.args
     assert message in error.value.args[0]
 
 
 def test_other_size():
-    true_ids, truth, found_ids, found = example()
-    with pytest.raises(ValueError, match=r"image 12 has \(6, 7\) .* 12.png has \(6, 8\)"):
-        count_segments(true_ids, found_ids[:, 1:], truth, found, CATEGORIES)
+    gt_ids, gt, pred_ids, pred = example()
+    with pytest.raises(
+        ValueError, match=r"image 12 has shape \(6, 7\), .* 12.png has shape \(6, 8\)"
+    ):
+        count_segments(gt_ids, pred_ids[:, 1:], gt, pred, CATEGORIES)
 
 
-def test_wrong_area_in_the_truth():
+def test_wrong_gt_area():
     """An area of zero makes the union zero, which the official code calls an infinite IoU."""
-    true_ids, truth, found_ids, found = example()
-    truth["segments_info"][0]["area"] = 0
-    counts = count_segments(true_ids, found_ids, truth, found, CATEGORIES)
+    gt_ids, gt, pred_ids, pred = example()
+    gt["segments_info"][0]["area"] = 0
+    counts = count_segments(gt_ids, pred_ids, gt, pred, CATEGORIES)
     assert counts.matched == [(40, 1.0), (7, float("inf"))]
 
 
-def test_kinds_of_png(tmp_path):
+def test_png_modes(tmp_path):
     ids = np.random.default_rng(0).integers(2**24, size=(9, 11))
     path = str(tmp_path / "1.png")
     Image.fromarray(id2rgb(ids)).convert("RGBA").save(path)
@@ -182,21 +210,21 @@ def test_kinds_of_png(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [np.int32, np.int64])
-def test_ids_that_a_png_cannot_hold(dtype):
+def test_ids_beyond_24_bits(dtype):
     ids = np.array([[-1, 2**24 + 7], [0, 255]]).astype(dtype)
     np.testing.assert_array_equal(as_segment_ids(ids), rgb2id(id2rgb(ids)))
 
 
 @pytest.fixture
 def dataset(tmp_path):
-    """Fourteen random images; yields what a model says of each."""
+    """Fourteen random images; yields the model outputs of each."""
     random = np.random.default_rng(5)
     annotations, outputs = [], {}
     contiguous = {k: i for i, k in enumerate(CATEGORIES)}
     for image_id in range(14):
-        true_ids, truth, found_ids, found = random_scene(random, image_id)
-        write(tmp_path, image_id, true_ids)
-        annotations.append(truth)
+        gt_ids, gt, pred_ids, pred = random_scene(random, image_id)
+        write(tmp_path, image_id, gt_ids)
+        annotations.append(gt)
         infos = [
             {
                 "id": segment["id"],
@@ -204,9 +232,9 @@ def dataset(tmp_path):
                 "category_id": contiguous[segment["category_id"]],
                 "score": 0.25,
             }
-            for segment in found
+            for segment in pred
         ]
-        outputs[image_id] = torch.from_numpy(found_ids.astype(np.int32)), infos
+        outputs[image_id] = torch.from_numpy(pred_ids.astype(np.int32)), infos
     path = tmp_path / "panoptic.json"
     content = {"annotations": annotations, "categories": [*CATEGORIES.values()]}
     path.write_text(json.dumps(content))
@@ -232,8 +260,8 @@ def evaluate(outputs, output_dir, use_fast_impl):
     return results["panoptic_seg"], (output_dir / "predictions.json").read_text()
 
 
-def test_both_ways_give_the_same(dataset, tmp_path):
-    # Images that the truth does not list are written, but do not count.
+def test_fast_equals_official(dataset, tmp_path):
+    # Images without ground truth are written but not counted.
     dataset[99] = (torch.zeros(5, 6, dtype=torch.int32), [])
     fast, official = (evaluate(dataset, tmp_path / str(k), k) for k in (True, False))
     assert fast == official
@@ -241,8 +269,22 @@ def test_both_ways_give_the_same(dataset, tmp_path):
     assert '"file_name": "99.png"' in fast[1]
 
 
-def test_maps_of_labels(dataset, tmp_path):
-    """Class × divisor + number, and -1 where there is none, as some models of Detectron2 do."""
+@pytest.mark.parametrize("use_fast_impl", [True, False])
+def test_any_number_of_workers_and_cpus(dataset, tmp_path, monkeypatch, use_fast_impl):
+    """Bit for bit the same, whichever worker evaluates an image and however many CPUs it has."""
+    expected, _ = evaluate(dataset, tmp_path, use_fast_impl)
+    for number in (1, 2, 3, 5):
+        monkeypatch.setattr(os, "cpu_count", lambda number=number: number)
+        monkeypatch.setattr(os, "process_cpu_count", os.cpu_count, raising=False)
+        monkeypatch.setattr(multiprocessing, "cpu_count", os.cpu_count)
+        monkeypatch.setattr(
+            comm, "gather", lambda data, number=number: [data[k::number] for k in range(number)]
+        )
+        assert evaluate(dataset, tmp_path, use_fast_impl)[0] == expected
+
+
+def test_label_maps(dataset, tmp_path):
+    """Class × divisor + number, -1 for void, as some Detectron2 models return."""
     outputs = {}
     for image_id, (ids, infos) in dataset.items():
         labels = torch.full(ids.shape, -1, dtype=torch.int64)
@@ -256,7 +298,7 @@ def test_maps_of_labels(dataset, tmp_path):
         assert fast[0][metric] == pytest.approx(value)
 
 
-def test_outputs_are_not_changed(dataset):
+def test_outputs_are_not_modified(dataset):
     evaluator = PanopticEvaluator("pq_scenes")
     evaluator.reset()
     before = copy.deepcopy(dataset[3])
@@ -268,9 +310,9 @@ def test_outputs_are_not_changed(dataset):
 def test_image_listed_twice(dataset):
     path = MetadataCatalog.get("pq_scenes").panoptic_json
     with open(path) as file:
-        truth = json.load(file)
-    truth["annotations"].append(truth["annotations"][0])
+        gt = json.load(file)
+    gt["annotations"].append(gt["annotations"][0])
     with open(path, "w") as file:
-        json.dump(truth, file)
+        json.dump(gt, file)
     with pytest.raises(ValueError, match=r"panoptic.json lists an image more than once"):
         PanopticEvaluator("pq_scenes").reset()

@@ -37,7 +37,7 @@ def rectangle(top, left, height, width):
     return mask
 
 
-# Small is below 32 x 32 pixels.
+# COCO calls objects below 32 x 32 pixels small.
 OBJECTS = [(4, rectangle(0, 0, 40, 40)), (9, rectangle(44, 0, 20, 20))]
 
 
@@ -59,8 +59,8 @@ def dataset(tmp_path):
         "annotations": annotations,
         "categories": [{"id": 4, "name": "box"}, {"id": 9, "name": "tile"}],
     }
-    (tmp_path / "truth.json").write_text(json.dumps(content))
-    register_instances("proposals_val", str(tmp_path), str(tmp_path / "truth.json"))
+    (tmp_path / "gt.json").write_text(json.dumps(content))
+    register_instances("proposals_val", str(tmp_path), str(tmp_path / "gt.json"))
     DatasetCatalog.get("proposals_val")
     yield "proposals_val"
     DatasetCatalog.remove("proposals_val")
@@ -84,7 +84,7 @@ def test_recall_by_hand(dataset):
     results = evaluate(evaluator, exact, [0.1, 0.2])
     assert results["AR@100"] == results["ARs@100"] == results["ARm@100"] == 100
     assert math.isnan(results["ARl@100"])
-    # IoU 3/4 with the large one: found at 6 of 10 thresholds. The small one is missed.
+    # IoU 3/4 with the large object: a match at 6 of 10 thresholds. The small one is missed.
     results = evaluate(evaluator, [rectangle(0, 0, 40, 30)], [0.5])
     assert results["AR@100"] == pytest.approx(100 * 0.6 / 2)
     assert results["ARm@100"] == pytest.approx(60)
@@ -95,11 +95,13 @@ def test_recall_by_hand(dataset):
 def test_number_of_proposals(dataset):
     evaluator = ProposalEvaluator(dataset, num_proposals=1)
     results = evaluate(evaluator, [mask for _, mask in OBJECTS], [0.1, 0.2])
-    assert results["ARs@1"] == 100 and results["ARm@1"] == 0, "the better one is the small one"
+    assert results["ARs@1"] == 100 and results["ARm@1"] == 0, (
+        "the small object has the higher score"
+    )
     assert results["AR@1"] == 50
 
 
-def test_data_set_without_annotation_file(dataset):
+def test_dataset_without_annotation_file(dataset):
     MetadataCatalog.get("no_instances").evaluator_type = "sem_seg"
     with pytest.raises(ValueError, match="on no_instances: its metadata has no COCO json_file"):
         ProposalEvaluator("no_instances")
@@ -131,21 +133,21 @@ def test_proposals_of_a_model(tiny_cfg, make_input):
     torch.manual_seed(0)
     model = build_model(tiny_cfg).eval()
     batch = [make_input(48, 64, []) | {"height": 96, "width": 128}]
-    found = [LayerProposals(model, layer)(batch)[0]["instances"] for layer in range(5)]
+    layers = [LayerProposals(model, layer)(batch)[0]["instances"] for layer in range(5)]
     assert not model.sem_seg_head._forward_hooks
-    for instances in found:
-        assert instances.pred_masks.shape == (7, 96, 128), "each query is one proposal"
+    for instances in layers:
+        assert instances.pred_masks.shape == (7, 96, 128), "one proposal per query"
         assert (instances.pred_classes == 0).all()
         assert (instances.scores >= 0).all() and (instances.scores <= 1).all()
-    assert not torch.equal(found[0].pred_masks, found[-1].pred_masks)
-    # The last layer's masks are those of the model's own instances.
+    assert not torch.equal(layers[0].pred_masks, layers[-1].pred_masks)
+    # The last layer has the same masks as the model's own instances.
     own = {mask.numpy().tobytes() for mask in model(batch)[0]["instances"].pred_masks}
-    assert own == {mask.numpy().tobytes() for mask in found[-1].pred_masks}
+    assert own == {mask.numpy().tobytes() for mask in layers[-1].pred_masks}
 
 
 @pytest.fixture
 def restore_loggers():
-    """The program sets up loggers for its output folder; other tests should not write there."""
+    """Undo the loggers that the program sets up for its output folder."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     yield

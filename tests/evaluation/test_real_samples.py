@@ -1,4 +1,4 @@
-"""The evaluators on real annotation, where the samples are there."""
+"""The evaluators on real annotations, skipped without the samples."""
 
 import json
 from pathlib import Path
@@ -28,12 +28,12 @@ def config(tmp_path, task):
     return cfg
 
 
-@pytest.mark.skipif(not COCO.is_dir(), reason="the sample of the COCO API is not there")
+@pytest.mark.skipif(not COCO.is_dir(), reason="needs the sample of the COCO API")
 def test_sample_results_of_the_coco_api(tmp_path):
-    """The figures that pycocotools gives for the sample, reached through a model's outputs."""
-    truth = json.loads((COCO / "instances_val2014_100.json").read_text())
+    """Model outputs built from the sample give the metrics of pycocotools."""
+    gt = json.loads((COCO / "instances_val2014_100.json").read_text())
     results = json.loads((COCO / "instances_val2014_fakesegm100_results.json").read_text())
-    category_ids = [category["id"] for category in truth["categories"]]
+    category_ids = [category["id"] for category in gt["categories"]]
     MetadataCatalog.get("ev_coco").set(
         evaluator_type="coco",
         json_file=str(COCO / "instances_val2014_100.json"),
@@ -41,15 +41,15 @@ def test_sample_results_of_the_coco_api(tmp_path):
     )
     evaluator = build_evaluator(config(tmp_path, "INSTANCE_ON"), "ev_coco")
     evaluator.reset()
-    for image in truth["images"]:
-        found = [r for r in results if r["image_id"] == image["id"]]
+    for image in gt["images"]:
+        pred = [r for r in results if r["image_id"] == image["id"]]
         instances = Instances((image["height"], image["width"]))
-        masks = [mask_util.decode(r["segmentation"]) for r in found]
+        masks = [mask_util.decode(r["segmentation"]) for r in pred]
         empty = np.zeros((0, image["height"], image["width"]))
         instances.pred_masks = torch.from_numpy(np.stack(masks) if masks else empty)
-        instances.pred_boxes = Boxes(torch.zeros(len(found), 4))
-        instances.scores = torch.tensor([r["score"] for r in found], dtype=torch.float64)
-        classes = [category_ids.index(r["category_id"]) for r in found]
+        instances.pred_boxes = Boxes(torch.zeros(len(pred), 4))
+        instances.scores = torch.tensor([r["score"] for r in pred], dtype=torch.float64)
+        classes = [category_ids.index(r["category_id"]) for r in pred]
         instances.pred_classes = torch.tensor(classes, dtype=torch.int64)
         evaluator.process([{"image_id": image["id"]}], [{"instances": instances}])
     metrics = evaluator.evaluate()["segm"]
@@ -62,9 +62,9 @@ def test_sample_results_of_the_coco_api(tmp_path):
     MetadataCatalog.remove("ev_coco")
 
 
-@pytest.mark.skipif(not CITYSCAPES.is_dir(), reason="the sample of Cityscapes is not there")
+@pytest.mark.skipif(not CITYSCAPES.is_dir(), reason="needs the sample of Cityscapes")
 @pytest.mark.parametrize("evaluator_type", ["cityscapes_sem_seg", "cityscapes_instance"])
-def test_truth_of_cityscapes(tmp_path, evaluator_type):
+def test_cityscapes_gt_scores_100(tmp_path, evaluator_type):
     pytest.importorskip("cityscapesscripts", reason="the optional package is not installed")
     from cityscapesscripts.helpers.labels import id2label, trainId2label
 
@@ -103,9 +103,9 @@ def test_truth_of_cityscapes(tmp_path, evaluator_type):
     assert known == pytest.approx(dict.fromkeys(known, 100.0))
 
 
-@pytest.mark.skipif(not ADE20K.is_dir(), reason="the sample of ADE20K is not there")
+@pytest.mark.skipif(not ADE20K.is_dir(), reason="needs the sample of ADE20K")
 def test_ade20k(tmp_path):
-    """mIoU and PQ of the truth, and of the truth moved by 25 pixels."""
+    """mIoU and PQ of the ground truth, and of the ground truth moved by 25 pixels."""
     # 0 is other, 1 to 150 are the classes.
     for file in (ADE20K / "annotations").glob("*.png"):
         (tmp_path / "annotations").mkdir(exist_ok=True)
@@ -118,18 +118,18 @@ def test_ade20k(tmp_path):
         evaluator.reset()
         quality = SemanticPQ(classes, 255)
         for record in DatasetCatalog.get("real_ade"):
-            truth = np.array(Image.open(record["sem_seg_file_name"]))
-            found = np.roll(truth, shift, axis=1).astype(int)
-            # "Other" cannot be predicted.
-            found[found == 255] = 149
-            scores = torch.from_numpy(found == np.arange(150)[:, None, None]).byte()
+            gt = np.array(Image.open(record["sem_seg_file_name"]))
+            pred = np.roll(gt, shift, axis=1).astype(int)
+            # The model cannot predict "other".
+            pred[pred == 255] = 149
+            scores = torch.from_numpy(pred == np.arange(150)[:, None, None]).byte()
             evaluator.process([record], [{"sem_seg": scores}])
-            quality.add(truth, found)
-        metrics, of_segments = evaluator.evaluate()["sem_seg"], quality.results()
-        assert metrics["mIoU"] == pytest.approx(of_segments["mIoU"], rel=1e-12)
+            quality.add(gt, pred)
+        metrics, segment_metrics = evaluator.evaluate()["sem_seg"], quality.results()
+        assert metrics["mIoU"] == pytest.approx(segment_metrics["mIoU"], rel=1e-12)
         if shift == 0:
-            assert metrics["mIoU"] == of_segments["PQ"] == 100
+            assert metrics["mIoU"] == segment_metrics["PQ"] == 100
         else:
-            assert 0 < of_segments["PQ"] < metrics["mIoU"] < 100
+            assert 0 < segment_metrics["PQ"] < metrics["mIoU"] < 100
     DatasetCatalog.remove("real_ade")
     MetadataCatalog.remove("real_ade")

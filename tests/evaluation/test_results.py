@@ -29,7 +29,7 @@ def test_files(tmp_path):
     assert json.loads((tmp_path / "proposals.json").read_text()) == {"a": {}}
 
 
-def test_interrupted_writing_leaves_the_old_files(tmp_path):
+def test_interrupted_writing_keeps_the_old_files(tmp_path):
     write_results(str(tmp_path), RESULTS)
     before = (tmp_path / "evaluation.json").read_text()
     with pytest.raises(TypeError):

@@ -1,4 +1,4 @@
-"""The semantic evaluator keeps what Detectron2's keeps, and its labels are those of argmax."""
+"""The semantic evaluator equals Detectron2's, and its labels equal argmax."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from mask2former.evaluation.semantic_evaluation import (
 
 @pytest.mark.parametrize("num_classes", [1, 2, 19, 256, 257, 300])
 def test_labels(num_classes):
-    # Few values: the first of equal ones counts.
+    # Few values, so that ties occur: the first class wins.
     scores = torch.randint(0, 7, (num_classes, 13, 17), generator=torch.manual_seed(0)).float()
     labels = best_labels(scores)
     np.testing.assert_array_equal(labels, scores.argmax(0).numpy())
@@ -24,12 +24,12 @@ def test_labels(num_classes):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
-def test_labels_of_other_number_types(dtype):
+def test_labels_of_other_dtypes(dtype):
     scores = torch.randint(0, 7, (9, 13, 17), generator=torch.manual_seed(0)).to(dtype)
     np.testing.assert_array_equal(best_labels(scores), scores.argmax(0).numpy())
 
 
-def test_labels_of_odd_scores():
+def test_labels_of_nan_and_inf():
     scores = torch.randn(5, 8, 9, generator=torch.manual_seed(0)).transpose(1, 2)
     scores[3, 0, :4] = torch.tensor([torch.nan, torch.inf, -torch.inf, 0.0])
     scores[1, 0, 0] = torch.nan
@@ -49,7 +49,7 @@ def test_labels_on_a_gpu():
 
 @pytest.fixture(params=[4, 40, 300])
 def dataset(request, tmp_path):
-    """Three images of noise in blocks, and their ids in the data set."""
+    """Three images of block noise; dataset ids differ from contiguous ids."""
     num_classes, random, records = request.param, np.random.default_rng(0), []
     for image_id in range(3):
         labels = random.integers(-1, num_classes, size=(6, 8)).repeat(9, 0).repeat(9, 1)
@@ -67,8 +67,8 @@ def dataset(request, tmp_path):
     MetadataCatalog.remove("sem_scenes")
 
 
-def test_results_are_those_of_detectron2(dataset, tmp_path):
-    found, expected = (
+def test_results_equal_detectron2(dataset, tmp_path):
+    ours, expected = (
         kind("sem_scenes", output_dir=str(tmp_path), sem_seg_loading_fn=LabelReader(dataset))
         for kind in (SemanticEvaluator, SemSegEvaluator)
     )
@@ -80,22 +80,22 @@ def test_results_are_those_of_detectron2(dataset, tmp_path):
         for record in DatasetCatalog.get("sem_scenes")
     }
     results = []
-    for evaluator in (found, expected):
+    for evaluator in (ours, expected):
         evaluator.reset()
-        for file_name, of_image in scores.items():
-            evaluator.process([{"file_name": file_name}], [{"sem_seg": of_image}])
+        for file_name, image_scores in scores.items():
+            evaluator.process([{"file_name": file_name}], [{"sem_seg": image_scores}])
         results.append(evaluator.evaluate())
         results.append((tmp_path / "sem_seg_predictions.json").read_text())
     np.testing.assert_equal(results[:2], results[2:])
     assert results[0]["sem_seg"]["pACC"] > 0
     assert ("BoundaryIoU-0" in results[0]["sem_seg"]) == (num_classes < 255)
-    np.testing.assert_array_equal(found._conf_matrix, expected._conf_matrix, strict=True)
-    np.testing.assert_array_equal(found._b_conf_matrix, expected._b_conf_matrix, strict=True)
-    assert found._predictions == expected._predictions
+    np.testing.assert_array_equal(ours._conf_matrix, expected._conf_matrix, strict=True)
+    np.testing.assert_array_equal(ours._b_conf_matrix, expected._b_conf_matrix, strict=True)
+    assert ours._predictions == expected._predictions
 
 
-def test_class_that_the_metadata_lacks(dataset):
+def test_class_missing_in_metadata(dataset):
     evaluator = SemanticEvaluator("sem_scenes", sem_seg_loading_fn=LabelReader(dataset))
     del evaluator._contiguous_id_to_dataset_id[0]
-    with pytest.raises(ValueError, match="Class 0 was predicted.* metadata of sem_scenes"):
+    with pytest.raises(ValueError, match="class 0 is not in the metadata of sem_scenes"):
         evaluator.encode_json_sem_seg(np.zeros((3, 4), dtype=int), "1.jpg")

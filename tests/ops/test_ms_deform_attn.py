@@ -171,10 +171,11 @@ def fused_inputs(batch=2, queries=5) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return value, reference, offsets, logits
 
 
-@pytest.mark.parametrize("reference_batch", [1, 2])
-def test_fused_equals_classic(reference_batch):
+@pytest.mark.parametrize("reference_size", [(2, 5, 3), (1, 5, 3), (2, 5, 1), (2, 1, 3), (1, 1, 1)])
+def test_fused_equals_classic(reference_size):
     value, reference, offsets, logits = fused_inputs()
-    reference = reference[:reference_batch]
+    batch, queries, levels = reference_size
+    reference = reference[:batch, :queries, :levels]
     # A pixel is 1 / width by 1 / height of its level.
     locations = offsets.clone()
     for level, (height, width) in enumerate(SHAPES):
@@ -197,6 +198,22 @@ def test_fused_reference_boxes_by_hand():
     out = ms_deform_attn_fused(value, [(2, 2)], reference, offsets, logits)
     # In pixels x = 0.75, y = -0.5: half outside, the rest 0.25·1 + 0.75·2.
     assert out.item() == pytest.approx(0.875, abs=1e-5)
+
+
+@pytest.mark.parametrize("last", [2, 4])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_fused_broadcasts_reference_points(last, needs_grad):
+    value, _, offsets, logits = fused_inputs()
+    shared = torch.rand(1, 5, 1, last).double().requires_grad_(needs_grad)
+    repeated = shared.detach().repeat(2, 1, len(SHAPES), 1).requires_grad_(needs_grad)
+    out = ms_deform_attn_fused(value, SHAPES, shared, offsets, logits)
+    expected = ms_deform_attn_fused(value, SHAPES, repeated, offsets, logits)
+    torch.testing.assert_close(out, expected)
+    if needs_grad:
+        out.square().sum().backward()
+        expected.square().sum().backward()
+        summed = repeated.grad.sum((0, 2), keepdim=True)
+        torch.testing.assert_close(shared.grad, summed)
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, -3e38, 2.0**31])
@@ -330,6 +347,18 @@ def test_published_import_paths():
     assert torch.equal(out, ms_deform_attn(value, SHAPES, locations, weights))
 
 
+def test_original_pytorch_function(monkeypatch):
+    path = "mask2former.modeling.pixel_decoder.ops.functions.ms_deform_attn_func"
+    functions = importlib.import_module(path)
+    value, locations, weights = random_inputs()
+    expected = naive(value, SHAPES, locations, weights)
+    monkeypatch.setattr(op_module, "_use_kernel", lambda device: pytest.fail("called a kernel"))
+    out = functions.ms_deform_attn_core_pytorch(value, torch.tensor(SHAPES), locations, weights)
+    torch.testing.assert_close(out, expected)
+    with pytest.raises(ValueError, match="hold 15 locations, but value has 14"):
+        functions.ms_deform_attn_core_pytorch(value[:, 1:], SHAPES, locations, weights)
+
+
 def test_module_starts_from_a_star_of_points():
     module = MSDeformAttn(d_model=16, n_levels=2, n_heads=8, n_points=3)
     bias = module.sampling_offsets.bias.detach().view(8, 2, 3, 2)
@@ -387,6 +416,59 @@ def test_module_padding_mask_zeroes_values():
         module(query, reference, memory, SHAPES, None, nothing),
         module(query, reference, memory, SHAPES),
     )
+
+
+def test_module_broadcasts_reference_points_and_padding_mask():
+    module, query, _, memory = module_and_inputs()
+    shapes, starts = torch.tensor(SHAPES), torch.tensor([0, 12, 14])
+    reference, padding = torch.rand(1, 5, 1, 2).double(), torch.arange(15)[None] % 4 == 0
+    out = module(query, reference, memory, shapes, starts, padding)
+    reference, padding = reference.expand(2, 5, 3, 2), padding.expand(2, 15)
+    torch.testing.assert_close(out, module(query, reference, memory, shapes, starts, padding))
+
+
+def test_subclass_with_a_forward_of_its_own():
+    """The original's steps: the attributes and the function are all that a subclass needs."""
+
+    class Own(MSDeformAttn):
+        def forward(self, query, reference, memory, shapes, starts):
+            batch, queries, _ = query.shape
+            value = self.value_proj(memory).view(batch, -1, self.n_heads, self.d_model // 2)
+            sizes = (batch, queries, self.n_heads, self.n_levels, self.n_points)
+            offsets = self.sampling_offsets(query).view(*sizes, 2)
+            weights = self.attention_weights(query).view(*sizes[:3], -1).softmax(-1).view(sizes)
+            pixels = torch.stack([shapes[..., 1], shapes[..., 0]], -1)
+            locations = reference[:, :, None, :, None] + offsets / pixels[:, None]
+            functions = importlib.import_module("mask2former.modeling.pixel_decoder.ops.functions")
+            out = functions.MSDeformAttnFunction.apply(
+                value, shapes, starts, locations, weights, self.im2col_step
+            )
+            return self.output_proj(out)
+
+    module, query, reference, memory = module_and_inputs()
+    own = Own(d_model=12, n_levels=3, n_heads=2, n_points=2).double()
+    own.load_state_dict(module.state_dict())
+    inputs = (query, reference, memory, torch.tensor(SHAPES), torch.tensor([0, 12, 14]))
+    torch.testing.assert_close(own(*inputs), module(*inputs))
+
+
+def test_module_exports_with_dynamic_sizes():
+    class Network(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.attention = MSDeformAttn(d_model=8, n_levels=1, n_heads=2, n_points=2)
+            torch.nn.init.normal_(self.attention.sampling_offsets.weight)
+
+        def forward(self, x):
+            memory = x.flatten(2).transpose(1, 2)
+            reference = memory.sigmoid()[:, :, None, :2]
+            return self.attention(memory, reference, memory, [(x.shape[2], x.shape[3])])
+
+    network = Network()
+    sizes = {2: torch.export.Dim.DYNAMIC, 3: torch.export.Dim.DYNAMIC}
+    program = torch.export.export(network, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(sizes,))
+    other = torch.randn(2, 8, 9, 4)
+    torch.testing.assert_close(program.module()(other), network(other))
 
 
 def test_module_gradients_reach_every_parameter():

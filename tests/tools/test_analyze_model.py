@@ -1,4 +1,4 @@
-"""tools/analyze_model.py: counts by hand, against torch's counter, and the paper's columns."""
+"""tools/analyze_model.py: counts by hand, from torch's counter, and from the paper."""
 
 import copy
 import functools
@@ -31,8 +31,8 @@ NUM_PARAMETERS = json.loads((ROOT / "tests/contracts/num_parameters.json").read_
 tool = load_script("tools/analyze_model.py")
 
 
-def counted(function) -> tuple[dict[str, int], dict[str, int]]:
-    """Multiply-adds and activations by operator."""
+def count_operators(function) -> tuple[dict[str, int], dict[str, int]]:
+    """Return multiply-adds and activations by operator."""
     mode = tool.CountingMode()
     with torch.no_grad(), mode:
         function()
@@ -44,7 +44,7 @@ def counted(function) -> tuple[dict[str, int], dict[str, int]]:
 
 @pytest.fixture
 def register():
-    """Function that registers records under the name "tests_sizes"."""
+    """Return a function that registers records as "tests_sizes"."""
 
     def register(records: list[dict]) -> None:
         if "tests_sizes" in DatasetCatalog:
@@ -70,7 +70,7 @@ def small_model():
         ("swin/maskformer2_swin_large_IN21k_384_bs16_100ep.yaml", 216, 868),
     ],
 )
-def test_columns_of_the_paper(recipe, params, giga, capsys):
+def test_numbers_of_the_paper(recipe, params, giga, capsys):
     tool.main(["--tasks", "parameter", "flop", "--config-file", str(COCO / recipe)])
     out = capsys.readouterr().out
     number = NUM_PARAMETERS[f"coco/instance-segmentation/{recipe}"]
@@ -86,35 +86,39 @@ def test_columns_of_the_paper(recipe, params, giga, capsys):
 
 def test_convolutions_and_products_by_hand():
     x = torch.zeros(1, 4, 8, 8)
-    # 6 channels out, 2 in each of 2 groups, 3 × 3, on 4 × 4 positions.
+    # 6 output channels, 2 input channels per group, 3 × 3, at 4 × 4 positions.
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=1, groups=2)
-    adds, activations = counted(lambda: conv(x))
+    adds, activations = count_operators(lambda: conv(x))
     assert adds == {"convolution": 6 * 4 * 4 * 2 * 9}
     assert activations == {"convolution": 6 * 4 * 4}
-    # Each of 4 · 8 · 8 values goes to 3 channels through 2 × 2.
+    # Each of 4 · 8 · 8 values contributes to 3 channels at 2 × 2 positions.
     transposed = nn.ConvTranspose2d(4, 3, 2, stride=2)
-    assert counted(lambda: transposed(x))[0] == {"convolution": 4 * 8 * 8 * 3 * 4}
-    assert counted(lambda: nn.Linear(8, 5)(x))[0] == {"matrix product": 4 * 8 * 8 * 5}
-    assert counted(lambda: nn.Linear(8, 5, bias=False)(x))[0] == {"matrix product": 4 * 8 * 8 * 5}
-    assert counted(lambda: x @ x)[0] == {"matrix product": 4 * 8 * 8 * 8}
-    product = counted(lambda: torch.einsum("qc,chw->qhw", torch.zeros(3, 4), x[0]))[0]
+    assert count_operators(lambda: transposed(x))[0] == {"convolution": 4 * 8 * 8 * 3 * 4}
+    assert count_operators(lambda: nn.Linear(8, 5)(x))[0] == {"matrix product": 4 * 8 * 8 * 5}
+    assert count_operators(lambda: nn.Linear(8, 5, bias=False)(x))[0] == {
+        "matrix product": 4 * 8 * 8 * 5
+    }
+    assert count_operators(lambda: x @ x)[0] == {"matrix product": 4 * 8 * 8 * 8}
+    product = count_operators(lambda: torch.einsum("qc,chw->qhw", torch.zeros(3, 4), x[0]))[0]
     assert product == {"matrix product": 3 * 4 * 8 * 8}
-    assert counted(lambda: F.relu(F.layer_norm(x, (8,)) + x).softmax(1).sum()) == ({}, {})
+    assert count_operators(lambda: F.relu(F.layer_norm(x, (8,)) + x).softmax(1).sum()) == ({}, {})
 
 
 def test_attention_by_hand():
     q, k = torch.zeros(2, 3, 5, 8), torch.zeros(2, 3, 7, 8)  # 5 queries, 7 keys, 8 channels
     mask = torch.ones(2, 1, 5, 7, dtype=torch.bool)
-    adds, activations = counted(lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask))
+    adds, activations = count_operators(
+        lambda: F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+    )
     assert adds == {"attention": 2 * 3 * 5 * 7 * (8 + 8)}
     assert activations == {"attention": 2 * 3 * 5 * 8}
 
 
 @pytest.mark.parametrize("compiled", [True, False])
 def test_deformable_attention_by_hand(compiled, monkeypatch):
-    """The same for the compiled operators and for the formulation in PyTorch."""
+    """The compiled operators and the PyTorch formulation have the same counts."""
     if not compiled:
-        # The package has a function of the module's name.
+        # The package has a function with the name of the module.
         module = sys.modules["mask2former.ops.ms_deform_attn"]
         monkeypatch.setattr(module, "has_kernel", lambda device: False)
     shapes = [(4, 6), (2, 3)]  # 30 values
@@ -122,19 +126,19 @@ def test_deformable_attention_by_hand(compiled, monkeypatch):
     attention = MSDeformAttn(32, n_levels=2, n_heads=8, n_points=4).eval()
     query, values = torch.zeros(1, 7, 32), torch.zeros(1, 30, 32)
     reference = torch.zeros(1, 7, 2, 2)
-    adds, activations = counted(lambda: attention(query, reference, values, shapes))
-    # Offsets (2 coordinates), weights, values, output; each sampled value: 4 corners, 1 weight.
+    adds, activations = count_operators(lambda: attention(query, reference, values, shapes))
+    # Offsets (2 coordinates), weights, values, output; per sampled value: 4 corners, 1 weight.
     projections = 7 * 32 * (8 * 2 * 4 * 3) + 30 * 32 * 32 + 7 * 32 * 32
     assert adds == {"matrix product": projections, "deformable attention": sampled * 4 * 5}
     assert activations == {"matrix product": 7 * 8 * 2 * 4 * 3 + 30 * 32 + 7 * 32}
 
     classic = (values.view(1, 30, 8, 4), shapes, torch.zeros(1, 7, 8, 2, 4, 2))
-    adds, _ = counted(lambda: ms_deform_attn(*classic, torch.zeros(1, 7, 8, 2, 4)))
+    adds, _ = count_operators(lambda: ms_deform_attn(*classic, torch.zeros(1, 7, 8, 2, 4)))
     assert adds == {"deformable attention": sampled * 4 * 5}
 
 
-def test_same_as_running_the_network(small_model):
-    """Convolutions and products as torch's own counter sees them run."""
+def test_counts_equal_torch_flop_counter(small_model):
+    """Convolutions and matrix products, as torch counts them in a real run."""
     counts = tool.count(small_model, 128, 192)
     small_model.requires_grad_(False)
     with FlopCounterMode(display=False) as counter:
@@ -152,12 +156,12 @@ def test_same_as_running_the_network(small_model):
     assert 2 * ours == counter.get_total_flops() - sum(attention.values())
     parts = {part for part, _ in counts.multiply_adds}
     assert parts == {"backbone", "pixel decoder", "transformer decoder", "masks of earlier layers"}
-    # Three layers come before the last: 30 queries, 128 channels, 32 × 48 positions.
+    # Three earlier layers: 30 queries, 128 channels, 32 × 48 positions.
     difference = counts.as_in_the_paper() - counts.executed()
     assert difference == 3 * 30 * 128 * 32 * 48
 
 
-def test_counting_leaves_nothing_false_behind(small_model):
+def test_counting_leaves_caches_valid(small_model):
     image = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(0))
 
     def logits(model: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,10 +170,10 @@ def test_counting_leaves_nothing_false_behind(small_model):
             return outputs["pred_logits"], outputs["pred_masks"]
 
     def clear_caches() -> None:
-        for thing in gc.get_objects():
-            if type(thing) is functools._lru_cache_wrapper:
-                if thing.__module__.startswith("mask2former"):
-                    thing.cache_clear()
+        for item in gc.get_objects():
+            if type(item) is functools._lru_cache_wrapper:
+                if item.__module__.startswith("mask2former"):
+                    item.cache_clear()
 
     untouched = copy.deepcopy(small_model)
     clear_caches()
@@ -222,4 +226,4 @@ def test_command_line(capsys, register):
         assert "--num-inputs is the number" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         tool.main(["--tasks", "flop", "--dataset", "x", "--use-fixed-input-size", *config])
-    assert "exclude each other" in capsys.readouterr().err
+    assert "mutually exclusive" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""tools/check_dataset.py on small data sets, whole and broken, and on real ones."""
+"""tools/check_dataset.py on small data sets, intact and broken, and on real ones."""
 
 import json
 import os
@@ -23,7 +23,7 @@ from mask2former.data.datasets.register_coco_panoptic_annos_semseg import (
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
 DATA = ROOT.parent / "shared" / "data"
-needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="no real data beside the repository")
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="needs real data beside the repository")
 
 
 tool = load_script("tools/check_dataset.py")
@@ -37,7 +37,7 @@ def catalogs(monkeypatch):
 
 @pytest.fixture
 def config(tmp_path):
-    """Own data of all three kinds."""
+    """Custom data sets of all three types."""
     own_data.panoptic(tmp_path)
     own_data.instances(tmp_path)
     own_data.semantic(tmp_path)
@@ -53,7 +53,7 @@ def config(tmp_path):
 
 
 def run(output, *arguments):
-    """Returns the exit status and the report."""
+    """Return the exit status and the report."""
     with pytest.raises(SystemExit) as error:
         tool.main([*map(str, arguments), "--output", str(output)])
     file = output / "report.json"
@@ -61,7 +61,7 @@ def run(output, *arguments):
 
 
 @pytest.mark.parametrize("workers", [1, 2])
-def test_faultless(config, tmp_path, workers):
+def test_intact_data(config, tmp_path, workers):
     names = ["own_panoptic", "own_instances", "own/semantic"]
     output = tmp_path / "new" / "out"
     status, report = run(output, *names, "--config-file", config, "--workers", workers)
@@ -91,7 +91,7 @@ def test_faultless(config, tmp_path, workers):
     assert "| 1 | plate | 3 | 3 | 48 | 16.67% |" in text
 
 
-def test_every_mistake_is_reported(config, tmp_path, capsys):
+def test_every_problem_is_reported(config, tmp_path, capsys):
     whole = (tmp_path / "images/a.jpg").read_bytes()
     (tmp_path / "images/a.jpg").write_bytes(whole[: len(whole) // 2])
     labels = own_data.labels()
@@ -102,8 +102,8 @@ def test_every_mistake_is_reported(config, tmp_path, capsys):
     status, report = run(tmp_path / "out", "--config-file", config)
     assert status == 1 and list(report) == names
     images, labels = tmp_path / "images", tmp_path / "labels"
-    found = [[(f["file"], f["id"]) for f in report[name]["problems"]] for name in names]
-    assert found == [
+    problems = [[(f["file"], f["id"]) for f in report[name]["problems"]] for name in names]
+    assert problems == [
         [(f"{images}/a.jpg", 1), (f"{tmp_path}/panoptic/c.png", 3)],
         [(f"{images}/a.jpg", None), (f"{labels}/b.png", None)],
     ]
@@ -114,8 +114,8 @@ def test_every_mistake_is_reported(config, tmp_path, capsys):
     assert f"| {labels}/b.png |  | has labels that are neither in [0, 3)" in markdown
 
 
-def test_a_data_set_that_is_broken_altogether(config, tmp_path):
-    """Registered, then gone: no contact sheet, but a report, and the next data set is read."""
+def test_unreadable_dataset(config, tmp_path):
+    """Broken after registration: a report without contact sheet, and the next one is checked."""
     tool.resolve_names(tool.parse_args(["--config-file", config]))
     (tmp_path / "instances.json").write_text("{")
     status, report = run(tmp_path / "out", "own_instances", "own_panoptic", "--workers", "1")
@@ -127,7 +127,7 @@ def test_a_data_set_that_is_broken_altogether(config, tmp_path):
     assert sorted(os.listdir(tmp_path / "out")) == expected
 
 
-def test_classes_that_the_model_does_not_have(config, tmp_path):
+def test_class_count_differs_from_the_model(config, tmp_path):
     options = ["--opts", "MODEL.SEM_SEG_HEAD.NUM_CLASSES", "5"]
     output = tmp_path / "out"
     with pytest.raises(SystemExit) as error:
@@ -137,7 +137,7 @@ def test_classes_that_the_model_does_not_have(config, tmp_path):
     assert problem["file"] == config and "NUM_CLASSES is 5" in problem["why"]
 
 
-def test_never_seen_and_unlisted(config, tmp_path):
+def test_unseen_classes_and_unlisted_files(config, tmp_path):
     content = json.loads((tmp_path / "instances.json").read_text())
     content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3][:1]
     content["images"].pop()
@@ -151,12 +151,12 @@ def test_never_seen_and_unlisted(config, tmp_path):
     assert "Never seen (1): plate" in (tmp_path / "out/report.md").read_text()
 
 
-def test_contact_sheet_shows_the_annotation(config, tmp_path):
+def test_contact_sheet_shows_annotations(config, tmp_path):
     for stem in own_data.STEMS:
         photograph(tmp_path / "images" / f"{stem}.jpg")
     run(tmp_path / "out", "own/semantic", "--config-file", config)
     with Image.open(tmp_path / "out/contact_sheet_own_semantic.png") as sheet:
-        # Three drawings of 12 x 8 and an empty place, and margins of 8 pixels.
+        # Three drawings of 12 x 8, an empty cell, and margins of 8 pixels.
         assert sheet.size == (8 + 3 * (12 + 8) + 1 + 8, 8 + 8 + 8)
         assert np.asarray(sheet).std() > 10
 
@@ -169,7 +169,7 @@ def test_contact_sheet_shows_the_annotation(config, tmp_path):
         (["--config-file", "{config}", "--opts", "A", "1"], "error: The command line sets 'A'"),
     ],
 )
-def test_mistakes(config, tmp_path, arguments, message):
+def test_errors(config, tmp_path, arguments, message):
     with pytest.raises(SystemExit, match=message):
         tool.main([argument.format(config=config) for argument in arguments])
 
@@ -177,19 +177,19 @@ def test_mistakes(config, tmp_path, arguments, message):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "give the NAME of a data set, or --config-file"),
-        (["a", "--workers", "0"], "--workers must be at least 1, not 0"),
+        ([], "give a data set NAME or --config-file"),
+        (["a", "--workers", "0"], "--workers must be at least 1, got 0"),
         (["a", "--opts", "A", "1"], "--opts overrides a config"),
     ],
 )
-def test_wrong_arguments(arguments, message, capsys):
+def test_bad_arguments(arguments, message, capsys):
     with pytest.raises(SystemExit):
         tool.main(arguments)
     assert message in capsys.readouterr().err
 
 
 def test_workers_use_one_thread():
-    """They are forked from a process that has used several, which they do not have."""
+    """Workers are forked from a process with several threads, which they do not inherit."""
     torch.rand(1 << 20).exp_()
     with tool.worker_pool(2) as pool:
         assert pool.submit(torch.get_num_threads).result(timeout=60) == 1
@@ -197,7 +197,7 @@ def test_workers_use_one_thread():
 
 @needs_data
 def test_real_coco(tmp_path, monkeypatch):
-    """Of 50 images of COCO, as `coco_2017_val` and `coco_2017_val_panoptic` are registered."""
+    """50 COCO images, registered like `coco_2017_val` and `coco_2017_val_panoptic`."""
     monkeypatch.setattr(tool, "_NUM_EXAMPLES", 1)
     coco = DATA / "coco"
     metadata = {k: v for k, v in get_metadata().items() if k.startswith("thing_")}

@@ -1,4 +1,4 @@
-"""tools/convert_weights.py: names, round trips into our backbones, and what it refuses."""
+"""tools/convert_weights.py: names, loading into our backbones, and rejected files."""
 
 import pickle
 from pathlib import Path
@@ -26,7 +26,7 @@ tool = load_script("tools/convert_weights.py")
 
 
 class WithBackbone(nn.Module):
-    """What Detectron2's name matching sees of a model."""
+    """A model reduced to its backbone, for Detectron2's name matching."""
 
     def __init__(self, config: str, opts: list[str]):
         super().__init__()
@@ -35,13 +35,13 @@ class WithBackbone(nn.Module):
 
 
 def randomised(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Every parameter and statistic gets values of its own."""
+    """Fill all parameters and statistics with random values."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, value in model.state_dict().items():
             if value.is_floating_point():
                 noise = torch.rand(value.shape, generator=generator)
-                # Around 1 where a norm divides or multiplies, else small.
+                # Around 1 where a norm divides or multiplies, small elsewhere.
                 around_one = value.dim() == 1 and not name.endswith("bias")
                 value.copy_(0.9 + 0.2 * noise if around_one else 0.1 * noise - 0.05)
     return model
@@ -84,7 +84,7 @@ def test_torchvision_resnet_gives_the_same_features(name, config, opts, tmp_path
     assert all(isinstance(value, np.ndarray) for value in written["model"].values())
 
 
-def test_names_of_a_resnet_by_hand():
+def test_resnet_names_by_hand():
     names = {
         "conv1.weight": "stem.conv1.weight",
         "bn1.running_mean": "stem.conv1.norm.running_mean",
@@ -99,7 +99,7 @@ def test_names_of_a_resnet_by_hand():
 
 
 def official_swin(backbone: nn.Module) -> dict[str, torch.Tensor]:
-    """The backbone's weights as the authors' ImageNet models have them."""
+    """Backbone weights in the form of the authors' ImageNet models."""
     weights = {k: v for k, v in backbone.state_dict().items() if not k.startswith("norm")}
     weights["layers.0.blocks.1.attn_mask"] = torch.zeros(64, 49, 49)
     weights |= {"norm.weight": torch.ones(192), "norm.bias": torch.zeros(192)}
@@ -122,7 +122,7 @@ def test_swin_fills_the_backbone(tmp_path, capsys):
     load(model, target)
     expected = theirs.state_dict()
     for key, value in model.state_dict().items():
-        # The norms of the four outputs belong to segmentation: ImageNet models have none.
+        # ImageNet models lack the norms of the four outputs, which keep their initial values.
         source_of_key = fresh if key.startswith("backbone.norm") else expected
         assert torch.equal(value, source_of_key[key]), key
     written = load_pickle(str(target))
@@ -143,21 +143,21 @@ RESNET = dict.fromkeys(sorted(tool._RESNET_KEYS), torch.zeros(1))
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ([1, 2], "holds no state dict, but list"),
-        ({}, r"holds no state dict, but \[\]"),
-        ({"model": {}, "epoch": 3}, r"holds no state dict, but \[\]"),
-        ({"epoch": 3, "state": {}}, r"holds no state dict, but \['epoch', 'state'\]"),
-        ({"a": torch.zeros(1)}, "neither a ResNet of torchvision nor .*: its keys begin with a"),
+        ([1, 2], "does not hold a state dict, but list"),
+        ({}, r"does not hold a state dict, but \[\]"),
+        ({"model": {}, "epoch": 3}, r"does not hold a state dict, but \[\]"),
+        ({"epoch": 3, "state": {}}, r"does not hold a state dict, but \['epoch', 'state'\]"),
+        ({"a": torch.zeros(1)}, "neither a ResNet of torchvision nor .*: its first keys are a"),
         ({"sem_seg_head.predictor.x": torch.zeros(1)}, "a whole segmentation model"),
         ({"backbone.conv1.weight": torch.zeros(1)}, "a backbone inside another model"),
         ({"features.1.0.attn.qkv.weight": torch.zeros(1)}, "torchvision's Swin"),
         ({"layers.0.blocks.0.attn.logit_scale": torch.zeros(1)}, "Swin V2"),
         ({"layers.1.downsample.reduction.weight": torch.zeros(1)}, "timm's Swin"),
-        (RESNET | {"layer1.0.se.fc1.weight": torch.zeros(1)}, "1 keys that it lacks: layer1.0.se"),
-        (SWIN | {"absolute_pos_embed": torch.zeros(1)}, "1 keys that it lacks: absolute_pos_embed"),
+        (RESNET | {"layer1.0.se.fc1.weight": torch.zeros(1)}, "1 unknown keys: layer1.0.se"),
+        (SWIN | {"absolute_pos_embed": torch.zeros(1)}, "1 unknown keys: absolute_pos_embed"),
     ],
 )
-def test_other_files_are_refused(data, message, tmp_path):
+def test_other_files_are_rejected(data, message, tmp_path):
     source, target = tmp_path / "in.pth", tmp_path / "out.pkl"
     torch.save(data, source)
     with pytest.raises(SystemExit, match=message) as error:
@@ -182,7 +182,7 @@ def test_bad_paths_and_unsafe_files(tmp_path, capsys):
         tool.main([str(source), str(tmp_path / "nowhere" / "out.pkl")])
     done = tmp_path / "done.pkl"
     done.write_bytes(pickle.dumps({"model": {}, "__author__": "torchvision"}))
-    with pytest.raises(SystemExit, match="in Detectron2's format already"):
+    with pytest.raises(SystemExit, match="already in Detectron2's format"):
         tool.main([str(done), str(tmp_path / "out.pkl")])
     source.write_bytes(pickle.dumps({"model": Evil()}, protocol=2))
     with pytest.raises(SystemExit, match=r"in.pth was not loaded|in.pth cannot be read"):

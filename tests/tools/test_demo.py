@@ -82,13 +82,13 @@ def test_all_tasks_glob_and_repeated_images(opts, images, tmp_path):
     assert {p: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
 
 
-def test_one_drawing_to_a_file(opts, images, tmp_path):
+def test_single_drawing_to_a_file(opts, images, tmp_path):
     target = tmp_path / "new" / "drawing.png"
     run(opts, "--input", images / "a.jpg", "--output", target, "--task", "semantic")
     assert size(target) == (60, 40)
 
 
-def test_unreadable_image_is_named_and_others_are_drawn(opts, images, tmp_path):
+def test_unreadable_images_are_reported_and_others_drawn(opts, images, tmp_path):
     whole = (images / "a.jpg").read_bytes()
     (images / "broken.jpg").write_bytes(whole[: len(whole) // 2])
     (images / "fake.jpg").write_text("no image")
@@ -124,14 +124,14 @@ def test_bad_paths(opts, images, tmp_path, monkeypatch, arguments, message):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images"]
 
 
-def test_task_that_is_off(opts, images, tmp_path):
+def test_disabled_task(opts, images, tmp_path):
     off = ["MODEL.MASK_FORMER.TEST.INSTANCE_ON", "False"]
     arguments = ["--input", images, "--output", tmp_path / "out", "--task", "instance"]
     with pytest.raises(SystemExit, match=r"panoptic, semantic only: .*INSTANCE_ON True"):
         run([*opts, *off], *arguments)
 
 
-def test_weights_are_needed(opts, images, tmp_path):
+def test_weights_are_required(opts, images, tmp_path):
     arguments = ["--input", images, "--output", tmp_path / "out"]
     with pytest.raises(SystemExit, match=r"MODEL\.WEIGHTS"):
         run(TINY, *arguments)
@@ -139,8 +139,8 @@ def test_weights_are_needed(opts, images, tmp_path):
         run([*TINY, "MODEL.WEIGHTS", str(tmp_path / "none.pth")], *arguments)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a machine without a GPU")
-def test_gpu_asked_for_but_absent(opts, images, tmp_path):
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_missing_gpu(opts, images, tmp_path):
     with pytest.raises(SystemExit, match="MODEL.DEVICE cpu"):
         run([*opts, "MODEL.DEVICE", "cuda"], "--input", images, "--output", tmp_path / "out")
 
@@ -151,8 +151,8 @@ def test_bad_threshold(opts, images, tmp_path, capsys):
     assert "not in 0 to 1" in capsys.readouterr().err
 
 
-def test_own_data_of_the_config(opts, images, tmp_path, monkeypatch):
-    """Ten classes, as the model has."""
+def test_custom_data_of_the_config(opts, images, tmp_path, monkeypatch):
+    """With ten classes, like the model."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", dict(catalog.data))
     (tmp_path / "labels").mkdir()
@@ -172,7 +172,7 @@ def test_own_data_of_the_config(opts, images, tmp_path, monkeypatch):
     assert size(tmp_path / "out/a.png") == (60, 40)
 
 
-def test_data_set_that_does_not_fit(opts, images, tmp_path):
+def test_dataset_does_not_fit_the_model(opts, images, tmp_path):
     arguments = ["--input", images, "--output", tmp_path / "out"]
     with pytest.raises(
         SystemExit, match="'shapes_vall' is not registered; did you mean shapes_val"

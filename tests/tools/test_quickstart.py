@@ -1,4 +1,4 @@
-"""The pieces of tools/quickstart.py that take no training."""
+"""The parts of tools/quickstart.py that need no training."""
 
 import json
 import subprocess
@@ -18,7 +18,7 @@ quickstart = load_script("tools/quickstart.py")
 
 @pytest.fixture
 def commands(monkeypatch) -> list[list[str]]:
-    """Records the commands that would run."""
+    """Record commands instead of running them."""
     recorded: list[list[str]] = []
     monkeypatch.setattr(subprocess, "run", lambda command, check: recorded.append(command))
     return recorded
@@ -63,23 +63,23 @@ def test_run_without_evaluation_is_only_evaluated(commands, tmp_path):
     assert command[-2:] == ["--eval-only", "--resume"]
 
 
-def test_finished_run_is_used_again(commands, tmp_path, capsys):
+def test_finished_run_is_reused(commands, tmp_path, capsys):
     (tmp_path / "model_final.pth").touch()
     (tmp_path / "evaluation.json").write_text(json.dumps({}))
     quickstart.train(tmp_path, [])
     assert commands == [] and "finished run" in capsys.readouterr().out
 
 
-def test_run_of_another_config_is_not_mistaken_for_this_one(tmp_path):
+def test_run_with_another_config_is_rejected(tmp_path):
     quickstart.check_same_config(tmp_path / "new", small_config(tmp_path / "new"))
     write_config(tmp_path)
     elsewhere = small_config(tmp_path / "moved", "MODEL.DEVICE", "cuda")
     quickstart.check_same_config(tmp_path, elsewhere)
-    with pytest.raises(ValueError, match=r"other values of SOLVER\.MAX_ITER: add --fresh"):
+    with pytest.raises(ValueError, match=r"a run with different SOLVER\.MAX_ITER: add --fresh"):
         quickstart.check_same_config(tmp_path, small_config(tmp_path, "SOLVER.MAX_ITER", "3"))
 
 
-def test_fresh_deletes_runs_only(tmp_path):
+def test_fresh_deletes_only_runs(tmp_path):
     quickstart.clear_run(tmp_path / "new")
     run = tmp_path / "run"
     write_config(run)
@@ -88,12 +88,12 @@ def test_fresh_deletes_runs_only(tmp_path):
     other = tmp_path / "other"
     other.mkdir()
     (other / "precious.txt").touch()
-    with pytest.raises(ValueError, match="no training run"):
+    with pytest.raises(ValueError, match="not a training run"):
         quickstart.clear_run(other)
     assert (other / "precious.txt").exists()
 
 
-def test_data_is_prepared_where_it_is_missing(commands, tmp_path, monkeypatch):
+def test_missing_data_is_prepared(commands, tmp_path, monkeypatch):
     monkeypatch.setenv("DETECTRON2_DATASETS", str(tmp_path))
     quickstart.prepare_data()
     (command,) = commands

@@ -1,4 +1,4 @@
-"""`tools/train_net.py` as a user runs it, with a very small model on very few Shapes."""
+"""`tools/train_net.py` as a user runs it, with a tiny model on a few Shapes images."""
 
 import json
 import logging
@@ -45,7 +45,7 @@ train_net = load_script(PROGRAM)
 
 @pytest.fixture(autouse=True)
 def restore_loggers():
-    """The program sets up loggers for its output folder; other tests should not write there."""
+    """Undo the loggers that the program sets up for its output folder."""
     loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
     before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
     yield
@@ -63,7 +63,7 @@ def forget_shapes():
 
 @pytest.fixture(scope="module")
 def data_root(tmp_path_factory):
-    """Writes the data set, and points the registered names to it."""
+    """Write the data set and point the registered names to it."""
     root = tmp_path_factory.mktemp("datasets")
     command = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
     command += ["--output", str(root / "shapes"), "--size", "64"]
@@ -84,16 +84,16 @@ def arguments(output_dir, *flags, **overrides):
 
 
 def run(output_dir, *flags, **overrides):
-    """In this process, which saves the seconds that imports take."""
+    """Run in this process, which saves the import time."""
     args = arguments(output_dir, *flags, **overrides)
     return train_net.main(default_argument_parser().parse_args(args))
 
 
 def program(root, *args, launcher=()):
-    """A process of its own."""
+    """Start a separate process."""
     environment = {
         "PYTHONPATH": str(ROOT),
-        # As many as here: sums over another number of threads differ in the last digits.
+        # As many as here: sums with another number of threads differ in the last digits.
         "OMP_NUM_THREADS": "1" if launcher else str(torch.get_num_threads()),
         "DETECTRON2_DATASETS": str(root),
     }
@@ -107,54 +107,54 @@ def program(root, *args, launcher=()):
 
 
 def losses(output_dir):
-    """The medians over the whole run, from metrics.json."""
+    """Read the median losses of the whole run from metrics.json."""
     rows = map(json.loads, (output_dir / "metrics.json").read_text().splitlines())
     (row,) = [row for row in rows if row["iteration"] == OPTIONS["SOLVER.MAX_ITER"] - 1]
     return {key: value for key, value in row.items() if "loss" in key}
 
 
 @pytest.fixture(scope="module")
-def whole(data_root, tmp_path_factory):
-    """The folder of a run that nothing interrupted, evaluated at its end."""
-    output_dir = tmp_path_factory.mktemp("whole")
+def full_run(data_root, tmp_path_factory):
+    """Output folder of an uninterrupted run, evaluated at its end."""
+    output_dir = tmp_path_factory.mktemp("full_run")
     run(output_dir)
     return output_dir
 
 
-def test_training_writes_checkpoints_metrics_and_results(whole):
-    assert (whole / "model_final.pth").is_file()
-    assert (whole / "last_checkpoint").read_text() == "model_final.pth"
-    assert "Effective batch size 4 = 1 process(es) x 4 images" in (whole / "log.txt").read_text()
-    results = json.loads((whole / "evaluation.json").read_text())["shapes_val_panoptic"]
+def test_training_writes_checkpoints_metrics_and_results(full_run):
+    assert (full_run / "model_final.pth").is_file()
+    assert (full_run / "last_checkpoint").read_text() == "model_final.pth"
+    assert "Effective batch size 4 = 1 process(es) x 4 images" in (full_run / "log.txt").read_text()
+    results = json.loads((full_run / "evaluation.json").read_text())["shapes_val_panoptic"]
     assert {"PQ", "PQ_th", "PQ_st"} <= set(results["panoptic_seg"])
     assert "AP" in results["segm"]
     assert "mIoU" in results["sem_seg"]
-    # Ten predictions in the published models, four in this one: three losses each, and their sum.
-    assert len(losses(whole)) == 4 * 3 + 1
+    # Four predictions (ten in the original models) with three losses each, and their sum.
+    assert len(losses(full_run)) == 4 * 3 + 1
 
 
-def test_evaluation_alone_repeats_the_results(whole, data_root, tmp_path):
-    weights = str(whole / "model_final.pth")
+def test_eval_only_reproduces_the_results(full_run, data_root, tmp_path):
+    weights = str(full_run / "model_final.pth")
     run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights)
     evaluated = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluated == json.loads((whole / "evaluation.json").read_text())
+    assert evaluated == json.loads((full_run / "evaluation.json").read_text())
 
 
-def test_evaluation_with_test_time_augmentation(whole, data_root, tmp_path):
-    weights = str(whole / "model_final.pth")
+def test_evaluation_with_test_time_augmentation(full_run, data_root, tmp_path):
+    weights = str(full_run / "model_final.pth")
     augmentation = {"TEST__AUG__ENABLED": True, "TEST__AUG__MIN_SIZES": "(48, 64)"}
     results = run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights, **augmentation)
     assert list(results) == ["panoptic_seg", "segm", "sem_seg", "sem_seg_TTA"]
-    # The plain results are those of an evaluation without augmentation.
+    # The plain results equal an evaluation without augmentation.
     evaluated = json.loads((tmp_path / "evaluation.json").read_text())
-    assert evaluated == json.loads((whole / "evaluation.json").read_text())
+    assert evaluated == json.loads((full_run / "evaluation.json").read_text())
     augmented = json.loads((tmp_path / "inference_TTA" / "evaluation.json").read_text())
     assert list(augmented) == ["shapes_val_panoptic"]
     assert augmented["shapes_val_panoptic"]["sem_seg"]["mIoU"] == results["sem_seg_TTA"]["mIoU"]
     assert results["sem_seg_TTA"] != results["sem_seg"]
 
 
-def test_resume_after_kill_gives_the_same_losses(whole, data_root, tmp_path):
+def test_resume_after_kill_gives_the_same_losses(full_run, data_root, tmp_path):
     process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"))
     marker = tmp_path / "last_checkpoint"
     while not marker.exists() and process.poll() is None:
@@ -164,41 +164,43 @@ def test_resume_after_kill_gives_the_same_losses(whole, data_root, tmp_path):
     assert process.returncode == -signal.SIGKILL
     assert marker.read_text() != "model_final.pth"
     run(tmp_path, "--resume", DATASETS__TEST="()", DATALOADER__NUM_WORKERS=0)
-    assert losses(tmp_path) == losses(whole)
+    assert losses(tmp_path) == losses(full_run)
 
 
-def test_two_processes_train_like_one(whole, data_root, tmp_path):
-    """Medians of the losses of 8 steps, within 3 % (their sum) and 8 % (each).
+def test_two_processes_train_like_one(full_run, data_root, tmp_path):
+    """Median losses of 8 steps agree within 3 % (total) and 8 % (each).
 
-    They cannot be equal: each process samples points for its own masks, and normalises the
-    classification loss over its own images, which weighs images with few objects more. What the
-    bounds do catch are losses or gradients that are not averaged over the processes. That both
-    see the same samples is tested with a model without these two, in tests/test_trainer.py.
+    They cannot be equal: each process samples points for its own masks and normalises the
+    classification loss over its own images, which gives images with few objects more weight. The
+    bounds still catch losses or gradients that are not averaged over processes.
+    tests/test_trainer.py checks that both see the same samples, with a model without these effects.
     """
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"), launcher=launcher)
     output, _ = process.communicate()
     assert process.returncode == 0, output
     assert "Effective batch size 4 = 2 process(es) x 2 images" in output
-    expected, found = losses(whole), losses(tmp_path)
-    assert set(found) == set(expected)
+    expected, actual = losses(full_run), losses(tmp_path)
+    assert set(actual) == set(expected)
     for name, value in expected.items():
-        assert found[name] == pytest.approx(value, rel=0.03 if name == "total_loss" else 0.08), name
+        assert actual[name] == pytest.approx(value, rel=0.03 if name == "total_loss" else 0.08), (
+            name
+        )
 
 
-def test_checkpoint_of_another_architecture(whole, data_root, tmp_path):
-    weights = str(whole / "model_final.pth")
+def test_checkpoint_of_another_architecture(full_run, data_root, tmp_path):
+    weights = str(full_run / "model_final.pth")
     with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*MaskFormer with ResNet"):
         run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__DEC_LAYERS=5)
     with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*of another shape"):
         run(tmp_path, MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__NUM_OBJECT_QUERIES=31)
 
 
-def test_fine_tuning_to_other_classes(whole, data_root, tmp_path):
+def test_fine_tuning_to_other_classes(full_run, data_root, tmp_path):
     """From panoptic to instance segmentation: 6 classes instead of 10."""
     run(
         tmp_path,
-        MODEL__WEIGHTS=str(whole / "model_final.pth"),
+        MODEL__WEIGHTS=str(full_run / "model_final.pth"),
         MODEL__SEM_SEG_HEAD__NUM_CLASSES=6,
         MODEL__MASK_FORMER__TEST__PANOPTIC_ON=False,
         DATASETS__TRAIN="('shapes_train',)",
@@ -211,7 +213,7 @@ def test_fine_tuning_to_other_classes(whole, data_root, tmp_path):
     assert set(results["shapes_val"]) == {"segm"}
 
 
-def test_mistakes_on_the_command_line(tmp_path, data_root):
+def test_command_line_errors(tmp_path, data_root):
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
         run(tmp_path, "--eval-only")
     with pytest.raises(ValueError, match="SOLVER.BASE_RL.*SOLVER.BASE_LR"):

@@ -1,4 +1,4 @@
-"""Files from outside are data, never code; files of our own are complete or not there."""
+"""Reading never executes code; written files are complete or absent."""
 
 import os
 import pickle
@@ -12,7 +12,7 @@ from mask2former.utils.files import atomic_write, explained_read_errors, load_pi
 
 
 class Payload:
-    """Runs a command when it is unpickled by an ordinary unpickler."""
+    """Runs a command when an ordinary unpickler loads it."""
 
     def __init__(self, target, *arguments):
         self.call = target, arguments
@@ -48,7 +48,7 @@ def test_pickled_data(tmp_path, protocol):
 
 
 def test_names_of_numpy_1(tmp_path):
-    """Published files were written before NumPy renamed its core."""
+    """Files of the original release predate the renaming of NumPy's core."""
     data = pickle.dumps(np.arange(3.0), protocol=2)
     assert b"numpy._core.multiarray" in data
     path = tmp_path / "old.pkl"
@@ -72,7 +72,7 @@ def test_code_in_a_pickle_does_not_run(tmp_path, protocol, target, name):
 
 
 def test_code_inside_a_storage_inside_a_pickle_does_not_run(tmp_path):
-    """A pickled tensor carries a file of torch.save, which torch itself would load unsafely."""
+    """A pickled tensor contains a file of torch.save, which torch itself loads unsafely."""
     trace = tmp_path / "trace"
     inner = tmp_path / "inner.pth"
     torch.save(Payload(os.mkdir, str(trace)), inner, _use_new_zipfile_serialization=False)

@@ -1,4 +1,4 @@
-"""Whether freed memory stays with the process."""
+"""Whether the allocator keeps freed memory."""
 
 import ctypes
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from mask2former.utils import memory
 
-# Fills 64 MiB over and over and counts the pages that the system had to provide.
+# Fills 64 MiB repeatedly and counts the page faults.
 _FAULTS = """
 import resource, sys
 import torch
@@ -24,7 +24,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library is not glibc")
-def test_freed_blocks_are_used_again(monkeypatch):
+def test_freed_blocks_are_reused(monkeypatch):
     monkeypatch.delenv(memory.KEEP_VARIABLE, raising=False)
     faults = {}
     for keep in ("no", "yes"):
@@ -33,15 +33,15 @@ def test_freed_blocks_are_used_again(monkeypatch):
     assert faults["yes"] < faults["no"] / 10
 
 
-def test_other_systems_are_left_alone(monkeypatch):
+def test_other_systems_are_unchanged(monkeypatch):
     monkeypatch.delenv(memory.KEEP_VARIABLE, raising=False)
     monkeypatch.setattr(sys, "platform", "darwin")
     assert not memory.keep_freed_memory()
 
 
-def test_the_environment_decides(monkeypatch):
+def test_environment_variable(monkeypatch):
     def refuse(name):
-        raise AssertionError("the allocator was to be left alone")
+        raise AssertionError("the allocator must not change")
 
     monkeypatch.setattr(ctypes, "CDLL", refuse)
     monkeypatch.setenv(memory.KEEP_VARIABLE, "0")

@@ -1,3 +1,5 @@
+"""Seeds depend on the run's seed and the key only."""
+
 import random
 
 import numpy as np
@@ -10,7 +12,7 @@ def draw():
     return random.random(), np.random.rand(), torch.rand(()).item()
 
 
-def test_depends_on_seed_and_key_alone():
+def test_depends_on_seed_and_key_only():
     drawn = {}
     for key in [(1,), (1, 0), (1, 0, 0), (2, 0), (1, 1), (1, 2**31), (2**31 - 1, 0)]:
         seed_all(*key)
@@ -20,7 +22,7 @@ def test_depends_on_seed_and_key_alone():
     assert len(set(drawn.values())) == len(drawn)
 
 
-def test_isolated_rng_restores_what_was_there_even_after_an_error():
+def test_isolated_rng_restores_the_state_even_after_an_error():
     seed_all(5)
     expected = [draw(), draw()]
     seed_all(5)

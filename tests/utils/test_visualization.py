@@ -9,7 +9,7 @@ from PIL import Image
 
 from mask2former.utils.visualization import (
     contact_sheet,
-    draw_panoptic_truth,
+    draw_panoptic_gt,
     draw_prediction,
     magnify,
 )
@@ -59,7 +59,7 @@ def test_instances_below_the_threshold_are_not_drawn(metadata):
     assert not drawn.any()
 
 
-def test_panoptic_truth_and_prediction(metadata, tmp_path):
+def test_panoptic_gt_and_prediction(metadata, tmp_path):
     # Segment ids above 255 need all channels of the PNG.
     ids = np.zeros((40, 60), np.int64)
     ids[:, :30] = 70_000
@@ -67,13 +67,13 @@ def test_panoptic_truth_and_prediction(metadata, tmp_path):
     Image.fromarray(png).save(tmp_path / "pan.png")
     infos = [{"id": 70_000, "category_id": 1, "isthing": False}]
     record = {"pan_seg_file_name": str(tmp_path / "pan.png"), "segments_info": infos}
-    truth = draw_panoptic_truth(GREY, record, metadata)
-    assert changed(truth)[2:10, 2:10].all() and not changed(truth)[:, 40:].any()
+    gt = draw_panoptic_gt(GREY, record, metadata)
+    assert changed(gt)[2:10, 2:10].all() and not changed(gt)[:, 40:].any()
     outputs = {"panoptic_seg": (torch.as_tensor(ids), infos)}
-    np.testing.assert_array_equal(draw_prediction(GREY, outputs, metadata, "panoptic"), truth)
+    np.testing.assert_array_equal(draw_prediction(GREY, outputs, metadata, "panoptic"), gt)
 
 
-def test_panoptic_things_that_are_numbered_among_all_classes():
+def test_panoptic_thing_ids_among_all_classes():
     """ADE20K lists 100 thing names, whose contiguous ids go up to 149."""
     metadata = Metadata(
         name="numbered",
@@ -88,17 +88,17 @@ def test_panoptic_things_that_are_numbered_among_all_classes():
     assert changed(draw_prediction(GREY, outputs, metadata, "panoptic")).any()
 
 
-def test_nothing_annotated_and_nothing_predicted(metadata, tmp_path):
+def test_empty_gt_and_prediction(metadata, tmp_path):
     Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(tmp_path / "pan.png")
     record = {"pan_seg_file_name": str(tmp_path / "pan.png"), "segments_info": []}
-    assert not changed(draw_panoptic_truth(GREY, record, metadata)).any()
+    assert not changed(draw_panoptic_gt(GREY, record, metadata)).any()
     empty = Instances((40, 60), scores=torch.zeros(0), pred_masks=torch.zeros(0, 40, 60))
     empty.pred_classes = torch.zeros(0, dtype=torch.long)
     assert not changed(draw_prediction(GREY, {"instances": empty}, metadata, "instance")).any()
 
 
 @pytest.mark.parametrize("task", ["semantic", "depth"])
-def test_output_that_is_not_there(metadata, task):
+def test_missing_output(metadata, task):
     with pytest.raises(ValueError, match=f"no output for task '{task}'"):
         draw_prediction(GREY, {"instances": None}, metadata, task)
 

@@ -1,12 +1,12 @@
-// CPU kernels, written once with the vector types of GCC and Clang and compiled once per instruction set:
-// ms_deform_attn.cpp includes this file several times, each time in another namespace, with
+// CPU kernels, written with the vector types of GCC and Clang and compiled once per instruction set: ms_deform_attn.cpp
+// includes this file several times, each time in another namespace, with
 //   M2F_TARGET        the function attribute that selects the instruction set
 //   M2F_VECTOR_BYTES  the size of its vectors
-// so there is no include guard, and nothing is included here.
+// Hence no include guard, and no includes.
 //
-// Values of one position and head are D neighbouring numbers: they are worked on as vectors, and what belongs to a sample
-// (its weights, its position) is a scalar broadcast over them. That is computed beforehand for many samples together,
-// with vectors over samples.
+// The D channels of a position and head are contiguous and processed as vectors; the weights and the position of a
+// sample are scalars broadcast over them. These scalars are computed in advance for many samples at once, with vectors
+// over samples.
 
 #define M2F_INLINE static inline __attribute__((always_inline)) M2F_TARGET
 
@@ -35,7 +35,7 @@ using Vec = typename Vector<T>::type;
 template <typename T>
 using IndexVec = typename Vector<T>::index_type;
 
-// A piece of the D channels is N vectors, or one number where the rest is shorter than a vector.
+// The D channels are processed in pieces: vectors, then single numbers for the rest.
 template <typename T, bool IsVector>
 struct Piece {
   using type = Vec<T>;
@@ -55,7 +55,7 @@ struct Piece<T, false> {
   M2F_INLINE T sum(type v) { return v; }
 };
 
-// exp(x) for x <= 0, to 2 units in the last place; below -87 it is 0 or a number below 1e-37. NaN stays NaN.
+// exp(x) for x <= 0, to 2 ulp; for x < -87 it is 0 or less than 1e-37. NaN stays NaN.
 M2F_INLINE Vec<float> exp_nonpositive(Vec<float> x) {
   // x = n ln 2 + r with |r| <= ln 2 / 2; adding and subtracting 1.5 * 2^23 rounds to an integer.
   const Vec<float> lowest = Vec<float>{} - 87.0f;
@@ -84,18 +84,18 @@ M2F_INLINE Vec<double> exp_nonpositive(Vec<double> x) {
   return y;
 }
 
-// Arrays over the samples that are worked on together: several rows (of one query and head each) of L * P samples, every
-// row padded to whole vectors. They are filled and read one step for all rows after the other, since a vector that is
-// read right after its numbers were written one by one makes the processor wait.
+// Arrays over the samples processed together: several rows (one per query and head) of L * P samples, each row padded
+// to whole vectors. Each step runs over all rows before the next begins, because a vector load right after scalar
+// stores to the same address stalls.
 template <typename T>
 struct Samples {
   using Index = typename Vector<T>::index;
   int64_t row_length;     // padded
   int64_t count;          // of all rows together
   T *x, *y;               // pixel coordinates
-  T *width, *height;      // of the level; 0 in the padding, so that it is outside
+  T *width, *height;      // of the level; 0 in the padding, which is therefore outside
   T* weight;              // attention weight
-  T *right, *below;       // bilinear weights of the right and of the lower corners
+  T *right, *below;       // bilinear weights of the right and the lower corners
   T* corner[4];           // weight of each corner: upper left, upper right, lower left, lower right
   Index *column, *row;    // of the upper left corner
   Index* position;        // row * width + column
@@ -104,7 +104,7 @@ struct Samples {
   static constexpr int64_t kArrays = 15;
   M2F_TARGET static int64_t padded(int64_t count) { return (count + lanes<T> - 1) / lanes<T> * lanes<T>; }
 
-  // `memory` holds kArrays * rows * padded(L * P) numbers, zero at first.
+  // `memory` holds kArrays * rows * padded(L * P) zeros.
   M2F_TARGET Samples(const Sizes& z, int64_t rows, T* memory)
       : row_length(padded(z.levels * z.points)), count(rows * row_length) {
     T** arrays[] = {&x,     &y,     &width,     &height,    &weight,   &right,
@@ -129,20 +129,20 @@ struct Samples {
 
 constexpr int kOutside = 0, kEdge = -1, kInside = -2;  // no corner, some corners, all corners on the level
 
-// From x, y and weight everything else, of the first `count` samples.
+// Computes everything else from x, y and weight, for the first `count` samples.
 template <typename T>
 M2F_INLINE void locate(Samples<T>& s, int64_t count) {
   using P = Piece<T, true>;
   for (int64_t i = 0; i < count; i += lanes<T>) {
     const Vec<T> x = P::load(s.x + i), y = P::load(s.y + i);
     const Vec<T> width = P::load(s.width + i), height = P::load(s.height + i);
-    // All false for NaN.
+    // False for NaN.
     const IndexVec<T> any = (x > T(-1)) & (y > T(-1)) & (x < width) & (y < height);
     const Vec<T> zero{};
     const Vec<T> safe_x = any ? x : zero, safe_y = any ? y : zero;
     IndexVec<T> column = __builtin_convertvector(safe_x, IndexVec<T>);
     IndexVec<T> row = __builtin_convertvector(safe_y, IndexVec<T>);
-    // Rounded towards zero so far; a comparison gives -1 where it holds.
+    // The conversion rounds towards zero; a vector comparison gives -1 if it holds.
     column += __builtin_convertvector(column, Vec<T>) > safe_x;
     row += __builtin_convertvector(row, Vec<T>) > safe_y;
     const Vec<T> left = __builtin_convertvector(column, Vec<T>), above = __builtin_convertvector(row, Vec<T>);
@@ -165,7 +165,7 @@ M2F_INLINE void locate(Samples<T>& s, int64_t count) {
   }
 }
 
-// weight <- softmax of weight, over one row; the padding holds -inf and becomes 0.
+// Replaces one row of weights by its softmax; the padding holds -inf and becomes 0.
 template <typename T>
 M2F_INLINE void softmax(T* weight, int64_t padded) {
   using P = Piece<T, true>;
@@ -187,14 +187,14 @@ M2F_INLINE void softmax(T* weight, int64_t padded) {
   for (int64_t i = 0; i < padded; i += lanes<T>) P::store(weight + i, P::load(weight + i) * scale);
 }
 
-// out <- sum over the row of samples from `first` on of weight * bilinear value, for a piece of N vectors of the channels.
-// `value` points to the first position of the image, at this head and piece; positions are `stride` numbers apart.
+// out = sum of weight * bilinear value over the row of samples that starts at `first`, for N vectors of the channels.
+// `value` points to the first position of the image, at this head and these channels; positions are `stride` apart.
 template <typename T, bool IsVector, int N>
 M2F_INLINE void gather(
     const Sizes& z, const Samples<T>& s, int64_t first, const T* value, int64_t stride, T* out) {
   using P = Piece<T, IsVector>;
   constexpr int64_t width = IsVector ? lanes<T> : 1;
-  // Two sums for each vector: otherwise the four corners wait for one another.
+  // Two sums per vector shorten the dependency chain of the four corners.
   typename P::type upper[N] = {}, lower[N] = {};
   int64_t i = first;
   for (int64_t l = 0; l < z.levels; ++l) {
@@ -231,7 +231,7 @@ M2F_INLINE void gather(
   for (int n = 0; n < N; ++n) P::store(out + n * width, upper[n] + lower[n]);
 }
 
-// Fills x, y and weight of the row of samples from `first` on with those of one (image, query, head).
+// Fills x, y and weight of the row of samples that starts at `first`, for one (image, query, head).
 template <typename T>
 M2F_INLINE void read_row(const Arguments<T>& a, int64_t b, int64_t q, int64_t m, Samples<T>& s, int64_t first) {
   const Sizes& z = a.sizes;
@@ -261,7 +261,7 @@ M2F_INLINE void read_row(const Arguments<T>& a, int64_t b, int64_t q, int64_t m,
   }
 }
 
-// Queries [begin, end) of the B * Q, all heads of a query together; `memory` as Samples wants it for M rows.
+// Forward of queries [begin, end) of the B * Q, all heads of a query at once. `memory` is that of Samples for M rows.
 template <typename T>
 M2F_TARGET void forward(const Arguments<T>& a, T* output, T* memory, int64_t begin, int64_t end) {
   const Sizes& z = a.sizes;
@@ -287,8 +287,8 @@ M2F_TARGET void forward(const Arguments<T>& a, T* output, T* memory, int64_t beg
   }
 }
 
-// Adds to `dots` the products of grad with the four corners (upper left, upper right, lower left, lower right), and
-// weight * grad to the corners of grad_value; for N vectors of the channels.
+// Adds the dot products of grad with the four corners (upper left, upper right, lower left, lower right) to `dots`, and
+// weight * grad to the corners of grad_value, for N vectors of the channels.
 template <typename T, bool IsVector, int N>
 M2F_INLINE void scatter(
     const bool* on, const int64_t* offset, const T* weight, const T* value, T* grad_value, const T* grad, T* dots) {
@@ -307,8 +307,8 @@ M2F_INLINE void scatter(
   }
 }
 
-// Gradients of one (image, query, head), whose samples are the row from `first` on. `value` and `grad_value` are that
-// head's, (S, D).
+// Gradients of one (image, query, head), whose row of samples starts at `first`. `value` and `grad_value` are (S, D),
+// for this head only.
 template <typename T>
 M2F_INLINE void backward_row(
     const Arguments<T>& a,
@@ -324,13 +324,13 @@ M2F_INLINE void backward_row(
   const T* grad = g.output + row * z.channels;
   T* grad_locations = g.locations + row * count * 2;
   T* grad_weights = g.weights + row * count;
-  T mean = 0;  // of the gradients of the weights, for the softmax
+  T mean = 0;  // weighted mean of the weight gradients, for the softmax
   int64_t i = 0;
   for (int64_t l = 0; l < z.levels; ++l) {
     const T *level_value = value + z.level[l].start * stride;
     T* level_grad = grad_value + z.level[l].start * stride;
     const int64_t level_width = z.level[l].width, level_height = z.level[l].height;
-    // Offsets are in pixels already, locations in units of the level.
+    // Offsets are in pixels, locations in units of the level size.
     const T scale_x = fused ? T(1) : T(level_width), scale_y = fused ? T(1) : T(level_height);
     for (int64_t p = 0; p < z.points; ++p, ++i) {
       const int64_t k = first + i;
@@ -363,10 +363,10 @@ M2F_INLINE void backward_row(
   for (i = 0; i < count; ++i) grad_weights[i] = s.weight[first + i] * (grad_weights[i] - mean);
 }
 
-// Units [begin, end) of the B * M (image, head). Everything that one unit writes is its own, in an order that does not
-// depend on the number of threads. `memory` as Samples wants it for kBlock rows, `packed` holds 2 * S * D numbers: the
-// values of a head and their gradients, which stand M * D numbers apart in the tensors; that is a power of two, and so
-// they would compete for a few sets of each cache.
+// Backward of units [begin, end) of the B * M (image, head). A unit writes only memory of its own, in an order that
+// does not depend on the number of threads. `memory` is that of Samples for kBlock rows. `packed` holds 2 * S * D
+// numbers, the values of one head and their gradients: in the tensors they are M * D numbers apart, usually a power of
+// two, and would compete for few sets of each cache.
 template <typename T>
 M2F_TARGET void backward(
     const Arguments<T>& a, const Gradients<T>& g, T* memory, T* packed, int64_t begin, int64_t end) {

@@ -1,7 +1,7 @@
-// The operators on a CPU. The work is in kernels.h; here are the instruction sets, the threads and the tensors.
+// The CPU operators: instruction sets, threads and tensors. The arithmetic is in kernels.h.
 //
-// Sums are made in one order only, whatever the number of threads: forward, every output has one thread; backward, every
-// (image, head) has one, and nothing that it writes is written by another. Half precision is computed in float.
+// The order of sums does not depend on the number of threads: in forward each output belongs to one thread, in backward
+// each (image, head) does, with everything written for it. Half precision is computed in float.
 
 #include "../ms_deform_attn.h"
 
@@ -18,8 +18,8 @@ template <typename T>
 struct Arguments {
   Sizes sizes;
   const T* value;
-  const T* locations;  // sampling_locations, or sampling_offsets where there is a reference
-  const T* weights;    // attention_weights, or attention_logits where there is a reference
+  const T* locations;  // sampling_locations; sampling_offsets if there is a reference
+  const T* weights;    // attention_weights; attention_logits if there is a reference
   const T* reference;  // null for the classic operators
 };
 
@@ -35,12 +35,12 @@ template <typename T>
 struct Kernels {
   void (*forward)(const Arguments<T>&, T*, T*, int64_t, int64_t);
   void (*backward)(const Arguments<T>&, const Gradients<T>&, T*, T*, int64_t, int64_t);
-  int64_t arrays;  // numbers that a sample needs
-  int64_t lanes;   // rows of samples are padded to a multiple of it
+  int64_t arrays;  // numbers per sample
+  int64_t lanes;   // rows of samples are padded to a multiple of this
 };
 
-constexpr int64_t kBlock = 8;     // rows of samples that backward prepares at once
-constexpr int64_t kQueries = 64;  // that a thread takes at once in forward
+constexpr int64_t kBlock = 8;     // rows of samples that backward prepares at a time
+constexpr int64_t kQueries = 64;  // queries that a thread takes at a time in forward
 
 #if defined(__x86_64__)
 #define M2F_TARGET __attribute__((target("avx512f,avx512dq,avx2,fma")))
@@ -59,7 +59,7 @@ namespace avx2 {
 #undef M2F_VECTOR_BYTES
 #endif
 
-// What every machine of the architecture has: SSE2, NEON, VSX.
+// The baseline of each architecture: SSE2, NEON, VSX.
 #define M2F_TARGET
 #define M2F_VECTOR_BYTES 16
 namespace baseline {
@@ -68,7 +68,7 @@ namespace baseline {
 
 enum class InstructionSet { kBaseline, kAvx2, kAvx512 };
 
-// What the machine has, at most what ATEN_CPU_CAPABILITY asks for: PyTorch's own kernels follow it too.
+// The best set of this machine, limited by ATEN_CPU_CAPABILITY as PyTorch's own kernels are.
 InstructionSet detect() {
 #if defined(__x86_64__)
   const char* variable = std::getenv("ATEN_CPU_CAPABILITY");
@@ -92,7 +92,7 @@ const Kernels<T>& select_kernels() {
   return baseline::kernels<T>;
 }
 
-// Aligned for every vector type, and zero.
+// Zeroed memory, aligned for every vector type.
 template <typename T>
 class Scratch {
  public:
@@ -109,7 +109,7 @@ class Scratch {
 
 int64_t round_up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
 
-// How many items a thread must get to be worth waking, at `cost` multiply-adds each.
+// The minimum number of items per thread, at `cost` multiply-adds each.
 int64_t grain(int64_t cost) { return std::max<int64_t>(1, 65536 / std::max<int64_t>(1, cost)); }
 
 template <typename T>
@@ -117,7 +117,7 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// Calls f with a number of the type that `type` is computed in.
+// Calls f with a number of the accumulate type of `type`.
 template <typename F>
 void dispatch(ScalarType type, const F& f) {
   if (type == ScalarType::Double) {
@@ -127,7 +127,7 @@ void dispatch(ScalarType type, const F& f) {
   }
 }
 
-// Contiguous, in the type that it is computed in.
+// Makes a tensor contiguous and casts it to its accumulate type.
 Tensor prepare(const Tensor& tensor) {
   return torch::stable::contiguous(torch::stable::to(tensor, accumulate_type(tensor.scalar_type())));
 }
@@ -153,8 +153,8 @@ Tensor forward(
   dispatch(v.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     const auto arguments = make_arguments<T>(z, v, reference == nullptr ? nullptr : &r, l, w);
-    // Threads take turns with blocks of queries: those of coarse levels, which come first, jump about on the fine ones
-    // and take longer.
+    // Threads take blocks of queries in turn: queries of coarse levels, which come first, access the fine levels with
+    // poor locality and take longer.
     const int64_t queries = z.batch * z.queries, cost = 4 * z.levels * z.points * z.heads * z.channels;
     const int64_t useful = (queries + grain(cost) - 1) / grain(cost);
     const int64_t teams = std::min<int64_t>(torch::stable::get_num_threads(), useful);
@@ -251,7 +251,7 @@ STABLE_TORCH_LIBRARY_IMPL(mask2former, CPU, m) {
   m.impl("ms_deform_attn_fused_backward", TORCH_BOX(&mask2former::ms_deform_attn_fused_backward));
 }
 
-// The instruction set that the kernels of this machine use.
+// The instruction set that the kernels use on this machine.
 extern "C" __attribute__((visibility("default"))) const char* mask2former_cpu_instructions() {
   switch (mask2former::detect()) {
     case mask2former::InstructionSet::kAvx512:

@@ -1,20 +1,20 @@
-// Backward, fast: D/4 lanes serve one head of a run of D/4 neighbouring queries.
+// Fast backward: D/4 lanes process one head for D/4 consecutive queries.
 //
-// What limits the backward is how many rows of grad_value it adds to in the L2 cache: 4 a sample, 1 GB for one image of
-// 1024 x 1024. So the lanes go through the same sample (level and point) of one query after the other and keep the sums
-// of the current cell's 4 corners in registers. Neighbouring queries mostly fall into the same cell or into the next
-// one on the right: then nothing, or only the left column, has to leave. On smooth offsets this saves half of the
-// additions for queries of the sampled level and three quarters or more for those of finer levels; on random offsets it
-// costs a few instructions a sample.
+// The bottleneck is the number of grad_value rows added to in L2: 4 per sample, 1 GB for one 1024 x 1024 image. The
+// lanes therefore process the same sample (level and point) of consecutive queries, and accumulate the 4 corners of the
+// current cell in registers. The next query usually falls into the same cell, and nothing is written, or into the cell
+// to its right, and only the left column is written. For smooth offsets this saves half of the additions if queries and
+// sampled level have the same resolution, and three quarters or more if the level is coarser. For random offsets it
+// costs a few instructions per sample.
 //
-// Lane j works out the samples of query j and receives their gradients: 3 sums over the lanes for each query. Two
-// queries at a time: their loads are in flight together, and they share the shuffles (neighbouring lanes exchange, so
-// that even ones keep the first query), 4.5 a query for D = 32 in place of 9. Sums are always fp32.
+// Lane j prepares the samples of query j and receives their gradients, 3 sums over the lanes per query. Two queries are
+// processed at a time: their loads overlap and they share shuffles (neighbouring lanes exchange, even lanes keep the
+// first query), 4.5 per query instead of 9 for D = 32. Sums are always fp32.
 //
-// Cost of a sample of a whole warp, D = 32 (4 heads a warp): 4 + 1 loads of 4 channels a lane, 16 L1 wavefronts for the
-// values (float) or 8 (16 bit), 4.5 shuffles and about 170 instructions, 50 of them floating point; at most 4 vector
-// additions to memory (scalar ones, 4 times as many, before compute capability 9.0). The original kernel has block
-// barriers and 96 dependent additions of a single thread for every sample of every head.
+// Cost per sample of a whole warp for D = 32 (4 heads per warp): 4 + 1 loads of 4 channels per lane, 16 L1 wavefronts
+// for the values (8 for 16-bit types), 4.5 shuffles and about 170 instructions, 50 of them floating point; at most 4
+// vector atomics (4 times as many scalar ones before compute capability 9.0). The original kernel needs block barriers
+// and 96 dependent additions in a single thread for every sample of every head.
 
 #pragma once
 
@@ -23,9 +23,9 @@
 namespace mask2former::cuda {
 
 constexpr int kBackwardThreads = 128;
-constexpr int kChunk = 4;  // samples worked out at a time
+constexpr int kChunk = 4;  // samples prepared at a time
 
-// Blocks a multiprocessor should hold: as many as the registers allow without spilling.
+// Target blocks per multiprocessor: as many as fit without spilling registers.
 template <typename T>
 constexpr int kBackwardBlocks =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
@@ -34,18 +34,18 @@ constexpr int kBackwardBlocks =
     sizeof(T) == 4 ? 4 : 5;
 #endif
 
-// Sums over channels: of the sample times grad_output, and of its derivatives in x and y, for a weight of one.
+// Sums over channels of grad_output times the sample and times its derivatives in x and y, for a weight of one.
 struct Gradients {
   float weight, x, y;
 };
 
-// The sum over a pair of lanes, of `low` for the first lane and of `high` for the second.
+// Sums over a pair of lanes: the first lane gets the sum of `low`, the second that of `high`.
 __device__ __forceinline__ float exchange(float low, float high, bool keep_high) {
   const float received = __shfl_xor_sync(kWarp, keep_high ? low : high, 1);
   return (keep_high ? high : low) + received;
 }
 
-// One sample of each query of the run, in order.
+// Processes one sample of each query of the run, in order.
 template <typename T, int kLanes>
 struct Sweep {
   static constexpr int kChannels = 4 * kLanes;
@@ -53,10 +53,10 @@ struct Sweep {
   const Sample* samples;  // of the run's queries
   const T* value;         // this lane's channels in row 0
   const T* grad_output;   // this lane's channels of the first query
-  float* grad_value;      // this lane's channels in row 0; null: not wanted
+  float* grad_value;      // this lane's channels in row 0; null if not needed
   int heads, row_step, lane;
 
-  int cell = 0;  // of `sum`, as Sample::cell
+  int cell = 0;  // the cell that `sum` belongs to, as Sample::cell
   float sum[4][4];
 
   __device__ __forceinline__ void clear(int corner) {
@@ -74,7 +74,7 @@ struct Sweep {
   __device__ __forceinline__ void move_to(int next) {
     if (next == cell || next == 0) return;
     write_column(0);
-    // The cell on the right: the same corners are inside, its left column is our right one.
+    // The cell to the right: its left column is our right column, with the same corners inside.
     if (next == cell + heads * 16 && (cell & kColumns) == kColumns) {
       for (int i = 0; i < 4; ++i) {
         sum[0][i] = sum[1][i];
@@ -138,7 +138,7 @@ struct Sweep {
     }
   }
 
-  // One sample of all queries of the run; lane j is left with the sums of query j.
+  // Processes one sample of all queries of the run; lane j returns the sums of query j.
   __device__ __forceinline__ Gradients run() {
     for (int c = 0; c < 4; ++c) clear(c);
     cell = 0;
@@ -171,7 +171,7 @@ struct Sweep {
   }
 };
 
-// `count` numbers at `from`, one vector of 16 bytes where `whole`.
+// Loads `count` numbers at `from`, as one vector of 16 bytes if `whole`.
 __device__ __forceinline__ void load_chunk(const float* from, bool whole, int count, float (&out)[kChunk]) {
   if (whole) {
     load_channels(from, out);
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>) backward
   const bool fused = points.reference != nullptr;
   const bool aligned = num_samples % kChunk == 0;
 
-  // The queries of a run follow one another; where the first is missing, so are the others.
+  // The queries of a run are consecutive; if the first does not exist, neither do the others.
   const int first_query = max(__shfl_sync(kWarp, query, 0, kLanes), 0);
   const int64_t image = batch * problem.values * heads * kChannels + lane * 4;
   Sweep<T, kLanes> sweep;
@@ -241,7 +241,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>) backward
     scale = reciprocal(total);
   }
 
-  float mean = 0.f;  // of the gradients of the weights, weighted: what the softmax takes off each
+  float mean = 0.f;  // weighted mean of the weight gradients, which the softmax subtracts
   for (int base = 0; base < num_samples; base += kChunk) {
     const int count = min(kChunk, num_samples - base);
     float x[kChunk], y[kChunk], weight[kChunk];
@@ -273,7 +273,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>) backward
       sweep.row_step = size.width * heads;
       const Gradients sums = sweep.run();
       __syncwarp();
-      // This lane's own sample has served; its gradients take its place.
+      // This lane's sample is no longer needed; its gradients take its place.
       Sample& own = samples[i][thread];
       if (own.cell != 0) {
         mean += own.weight * sums.weight;

@@ -1,10 +1,10 @@
-// What the CUDA kernels share: sizes, number formats, and where a sample falls.
+// Shared by the CUDA kernels: sizes, number formats, and the cell of a sample.
 //
-// No torch and no launch in the .cuh files: the tests compile them for the CPU, with an emulation of the few CUDA
-// functions they use (see tests/ops/cuda_emulation.h). Shape letters as in ../ms_deform_attn.h.
+// The .cuh files use neither torch nor launches: the tests compile them for the CPU with an emulation of the few CUDA
+// functions they call (see tests/ops/cuda_emulation.h). Shape letters as in ../ms_deform_attn.h.
 //
-// There are two sets of kernels. The fast ones serve float, half and bfloat16 with D = 16, 32 or 64, any M, L, P and Q.
-// The general ones serve everything else, double and sizes beyond 31 bits included.
+// There are two sets of kernels. The fast ones handle float, half and bfloat16 with D = 16, 32 or 64 and any M, L, P
+// and Q. The general ones handle everything else, including double and sizes beyond 31 bits.
 
 #pragma once
 
@@ -33,7 +33,7 @@ struct Problem {
   LevelSize level[kTableLevels];
 };
 
-// Where and with what weight to sample. With `reference`, locations are offsets in pixels and weights are logits.
+// Sampling locations and weights. With `reference`, locations are offsets in pixels and weights are logits.
 template <typename A>
 struct Points {
   const A* reference;  // null: the classic op
@@ -68,7 +68,7 @@ __device__ __forceinline__ void narrow(double value, double& out) { out = value;
 __device__ __forceinline__ void narrow(float value, __half& out) { out = __float2half_rn(value); }
 __device__ __forceinline__ void narrow(float value, __nv_bfloat16& out) { out = __float2bfloat16_rn(value); }
 
-// Two 16-bit numbers of a 32-bit word, the lower half first; bfloat16 is the upper half of a float.
+// The two 16-bit numbers of a 32-bit word, lower half first; bfloat16 is the upper half of a float.
 __device__ __forceinline__ void widen_pair(unsigned word, float* out, __nv_bfloat16) {
   out[0] = __uint_as_float(word << 16);
   out[1] = __uint_as_float(word & 0xffff0000u);
@@ -85,7 +85,7 @@ __device__ __forceinline__ unsigned narrow_pair(float low, float high, __half) {
   return __half_as_ushort(__float2half_rn(low)) | static_cast<unsigned>(__half_as_ushort(__float2half_rn(high))) << 16;
 }
 
-// Neighbouring channels in one load or store of 8 or 16 bytes. The address is a multiple of that.
+// Consecutive channels in one aligned load or store of 8 or 16 bytes.
 template <typename T>
 struct Four {
   uint2 words = make_uint2(0u, 0u);
@@ -128,7 +128,7 @@ __device__ __forceinline__ void store_channels(T* to, const float (&in)[8]) {
       narrow_pair(in[6], in[7], T()));
 }
 
-// The same channel some rows further on. Counted in bytes, so that it takes one instruction.
+// The same channel `row` rows later. Byte arithmetic makes this one instruction.
 template <int kChannels, typename T>
 __device__ __forceinline__ const T* to_row(const T* channel, int row) {
   const char* bytes = reinterpret_cast<const char*>(channel);
@@ -139,7 +139,7 @@ __device__ __forceinline__ T* to_row(T* channel, int row) {
   return const_cast<T*>(to_row<kChannels>(static_cast<const T*>(channel), row));
 }
 
-// Adds to memory that other threads add to.
+// Adds atomically.
 __device__ __forceinline__ void add_channels(float* to, const float (&in)[4]) {
 #if defined(MASK2FORMER_CUDA_EMULATION) || __CUDA_ARCH__ >= 900
   atomicAdd(reinterpret_cast<float4*>(to), make_float4(in[0], in[1], in[2], in[3]));
@@ -148,26 +148,26 @@ __device__ __forceinline__ void add_channels(float* to, const float (&in)[4]) {
 #endif
 }
 
-// ---------------------------------------------------------------------------------------- where a sample falls
+// ---------------------------------------------------------------------------------------- the cell of a sample
 
-// Which of the corners of a cell lie inside the level: a corner does if its column and its row do.
+// Which columns and rows of a cell lie inside the level. A corner is inside if its column and its row are.
 constexpr int kLeft = 1, kRight = 2, kTop = 4, kBottom = 8, kColumns = 3, kAll = 15;
 
 template <typename A>
 struct Cell {
-  int x, y;    // of the corner at the top left, -1 or more
-  int inside;  // 0: the sample counts nothing
-  A fx, fy;    // from that corner, in [0, 1)
+  int x, y;    // top left corner, at least -1
+  int inside;  // 0: the sample contributes nothing
+  A fx, fy;    // offset from the top left corner, in [0, 1)
 };
 
 __device__ __forceinline__ float floor_of(float value) { return floorf(value); }
 __device__ __forceinline__ double floor_of(double value) { return floor(value); }
 __device__ __forceinline__ float exp_of(float value) { return expf(value); }
 __device__ __forceinline__ double exp_of(double value) { return exp(value); }
-// Of a sum of exponentials, between 1 and the number of samples; without the subroutine of an exact division.
+// For a sum of exponentials, between 1 and the number of samples: avoids the subroutine of an exact division.
 __device__ __forceinline__ float reciprocal(float value) { return __fdividef(1.f, value); }
 
-// To an integer only within the range, so that far, infinite and NaN positions are safe.
+// Converts to integers only within the valid range, so that far, infinite and NaN positions are safe.
 template <typename A>
 __device__ __forceinline__ Cell<A> find_cell(A x, A y, int height, int width) {
   Cell<A> cell{};
@@ -183,7 +183,7 @@ __device__ __forceinline__ Cell<A> find_cell(A x, A y, int height, int width) {
   return cell;
 }
 
-// The position of sample (x, y) of a level in pixels; `query` counts through the batch where references do.
+// Converts sample (x, y) to pixels of its level; `query` indexes `reference`, over the batch if it has B entries.
 template <typename A>
 __device__ __forceinline__ void to_pixels(
     const Problem& problem, const A* reference, int64_t query, int level, A& x, A& y) {
@@ -200,18 +200,18 @@ __device__ __forceinline__ void to_pixels(
 
 // ------------------------------------------------------------------------------------------- queries of a block
 
-// The fast kernels give a block of threads one tile of queries, so that its samples share lines of the L1 cache. Where
-// there are as many queries as positions they are taken to be those positions (the encoder of the pixel decoder), and a
-// tile is a rectangle of a level; else it is a run of queries. Only speed depends on which.
+// In the fast kernels a thread block processes one tile of queries, so that their samples share L1 cache lines. If
+// there are as many queries as positions, queries are assumed to be those positions (the encoder of the pixel decoder)
+// and a tile is a rectangle of a level; otherwise it is a run of queries. The choice affects speed only.
 struct Tiles {
   int32_t width, height;  // of a tile, in queries
   int32_t count;
   bool on_levels;
-  int32_t first[kTableLevels];  // number of tiles before each level
+  int32_t first[kTableLevels];  // index of the first tile of each level
   int32_t columns[kTableLevels];
 };
 
-// The query at place `i` of a tile, row by row, or -1.
+// The query at index `i` of a tile in row-major order, or -1.
 __device__ __forceinline__ int tile_query(const Problem& problem, const Tiles& tiles, int tile, int i) {
   if (!tiles.on_levels) {
     const int64_t query = static_cast<int64_t>(tile) * (tiles.width * tiles.height) + i;
@@ -227,8 +227,8 @@ __device__ __forceinline__ int tile_query(const Problem& problem, const Tiles& t
   return x < size.width && y < size.height ? static_cast<int>(size.start) + y * size.width + x : -1;
 }
 
-// A sample as the fast kernels hand it from the lane that works it out to those that use it. `cell` is the row of
-// value of the corner at the top left, (position * M + head), times 16, plus Cell::inside; 0 counts nothing.
+// A sample, passed from the lane that prepares it to the lanes that use it. `cell` is 16 times the row of value of its
+// top left corner (position * M + head) plus Cell::inside; 0 if the sample contributes nothing.
 struct __align__(16) Sample {
   float weight, fx, fy;
   int cell;

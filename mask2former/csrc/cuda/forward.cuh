@@ -1,14 +1,14 @@
-// Forward, fast: D/V lanes serve one head of one query, V = 16 bytes / size of a channel.
+// Fast forward: D/V lanes process one head of one query, V = 16 bytes / size of a channel.
 //
-// A block holds 8 x 4 queries (for 16-bit types: of a pair of heads, whose rows share a cache line), so that its other
-// queries find the corners of a sample in the L1 cache. The lanes of a head each work out one sample
-// (position, softmax, cell) and put it into shared memory, from where all lanes read it with one 128-bit load.
+// A block holds 8 x 4 queries (for 16-bit types, of two heads whose rows share a cache line), so that neighbouring
+// queries find the corners of a sample in L1. Each lane of a head prepares one sample (position, softmax, cell) and
+// stores it in shared memory, from which all lanes read it with one 128-bit load.
 //
-// Cost of a sample of a whole warp, away from borders, float with D = 32 (4 heads a warp): 4 loads of 512 bytes, 16 L1
-// wavefronts, and 5 for reading the sample; 47 instructions in the loop, of which 16 FMA, and about 15 for working out
-// samples, so that 4 issue slots a cycle take 16 cycles: the L1 cache is as much the limit as the instructions are.
-// bfloat16 (8 heads a warp) has the same wavefronts for twice the heads and 95 instructions, 32 of them conversions.
-// The original kernel needs 4 wavefronts and about 80 instructions for every sample of every single head.
+// Cost per sample of a whole warp, away from borders, for float and D = 32 (4 heads per warp): 4 loads of 512 bytes, 16
+// L1 wavefronts, and 5 for reading the sample; 47 instructions in the loop, 16 of them FMA, and about 15 for preparing
+// samples. With 4 issue slots per cycle that takes 16 cycles: L1 and instruction issue limit equally. bfloat16 (8 heads
+// per warp) has the same wavefronts for twice the heads and 95 instructions, 32 of them conversions. The original
+// kernel needs 4 wavefronts and about 80 instructions per sample and head.
 
 #pragma once
 
@@ -20,13 +20,13 @@ template <typename T, int kLanes>
 struct ForwardShape {
   static constexpr int kThreads = 256;
   static constexpr int kVector = 16 / sizeof(T);
-  static constexpr int kHeads = kLanes < 8 ? 8 / kLanes : 1;  // neighbouring heads, of 128 bytes together
+  static constexpr int kHeads = kLanes < 8 ? 8 / kLanes : 1;  // consecutive heads, 128 bytes together
   static constexpr int kTileWidth = 8;
   static constexpr int kTileHeight = kThreads / (kLanes * kHeads * kTileWidth);
 };
 
-// Adds `count` samples to `sum`. `value` is that of this lane's channels in row 0, `row_steps` the rows from one line
-// of the level to the next.
+// Adds `count` samples to `sum`. `value` points to this lane's channels in row 0; `row_steps` is the number of rows
+// between lines of the level.
 template <typename T, int kLanes, bool kInterior>
 __device__ __forceinline__ void add_samples(
     float (&sum)[16 / sizeof(T)], const T* value, const Sample* samples, const int* row_steps, int count, int heads) {
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 4 : 3) forward_kernel(
   value += batch * problem.values * heads * kChannels + lane * kVector;
   const bool fused = points.reference != nullptr;
 
-  // The weights are normalised at the end: `total` is this lane's part of the sum of exponentials.
+  // Weights are normalised at the end; `total` is this lane's part of the sum of exponentials.
   float highest = -CUDART_INF_F, total = 0.f;
   if (fused) {
     for (int s = lane; s < num_samples; s += kLanes) highest = fmaxf(highest, __ldg(weights + s));
@@ -125,7 +125,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 4 : 3) forward_kernel(
       row_steps[thread] = problem.level[level].width * heads;
     }
     samples[thread] = sample;
-    if (s + kLanes < num_samples) {  // for the next round, while this one waits for its values
+    if (s + kLanes < num_samples) {  // prefetch the next round
       location = __ldg(locations + s + kLanes);
       weight = __ldg(weights + s + kLanes);
     }
@@ -147,7 +147,7 @@ __global__ void __launch_bounds__(256, sizeof(T) == 4 ? 4 : 3) forward_kernel(
   if (active) store_channels(output + item * kChannels + lane * kVector, sum);
 }
 
-// Forward, general: one thread for an output channel.
+// General forward: one thread per output channel.
 template <typename T>
 __global__ void __launch_bounds__(256) forward_general_kernel(
     const __grid_constant__ Problem problem,

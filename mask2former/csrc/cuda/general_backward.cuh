@@ -1,4 +1,4 @@
-// Backward, general: one warp for a head of a query. And grad_value without atomic additions.
+// General backward: one warp per query and head. Also grad_value without atomics, for deterministic gradients.
 
 #pragma once
 
@@ -12,7 +12,7 @@ __device__ __forceinline__ A sum_warp(A value) {
   return value;
 }
 
-// Highest logit and sum of exponentials; 0 and 1 for the classic op.
+// Maximum logit and sum of exponentials; 0 and 1 for the classic op.
 template <typename A>
 struct Softmax {
   A highest = 0, total = 1;
@@ -55,7 +55,7 @@ __global__ void __launch_bounds__(128) backward_general_kernel(
     const A scale = A(1) / softmax.total;
     A mean = 0;
     int level = 0;
-    int64_t point = 0;  // of the level
+    int64_t point = 0;  // within the level
     for (int64_t s = 0; s < num_samples; ++s) {
       const LevelSize size = problem.level[level];
       A x = locations[2 * s], y = locations[2 * s + 1];
@@ -100,7 +100,7 @@ __global__ void __launch_bounds__(128) backward_general_kernel(
   }
 }
 
-// Positions in pixels and weights of all samples, as deterministic_kernel wants them.
+// Computes positions in pixels and weights of all samples for deterministic_kernel.
 template <typename A>
 __global__ void __launch_bounds__(256) expand_points_kernel(
     const __grid_constant__ Problem problem, const Points<A> points, A* pixels, A* shares) {
@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(256) expand_points_kernel(
   }
 }
 
-// Adds to grad_value in the order of the queries: a warp owns a band of lines of one level, for one image, one head and
-// 32 channels, and looks through all samples of that level for those that touch its lines.
-constexpr int kBands = 32;  // of every level
+// Adds to grad_value in query order. A warp owns a band of lines of one level, for one image, one head and 32 channels,
+// and scans all samples of the level for those that touch its lines.
+constexpr int kBands = 32;  // per level
 
 template <typename T>
 __global__ void __launch_bounds__(128) deterministic_kernel(

@@ -1,4 +1,4 @@
-// Which kernel runs, and on which grid. The emulation brings its own `launch`.
+// Chooses the kernel and its grid. The emulation defines its own `launch`.
 
 #pragma once
 
@@ -27,7 +27,7 @@ inline bool is_empty(const Problem& problem) {
          problem.levels * problem.points == 0 || problem.values == 0;
 }
 
-// Blocks for kernels that loop over what is left.
+// Number of blocks for kernels with a grid-stride loop.
 inline unsigned general_blocks(int64_t items, int64_t per_block) {
   return static_cast<unsigned>(std::min<int64_t>((items + per_block - 1) / per_block, int64_t{1} << 20));
 }
@@ -38,14 +38,14 @@ inline bool is_aligned(std::initializer_list<const void*> pointers) {
   });
 }
 
-// Sizes within which the 32-bit arithmetic of the fast kernels is right; see Sample::cell.
+// Whether the 32-bit arithmetic of the fast kernels does not overflow; see Sample::cell.
 inline bool fits_fast(const Problem& problem) {
   return (problem.channels == 16 || problem.channels == 32 || problem.channels == 64) &&
          problem.values < (int64_t{1} << 27) / problem.heads - 1 && problem.queries < (int64_t{1} << 30) &&
          problem.levels * problem.points < (int64_t{1} << 24) && problem.batch <= 65535;
 }
 
-// The tiles, and their number times `blocks_per_tile` as a grid; count 0 where that does not fit.
+// The tiling; count is 0 if count * blocks_per_tile blocks do not fit a grid.
 inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t blocks_per_tile) {
   Tiles tiles{};
   tiles.width = width;
@@ -144,7 +144,8 @@ void launch_backward(
       grad_value, gradients);
 }
 
-// Adds to grad_value in a fixed order. `pixels` and `shares` are room for positions and weights of all samples.
+// Adds to grad_value in a fixed order. `pixels` and `shares` are scratch memory for positions and weights of all
+// samples.
 template <typename T>
 void launch_deterministic(
     const Problem& problem,

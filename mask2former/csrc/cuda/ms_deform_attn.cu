@@ -1,4 +1,4 @@
-// The operators on CUDA: checks, choice of kernel, launches. The kernels are in the .cuh files of this folder.
+// The CUDA operators: checks and launches. The kernels are in the .cuh files of this folder.
 
 #include "../ms_deform_attn.h"
 #include "launch.cuh"
@@ -6,7 +6,7 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
-// Weak: the library also has to load into a torch without CUDA, which lacks it.
+// Weak, because the library must also load into a torch without CUDA, which lacks this symbol.
 #pragma weak aoti_torch_get_current_cuda_stream
 
 namespace mask2former::cuda {

@@ -1,8 +1,6 @@
-"""Checks of whole data sets, file by file, that go on after an error.
+"""Checks of whole data sets that continue after errors; used by tools/check_dataset.py.
 
-    name → index.py   the images of a data set and their annotations, as JSON and folders list them
-         → images.py  each image and annotation, read and compared; counts per class, sizes
-         → report.py  totals, JSON, Markdown, a sheet of examples
-
-tools/check_dataset.py is the program.
+name → index.py   list the images and annotations of a data set from its JSON and folders
+     → images.py  read and check each image and annotation; count classes and sizes
+     → report.py  totals as JSON and Markdown, contact sheet of examples
 """

@@ -1,4 +1,4 @@
-"""Reads one image and its annotations as training does, and notes all that is wrong with them.
+"""Reads an image and its annotations as training does, and collects all their problems.
 
 H W pixels of the image.
 """
@@ -16,20 +16,20 @@ from ..dataset_mappers.base import read_image
 from ..targets import annotation_boxes, present_values, rasterise, read_annotations
 from .index import Finding, Index, Item
 
-# In pixels: how far a box may be from its polygons or mask, and a polygon outside its image.
+# Tolerance in pixels for boxes against their polygons or mask, and for polygons outside the image.
 _TOLERANCE = 2.0
 
 
 @dataclass
 class ItemReport:
-    """What was found in one image.
+    """Findings in one image.
 
     Attributes:
         problems, warnings: see `Index`.
         size: (height, width), if the image can be read.
         pixels: contiguous class → pixels.
-        objects: contiguous class → instances or segments, crowds left out.
-        areas: pixels of each thing, crowds left out.
+        objects: contiguous class → instances or segments, without crowds.
+        areas: pixels of each thing, without crowds.
         num_crowds: crowd annotations.
     """
 
@@ -43,7 +43,7 @@ class ItemReport:
 
 
 class ItemChecker:
-    """Checks items of one data set. It is sent to other processes, so it leaves out the items."""
+    """Checks items of one data set. Holds no items, because it is sent to worker processes."""
 
     def __init__(self, index: Index) -> None:
         self._num_classes = len(index.classes)
@@ -56,7 +56,7 @@ class ItemChecker:
         report = ItemReport()
         try:
             self._check(item, report)
-        # Damaged data can make a decoder fail in any way it knows, and the other images matter too.
+        # Damaged data can raise any error in a decoder, and the other images must still be checked.
         except Exception as error:
             why = f"cannot be checked: {type(error).__name__}: {error}"
             report.problems.append(Finding(item.file_name, item.image_id, why))
@@ -69,7 +69,7 @@ class ItemChecker:
             if item.size is not None and report.size != tuple(item.size):
                 why = f"is {_by(report.size)} pixels, but the annotation says {_by(item.size)}"
                 report.problems.append(Finding(item.file_name, item.image_id, why))
-        # Annotations are checked also where the image is broken.
+        # Check the annotations even if the image is broken.
         size = report.size or item.size
         if item.annotations is not None and size is not None:
             self._check_instances(item, tuple(size), report)
@@ -104,12 +104,12 @@ class ItemChecker:
         file_name: str,
         problems: list[str],
     ) -> np.ndarray | None:
-        """Note the problems of an annotation. Returns its mask (H, W), if it has one."""
+        """Append the problems of an annotation; returns its mask (H, W), or None if invalid."""
         category_id = annotation["category_id"]
         if category_id not in self._contiguous_ids:
             problems.append(f"category_id {category_id!r} is not one of the categories")
         try:
-            # As training reads it; category and crowd do not matter to the mask.
+            # Read as in training; the mask does not depend on category and crowd.
             plain = annotation | {"category_id": 0, "iscrowd": 0}
             _, shapes = read_annotations([plain], size, file_name)
         except ValueError as error:
@@ -163,7 +163,8 @@ class ItemChecker:
                 continue
             listed.add(segment_id)
             if class_id is None:
-                problem(named, f"category_id {segment['category_id']!r} is not of the categories")
+                why = f"category_id {segment['category_id']!r} is not one of the categories"
+                problem(named, why)
             area = pixels.get(segment_id)
             if area is None:
                 problem(named, "the JSON lists the segment, but no pixel of the PNG has its id")
@@ -217,14 +218,14 @@ class ItemChecker:
             why = "has no labelled pixel"
             report.warnings.append(Finding(file, item.image_id, why))
         if item.pan_seg_file_name is None:
-            # Of a panoptic data set the segments were counted.
+            # In a panoptic data set, pixels are counted per segment.
             report.pixels += Counter({int(v): int((labels == v).sum()) for v in good})
 
 
 def _read(
     file: str, image_id: int | str | None, image_format: str | None, report: ItemReport
 ) -> np.ndarray | None:
-    """The whole image; None, and a problem, if it cannot be read."""
+    """The image, or None after adding a problem if it cannot be read."""
     try:
         return read_image(file, image_format)
     except FileNotFoundError:
@@ -238,7 +239,7 @@ def _read(
 
 
 def _check_box(box: Any, tight: list[float]) -> list[str]:
-    """Compare a box [x, y, width, height] with the tight one, [left, top, right, bottom]."""
+    """Problems of a box [x, y, width, height] against the tight one [left, top, right, bottom]."""
     numbers = isinstance(box, list) and all(isinstance(value, int | float) for value in box)
     if not numbers or len(box) != 4 or not np.isfinite(box).all():
         return [f"bbox is {box!r}, not four numbers x, y, width, height"]

@@ -1,7 +1,7 @@
-"""What a data set consists of, read from its JSON and folders with all their mistakes.
+"""The images and annotations that a data set lists, with all mistakes in its JSON and folders.
 
-The loaders that training uses stop at the first mistake. So COCO JSON (instance and panoptic) and
-folders of label maps are read here directly; other data sets through their loader.
+The loaders for training stop at the first mistake, so this module itself reads COCO JSON (instance
+and panoptic) and folders of label maps. Other data sets are read through their loader.
 """
 
 import json
@@ -21,7 +21,7 @@ _COCO_URL = "http://images.cocodataset.org/"
 
 
 class Finding(NamedTuple):
-    """One thing that is wrong, or odd."""
+    """A problem or a warning."""
 
     file: str
     id: int | str | None
@@ -33,12 +33,12 @@ class Item:
     """An image and its annotations as the data set lists them.
 
     Attributes:
-        file_name: of the image.
-        image_id: of the data set; None where it has none.
-        size: (height, width) that the data set states, if it does.
-        annotations: COCO annotations, with ids of the data set; None: not annotated that way.
+        file_name: path of the image.
+        image_id: id in the data set, if it has ids.
+        size: (height, width) stated by the data set, if any.
+        annotations: COCO annotations with category ids of the data set; None: no instance labels.
         pan_seg_file_name: panoptic PNG.
-        segments_info: its segments, with ids of the data set.
+        segments_info: its segments, with category ids of the data set.
         sem_seg_file_name: label map.
     """
 
@@ -53,18 +53,18 @@ class Item:
 
 @dataclass
 class Index:
-    """A data set.
+    """The content of a data set.
 
     Attributes:
-        name: registered.
-        classes: names, in the order of contiguous ids.
+        name: registered name.
+        classes: names in the order of contiguous ids.
         thing_ids: contiguous ids of things.
-        contiguous_ids: from ids of the data set.
-        ignore_label: of label maps.
-        items: its images.
-        folders: those that should hold only files of the data set.
-        problems: mistakes of the JSON and the folders.
-        warnings: what may be intended.
+        contiguous_ids: category id of the data set → contiguous id.
+        ignore_label: ignore label of label maps.
+        items: the images.
+        folders: folders that should contain only files of the data set.
+        problems: mistakes in the JSON and the folders.
+        warnings: irregularities that may be intended.
     """
 
     name: str
@@ -85,13 +85,13 @@ class Index:
 
 
 def build_index(name: str) -> Index:
-    """Read what a registered data set lists.
+    """Index a registered data set.
 
     Args:
         name: of the data set.
 
     Returns:
-        Its index. Whatever is wrong is in its `problems`.
+        Its index; all mistakes are in `problems`.
     """
     metadata = MetadataCatalog.get(name)
     evaluator_type = metadata.get("evaluator_type")
@@ -118,7 +118,7 @@ def _existing_folder(index: Index, folder: str, what: str) -> bool:
 
 
 def _read_json(index: Index, file: str, keys: tuple[str, ...]) -> dict[str, Any] | None:
-    """The content of a COCO JSON; None, and a problem, if it is of no use."""
+    """The content of a COCO JSON, or None after adding a problem if it is unusable."""
     try:
         with open(file, encoding="utf-8") as stream:
             content = json.load(stream)
@@ -126,7 +126,7 @@ def _read_json(index: Index, file: str, keys: tuple[str, ...]) -> dict[str, Any]
         index.problem(file, None, f"cannot be read: {error.strerror or error}")
         return None
     except ValueError as error:
-        index.problem(file, None, f"is no valid JSON: {error}")
+        index.problem(file, None, f"is not valid JSON: {error}")
         return None
     lacking = [
         key
@@ -142,7 +142,7 @@ def _read_json(index: Index, file: str, keys: tuple[str, ...]) -> dict[str, Any]
 def _complete(
     index: Index, file: str, entries: list, keys: tuple[str, ...], what: str
 ) -> Iterator[dict[str, Any]]:
-    """The entries of a list that are mappings with these keys; each other one is a problem."""
+    """Yield the entries that are mappings with the given keys; add a problem for each other."""
     for i, entry in enumerate(entries):
         lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
         if lacking:
@@ -153,18 +153,18 @@ def _complete(
 
 
 def _unique(index: Index, file: str, entries: Iterator[dict], key: str, what: str) -> dict:
-    """Entries by key; each repetition is a problem."""
+    """Entries by the value of `key`; adds a problem for each repeated value."""
     by_key: dict[Any, dict] = {}
     for entry in entries:
         if entry[key] in by_key:
-            index.problem(file, entry[key], f"{what}: {key} {entry[key]!r} is there more than once")
+            index.problem(file, entry[key], f"{what}: {key} {entry[key]!r} occurs more than once")
         else:
             by_key[entry[key]] = entry
     return by_key
 
 
 def _compare_categories(index: Index, file: str, content: dict) -> None:
-    """Compare the categories of a JSON with the classes under which the data set is registered."""
+    """Compare the categories of a JSON with the registered classes of the data set."""
     ids, num_classes = index.contiguous_ids, len(index.classes)
     if len(ids) != num_classes:
         why = f"the metadata has {num_classes} class names, but ids of {len(ids)} categories"
@@ -203,8 +203,8 @@ def _index_instances(index: Index, metadata: Metadata) -> None:
         return
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
     if ids is None:
-        # Registered without classes: Detectron2 numbers them by id when it loads the data set. LVIS
-        # numbers its classes from 1 without gaps.
+        # Registered without classes: Detectron2 orders them by id when it loads the data set. LVIS
+        # ids start at 1 without gaps.
         categories = sorted(
             _complete(index, file, content["categories"], ("id", "name"), "a category"),
             key=lambda category: category["id"],
@@ -234,7 +234,7 @@ def _index_instances(index: Index, metadata: Metadata) -> None:
         if image_id in items:
             items[image_id].annotations.append(annotation)
         elif image_id not in images:
-            why = f"the annotation is of image {image_id!r}, which the JSON does not list"
+            why = f"the annotation belongs to image {image_id!r}, which the JSON does not list"
             index.problem(file, annotation["id"], why)
     index.items = list(items.values())
     index.folders = {os.path.dirname(item.file_name) for item in index.items}
@@ -245,7 +245,7 @@ def _check_evaluation_keys(index: Index, file: str, annotations: list[dict]) -> 
     for key in ("area", "iscrowd"):
         without = [annotation["id"] for annotation in annotations if key not in annotation]
         if without:
-            why = f"{len(without)} annotations have no {key!r}, which AP cannot be computed without"
+            why = f"{len(without)} annotations have no {key!r}, which AP evaluation requires"
             index.problem(file, without[0], why)
 
 
@@ -289,7 +289,7 @@ def _index_panoptic(index: Index, metadata: Metadata) -> None:
         png = annotation["file_name"]
         image = images.get(image_id, {})
         if images and not image:
-            index.problem(file, image_id, "the annotation is of an image the JSON does not list")
+            index.problem(file, image_id, "the JSON does not list the image of this annotation")
         name = image.get("file_name", os.path.splitext(png)[0] + ".jpg")
         index.items.append(
             Item(
@@ -337,11 +337,11 @@ def _index_loaded(index: Index, metadata: Metadata) -> None:
     try:
         check_builtin(index.name)
         records = DatasetCatalog.get(index.name)
-    # A loader of another project can fail in any way on data that is wrong.
+    # A loader of another project can raise any error on invalid data.
     except Exception as error:
         index.problem(index.name, None, f"cannot be loaded: {type(error).__name__}: {error}")
         return
-    # Known only now, where the loader sets them.
+    # The loader may set the classes.
     index.classes = index.classes or list(
         metadata.get("stuff_classes") or metadata.get("thing_classes") or []
     )
@@ -368,7 +368,7 @@ def _index_loaded(index: Index, metadata: Metadata) -> None:
 
 
 def _with_xywh(annotation: dict[str, Any], number: int) -> dict[str, Any]:
-    """An annotation of Detectron2's as COCO has it."""
+    """A Detectron2 annotation with id and bbox as in COCO JSON."""
     converted = {"id": f"number {number}"} | annotation
     if "bbox" in annotation and "bbox_mode" in annotation:
         box = [float(value) for value in annotation["bbox"]]
@@ -376,14 +376,14 @@ def _with_xywh(annotation: dict[str, Any], number: int) -> dict[str, Any]:
     return converted
 
 
-# ---- files that no record names ----
+# ---- unlisted files ----
 
 
 def find_unlisted(indices: list[Index]) -> list[Finding]:
-    """Image files beside those of the data sets that none of them lists.
+    """Image files in the folders of the data sets that no data set lists.
 
     Args:
-        indices: data sets that are looked at together, as the splits in one folder.
+        indices: data sets that may share folders, such as the splits of one data set.
     """
     listed: set[str] = set()
     for index in indices:
@@ -399,5 +399,5 @@ def find_unlisted(indices: list[Index]) -> list[Finding]:
         for entry in sorted(os.listdir(folder)):
             path = os.path.join(folder, entry)
             if entry.lower().endswith(_IMAGE_EXTENSIONS) and path not in listed:
-                findings.append(Finding(path, None, "no record of the data set names this file"))
+                findings.append(Finding(path, None, "no record of the data set lists this file"))
     return findings

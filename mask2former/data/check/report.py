@@ -1,4 +1,4 @@
-"""What a check found: totals as plain data, the same as Markdown, and a sheet of examples.
+"""Reports of a check: totals as JSON and Markdown, and a contact sheet of examples.
 
 H W pixels of an image.
 """
@@ -24,7 +24,7 @@ from ..targets import rasterise, read_annotations
 from .images import ItemReport
 from .index import Index, Item
 
-# Side of the square in pixels up to which an object is small or medium, as in COCO's evaluation.
+# An object is small or medium below the area of a square of this side in pixels, as in COCO.
 _SMALL, _MEDIUM = 32, 96
 
 # Longest side of a drawing in pixels.
@@ -32,14 +32,14 @@ _DRAWING_SIZE = 400
 
 
 def summarise(index: Index, reports: Sequence[ItemReport]) -> dict[str, Any]:
-    """Put together what was found in one data set.
+    """Sum up the findings in one data set.
 
     Args:
-        index: of the data set.
-        reports: of its items.
+        index: index of the data set.
+        reports: reports of its items.
 
     Returns:
-        Plain data, as in report.json.
+        JSON-serialisable data, as in report.json.
     """
     problems = index.problems + [finding for report in reports for finding in report.problems]
     warnings = index.warnings + [finding for report in reports for finding in report.warnings]
@@ -101,11 +101,11 @@ def _spread(values: list[int]) -> dict[str, float] | None:
 
 
 def write_reports(output: str, summaries: dict[str, dict[str, Any]]) -> None:
-    """Write report.json and report.md, each whole or not at all.
+    """Write report.json and report.md atomically.
 
     Args:
         output: folder, created if necessary.
-        summaries: by data set, see `summarise`.
+        summaries: data set name → result of `summarise`.
     """
     os.makedirs(output, exist_ok=True)
     with atomic_write(os.path.join(output, "report.json")) as file:
@@ -173,12 +173,12 @@ def _cell(value: object) -> str:
 
 
 def choose_examples(index: Index, reports: Sequence[ItemReport], number: int) -> list[Item]:
-    """Items without a problem that show as many classes as possible, those rarely seen first."""
+    """Choose items without problems that cover as many classes as possible, greedily."""
     good = [i for i, report in enumerate(reports) if not report.problems and report.size]
     seen: Counter[int] = Counter()
     chosen: list[int] = []
     while good and len(chosen) < number:
-        # A class counts the less, the more often it was chosen.
+        # A class counts less each time it was chosen.
         best = max(good, key=lambda i: sum(0.25 ** seen[c] for c in reports[i].pixels))
         good.remove(best)
         chosen.append(best)
@@ -187,15 +187,15 @@ def choose_examples(index: Index, reports: Sequence[ItemReport], number: int) ->
 
 
 def draw_examples(index: Index, items: Sequence[Item], path: str, columns: int = 4) -> None:
-    """Draw items with their annotation as one PNG.
+    """Draw items with their annotations as one PNG.
 
     Args:
-        index: of the data set.
-        items: of it, without problems.
+        index: index of the data set.
+        items: items of the data set without problems.
         path: file to write.
-        columns: drawings side by side.
+        columns: number of drawings per row.
     """
-    with isolated_rng(0):  # the visualizer draws colours at random
+    with isolated_rng(0):  # the visualizer picks random colours
         drawings = [_draw(index, item) for item in items]
     blank = np.full((1, 1, 3), 255, np.uint8)
     drawings += [blank] * (-len(drawings) % columns)
@@ -217,7 +217,7 @@ def _draw(index: Index, item: Item) -> np.ndarray:
         shown = set(np.unique(ids).tolist())
         segments = []
         for segment in item.segments_info:
-            # Small segments may be gone at this size, which the visualizer does not expect.
+            # The visualizer fails on segments without pixels, as small ones may be at this size.
             if segment["id"] in shown:
                 class_id = index.contiguous_ids[segment["category_id"]]
                 is_thing = class_id in index.thing_ids
@@ -225,7 +225,7 @@ def _draw(index: Index, item: Item) -> np.ndarray:
         drawn = visualizer.draw_panoptic_seg(torch.from_numpy(ids.astype(np.int64)), segments)
     else:
         labels = _resize(read_image(item.sem_seg_file_name), size).astype(np.int64)
-        labels[labels == index.ignore_label] = len(index.classes)  # which are not drawn
+        labels[labels == index.ignore_label] = len(index.classes)  # not drawn
         drawn = visualizer.draw_sem_seg(labels)
     return drawn.get_image()
 
@@ -239,7 +239,7 @@ def _draw_instances(
 ):
     masks, names = [], []
     for annotation in item.annotations:
-        # Crowds are drawn too; the class stands in the name.
+        # Draw crowds too; the class is in the label.
         plain = annotation | {"category_id": 0, "iscrowd": 0}
         _, shapes = read_annotations([plain], image_size, item.file_name)
         mask = _resize(rasterise(shapes, image_size)[0].numpy().astype(np.uint8), size)
@@ -251,7 +251,7 @@ def _draw_instances(
 
 
 def _resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest neighbours: (h, w) or (h, w, 3) of whole numbers → size (H, W)."""
+    """Nearest-neighbour resize of integers (h, w) or (h, w, 3) to `size` (H, W)."""
     rows = np.arange(size[0]) * labels.shape[0] // size[0]
     columns = np.arange(size[1]) * labels.shape[1] // size[1]
     return labels[rows[:, None], columns]

@@ -1,9 +1,6 @@
-"""Dataset mappers: from a record of a data set to a training sample."""
+"""Dataset mappers turn a record of a data set into a sample."""
 
-from collections.abc import Callable
-
-from detectron2.config import CfgNode
-
+from .build import DATASET_MAPPER_REGISTRY, build_mapper, register_mapper
 from .coco_instance_new_baseline_dataset_mapper import COCOInstanceNewBaselineDatasetMapper
 from .coco_panoptic_new_baseline_dataset_mapper import COCOPanopticNewBaselineDatasetMapper
 from .mask_former_instance_dataset_mapper import MaskFormerInstanceDatasetMapper
@@ -11,32 +8,12 @@ from .mask_former_panoptic_dataset_mapper import MaskFormerPanopticDatasetMapper
 from .mask_former_semantic_dataset_mapper import MaskFormerSemanticDatasetMapper
 
 __all__ = [
+    "DATASET_MAPPER_REGISTRY",
     "COCOInstanceNewBaselineDatasetMapper",
     "COCOPanopticNewBaselineDatasetMapper",
     "MaskFormerInstanceDatasetMapper",
     "MaskFormerPanopticDatasetMapper",
     "MaskFormerSemanticDatasetMapper",
     "build_mapper",
+    "register_mapper",
 ]
-
-_MAPPERS = {
-    "coco_instance_lsj": COCOInstanceNewBaselineDatasetMapper,
-    "coco_panoptic_lsj": COCOPanopticNewBaselineDatasetMapper,
-    "mask_former_instance": MaskFormerInstanceDatasetMapper,
-    "mask_former_panoptic": MaskFormerPanopticDatasetMapper,
-    "mask_former_semantic": MaskFormerSemanticDatasetMapper,
-}
-
-
-def build_mapper(cfg: CfgNode, is_train: bool = True) -> Callable[[dict], dict]:
-    """Build the mapper that `INPUT.DATASET_MAPPER_NAME` names.
-
-    Raises:
-        ValueError: there is no mapper of that name.
-    """
-    name = cfg.INPUT.DATASET_MAPPER_NAME
-    if name not in _MAPPERS:
-        raise ValueError(
-            f"INPUT.DATASET_MAPPER_NAME is {name!r}; known mappers: {', '.join(_MAPPERS)}."
-        )
-    return _MAPPERS[name](cfg, is_train)

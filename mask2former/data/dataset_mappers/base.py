@@ -1,10 +1,12 @@
-"""What the five mappers share: read a record, augment, pad, and the two published constructors.
+"""What the five mappers share: reading, augmenting and padding, and the two kinds of constructor.
 
-    record of the data set (dict)
-      → load               copy of the record, image read and checked
-      → load_* / read_*    annotations read and checked as they are on disk
-      → augment            image and label map; the transforms for everything else
-      → pad, targets       `image`, `instances` (and `sem_seg`, `padding_mask`) of the sample
+    record (dict)
+      → load_record                  copy of the record, image read and checked
+      → load_pan_seg, load_sem_seg   label maps read and checked as stored on disk
+      → augment_image                image and labels, and the transforms to apply to targets
+      → padding, pad_image           fixed size of the mask_former_* mappers
+
+The steps are functions, because a subclass may use any name for its own methods and attributes.
 
 Shape letters: H W pixels of the augmented image, h w of the file, N targets.
 """
@@ -12,7 +14,7 @@ Shape letters: H W pixels of the augmented image, h w of the file, N targets.
 import copy
 import inspect
 import logging
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -22,36 +24,28 @@ from detectron2.data import detection_utils as utils
 from detectron2.data import transforms as T
 from torch import Tensor
 
-from ..augmentations import build_resize_crop_gen, build_transform_gen
-from ..fused_augmentation import augment
-from ..targets import check_size, segment_layers
+from ..augmentations import build_resize_crop_gen
+from ..lazy_augmentation import augment
+from ..targets import check_sem_seg, check_size, segment_layers
 
-
-def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
-    """Detectron2's `read_image`; an unreadable file is an error that names it.
-
-    Args:
-        file_name: of the image.
-        image_format: a PIL mode or "BGR"; None leaves the pixels as they are stored.
-
-    Returns:
-        (h, w, 3), or (h, w) for a label map read without a format.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is truncated or no image (unless PIL's `LOAD_TRUNCATED_IMAGES` was set).
-    """
-    try:
-        return utils.read_image(file_name, image_format)
-    except OSError as error:
-        # The operating system's errors carry the file name, those of PIL do not.
-        if error.filename is not None:
-            raise
-        raise ValueError(f"{file_name} cannot be read as an image: {error}") from error
+# ---- mappers ----
 
 
 class BaseDatasetMapper:
-    """Reads and augments; subclasses turn annotations into targets in `__call__`."""
+    """Base of all mappers; subclasses make samples in `__call__`.
+
+    Attributes:
+        is_train: whether samples get targets.
+        tfm_gens: Detectron2 augmentations and transforms.
+        img_format: "RGB" or "BGR".
+        num_classes: if not None, labels and category ids must be below it.
+        unread_keys: config keys that this mapper does not read, such as "INPUT.CROP.ENABLED", and
+            the only value accepted for each. A subclass that reads more keys overrides it.
+    """
+
+    # A class attribute, because subclasses with their own __init__ set only the other three.
+    num_classes: int | None = None
+    unread_keys: ClassVar[dict[str, Any]] = {}
 
     def __init__(
         self,
@@ -60,13 +54,6 @@ class BaseDatasetMapper:
         image_format: str,
         num_classes: int | None,
     ) -> None:
-        """
-        Args:
-            is_train: whether samples are for training.
-            augmentations: Detectron2 augmentations and transforms, applied in this order.
-            image_format: "RGB" or "BGR".
-            num_classes: if given, labels and category ids are checked to lie below it.
-        """
         self.is_train = is_train
         self.tfm_gens = augmentations
         self.img_format = image_format
@@ -76,95 +63,13 @@ class BaseDatasetMapper:
             f"[{type(self).__name__}] Augmentations used in {mode}: {augmentations}"
         )
 
-    @classmethod
-    def _only_accepted(cls, arguments: dict[str, Any]) -> dict[str, Any]:
-        """Leave out `num_classes` for subclasses with a constructor as published, without it."""
-        if "num_classes" not in inspect.signature(cls.__init__).parameters:
-            del arguments["num_classes"]
-        return arguments
-
-    def load(self, dataset_dict: dict) -> tuple[dict, np.ndarray]:
-        """Copy the record, so that the data set stays as it is, and read its image.
-
-        Args:
-            dataset_dict: of the data set, with at least `file_name`.
-
-        Returns:
-            The copy, without `annotations`, and the image (h, w, 3).
-
-        Raises:
-            FileNotFoundError: there is no such image.
-            ValueError: the image is unreadable or not of the size that the record says.
-        """
-        # Annotations are large and no part of the sample; they are read from the original.
-        sample = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
-        image = read_image(sample["file_name"], self.img_format)
-        utils.check_image_size(sample, image)
-        return sample, image
-
-    def load_training(self, dataset_dict: dict) -> tuple[dict, np.ndarray]:
-        """As `load`, of a mapper that has no use but training.
-
-        Raises:
-            ValueError: the mapper was built with `is_train` False.
-        """
-        if not self.is_train:
-            raise ValueError(
-                f"{type(self).__name__} is for training only; evaluate with Detectron2's "
-                "DatasetMapper."
-            )
-        return self.load(dataset_dict)
-
-    def load_pan_seg(
-        self, sample: dict, image_size: tuple[int, int]
-    ) -> tuple[Tensor, list[np.ndarray]]:
-        """Classes and layers (`segment_layers`) of the record's panoptic PNG.
-
-        Takes `pan_seg_file_name` out of `sample`.
-
-        Raises:
-            ValueError: the record has no panoptic annotation, or a wrong one.
-        """
-        for key in ("pan_seg_file_name", "segments_info"):
-            self.require(sample, key, "panoptic")
-        file_name = sample.pop("pan_seg_file_name")
-        pan_seg = read_image(file_name, "RGB")
-        check_size(pan_seg.shape[:2], image_size, file_name, sample["file_name"])
-        return segment_layers(pan_seg, sample["segments_info"], file_name, self.num_classes)
-
-    def require(self, record: dict, key: str, task: str) -> None:
-        """Check that a record has a key.
-
-        Raises:
-            ValueError: it has not.
-        """
-        if key not in record:
-            raise ValueError(
-                f"The record of {record['file_name']} has no {key!r}, which "
-                f"{type(self).__name__} needs. Use a data set with {task} annotations or another "
-                "INPUT.DATASET_MAPPER_NAME."
-            )
-
-    def augment(
-        self, image: np.ndarray, sem_seg: np.ndarray | None = None
-    ) -> tuple[Tensor, np.ndarray | None, T.TransformList]:
-        """Augment an image, and its semantic labels where there are some.
-
-        Args:
-            image: (h, w, 3) uint8.
-            sem_seg: (h, w) float64 labels.
-
-        Returns:
-            The image (3, H, W) uint8, contiguous, the labels (H, W), and what was applied.
-        """
-        image, sem_seg, transforms = augment(self.tfm_gens, image, sem_seg)
-        return torch.from_numpy(image.transpose(2, 0, 1).copy()), sem_seg, transforms
-
 
 class ResizeCropDatasetMapper(BaseDatasetMapper):
-    """Base of the mask_former_* mappers: resized and cropped images, padded to a square."""
+    """Base of the mask_former_* mappers: images are resized, cropped and padded to a square."""
 
-    # Whether crops obey INPUT.CROP.SINGLE_CATEGORY_MAX_AREA, for which they look at labels.
+    unread_keys: ClassVar[dict[str, Any]] = {"INPUT.RANDOM_FLIP": "horizontal"}
+
+    # Whether crops obey INPUT.CROP.SINGLE_CATEGORY_MAX_AREA, which needs semantic labels.
     limit_category_area = True
 
     def __init__(
@@ -186,7 +91,8 @@ class ResizeCropDatasetMapper(BaseDatasetMapper):
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
         """The constructor's arguments from the config."""
-        return cls._only_accepted(
+        return accepted_arguments(
+            cls,
             {
                 "is_train": is_train,
                 "augmentations": build_resize_crop_gen(
@@ -195,44 +101,18 @@ class ResizeCropDatasetMapper(BaseDatasetMapper):
                 "image_format": cfg.INPUT.FORMAT,
                 "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
                 "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            }
+            },
         )
-
-    def padding(self, image: Tensor, file_name: str) -> list[int]:
-        """Pixels to add left, right, top and bottom, as `F.pad` takes them.
-
-        Args:
-            image: (3, H, W).
-            file_name: the image's, for the error.
-
-        Raises:
-            ValueError: the image is larger than what it should be padded to.
-        """
-        height, width = image.shape[-2:]
-        size = self.size_divisibility
-        if size <= 0:
-            return [0, 0, 0, 0]
-        if max(height, width) > size:
-            raise ValueError(
-                f"{file_name} has (height, width) {(height, width)} after augmentation, more than "
-                f"the INPUT.SIZE_DIVISIBILITY of {size} that training images are padded to. Crop "
-                "to that size (INPUT.CROP), or set INPUT.SIZE_DIVISIBILITY to -1."
-            )
-        return [0, size - width, 0, size - height]
-
-    @staticmethod
-    def pad(tensor: Tensor, padding: list[int], value: int) -> Tensor:
-        """Pad the last two dimensions; without padding the tensor itself."""
-        return F.pad(tensor, padding, value=value) if any(padding) else tensor
-
-    @staticmethod
-    def pad_image(image: Tensor, padding: list[int]) -> Tensor:
-        """Pad an image with grey."""
-        return ResizeCropDatasetMapper.pad(image, padding, 128)
 
 
 class LargeScaleJitterDatasetMapper(BaseDatasetMapper):
     """Base of the coco_*_lsj mappers: large-scale jittering to a fixed square."""
+
+    unread_keys: ClassVar[dict[str, Any]] = {
+        "INPUT.COLOR_AUG_SSD": False,
+        "INPUT.SIZE_DIVISIBILITY": -1,
+        "INPUT.CROP.ENABLED": False,
+    }
 
     @configurable
     def __init__(
@@ -248,18 +128,216 @@ class LargeScaleJitterDatasetMapper(BaseDatasetMapper):
             is_train: whether to make targets.
             tfm_gens: Detectron2 augmentations and transforms, applied in this order.
             image_format: "RGB" or "BGR".
-            num_classes: if given, category ids are checked to lie below it.
+            num_classes: if not None, category ids must be below it.
         """
         super().__init__(is_train, tfm_gens, image_format, num_classes)
 
-    @classmethod
-    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """The constructor's arguments from the config."""
-        return cls._only_accepted(
-            {
-                "is_train": is_train,
-                "tfm_gens": build_transform_gen(cfg, is_train),
-                "image_format": cfg.INPUT.FORMAT,
-                "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
-            }
+
+def lsj_arguments(cls: type, cfg: CfgNode, is_train: bool, tfm_gens: list) -> dict[str, Any]:
+    """Constructor arguments of a coco_*_lsj mapper from the config and its augmentations."""
+    return accepted_arguments(
+        cls,
+        {
+            "is_train": is_train,
+            "tfm_gens": tfm_gens,
+            "image_format": cfg.INPUT.FORMAT,
+            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        },
+    )
+
+
+def accepted_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Drop `num_classes` for subclasses with the original constructor, which does not take it."""
+    if "num_classes" not in inspect.signature(cls.__init__).parameters:
+        del arguments["num_classes"]
+    return arguments
+
+
+# ---- reading ----
+
+
+def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
+    """Detectron2's `read_image`, with an error that names the file if it is unreadable.
+
+    Args:
+        file_name: path of the image.
+        image_format: a PIL mode or "BGR"; None keeps the pixels as stored.
+
+    Returns:
+        (h, w, 3), or (h, w) for a label map read without a format.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it is truncated or not an image (unless PIL's `LOAD_TRUNCATED_IMAGES` is set).
+    """
+    try:
+        return utils.read_image(file_name, image_format)
+    except OSError as error:
+        # Errors of the operating system name the file, those of PIL do not.
+        if error.filename is not None:
+            raise
+        raise ValueError(f"{file_name} cannot be read as an image: {error}") from error
+
+
+def load_record(record: dict, image_format: str) -> tuple[dict, np.ndarray]:
+    """Copy a record, so that the data set stays unchanged, and read its image.
+
+    Args:
+        record: of the data set, with at least `file_name`.
+        image_format: "RGB" or "BGR".
+
+    Returns:
+        The copy without `annotations`, and the image (h, w, 3).
+
+    Raises:
+        FileNotFoundError: the image does not exist.
+        ValueError: the image is unreadable or differs in size from the record.
+    """
+    # Annotations are large, and targets are made from the original record.
+    sample = copy.deepcopy({k: v for k, v in record.items() if k != "annotations"})
+    image = read_image(sample["file_name"], image_format)
+    utils.check_image_size(sample, image)
+    return sample, image
+
+
+def require_training(mapper: BaseDatasetMapper) -> None:
+    """Check that a mapper was built for training.
+
+    Raises:
+        ValueError: its `is_train` is False.
+    """
+    if not mapper.is_train:
+        raise ValueError(
+            f"{type(mapper).__name__} is for training only; evaluate with Detectron2's "
+            "DatasetMapper."
         )
+
+
+def require_key(record: dict, key: str, task: str, mapper: BaseDatasetMapper) -> None:
+    """Check that a record has a key.
+
+    Raises:
+        ValueError: the key is missing.
+    """
+    if key not in record:
+        raise ValueError(
+            f"The record of {record['file_name']} has no {key!r}, which "
+            f"{type(mapper).__name__} needs. Use a data set with {task} annotations or another "
+            "INPUT.DATASET_MAPPER_NAME."
+        )
+
+
+def reject_annotations(record: dict) -> None:
+    """Check that a record has no instances, which a semantic or panoptic mapper would drop.
+
+    Raises:
+        ValueError: it has `annotations`.
+    """
+    if "annotations" in record:
+        raise ValueError(
+            f"The record of {record['file_name']} has 'annotations', which this mapper does "
+            "not read; use an instance mapper (INPUT.DATASET_MAPPER_NAME) or remove them."
+        )
+
+
+def load_pan_seg(
+    sample: dict, image_size: tuple[int, int], mapper: BaseDatasetMapper
+) -> tuple[Tensor, list[np.ndarray]]:
+    """Read the panoptic PNG; removes `pan_seg_file_name` from `sample`.
+
+    Returns:
+        Classes (N,) and label maps of the segments, see `segment_layers`.
+
+    Raises:
+        ValueError: the record has no panoptic annotation, or an invalid one.
+    """
+    for key in ("pan_seg_file_name", "segments_info"):
+        require_key(sample, key, "panoptic", mapper)
+    file_name = sample.pop("pan_seg_file_name")
+    pan_seg = read_image(file_name, "RGB")
+    check_size(pan_seg.shape[:2], image_size, file_name, sample["file_name"])
+    return segment_layers(pan_seg, sample["segments_info"], file_name, mapper.num_classes)
+
+
+def load_sem_seg(
+    sample: dict, image_size: tuple[int, int], num_classes: int | None, ignore_label: int
+) -> np.ndarray:
+    """Read the semantic label map; removes `sem_seg_file_name` from `sample`.
+
+    Args:
+        sample: copy of the record.
+        image_size: (h, w) of its image.
+        num_classes: if not None, labels must be below it or `ignore_label`.
+        ignore_label: label of pixels without a class.
+
+    Returns:
+        (h, w) float64 labels.
+
+    Raises:
+        ValueError: the map has several channels, another size than the image or unknown labels.
+    """
+    file_name = sample.pop("sem_seg_file_name")
+    sem_seg = read_image(file_name)
+    if sem_seg.ndim != 2:
+        raise ValueError(
+            f"{file_name} has {sem_seg.shape[-1]} channels; a semantic map has one, the label."
+        )
+    check_size(sem_seg.shape, image_size, file_name, sample["file_name"])
+    if num_classes is not None:
+        check_sem_seg(sem_seg, num_classes, ignore_label, file_name)
+    # Detectron2 cannot resize 16-bit labels, and picks other pixels for uint8 than for float64.
+    return sem_seg.astype(np.float64)
+
+
+# ---- augmenting and padding ----
+
+
+def augment_image(
+    augmentations: list, image: np.ndarray, sem_seg: np.ndarray | None = None
+) -> tuple[Tensor, np.ndarray | None, T.TransformList]:
+    """Augment an image and its semantic labels, if given.
+
+    Args:
+        augmentations: Detectron2 augmentations and transforms, applied in this order.
+        image: (h, w, 3) uint8.
+        sem_seg: (h, w) float64 labels.
+
+    Returns:
+        The image (3, H, W) uint8, contiguous; the labels (H, W); the applied transforms.
+    """
+    image, sem_seg, transforms = augment(augmentations, image, sem_seg)
+    return torch.from_numpy(image.transpose(2, 0, 1).copy()), sem_seg, transforms
+
+
+def padding(image: Tensor, size: int, file_name: str) -> list[int]:
+    """Pixels to add left, right, top and bottom, as `F.pad` takes them.
+
+    Args:
+        image: (3, H, W).
+        size: height and width in pixels to pad to; 0 or less: no padding.
+        file_name: of the image, for the error.
+
+    Raises:
+        ValueError: the image is larger than `size`.
+    """
+    height, width = image.shape[-2:]
+    if size <= 0:
+        return [0, 0, 0, 0]
+    if max(height, width) > size:
+        raise ValueError(
+            f"{file_name} has (height, width) {(height, width)} after augmentation, more than "
+            f"the INPUT.SIZE_DIVISIBILITY of {size} that training images are padded to. Crop "
+            "to that size (INPUT.CROP), or set INPUT.SIZE_DIVISIBILITY to -1."
+        )
+    return [0, size - width, 0, size - height]
+
+
+def pad_image(image: Tensor, padding: list[int]) -> Tensor:
+    """Pad an image with grey."""
+    return F.pad(image, padding, value=128) if any(padding) else image
+
+
+def pad_sem_seg(sem_seg: np.ndarray, padding: list[int], ignore_label: int) -> Tensor:
+    """Augmented labels as (H, W) int64, padded with the ignore label."""
+    labels = torch.from_numpy(sem_seg.astype(np.int64))
+    return F.pad(labels, padding, value=ignore_label) if any(padding) else labels

@@ -3,10 +3,13 @@
 Shape letters: H W pixels of the jittered square, N objects.
 """
 
+from typing import Any
+
 import torch
+from detectron2.config import CfgNode
 
 from ..augmentations import build_transform_gen
-from ..fused_augmentation import padding_mask
+from ..lazy_augmentation import padding_mask
 from ..targets import (
     annotation_boxes,
     build_instances,
@@ -15,7 +18,8 @@ from ..targets import (
     read_annotations,
     transform_annotations,
 )
-from .base import LargeScaleJitterDatasetMapper
+from .base import LargeScaleJitterDatasetMapper, augment_image, load_record, lsj_arguments
+from .build import register_mapper
 
 __all__ = [
     "COCOInstanceNewBaselineDatasetMapper",
@@ -24,8 +28,15 @@ __all__ = [
 ]
 
 
+@register_mapper("coco_instance_lsj")
 class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
     """`INPUT.DATASET_MAPPER_NAME: coco_instance_lsj`."""
+
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
+        """The constructor's arguments from the config."""
+        # `build_transform_gen` is looked up in this module, where other projects replace it.
+        return lsj_arguments(cls, cfg, is_train, build_transform_gen(cfg, is_train))
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Make a sample.
@@ -36,25 +47,26 @@ class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
 
         Returns:
             The record without `annotations`, with `image` (3, H, W) uint8 and `padding_mask`
-            (H, W) bool, True where there is no image. For training also `instances`: of the
-            objects that are no crowd and were not cropped away, in the order of the annotations,
-            `gt_classes` (N,) int64, `gt_masks` (N, H, W) bool and `gt_boxes`.
+            (H, W) bool, True outside the image. For training on a record with `annotations` also
+            `instances`, with `gt_classes` (N,) int64, `gt_masks` (N, H, W) bool and `gt_boxes`, in
+            the order of the annotations; crowds and objects outside the crop are dropped.
 
         Raises:
             FileNotFoundError: the image does not exist.
             ValueError: it is unreadable, or an annotation does not fit the image or config.
         """
-        sample, image = self.load(dataset_dict)
+        sample, image = load_record(dataset_dict, self.img_format)
         image_size = image.shape[:2]
-        if self.is_train:
-            self.require(dataset_dict, "annotations", "instance")
+        # A subclass may remove the annotations to make its own targets.
+        has_targets = self.is_train and "annotations" in dataset_dict
+        if has_targets:
             classes, shapes = read_annotations(
                 dataset_dict["annotations"], image_size, sample["file_name"], self.num_classes
             )
 
-        sample["image"], _, transforms = self.augment(image)
+        sample["image"], _, transforms = augment_image(self.tfm_gens, image)
         sample["padding_mask"] = torch.from_numpy(padding_mask(transforms, image_size))
-        if not self.is_train:
+        if not has_targets:
             return sample
 
         shapes = transform_annotations(shapes, transforms)

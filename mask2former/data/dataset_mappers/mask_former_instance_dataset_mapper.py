@@ -6,11 +6,21 @@ Shape letters: H W pixels of the augmented and padded image, N objects.
 from detectron2.config import configurable
 
 from ..targets import build_instances, pack_shapes, read_annotations, transform_annotations
-from .base import ResizeCropDatasetMapper
+from .base import (
+    ResizeCropDatasetMapper,
+    augment_image,
+    load_record,
+    pad_image,
+    padding,
+    require_key,
+    require_training,
+)
+from .build import register_mapper
 
 __all__ = ["MaskFormerInstanceDatasetMapper"]
 
 
+@register_mapper("mask_former_instance")
 class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
     """`INPUT.DATASET_MAPPER_NAME: mask_former_instance`."""
 
@@ -28,11 +38,11 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
     ) -> None:
         """
         Args:
-            is_train: must be True when samples are made.
+            is_train: must be True to make samples.
             augmentations: Detectron2 augmentations and transforms, applied in this order.
             image_format: "RGB" or "BGR".
             size_divisibility: height and width in pixels to pad to; 0 or less: no padding.
-            num_classes: if given, category ids are checked to lie below it.
+            num_classes: if not None, category ids must be below it.
         """
         super().__init__(is_train, augmentations, image_format, size_divisibility, num_classes)
 
@@ -43,23 +53,24 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
             dataset_dict: record with `file_name` and `annotations`: polygons, RLEs or masks.
 
         Returns:
-            The record without `annotations`, with `image` (3, H, W) uint8 and `instances`: in the
-            order of the annotations without crowds `gt_classes` (N,) int64 and `gt_masks`
-            (N, H, W) bool. Objects that were cropped away stay, with an empty mask.
+            The record without `annotations`, with `image` (3, H, W) uint8 and `instances`, which
+            has `gt_classes` (N,) int64 and `gt_masks` (N, H, W) bool, in the order of the
+            annotations without crowds. Objects outside the crop are kept with an empty mask.
 
         Raises:
             FileNotFoundError: the image does not exist.
             ValueError: it is unreadable, or an annotation does not fit the image or config.
         """
-        sample, image = self.load_training(dataset_dict)
-        self.require(dataset_dict, "annotations", "instance")
+        require_training(self)
+        sample, image = load_record(dataset_dict, self.img_format)
+        require_key(dataset_dict, "annotations", "instance", self)
         classes, shapes = read_annotations(
             dataset_dict["annotations"], image.shape[:2], sample["file_name"], self.num_classes
         )
 
-        image, _, transforms = self.augment(image)
-        padding = self.padding(image, sample["file_name"])
+        image, _, transforms = augment_image(self.tfm_gens, image)
+        pad = padding(image, self.size_divisibility, sample["file_name"])
         masks = pack_shapes(transform_annotations(shapes, transforms), tuple(image.shape[-2:]))
-        sample["image"] = self.pad_image(image, padding)
-        sample["instances"] = build_instances(classes, masks.pad(padding))
+        sample["image"] = pad_image(image, pad)
+        sample["instances"] = build_instances(classes, masks.pad(pad))
         return sample

@@ -5,18 +5,28 @@ Shape letters: H W pixels of the augmented and padded image, N classes in it.
 
 from typing import Any
 
-import numpy as np
-import torch
 from detectron2.config import CfgNode, configurable
 from detectron2.data import MetadataCatalog
-from torch import Tensor
 
-from ..targets import build_instances, check_sem_seg, check_size, semantic_targets
-from .base import ResizeCropDatasetMapper, read_image
+from ..targets import build_instances, semantic_targets
+from .base import (
+    ResizeCropDatasetMapper,
+    augment_image,
+    load_record,
+    load_sem_seg,
+    pad_image,
+    pad_sem_seg,
+    padding,
+    reject_annotations,
+    require_key,
+    require_training,
+)
+from .build import register_mapper
 
 __all__ = ["MaskFormerSemanticDatasetMapper"]
 
 
+@register_mapper("mask_former_semantic")
 class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
     """`INPUT.DATASET_MAPPER_NAME: mask_former_semantic`."""
 
@@ -33,19 +43,19 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
     ) -> None:
         """
         Args:
-            is_train: must be True when samples are made.
+            is_train: must be True to make samples.
             augmentations: Detectron2 augmentations and transforms, applied in this order.
             image_format: "RGB" or "BGR".
-            ignore_label: of pixels without a class.
+            ignore_label: label of pixels without a class.
             size_divisibility: height and width in pixels to pad to; 0 or less: no padding.
-            num_classes: if given, labels and category ids are checked to lie below it.
+            num_classes: if not None, labels and category ids must be below it.
         """
         super().__init__(is_train, augmentations, image_format, size_divisibility, num_classes)
         self.ignore_label = ignore_label
 
     @classmethod
     def from_config(cls, cfg: CfgNode, is_train: bool = True) -> dict[str, Any]:
-        """The constructor's arguments; the first training data set knows the ignore label."""
+        """The constructor's arguments; the ignore label is that of the first training data set."""
         if not cfg.DATASETS.TRAIN:
             raise ValueError("DATASETS.TRAIN is empty: name at least one data set to train on.")
         name = cfg.DATASETS.TRAIN[0]
@@ -71,61 +81,16 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
             FileNotFoundError: a file does not exist.
             ValueError: a file is unreadable, or the annotation does not fit the image or config.
         """
-        sample, image = self.load_training(dataset_dict)
-        self.reject_annotations(dataset_dict)
-        self.require(sample, "sem_seg_file_name", "semantic")
-        sem_seg = self.load_sem_seg(sample, image.shape[:2], self.num_classes)
+        require_training(self)
+        sample, image = load_record(dataset_dict, self.img_format)
+        reject_annotations(dataset_dict)
+        require_key(sample, "sem_seg_file_name", "semantic", self)
+        sem_seg = load_sem_seg(sample, image.shape[:2], self.num_classes, self.ignore_label)
 
-        image, sem_seg, _ = self.augment(image, sem_seg)
-        padding = self.padding(image, sample["file_name"])
-        sample["image"] = self.pad_image(image, padding)
-        sample["sem_seg"] = self.pad_sem_seg(sem_seg, padding)
+        image, sem_seg, _ = augment_image(self.tfm_gens, image, sem_seg)
+        pad = padding(image, self.size_divisibility, sample["file_name"])
+        sample["image"] = pad_image(image, pad)
+        sample["sem_seg"] = pad_sem_seg(sem_seg, pad, self.ignore_label)
         classes, masks = semantic_targets(sample["sem_seg"].numpy(), self.ignore_label)
         sample["instances"] = build_instances(classes, masks)
         return sample
-
-    @staticmethod
-    def reject_annotations(record: dict) -> None:
-        """Check that the record has no objects, which would be lost.
-
-        Raises:
-            ValueError: it has.
-        """
-        if "annotations" in record:
-            raise ValueError(
-                f"The record of {record['file_name']} has 'annotations', which this mapper does "
-                "not read; use an instance mapper (INPUT.DATASET_MAPPER_NAME) or remove them."
-            )
-
-    def load_sem_seg(
-        self, sample: dict, image_size: tuple[int, int], num_classes: int | None
-    ) -> np.ndarray:
-        """Read the label map; takes `sem_seg_file_name` out of `sample`.
-
-        Args:
-            sample: the copied record.
-            image_size: (h, w) of its image.
-            num_classes: if given, the labels are checked.
-
-        Returns:
-            (h, w) float64 labels.
-
-        Raises:
-            ValueError: the map does not have one channel, the size of the image or known labels.
-        """
-        file_name = sample.pop("sem_seg_file_name")
-        sem_seg = read_image(file_name)
-        if sem_seg.ndim != 2:
-            raise ValueError(
-                f"{file_name} has {sem_seg.shape[-1]} channels; a semantic map has one, the label."
-            )
-        check_size(sem_seg.shape, image_size, file_name, sample["file_name"])
-        if num_classes is not None:
-            check_sem_seg(sem_seg, num_classes, self.ignore_label, file_name)
-        # Resizing knows no 16-bit labels; and with uint8 it would choose other pixels.
-        return sem_seg.astype(np.float64)
-
-    def pad_sem_seg(self, sem_seg: np.ndarray, padding: list[int]) -> Tensor:
-        """Augmented labels as (H, W) int64, padded with the ignore label."""
-        labels = torch.from_numpy(sem_seg.astype(np.int64))
-        return self.pad(labels, padding, self.ignore_label)

@@ -1,8 +1,8 @@
-"""Data sets registered with Detectron2 on import, below the folder `DETECTRON2_DATASETS`.
+"""Data sets below the folder `DETECTRON2_DATASETS`, registered with Detectron2 on import.
 
-register_*.py      names, class tables, loaders; one file a data set
-custom_entries.py  DATASETS.CUSTOM of a config
-loading.py         what the loaders share
+register_*.py      names, class tables and loaders, one file per data set
+custom_entries.py  registers the DATASETS.CUSTOM of a config
+loading.py         helpers shared by the loaders
 checks.py          checks of the data sets that Detectron2 itself registers
 categories/        class tables
 """

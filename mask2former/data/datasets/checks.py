@@ -1,9 +1,9 @@
-"""Checks of the data sets that Detectron2 itself registers, before its loaders run.
+"""Checks of the data sets that Detectron2 itself registers, made before its loaders run.
 
-Those assert, without a word about what to do, or leave out images without annotation. Here a file
-that is missing, or was not made yet, is one error with the command that makes it.
+Its loaders fail with bare assertions or skip images without annotation. The errors here name the
+missing file and the download or command that provides it.
 
-`check_builtin(name)` knows Cityscapes, ADE20K semantic, COCO and LVIS, and lets other names pass.
+`check_builtin(name)` checks Cityscapes, ADE20K semantic, COCO and LVIS, and ignores other names.
 """
 
 import importlib.util
@@ -30,12 +30,12 @@ _ADE20K_COMMAND = "Run `python datasets/prepare_ade20k_sem_seg.py`."
 
 
 def check_builtin(name: str) -> None:
-    """Check the files of a data set that Detectron2 registers; other names pass.
+    """Check the files of a data set that Detectron2 registers; ignore other names.
 
     Raises:
-        FileNotFoundError: a file is missing; the message says which and what to do.
-        ModuleNotFoundError: a package that reads the data set is missing.
-        ValueError: a path that Detectron2 cannot handle.
+        FileNotFoundError: a file is missing; the message says how to get it.
+        ModuleNotFoundError: the package that reads the data set is missing.
+        ValueError: Detectron2 cannot handle the path.
     """
     if name.startswith("cityscapes_fine_"):
         check_cityscapes(name)
@@ -72,14 +72,14 @@ def _require_package(package: str, name: str) -> None:
 
 
 def check_cityscapes(name: str) -> None:
-    """Check that a data set of Cityscapes is complete and prepared.
+    """Check that a Cityscapes data set is complete and prepared.
 
     Args:
         name: `cityscapes_fine_{instance_seg,sem_seg,panoptic}_{train,val}`.
 
     Raises:
-        FileNotFoundError: a file is missing; the message says which and what makes it.
-        ModuleNotFoundError: `cityscapesscripts` is missing, with which instances are read.
+        FileNotFoundError: a file is missing; the message says how to get it.
+        ModuleNotFoundError: `cityscapesscripts`, which reads instances, is missing.
         ValueError: Detectron2 cannot handle the path of panoptic data.
     """
     metadata = MetadataCatalog.get(name)
@@ -94,7 +94,7 @@ def check_cityscapes(name: str) -> None:
     ends = ["labelIds.png", "instanceIds.png", "polygons.json"]
     if evaluator_type == "cityscapes_panoptic_seg":
         _check_panoptic_path(image_dir)
-        ends = []  # of the download its loader reads the images only
+        ends = []  # its loader reads only the images of the download
     _check_annotations(metadata.gt_dir, cities, ends, _CITYSCAPES_DOWNLOAD)
     if evaluator_type == "cityscapes_instance":
         _require_package("cityscapesscripts", name)
@@ -114,8 +114,8 @@ def _images_by_city(image_dir: str) -> dict[str, list[str]]:
         foreign = [name for name in names if not name.endswith(_IMAGE_END)]
         if foreign:
             raise ValueError(
-                f"{os.path.join(folder, foreign[0])} is no image of Cityscapes ({len(foreign)} "
-                f"such); Detectron2 reads all files there, so move it elsewhere."
+                f"{os.path.join(folder, foreign[0])} is not a Cityscapes image ({len(foreign)} "
+                "such files); Detectron2 reads all files there, so move it elsewhere."
             )
         cities[city] = [name.removesuffix(_IMAGE_END) for name in names]
     if not any(cities.values()):
@@ -137,14 +137,14 @@ def _check_annotations(
 
 
 def _check_panoptic_path(image_dir: str) -> None:
-    # Detectron2 derives the path of a label map from that of the image: the part before the first
-    # dot, with "gtFine" for every "leftImg8bit".
+    # Detectron2 derives the path of a label map from the image path: it takes the part before the
+    # first dot and replaces every "leftImg8bit" by "gtFine".
     parent = os.path.dirname(os.path.dirname(os.path.normpath(image_dir)))
     if "." in image_dir or "leftImg8bit" in parent:
         raise ValueError(
             f"Detectron2 cannot find the label maps of Cityscapes panoptic below {image_dir}: the "
-            "path must have no dot and 'leftImg8bit' only once. Set DETECTRON2_DATASETS to such a "
-            "path, for example a link to the folder."
+            "path must have no dot and 'leftImg8bit' only once. Set DETECTRON2_DATASETS to another "
+            "path, for example a symbolic link to the folder."
         )
 
 
@@ -167,6 +167,6 @@ def _check_panoptic(metadata: Metadata, cities: dict[str, list[str]], root: str)
         odd = min(images ^ annotated)
         what = "has no annotation in" if odd in images else "has no image, but is annotated in"
         raise ValueError(
-            f"Image {odd} {what} {metadata.panoptic_json} ({len(images ^ annotated)} such). "
+            f"Image {odd} {what} {metadata.panoptic_json} ({len(images ^ annotated)} such images). "
             f"{command} {_CITYSCAPES_DOWNLOAD}"
         )

@@ -1,11 +1,11 @@
-"""DATASETS.CUSTOM of a config: your own data sets, registered without Python.
+"""Registers your own data sets from DATASETS.CUSTOM of a config.
 
     DATASETS:
       CUSTOM:
         - {NAME: my_train, TYPE: instance, IMAGE_ROOT: images, INSTANCES_JSON: train.json}
         - {NAME: my_val, TYPE: instance, IMAGE_ROOT: images, INSTANCES_JSON: val.json}
 
-The keys of an entry are the arguments of the helper of its type, in capitals.
+The keys of an entry are the arguments of the function that registers its TYPE, in capitals.
 """
 
 import difflib
@@ -31,7 +31,7 @@ def register_entries(entries: Sequence[Mapping[str, Any]]) -> None:
 
     Raises:
         FileNotFoundError: a file or a folder does not exist.
-        ValueError: an entry is wrong; the message says which, and the key.
+        ValueError: an entry is invalid; the message names the entry and the key.
     """
     for i, entry in enumerate(entries):
         where = f"DATASETS.CUSTOM[{i}]"
@@ -64,8 +64,8 @@ def _check_keys(
             close = difflib.get_close_matches(key.upper(), keys, n=1)
             hint = f" Did you mean {close[0]}?" if close else ""
             raise ValueError(
-                f"{where} has the key {key!r}, which type {kind} does not know.{hint} Keys of type "
-                f"{kind}: TYPE, {', '.join(keys)}."
+                f"{where} has the key {key!r}, which is unknown for type {kind}.{hint} Keys of "
+                f"type {kind}: TYPE, {', '.join(keys)}."
             )
         allowed: tuple[type, ...] = (str,)
         if key == "CLASSES":

@@ -1,7 +1,7 @@
-"""What the registrations of the published data sets share: class tables, loaders, checks.
+"""Class tables, loaders and checks shared by the registrations of the benchmark data sets.
 
-A loader looks at file listings and JSON, so it takes seconds for any data set. Whatever is missing
-or does not belong together is one error, which names a file and ends with a hint: what to do.
+Loaders read file listings and JSON but (almost) no images, so they take seconds for any data set.
+Missing or inconsistent data raises one error, which names a file and says how to fix it.
 """
 
 import json
@@ -23,7 +23,7 @@ CATEGORIES = Path(__file__).parent / "categories"
 
 
 def datasets_root() -> str:
-    """The folder that holds the data sets, as Detectron2 reads it."""
+    """The folder that holds the data sets, determined as in Detectron2."""
     return os.path.expanduser(os.getenv("DETECTRON2_DATASETS", "datasets"))
 
 
@@ -43,7 +43,7 @@ def read_categories(name: str, length: int) -> list[dict[str, Any]]:
 
 
 def register_once(name: str, loader: Callable[[], list[dict]], **metadata: Any) -> None:
-    """Register a data set, unless the name is taken: then it stays as it is."""
+    """Register a data set unless its name is already registered."""
     if name in DatasetCatalog:
         return
     DatasetCatalog.register(name, loader)
@@ -51,7 +51,7 @@ def register_once(name: str, loader: Callable[[], list[dict]], **metadata: Any) 
 
 
 def where_to_look(hint: str) -> str:
-    """The end of an error about a missing file."""
+    """The last sentences of an error about a missing file."""
     return (
         f" {hint} DETECTRON2_DATASETS names the folder that holds the data sets (default: "
         "datasets); datasets/README.md shows the layout."
@@ -59,10 +59,10 @@ def where_to_look(hint: str) -> str:
 
 
 def list_folder(folder: str, what: str, hint: str) -> set[str]:
-    """The names in a folder.
+    """The file names in a folder.
 
     Raises:
-        FileNotFoundError: there is no such folder.
+        FileNotFoundError: the folder does not exist.
     """
     if not PathManager.isdir(folder):
         raise FileNotFoundError(
@@ -75,7 +75,7 @@ def require_file(file: str, what: str, hint: str) -> None:
     """Check that a file exists.
 
     Raises:
-        FileNotFoundError: it does not.
+        FileNotFoundError: it does not exist.
     """
     if not PathManager.isfile(file):
         raise FileNotFoundError(f"{what} {file} does not exist.{where_to_look(hint)}")
@@ -84,14 +84,14 @@ def require_file(file: str, what: str, hint: str) -> None:
 def require_names(
     folder: str, names: Iterable[str], present: set[str], what: str, hint: str
 ) -> None:
-    """Check that a folder has files.
+    """Check that a folder contains the expected files.
 
     Args:
-        folder: for the error.
-        names: that it should have.
-        present: that it has.
-        what: they are.
-        hint: what to do if one is missing.
+        folder: path, for the error.
+        names: expected file names.
+        present: file names in the folder.
+        what: the kind of files, for the error.
+        hint: how to get them, for the error.
 
     Raises:
         FileNotFoundError: one is missing.
@@ -115,7 +115,7 @@ def load_semantic(
     """Load a folder of images and a folder of label maps of the same names.
 
     Raises:
-        FileNotFoundError: a folder, a label map or an image is missing, or there is no image.
+        FileNotFoundError: a folder, a label map or an image is missing, or all images are.
     """
     images = _stems(list_folder(image_root, "images", hint), image_ext)
     labels = _stems(list_folder(label_root, "label maps", hint), gt_ext)
@@ -123,7 +123,7 @@ def load_semantic(
         raise FileNotFoundError(
             f"Folder {image_root} holds no .{image_ext} images.{where_to_look(hint)}"
         )
-    # Detectron2 would go on with the images that have both.
+    # Detectron2 would silently use only the images that have a label map.
     for folder, extension, expected, present, what in (
         (label_root, gt_ext, images, labels, "label maps"),
         (image_root, image_ext, labels, images, "images"),
@@ -143,25 +143,25 @@ def load_instances(json_file: str, image_root: str, name: str, hint: str) -> lis
 
     Raises:
         FileNotFoundError: the JSON, the folder of images or an image is missing.
-        ValueError: the JSON is damaged, or its classes are not those of the metadata.
+        ValueError: the JSON is damaged, or its classes differ from the metadata.
     """
     require_file(json_file, "Instance JSON", hint)
     present = list_folder(image_root, "images", hint)
     try:
         records = load_coco_json(json_file, image_root, name)
-    # Detectron2 asserts that classes are as registered; damaged JSON lacks any key.
+    # Detectron2 asserts that classes match the metadata; damaged JSON can lack any key.
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         reason = f"{type(error).__name__}: {error}"
         if isinstance(error, AssertionError):
-            reason = _other_classes(json_file, name) or reason
+            reason = _class_difference(json_file, name) or reason
         raise ValueError(f"{json_file} cannot be used ({reason}).{where_to_look(hint)}") from error
     names = (os.path.relpath(record["file_name"], image_root) for record in records)
     require_names(image_root, names, present, "images", hint)
     return records
 
 
-def _other_classes(json_file: str, name: str) -> str | None:
-    """How the classes of an instance JSON differ from those of the metadata; None: they do not."""
+def _class_difference(json_file: str, name: str) -> str | None:
+    """How the classes of an instance JSON differ from the metadata; None if they are the same."""
     with PathManager.open(json_file) as file:
         listed = {category["id"]: category["name"] for category in json.load(file)["categories"]}
     metadata = MetadataCatalog.get(name)
@@ -193,9 +193,9 @@ def load_panoptic(
         gt_dir: folder of the panoptic PNGs.
         semseg_dir: folder of the semantic PNGs.
         meta: with `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
-        hint: what to do if something is missing.
-        allow_repeated_ids: whether two segments of an image may have one id, which serves
-            evaluation only.
+        hint: how to get the data, for errors.
+        allow_repeated_ids: whether two segments of an image may share an id, which only evaluation
+            tolerates.
 
     Returns:
         Records with `file_name`, `image_id`, `pan_seg_file_name`, `sem_seg_file_name` and
@@ -203,8 +203,8 @@ def load_panoptic(
 
     Raises:
         FileNotFoundError: the JSON, a folder, or a file of an annotation is missing.
-        ValueError: the JSON is damaged or has other classes, an image without annotation or
-            segments that its first PNG does not have.
+        ValueError: the JSON is damaged, has other classes or an image without annotation, or does
+            not list the segments of the first PNG.
     """
     require_file(json_file, "Panoptic JSON", hint)
     folders = ((image_dir, "images"), (gt_dir, "panoptic PNGs"), (semseg_dir, "semantic PNGs"))
@@ -213,8 +213,9 @@ def load_panoptic(
 
     pngs = [annotation["file_name"] for annotation in content["annotations"]]
     images = [os.path.splitext(png)[0] + ".jpg" for png in pngs]
-    for (folder, what), names, found in zip(folders, (images, pngs, pngs), present, strict=True):
-        require_names(folder, names, found, what, hint)
+    expected = (images, pngs, pngs)
+    for (folder, what), names, files in zip(folders, expected, present, strict=True):
+        require_names(folder, names, files, what, hint)
     records = []
     for annotation, png, image in zip(content["annotations"], pngs, images, strict=True):
         segments = annotation["segments_info"]
@@ -240,26 +241,27 @@ def _read_panoptic_json(json_file: str, meta: dict[str, Any], hint: str) -> dict
             content = json.load(file)
         except ValueError as error:
             raise ValueError(
-                f"{json_file} is no valid JSON: {error}.{where_to_look(hint)}"
+                f"{json_file} is not valid JSON: {error}.{where_to_look(hint)}"
             ) from error
     if not content.get("annotations"):
         raise ValueError(f"{json_file} has no annotations.{where_to_look(hint)}")
     expected = {*meta["thing_dataset_id_to_contiguous_id"]}
     expected |= {*meta["stuff_dataset_id_to_contiguous_id"]}
-    # Some files list no categories; others list more, such as one for unlabelled pixels.
+    # Some files list no categories; others list additional ones, such as for unlabelled pixels.
     listed = {category["id"] for category in content.get("categories", [])} or expected
     if not expected <= listed:
         raise ValueError(
-            f"{json_file} lists {len(listed)} classes and lacks {len(expected - listed)} of the "
-            f"data set's {len(expected)}, the id {min(expected - listed)} among them."
+            f"{json_file} lists {len(listed)} classes; {len(expected - listed)} of the data set's "
+            f"{len(expected)} are missing, such as id {min(expected - listed)}."
             f"{where_to_look(hint)}"
         )
     annotated = {annotation["image_id"] for annotation in content["annotations"]}
     bare = [image for image in content.get("images", []) if image["id"] not in annotated]
     if bare:
         raise ValueError(
-            f"{json_file} lists the image {bare[0].get('file_name', bare[0]['id'])} ({len(bare)} "
-            f"such) without an annotation.{where_to_look(hint)}"
+            f"{json_file} has no annotation of the image "
+            f"{bare[0].get('file_name', bare[0]['id'])} ({len(bare)} images without annotation)."
+            f"{where_to_look(hint)}"
         )
     return content
 
@@ -269,21 +271,21 @@ def _check_distinct(segments: Sequence[dict], where: str, hint: str) -> None:
     if len(set(ids)) < len(ids):
         repeated = min(i for i in ids if ids.count(i) > 1)
         raise ValueError(
-            f"{where}: two segments have the id {repeated}, so that their pixels cannot be told "
+            f"{where}: two segments have the same id {repeated}, so their pixels cannot be told "
             f"apart.{where_to_look(hint)}"
         )
 
 
 def with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
-    """A segment of a panoptic JSON with its contiguous category id, and whether it is a thing.
+    """A segment of a panoptic JSON with a contiguous `category_id` and with `isthing`.
 
     Args:
-        segment: of the JSON.
-        meta: as for `load_panoptic`.
-        where: the file, for the error.
+        segment: segment of the JSON.
+        meta: see `load_panoptic`.
+        where: JSON and PNG, for the error.
 
     Raises:
-        ValueError: its category is not one of the data set's.
+        ValueError: the data set does not have the category.
     """
     category_id = segment["category_id"]
     things = meta["thing_dataset_id_to_contiguous_id"]
@@ -299,7 +301,7 @@ def with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
 
 
 def _check_png(record: dict, json_file: str, hint: str) -> None:
-    """Check one PNG, which tells whether PNGs and JSON are of one origin; mappers check each."""
+    """Check that one PNG matches the JSON; mappers check every PNG they load."""
     png = record["pan_seg_file_name"]
     try:
         with PathManager.open(png, "rb") as file, Image.open(file) as image:
@@ -310,6 +312,6 @@ def _check_png(record: dict, json_file: str, hint: str) -> None:
     unknown = [int(i) for i in present_values(rgb2id(pixels)) if int(i) not in known]
     if unknown:
         raise ValueError(
-            f"{png} has the segment id {unknown[0]} ({len(unknown)} such), which {json_file} does "
-            f"not list for it: PNGs and JSON do not belong together.{where_to_look(hint)}"
+            f"{png} has the segment id {unknown[0]} ({len(unknown)} unknown ids), which "
+            f"{json_file} does not list for it: PNGs and JSON do not match.{where_to_look(hint)}"
         )

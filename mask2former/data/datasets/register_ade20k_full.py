@@ -1,7 +1,7 @@
 """Registers ADE20K full: `ade20k_full_sem_seg_{train,val}`, 847 classes.
 
-Written by `datasets/prepare_ade20k_full_sem_seg.py`, in ADE20K_2021_17_01. The labels are 16-bit
-TIFFs, so the ignore label is 65535.
+`datasets/prepare_ade20k_full_sem_seg.py` writes the labels to ADE20K_2021_17_01 as 16-bit TIFFs,
+so the ignore label is 65535.
 """
 
 import os
@@ -21,7 +21,7 @@ def get_metadata() -> dict[str, Any]:
 
 
 def register_all_ade20k_full(root: str) -> None:
-    """Register the names above for data in `root`. May be called again."""
+    """Register the data sets below `root`, unless already registered."""
     base = os.path.join(root, "ADE20K_2021_17_01")
     for split, folder in (("train", "training"), ("val", "validation")):
         image_root = os.path.join(base, "images_detectron2", folder)

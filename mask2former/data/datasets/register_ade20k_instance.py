@@ -1,6 +1,6 @@
 """Registers ADE20K instances: `ade20k_instance_{train,val}`, the 100 things among the 150 classes.
 
-Written by `datasets/prepare_ade20k_ins_seg.py`, in ADEChallengeData2016.
+`datasets/prepare_ade20k_ins_seg.py` writes the annotations to ADEChallengeData2016.
 """
 
 import os
@@ -16,7 +16,7 @@ _HINT = "Run `python datasets/prepare_ade20k_ins_seg.py` (with --force to replac
 
 
 def get_metadata() -> dict[str, Any]:
-    """Class names, colours (RGB) and the map from ids among the 150 classes to contiguous ids."""
+    """Class names, colours (RGB) and the map from ids of the 150 classes to contiguous ids."""
     return {
         "thing_classes": [category["name"] for category in ADE_CATEGORIES],
         "thing_colors": [ADE20k_COLORS[category["id"]] for category in ADE_CATEGORIES],
@@ -25,7 +25,7 @@ def get_metadata() -> dict[str, Any]:
 
 
 def register_all_ade20k_instance(root: str) -> None:
-    """Register the names above for data in `root`. May be called again."""
+    """Register the data sets below `root`, unless already registered."""
     base = os.path.join(root, "ADEChallengeData2016")
     for split, folder in (("train", "training"), ("val", "validation")):
         name = f"ade20k_instance_{split}"

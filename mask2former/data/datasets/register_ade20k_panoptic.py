@@ -1,7 +1,7 @@
 """Registers ADE20K panoptic: `ade20k_panoptic_{train,val}`, 150 classes, 100 of them things.
 
-Written by `datasets/prepare_ade20k_pan_seg.py`, in ADEChallengeData2016. The semantic labels are
-those of `ade20k_sem_seg_{train,val}`, the instances those of `ade20k_instance_{train,val}`.
+`datasets/prepare_ade20k_pan_seg.py` writes the annotations to ADEChallengeData2016. Semantic labels
+are those of `ade20k_sem_seg_{train,val}`, instances those of `ade20k_instance_{train,val}`.
 """
 
 import os
@@ -36,8 +36,8 @@ _HINT = (
 def get_metadata() -> dict[str, Any]:
     """Class names, colours (RGB) and maps from the data set's ids to contiguous ids.
 
-    Both are the position among the 150 classes, also of things. The "stuff" entries list all
-    classes, because the semantic task predicts things too.
+    Both ids are the index among the 150 classes. The "stuff" entries list all classes, because
+    semantic segmentation predicts things too.
     """
     things = [category for category in ADE20K_150_CATEGORIES if category["isthing"]]
     contiguous = {category["id"]: i for i, category in enumerate(ADE20K_150_CATEGORIES)}
@@ -59,7 +59,7 @@ def load_ade20k_panoptic_json(
     meta: dict[str, Any],
     allow_repeated_ids: bool = False,
 ) -> list[dict]:
-    """Load ADE20K panoptic; arguments, results and errors as of `loading.load_panoptic`."""
+    """Load ADE20K panoptic; see `loading.load_panoptic`."""
     return load_panoptic(json_file, image_dir, gt_dir, semseg_dir, meta, _HINT, allow_repeated_ids)
 
 
@@ -73,17 +73,17 @@ def register_ade20k_panoptic(
     instances_json: str | None = None,
     allow_repeated_ids: bool = False,
 ) -> None:
-    """Register a data set of this layout, unless the name is taken.
+    """Register a data set of this layout, unless the name is already registered.
 
     Args:
-        name: under which to register.
-        metadata: as `get_metadata` returns it.
+        name: name to register.
+        metadata: result of `get_metadata`.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
-        semantic_root: folder of semantic PNGs, 255 where there is no label.
+        semantic_root: folder of semantic PNGs, 255 for unlabelled pixels.
         panoptic_json: panoptic JSON.
         instances_json: COCO instance JSON of the same images, for AP.
-        allow_repeated_ids: whether two segments of an image may have one id.
+        allow_repeated_ids: whether two segments of an image may share an id.
     """
     register_once(
         name,
@@ -109,10 +109,10 @@ def register_ade20k_panoptic(
 
 
 def register_all_ade20k_panoptic(root: str) -> None:
-    """Register the names above for data in `root`. May be called again."""
+    """Register the data sets below `root`, unless already registered."""
     metadata = get_metadata()
     for name, paths in _SPLITS.items():
-        # The validation truth is the release's, where road and skyscraper share an id.
+        # In the original validation annotations, road and skyscraper share an id.
         register_ade20k_panoptic(
             name,
             metadata,
@@ -122,10 +122,10 @@ def register_all_ade20k_panoptic(root: str) -> None:
 
 
 def _add_colors() -> None:
-    """Give Detectron2's own names of the same 150 classes their colours, as published."""
+    """Add colours to Detectron2's semantic data sets of the same classes, as in the original."""
     for split in ("train", "val"):
         metadata = MetadataCatalog.get(f"ade20k_sem_seg_{split}")
-        # Metadata can be set once only.
+        # Metadata can be set only once.
         if "stuff_colors" not in metadata.as_dict():
             metadata.set(stuff_colors=ADE20k_COLORS[:])
 

@@ -1,10 +1,10 @@
 """Registers COCO panoptic with semantic labels: `coco_2017_{train,val}_panoptic_with_sem_seg`.
 
-The semantic labels are PNGs of all 133 classes, in `coco/panoptic_semseg_{train,val}2017`. That
-folder may be absent: then the records have no `sem_seg_file_name`.
+The semantic labels are PNGs of all 133 classes in `coco/panoptic_semseg_{train,val}2017`. If that
+folder does not exist, records have no `sem_seg_file_name`.
 
-`load_coco_panoptic_json` and `register_coco_panoptic_annos_sem_seg` serve any data set in the COCO
-panoptic format.
+`load_coco_panoptic_json` and `register_coco_panoptic_annos_sem_seg` work for any data set in the
+COCO panoptic format.
 """
 
 import json
@@ -18,7 +18,7 @@ from detectron2.utils.file_io import PathManager
 
 from .loading import datasets_root, with_contiguous_id
 
-# Detectron2's name of the split → panoptic PNGs, their JSON, semantic PNGs, images, instance JSON.
+# Detectron2's name → panoptic PNGs, panoptic JSON, semantic PNGs, images, instance JSON.
 _SPLITS = {
     "coco_2017_train_panoptic": (
         "coco/panoptic_train2017",
@@ -45,10 +45,10 @@ _SPLITS = {
 
 
 def get_metadata() -> dict[str, Any]:
-    """COCO panoptic's class names, colours (RGB) and maps from COCO's to contiguous ids.
+    """Class names, colours (RGB) and maps from COCO ids to contiguous ids.
 
-    The 80 things have the contiguous ids 0 to 79, the other classes 80 to 132. The "stuff" entries
-    list all 133, because the semantic task predicts things too.
+    The 80 things have contiguous ids 0 to 79, the stuff 80 to 132. The "stuff" entries list all 133
+    classes, because semantic segmentation predicts things too.
     """
     things = [category for category in COCO_CATEGORIES if category["isthing"]]
     assert COCO_CATEGORIES[: len(things)] == things, "things come first"
@@ -73,10 +73,10 @@ def load_coco_panoptic_json(
 
     Args:
         json_file: panoptic JSON.
-        image_dir: folder of the images, named as the JSON's `images` say (without: as the PNGs,
-            with the extension .jpg).
+        image_dir: folder of the images, with the names that `images` of the JSON lists, or without
+            `images` those of the PNGs with the extension .jpg.
         gt_dir: folder of the panoptic PNGs.
-        semseg_dir: folder of semantic PNGs of the same names, or None; it may be absent.
+        semseg_dir: folder of semantic PNGs with the same names; None or absent: no semantic labels.
         meta: with `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
 
     Returns:
@@ -85,7 +85,7 @@ def load_coco_panoptic_json(
 
     Raises:
         FileNotFoundError: the JSON, a folder, or a file of the first image does not exist.
-        ValueError: the JSON has no annotations, or a category id that `meta` does not know.
+        ValueError: the JSON has no annotations, or a category id that is not in `meta`.
     """
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(f"Panoptic JSON {json_file} does not exist.{_where_to_look()}")
@@ -97,7 +97,7 @@ def load_coco_panoptic_json(
     with PathManager.open(json_file) as file:
         content = json.load(file)
     if not content.get("annotations"):
-        raise ValueError(f"{json_file} has no annotations: no images in this split.")
+        raise ValueError(f"{json_file} has no annotations, so the split has no images.")
 
     with_sem_seg = semseg_dir is not None and PathManager.isdir(semseg_dir)
     image_files = {image["id"]: image["file_name"] for image in content.get("images", [])}
@@ -137,18 +137,18 @@ def register_coco_panoptic_annos_sem_seg(
     sem_seg_root: str | None,
     instances_json: str | None,
 ) -> None:
-    """Register a data set in the COCO panoptic format, with semantic labels.
+    """Register a data set in the COCO panoptic format with semantic labels.
 
-    A name that is registered already is left alone.
+    Does nothing if the name is already registered.
 
     Args:
-        name: under which to register.
-        metadata: as `get_metadata` returns it.
+        name: name to register.
+        metadata: result of `get_metadata`.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
         panoptic_json: panoptic JSON.
-        sem_seg_root: folder of semantic PNGs with contiguous labels, 255 where there is none; may
-            be None or absent.
+        sem_seg_root: folder of semantic PNGs with contiguous labels, 255 for unlabelled pixels;
+            may be None or absent.
         instances_json: COCO instance JSON of the same images, for AP.
     """
     if name in DatasetCatalog:
@@ -178,21 +178,21 @@ def register_coco_panoptic_annos_sem_seg(
 
 
 def _list_only_things(name: str, metadata: dict[str, Any]) -> None:
-    """Make `thing_classes` of Detectron2's own COCO panoptic names the 80 things.
+    """Set `thing_classes` of Detectron2's own COCO panoptic data sets to the 80 things.
 
-    It lists all 133 classes there, which its COCO evaluator of instances refuses.
+    Detectron2 lists all 133 classes there, which its COCO instance evaluator rejects.
     """
-    catalogued = MetadataCatalog.get(name)
+    builtin = MetadataCatalog.get(name)
     for key in ("thing_classes", "thing_colors"):
-        if catalogued.get(key) != metadata[key]:
-            # Metadata can be set once only.
-            if key in catalogued.as_dict():
-                delattr(catalogued, key)
-            catalogued.set(**{key: metadata[key]})
+        if builtin.get(key) != metadata[key]:
+            # Metadata can be set only once.
+            if key in builtin.as_dict():
+                delattr(builtin, key)
+            builtin.set(**{key: metadata[key]})
 
 
 def register_all_coco_panoptic_annos_sem_seg(root: str) -> None:
-    """Register the names above for COCO in `root`/coco. May be called again."""
+    """Register the data sets of `root`/coco, unless already registered."""
     metadata = get_metadata()
     for prefix, paths in _SPLITS.items():
         panoptic_root, panoptic_json, sem_seg_root, image_root, instances_json = (

@@ -1,6 +1,6 @@
 """Registers COCO-Stuff 10k: `coco_2017_{train,test}_stuff_10k_sem_seg`, 171 classes.
 
-Written by `datasets/prepare_coco_stuff_10k_sem_seg.py`, in coco/coco_stuff_10k.
+`datasets/prepare_coco_stuff_10k_sem_seg.py` writes the labels to coco/coco_stuff_10k.
 """
 
 import os
@@ -15,7 +15,7 @@ _HINT = "Run `python datasets/prepare_coco_stuff_10k_sem_seg.py`."
 
 
 def get_metadata() -> dict[str, Any]:
-    """Class names, and the map from COCO's ids to labels."""
+    """Class names and the map from COCO ids to labels."""
     return {
         "stuff_classes": [category["name"] for category in COCO_CATEGORIES],
         "stuff_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(COCO_CATEGORIES)},
@@ -23,7 +23,7 @@ def get_metadata() -> dict[str, Any]:
 
 
 def register_all_coco_stuff_10k(root: str) -> None:
-    """Register the names above for data in `root`. May be called again."""
+    """Register the data sets below `root`, unless already registered."""
     base = os.path.join(root, "coco", "coco_stuff_10k")
     for split in ("train", "test"):
         image_root = os.path.join(base, "images_detectron2", split)

@@ -1,11 +1,11 @@
-"""Register your own data: COCO panoptic JSON + PNG, COCO instance JSON, or a folder of label PNGs.
+"""Registers your own data: COCO panoptic JSON and PNGs, COCO instance JSON, or label PNGs.
 
-Either list the splits under DATASETS.CUSTOM of a config, which `custom_entries.py` reads, or call a
-helper once per split before the name is used. Then name the splits in DATASETS.TRAIN and .TEST; the
-number of classes follows from them (`data/class_counts.py`).
+Either list the splits in DATASETS.CUSTOM of a config (`custom_entries.py`) or call a function of
+this module once per split. Then name the splits in DATASETS.TRAIN and DATASETS.TEST; the number of
+classes is derived from them (`data/class_counts.py`).
 
-Paths are relative to the working directory; `~` is the home folder. Registering the same again is
-fine, as it happens in every process; the same name for something else is an error.
+Paths are relative to the working directory; `~` is the home folder. Registering the same data again
+does nothing, because every process registers it; other data under the same name is an error.
 """
 
 import colorsys
@@ -21,33 +21,33 @@ from detectron2.data.datasets import load_coco_json, load_sem_seg
 
 from .register_coco_panoptic_annos_semseg import register_coco_panoptic_annos_sem_seg
 
-# What was registered here: name → what it consists of.
+# Registered name → content of the data set.
 _registered: dict[str, dict[str, Any]] = {}
 
 
 def is_own(name: str) -> bool:
-    """Whether a data set was registered by this module."""
+    """Whether this module registered the data set."""
     return name in DatasetCatalog and name in _registered
 
 
 def _is_registered(name: str, content: dict[str, Any]) -> bool:
-    """Whether exactly this is registered.
+    """Whether exactly this content is registered under the name.
 
     Raises:
-        ValueError: the name belongs to something else.
+        ValueError: other content is registered under the name.
     """
     if name not in DatasetCatalog:
         return False
     if name not in _registered:
         raise ValueError(
-            f"Data set {name!r} is registered already, by other code. Choose another name."
+            f"Data set {name!r} is already registered by other code. Choose another name."
         )
     for key in {**_registered[name], **content}:
         before, now = _registered[name].get(key), content.get(key)
         if before != now:
             raise ValueError(
-                f"Data set {name!r} is registered already, with {key} {before!r}, and cannot get "
-                f"{now!r}. Choose another name."
+                f"Data set {name!r} is already registered with {key} {before!r}, which differs "
+                f"from {now!r}. Choose another name."
             )
     return True
 
@@ -55,9 +55,9 @@ def _is_registered(name: str, content: dict[str, Any]) -> bool:
 def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """Class names, colours and the map from data set ids to contiguous ids.
 
-    Contiguous ids number the things first, then the rest, each in the order given. As for COCO
-    panoptic with semantic labels, the "stuff" entries list all classes, because the semantic task
-    predicts things too; the "thing" entries list things only.
+    Contiguous ids number the things first, then the stuff, each in the order given. As in COCO
+    panoptic with semantic labels, the "stuff" entries list all classes, because semantic
+    segmentation predicts things too; the "thing" entries list only things.
 
     Args:
         categories: dicts with ``id``, ``name``, ``isthing`` and optionally ``color`` (RGB), the
@@ -81,8 +81,8 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _colours(number: int) -> list[list[int]]:
-    """Distinct colours (RGB), so that a class looks the same in all drawings."""
-    # Steps of the golden ratio spread hues evenly, whatever their number.
+    """Distinct fixed colours (RGB), so that a class looks the same in all drawings."""
+    # Golden-ratio steps spread any number of hues evenly.
     hues = (i * 0.618034 % 1 for i in range(number))
     shades = ((0.85, 0.9), (0.55, 0.95), (0.9, 0.6))
     return [
@@ -102,17 +102,17 @@ def register_panoptic(
     """Register a data set in the COCO panoptic format.
 
     Args:
-        name: under which to register.
+        name: name to register.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
         panoptic_json: their COCO panoptic JSON; classes are read from it.
         instances_json: COCO instance JSON of the same images, for AP.
-        sem_seg_root: folder of semantic PNGs with contiguous labels, 255 where there is none;
-            without it semantic labels are derived from the panoptic annotation.
+        sem_seg_root: folder of semantic PNGs with contiguous labels, 255 for unlabelled pixels;
+            if None, semantic labels are derived from the panoptic annotation.
 
     Raises:
         FileNotFoundError: a file or a folder does not exist.
-        ValueError: a JSON is damaged, the two list different things, or the name is taken.
+        ValueError: a JSON is damaged, the two JSONs list different things, or the name is taken.
     """
     image_root = _folder(name, image_root, "images")
     panoptic_root = _folder(name, panoptic_root, "panoptic PNGs")
@@ -157,7 +157,7 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
     """Register a data set in the COCO instance format (polygons or RLE).
 
     Args:
-        name: under which to register.
+        name: name to register.
         image_root: folder of the images.
         instances_json: COCO instance JSON; classes are read from it.
 
@@ -167,7 +167,7 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
     """
     image_root = _folder(name, image_root, "images")
     instances_json = _file(name, instances_json, "instance JSON")
-    # As Detectron2's loader numbers them; known before the annotations are read.
+    # In the order of Detectron2's loader, which would set it only after reading the annotations.
     ordered = sorted(_read_categories(name, instances_json), key=lambda category: category["id"])
     metadata = {
         "thing_classes": [c["name"] for c in ordered],
@@ -205,17 +205,17 @@ def register_semantic(
     """Register a folder of images and a folder of label PNGs of the same names.
 
     Args:
-        name: under which to register.
+        name: name to register.
         image_root: folder of the images.
         label_root: folder of one-channel PNGs whose values index ``classes``.
-        classes: names in the order of the labels, or a text file of them, one a line.
-        ignore_label: value of pixels that count neither in training nor in evaluation.
+        classes: names in the order of the labels, or a text file with one name per line.
+        ignore_label: label of pixels that are ignored in training and evaluation.
         image_ext: file name extension of the images.
-        label_ext: of the labels.
+        label_ext: file name extension of the labels.
 
     Raises:
-        FileNotFoundError: a folder or the file of the classes does not exist.
-        ValueError: a folder has no such files, the classes make no sense, or the name is taken.
+        FileNotFoundError: a folder or the class file does not exist.
+        ValueError: a folder has no such files, the classes are invalid, or the name is taken.
     """
     image_root = _folder(name, image_root, "images")
     label_root = _folder(name, label_root, "labels")
@@ -234,7 +234,7 @@ def register_semantic(
     if 0 <= ignore_label < len(names):
         raise ValueError(
             f"Data set {name!r}: ignore_label {ignore_label} is the label of class "
-            f"{names[ignore_label]!r}; take one that is not in [0, {len(names)})."
+            f"{names[ignore_label]!r}; choose one outside [0, {len(names)})."
         )
     content = {
         "type": "semantic",
@@ -266,22 +266,22 @@ def register_semantic(
 def _load_instances(name: str, image_root: str, instances_json: str) -> list[dict]:
     try:
         return load_coco_json(instances_json, image_root, name)
-    # Detectron2 asserts what it expects; damaged JSON can lack any key.
+    # Detectron2 checks with assertions; damaged JSON can lack any key.
     except (AssertionError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{instances_json} of data set {name!r} cannot be used: {type(error).__name__}: "
-            f"{error}. `tools/check_dataset.py {name}` lists all that is wrong with it."
+            f"{error}. `tools/check_dataset.py {name}` lists all its problems."
         ) from error
 
 
-# ---- what the arguments name ----
+# ---- arguments ----
 
 
 def _folder(name: str, folder: str, what: str) -> str:
     path = os.path.expanduser(folder)
     if not os.path.isdir(path):
         raise FileNotFoundError(
-            f"Data set {name!r}: there is no folder {_where(folder, path)} of the {what}."
+            f"Data set {name!r}: folder {_where(folder, path)} of the {what} does not exist."
         )
     return path
 
@@ -289,7 +289,7 @@ def _folder(name: str, folder: str, what: str) -> str:
 def _file(name: str, file: str, what: str) -> str:
     path = os.path.expanduser(file)
     if not os.path.isfile(path):
-        raise FileNotFoundError(f"Data set {name!r}: there is no {what} {_where(file, path)}.")
+        raise FileNotFoundError(f"Data set {name!r}: {what} {_where(file, path)} does not exist.")
     return path
 
 
@@ -308,13 +308,13 @@ def _read_categories(
     """The categories of a COCO JSON, checked.
 
     Raises:
-        ValueError: it has none, one lacks a key, or ids or names repeat.
+        ValueError: the JSON has no categories, one lacks a key, or ids or names repeat.
     """
     status = os.stat(json_file)
     try:
         categories = _categories(json_file, status.st_mtime_ns, status.st_size)
     except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"Data set {name!r}: {json_file} is no valid JSON: {error}") from error
+        raise ValueError(f"Data set {name!r}: {json_file} is not valid JSON: {error}") from error
     if not isinstance(categories, list) or not categories:
         raise ValueError(f"Data set {name!r}: {json_file} has no list of 'categories'.")
     for category in categories:
@@ -336,7 +336,7 @@ def _read_categories(
 
 @lru_cache(maxsize=16)
 def _categories(json_file: str, mtime_ns: int, size: int) -> Any:
-    """The categories of a JSON, kept as long as the file stays as it is: it may be large."""
+    """The categories of a JSON, cached until the file changes, because it may be large."""
     content = json.loads(Path(json_file).read_bytes())
     return content.get("categories") if isinstance(content, dict) else None
 

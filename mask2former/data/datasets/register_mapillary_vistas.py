@@ -1,7 +1,7 @@
 """Registers Mapillary Vistas v1.2, semantic: `mapillary_vistas_sem_seg_{train,val}`.
 
-As downloaded, in mapillary_vistas. The label maps have 66 values; the last, "Unlabeled" (65), is
-not evaluated: it is the ignore label, and 65 classes remain.
+The download in mapillary_vistas needs no preparation. The label maps have 66 values; the last one,
+"Unlabeled" (65), is the ignore label, which leaves 65 classes.
 """
 
 import os
@@ -28,7 +28,7 @@ def get_metadata() -> dict[str, Any]:
 
 
 def register_all_mapillary_vistas(root: str) -> None:
-    """Register the names above for data in `root`. May be called again."""
+    """Register the data sets below `root`, unless already registered."""
     for split, folder in SPLITS:
         image_root = os.path.join(root, "mapillary_vistas", folder, "images")
         sem_seg_root = os.path.join(root, "mapillary_vistas", folder, "labels")

@@ -1,7 +1,7 @@
 """Registers Mapillary Vistas v1.2, panoptic: `mapillary_vistas_panoptic_{train,val}`.
 
-As downloaded, in mapillary_vistas: 65 classes, 37 of them things. Void is no class: such pixels
-have no segment in the panoptic PNGs, and the label 65 in the semantic ones.
+The download in mapillary_vistas needs no preparation: 65 classes, 37 of them things. Void pixels
+have no segment in the panoptic PNGs and the label 65 in the semantic PNGs.
 """
 
 import os
@@ -17,8 +17,8 @@ MAPILLARY_VISTAS_SEM_SEG_CATEGORIES = read_categories("mapillary_vistas_panoptic
 def get_metadata() -> dict[str, Any]:
     """Class names, colours (RGB) and maps from the data set's ids (1 to 65) to contiguous ids.
 
-    As published the "thing" names list all classes, like the "stuff" names; which classes are
-    things is told by `thing_dataset_id_to_contiguous_id`.
+    As in the original, the "thing" names list all classes, like the "stuff" names;
+    `thing_dataset_id_to_contiguous_id` lists only the things.
     """
     names = [category["name"] for category in MAPILLARY_VISTAS_SEM_SEG_CATEGORIES]
     colors = [category["color"] for category in MAPILLARY_VISTAS_SEM_SEG_CATEGORIES]
@@ -37,7 +37,7 @@ def get_metadata() -> dict[str, Any]:
 def load_mapillary_vistas_panoptic_json(
     json_file: str, image_dir: str, gt_dir: str, semseg_dir: str, meta: dict[str, Any]
 ) -> list[dict]:
-    """Load Vistas panoptic; arguments, results and errors as of `loading.load_panoptic`."""
+    """Load Vistas panoptic; see `loading.load_panoptic`."""
     return load_panoptic(json_file, image_dir, gt_dir, semseg_dir, meta, HINT)
 
 
@@ -50,14 +50,14 @@ def register_mapillary_vistas_panoptic(
     panoptic_json: str,
     instances_json: str | None = None,
 ) -> None:
-    """Register a data set of this layout, unless the name is taken.
+    """Register a data set of this layout, unless the name is already registered.
 
     Args:
-        name: under which to register.
-        metadata: as `get_metadata` returns it.
+        name: name to register.
+        metadata: result of `get_metadata`.
         image_root: folder of the images.
         panoptic_root: folder of the panoptic PNGs.
-        semantic_root: folder of semantic PNGs, 65 where there is no label.
+        semantic_root: folder of semantic PNGs, 65 for unlabelled pixels.
         panoptic_json: panoptic JSON.
         instances_json: COCO instance JSON of the same images, for AP.
     """
@@ -84,7 +84,7 @@ def register_mapillary_vistas_panoptic(
 
 
 def register_all_mapillary_vistas_panoptic(root: str) -> None:
-    """Register the names above for data in `root`. May be called again."""
+    """Register the data sets below `root`, unless already registered."""
     metadata = get_metadata()
     for split, folder in SPLITS:
         base = os.path.join(root, "mapillary_vistas", folder)

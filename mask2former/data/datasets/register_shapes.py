@@ -1,13 +1,13 @@
 """Registers Shapes, the small synthetic data set written by `datasets/prepare_shapes.py`.
 
-Three names per split (train, val), one for each way of looking at the same images:
+Each split (train, val) has three names for the same images, one per task:
 
     shapes_{split}            instances    evaluator "coco"               (things only)
     shapes_{split}_panoptic   panoptic     evaluator "coco_panoptic_seg"  (things and stuff)
     shapes_{split}_sem_seg    semantic     evaluator "sem_seg"            (things and stuff)
 
-The class table is `categories/shapes.json`, which the generator reads too. Dataset ids have gaps,
-as in COCO; contiguous ids follow the order of the table: things first, then stuff.
+The generator reads the same class table, `categories/shapes.json`. Category ids have gaps, as in
+COCO; contiguous ids follow the order of the table: things first, then stuff.
 """
 
 import json
@@ -28,15 +28,15 @@ SPLITS = ("train", "val")
 
 
 def load_categories() -> list[dict]:
-    """Returns the class table: dicts with id, name, supercategory, isthing and color (RGB)."""
+    """The class table: dicts with id, name, supercategory, isthing and color (RGB)."""
     return json.loads(CATEGORIES_FILE.read_text())
 
 
 def _load(root: Path, loader: Callable[[], list[dict]]) -> list[dict]:
-    """Calls `loader`, after a check that the data set exists under `root`.
+    """Check that the data set exists in `root`, then call `loader`.
 
     Raises:
-        FileNotFoundError: nothing was prepared there.
+        FileNotFoundError: the data set was not written yet.
     """
     if not (root / "annotations").is_dir():
         raise FileNotFoundError(
@@ -47,7 +47,7 @@ def _load(root: Path, loader: Callable[[], list[dict]]) -> list[dict]:
 
 
 def _register(name: str, root: Path, loader: Callable[[], list[dict]], **metadata) -> None:
-    # A name that another project (or an earlier call) has registered stays as it is.
+    # Keep a name that another project or an earlier call has registered.
     if name in DatasetCatalog:
         return
     DatasetCatalog.register(name, partial(_load, root, loader))
@@ -55,7 +55,7 @@ def _register(name: str, root: Path, loader: Callable[[], list[dict]], **metadat
 
 
 def register_all_shapes(root: str) -> None:
-    """Registers the names above for a data set in `root`/shapes. May be called again."""
+    """Register the data sets of `root`/shapes, unless already registered."""
     base = Path(root) / "shapes"
     metadata = panoptic_metadata(load_categories())
     things = {k: v for k, v in metadata.items() if k.startswith("thing_")}

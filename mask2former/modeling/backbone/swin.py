@@ -3,10 +3,10 @@ Windows", Liu et al., ICCV 2021).
 
     image (B, 3, H, W) → PatchEmbed (stride 4, C channels) → 4 × BasicLayer → res2 … res5
 
-Each stage's map has half the height and width and twice the channels of the one before (strides 4,
-8, 16, 32). The parts are in `swin_layers.py`.
+Each stage halves height and width of the map and doubles its channels (strides 4, 8, 16, 32). The
+parts are in `swin_layers.py`.
 
-Shape letters: B batch, C channels of the first stage, H W height and width of the current map.
+Shape letters: B batch, C channels of the first stage, H W size of the current map.
 """
 
 from collections.abc import Sequence
@@ -50,36 +50,36 @@ __all__ = [
 class SwinTransformer(nn.Module):
     """The Swin Transformer without its classification head.
 
-    Linear layers start with PyTorch's default initialisation, as in the published release, so that
-    a seed gives the same weights; `init_weights` gives those of the Swin paper.
+    Linear layers have PyTorch's default initialisation, so that a seed gives the weights of the
+    original release. `init_weights` applies that of the Swin paper.
 
     Args:
         pretrain_img_size: size in pixels of the pretraining images, one number or (height, width);
-            the size of the absolute position table.
+            determines the size of the absolute position table.
         patch_size: side of a patch in pixels, or (height, width).
         in_chans: channels of the image.
         embed_dim: C of the first stage; each following stage doubles it.
         depths: number of blocks of each stage.
         num_heads: attention heads of each stage.
         window_size: M, in tokens.
-        mlp_ratio: hidden channels of the feed-forward networks, relative to C.
+        mlp_ratio: hidden channels of the MLPs, relative to C.
         qkv_bias: whether the query, key and value projections have a bias.
-        qk_scale: factor on the attention logits; None (or 0) means D ** -0.5.
+        qk_scale: factor on the attention logits; None (or 0) for D ** -0.5.
         drop_rate: dropout probability of tokens and outputs, in [0, 1).
         attn_drop_rate: dropout probability of attention weights, in [0, 1).
-        drop_path_rate: probability of leaving out a branch of the last block, in [0, 1); it grows
-            linearly from 0 in the first block ("Deep Networks with Stochastic Depth", section 3).
-        norm_layer: makes a normalisation of that many channels.
+        drop_path_rate: stochastic depth: probability of skipping a branch of the last block, in
+            [0, 1); it grows linearly from 0 in the first block.
+        norm_layer: constructor of a norm, called with the number of channels.
         ape: add a learned absolute position table, resized to the map.
         patch_norm: normalise the patch embedding.
-        out_indices: stages to return, from 0 on.
-        frozen_stages: parts that are not trained: -1 none, 0 the patch embedding, 1 also the
-            position table, s ≥ 2 also the first s - 1 stages.
-        use_checkpoint: recompute the blocks in the backward pass: less memory, more time.
+        out_indices: stages to return, counted from 0.
+        frozen_stages: what is not trained: -1 nothing, 0 the patch embedding, 1 also the position
+            table, s ≥ 2 also the first s - 1 stages.
+        use_checkpoint: activation checkpointing of each block: less memory, more time.
 
     Raises:
-        ValueError: an argument is out of its range or two do not fit together; the message names
-            the argument and its config key.
+        ValueError: an argument is out of range or contradicts another; the message names the
+            argument and its config key.
     """
 
     def __init__(
@@ -136,7 +136,7 @@ class SwinTransformer(nn.Module):
             nn.init.trunc_normal_(self.absolute_pos_embed, std=0.02)
         self.pos_drop = nn.Dropout(drop_rate)
 
-        # On the CPU also where modules are made on another (or no) device.
+        # On the CPU, because the model may be built on the meta device.
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").split(list(depths))
         self.layers = nn.ModuleList(
             BasicLayer(
@@ -161,9 +161,9 @@ class SwinTransformer(nn.Module):
         self._freeze_stages()
 
     def init_weights(self) -> None:
-        """Draw the weights as the Swin paper's code does, for training from scratch.
+        """Initialise as the Swin paper does, for training from scratch.
 
-        Linear layers: truncated normal with standard deviation 0.02, biases 0; norms: identities.
+        Linear layers: truncated normal with standard deviation 0.02, zero bias. Norms: identity.
         """
         for module in self.modules():
             if isinstance(module, nn.Linear):
@@ -186,7 +186,7 @@ class SwinTransformer(nn.Module):
             module.eval().requires_grad_(False)
 
     def train(self, mode: bool = True) -> "SwinTransformer":
-        """Switch to training (or evaluation) mode; frozen parts stay in evaluation mode."""
+        """Switch between training and evaluation mode; frozen parts stay in evaluation mode."""
         super().train(mode)
         self._freeze_stages()
         return self
@@ -198,8 +198,8 @@ class SwinTransformer(nn.Module):
             x: (B, in_chans, H, W), normalised; any height and width.
 
         Returns:
-            "res2" (stage 0), "res3", … of the stages in ``out_indices``: (B, C · 2**i, ·, ·),
-            rounded up where the image does not divide by the stride.
+            "res2" (stage 0), "res3", … for the stages in ``out_indices``:
+            (B, C · 2**i, ⌈H/stride⌉, ⌈W/stride⌉).
         """
         x = self.patch_embed(x)  # (B, C, H, W)
         height, width = x.shape[2:]
@@ -219,10 +219,10 @@ class SwinTransformer(nn.Module):
 
 @register_unless_taken(BACKBONE_REGISTRY)
 class D2SwinTransformer(SwinTransformer, Backbone):
-    """`SwinTransformer` as a Detectron2 backbone, made from a config or from keyword arguments.
+    """`SwinTransformer` as a Detectron2 backbone, built from a config or from keyword arguments.
 
     Args:
-        out_features: names of the maps to return, of "res2", "res3", …
+        out_features: names of the maps to return, among "res2", "res3", …
         swin_arguments: keyword arguments of `SwinTransformer`.
     """
 
@@ -256,13 +256,17 @@ class D2SwinTransformer(SwinTransformer, Backbone):
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Arguments from `MODEL.SWIN`; images have the channels of ``input_shape`` (else 3)."""
+        """Arguments from `MODEL.SWIN`.
+
+        The stem has 3 channels whatever ``input_shape``, that is MODEL.PIXEL_MEAN, says: the images
+        of a subclass may have more channels than it passes on.
+        """
         swin = cfg.MODEL.SWIN
         return {
             "out_features": swin.OUT_FEATURES,
             "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
             "patch_size": swin.PATCH_SIZE,
-            "in_chans": 3 if input_shape is None else input_shape.channels,
+            "in_chans": 3,
             "embed_dim": swin.EMBED_DIM,
             "depths": swin.DEPTHS,
             "num_heads": swin.NUM_HEADS,
@@ -279,14 +283,14 @@ class D2SwinTransformer(SwinTransformer, Backbone):
         }
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """Compute the maps named by ``out_features``, see `SwinTransformer.forward`."""
+        """Compute the maps in ``out_features``, see `SwinTransformer.forward`."""
         assert x.dim() == 4, f"expected images of shape (B, C, H, W), got {tuple(x.shape)}"
         features = super().forward(x)
         return {name: map_ for name, map_ in features.items() if name in self._out_features}
 
     @property
     def size_divisibility(self) -> int:
-        """Images are padded to multiples of this, the largest stride of the published models."""
+        """Images are padded to multiples of this, the largest stride of the released models."""
         return 32
 
 
@@ -303,8 +307,8 @@ def _check_sizes(
         )
     if mlp_ratio * embed_dim < 1:
         raise ValueError(
-            f"mlp_ratio (MODEL.SWIN.MLP_RATIO) is {mlp_ratio}: the feed-forward networks would "
-            "have no hidden channel."
+            f"mlp_ratio (MODEL.SWIN.MLP_RATIO) is {mlp_ratio}: the MLPs would have no hidden "
+            "channel."
         )
 
 
@@ -315,7 +319,7 @@ def _check_stages(
     out_indices: Sequence[int],
     frozen_stages: int,
 ) -> None:
-    """Reject lists of stages that do not fit together."""
+    """Reject per-stage lists that contradict each other."""
     if len(depths) != len(num_heads):
         raise ValueError(
             f"depths (MODEL.SWIN.DEPTHS) has {len(depths)} stages, num_heads "
@@ -342,7 +346,7 @@ def _check_stages(
 
 
 def _check_rates(**rates: float) -> None:
-    """Reject probabilities outside [0, 1); at 1 nothing would be left to train."""
+    """Reject probabilities outside [0, 1). At 1 nothing is left to train."""
     for key, rate in rates.items():
         if not 0 <= rate < 1:
             raise ValueError(f"{key} (MODEL.SWIN.{key.upper()}) is {rate}: it must be in [0, 1).")

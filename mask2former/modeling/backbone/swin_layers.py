@@ -1,18 +1,16 @@
-"""Parts of the Swin Transformer, from attention within a window to a whole stage.
+"""Parts of the Swin Transformer, from window attention to a whole stage.
 
-A stage attends within windows of M × M tokens; every second block moves the windows by M // 2, so
-that information crosses their borders (Swin paper, section 3.2). Maps that do not divide by the
-window are padded with zeros after the norm. The padding takes part in attention, as in the
-published models: their numbers depend on it.
+A stage attends within windows of M x M tokens. Every second block shifts the windows by M // 2, so
+that information crosses their borders (Swin paper, section 3.2). A map whose size is no multiple of
+the window is padded with zeros after the norm. The padding takes part in attention: the released
+weights were trained this way.
 
-Shape letters: B batch, C channels, H W height and width of the current map (pixels for an image,
-tokens afterwards), M window side, N = M² tokens of a window, V windows of an image, A attention
-heads, D = C / A channels of a head.
+Shape letters: B batch, C channels, H W size of the current map (pixels of the image, then tokens),
+M window size, N = M² tokens per window, V windows per image, A attention heads, D = C / A channels
+per head.
 """
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +18,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
-# Added to the logits of token pairs that the cyclic shift made neighbours. A finite number: the
-# published models were trained with it.
-_NOT_NEIGHBOURS = -100.0
-# A mask has V · N² floats: 13 MB for the first stage of a 1024 × 1024 image and a window of 7.
-_MAX_CACHED_MASKS = 4
+from ...utils.shape_cache import cached_by_shape
+
+# Added to the logits of token pairs that only the cyclic shift brought together. Finite, because
+# the released weights were trained with this value.
+_MASKED_LOGIT = -100.0
 
 NormLayer = Callable[[int], nn.Module]
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """(height, width) of a value given as one number or as two."""
+    """Expand one number to (height, width); two are returned as they are."""
     if isinstance(value, int):
         return value, value
     height, width = value
@@ -38,7 +36,7 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """Cut maps into windows, image after image, row after row.
+    """Split maps into windows, in row-major order within each image.
 
     Args:
         x: (B, H, W, C); H and W are multiples of ``window_size``.
@@ -54,7 +52,7 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
 
 
 def window_reverse(windows: Tensor, window_size: int, height: int, width: int) -> Tensor:
-    """Put the windows of `window_partition` back together.
+    """Invert `window_partition`.
 
     Args:
         windows: (B·V, M, M, C)
@@ -70,17 +68,20 @@ def window_reverse(windows: Tensor, window_size: int, height: int, width: int) -
     return x.transpose(2, 3).reshape(-1, height, width, windows.shape[-1])
 
 
+# A mask has V · N² floats, 13 MB for the first stage of a 1024 x 1024 image with windows of 7. Four
+# stages, four image sizes.
+@cached_by_shape(maxsize=16)
 def _shifted_window_mask(
     height: int, width: int, window_size: int, shift: int, device: torch.device
 ) -> Tensor:
-    """Which tokens of a window are true neighbours after the cyclic shift (section 3.2).
+    """The attention mask of shifted windows (Swin paper, section 3.2).
 
-    The shift brings the first rows and columns behind the last ones. Per axis there are three
-    regions: the windows before the last one, and the two parts of the last window on either side
-    of the seam. Tokens attend to each other when both their regions agree.
+    The cyclic shift moves the first rows and columns behind the last ones. Along each axis this
+    makes three regions: all windows before the last one, and the two parts of the last window on
+    either side of the seam. Tokens attend to each other if they are in the same region.
 
     Returns:
-        (V, N, N) float32, added to the logits: 0 for neighbours, -100 for the others.
+        (V, N, N) float32, added to the logits: 0 within a region, -100 across regions.
     """
 
     def regions(length: int) -> Tensor:
@@ -90,7 +91,7 @@ def _shifted_window_mask(
     region = 3 * regions(height)[:, None] + regions(width)  # (H, W)
     region = window_partition(region[None, :, :, None], window_size).flatten(1)  # (V, N)
     differs = region[:, None, :] != region[:, :, None]  # (V, N, N)
-    return differs.float() * _NOT_NEIGHBOURS
+    return differs.float() * _MASKED_LOGIT
 
 
 class Mlp(nn.Module):
@@ -98,10 +99,10 @@ class Mlp(nn.Module):
 
     Args:
         in_features: channels of the input.
-        hidden_features: channels between the layers, by default those of the input.
+        hidden_features: hidden channels, by default those of the input.
         out_features: channels of the output, by default those of the input.
-        act_layer: makes the activation.
-        drop: dropout probability after either layer.
+        act_layer: constructor of the activation.
+        drop: dropout probability after each layer.
     """
 
     def __init__(
@@ -155,7 +156,6 @@ class WindowAttention(nn.Module):
         self.window_size = window_size
         self.num_heads = num_heads
         self.scale = qk_scale or (dim // num_heads) ** -0.5
-        self.attn_drop = attn_drop
 
         height, width = window_size
         num_offsets = (2 * height - 1) * (2 * width - 1)
@@ -168,63 +168,63 @@ class WindowAttention(nn.Module):
         self.register_buffer("relative_position_index", index)  # (N, N) int64
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)
+        self.attn_drop = nn.Dropout(attn_drop)
         self.proj = nn.Linear(dim, dim)
         self.proj_drop = nn.Dropout(proj_drop)
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.softmax = nn.Softmax(dim=-1)
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within each window.
 
         Args:
-            x: (B·V, N, C), image after image.
-            mask: (V, N, N), added to the logits of every head and image; None adds nothing.
+            x: (B·V, N, C), the windows of each image together.
+            mask: (V, N, N), added to the logits of every head and image; or None.
 
         Returns:
             (B·V, N, C)
         """
         num_windows, num_tokens, _ = x.shape
-        qkv = self.qkv(x).view(num_windows, num_tokens, 3, self.num_heads, -1)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # 3 × (B·V, A, N, D)
-
-        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, A)
-        bias = bias.permute(2, 0, 1)[None]  # (1, A, N, N)
-        if mask is not None:
-            bias = bias + mask[:, None]  # (V, A, N, N)
-        # Cast before repeating: the repeats are then as narrow as the queries, and autograd sums
-        # the gradient over the windows in the precision of the table.
-        bias = bias.to(q.dtype)
-        if mask is not None:
-            bias = bias.repeat(num_windows // mask.shape[0], 1, 1, 1)  # (B·V, A, N, N)
-        attn_drop = self.attn_drop if self.training else 0.0
-        if q.is_cpu and bias.requires_grad:
-            # No fused CPU kernel gives the bias a gradient, and what runs instead is slower than
-            # this: a training step of the whole backbone takes a third longer.
-            logits = (q * self.scale) @ k.transpose(2, 3) + bias  # (B·V, A, N, N)
-            x = F.dropout(logits.softmax(3), attn_drop) @ v
-        else:
-            x = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=bias, dropout_p=attn_drop, scale=self.scale
-            )
-        x = x.transpose(1, 2).reshape(num_windows, num_tokens, self.dim)
+        q, k, v = self.project(x)  # each (B·V, A, N, D)
+        bias = self.attention_bias(mask, q.dtype)  # (V or 1, A, N, N)
+        logits = (q * self.scale) @ k.transpose(2, 3)  # (B·V, A, N, N)
+        logits = (logits.unflatten(0, (-1, bias.shape[0])) + bias).flatten(0, 1)
+        weights = self.attn_drop(self.softmax(logits))
+        x = (weights @ v).transpose(1, 2).reshape(num_windows, num_tokens, self.dim)
         return self.proj_drop(self.proj(x))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Queries, keys and values of (B·V, N, C), each (B·V, A, N, D)."""
+        qkv = self.qkv(x).unflatten(2, (3, self.num_heads, -1))
+        return qkv.permute(2, 0, 3, 1, 4).unbind(0)
+
+    def attention_bias(self, mask: Tensor | None, dtype: torch.dtype) -> Tensor:
+        """Relative position bias plus mask: (1, A, N, N), with a mask (V, A, N, N)."""
+        bias = self.relative_position_bias_table[self.relative_position_index]  # (N, N, A)
+        bias = bias.permute(2, 0, 1)[None]
+        if mask is not None:
+            bias = bias + mask[:, None]
+        return bias.to(dtype)
 
 
 class SwinTransformerBlock(nn.Module):
-    """Window attention and a feed-forward network, each normalised before and added to its input.
+    """Window attention and an MLP, each with a norm before it and a residual connection.
+
+    The caller sets `H` and `W`, the size of the map, before each call.
 
     Args:
         dim: C.
         num_heads: A.
         window_size: M.
-        shift_size: rows and columns by which the windows are moved, in [0, M).
-        mlp_ratio: hidden channels of the feed-forward network, relative to C.
+        shift_size: shift of the windows in tokens, in [0, M).
+        mlp_ratio: hidden channels of the MLP, relative to C.
         qkv_bias: see `WindowAttention`.
         qk_scale: see `WindowAttention`.
         drop: dropout probability of the outputs.
         attn_drop: dropout probability of attention weights.
-        drop_path: probability, per image, of leaving out a branch in training.
-        act_layer: makes the activation.
-        norm_layer: makes a normalisation of that many channels.
+        drop_path: stochastic depth: probability, per image, of skipping a branch in training.
+        act_layer: constructor of the activation.
+        norm_layer: constructor of a norm, called with the number of channels.
     """
 
     def __init__(
@@ -245,8 +245,11 @@ class SwinTransformerBlock(nn.Module):
         super().__init__()
         if not 0 <= shift_size < window_size:
             raise ValueError(f"shift_size={shift_size} is not in [0, window_size={window_size})")
+        self.dim = dim
+        self.num_heads = num_heads
         self.window_size = window_size
         self.shift_size = shift_size
+        self.mlp_ratio = mlp_ratio
         self.norm1 = norm_layer(dim)
         self.attn = WindowAttention(
             dim, pair(window_size), num_heads, qkv_bias, qk_scale, attn_drop, drop
@@ -254,27 +257,26 @@ class SwinTransformerBlock(nn.Module):
         self.drop_path = StochasticDepth(drop_path, "row") if drop_path > 0 else nn.Identity()
         self.norm2 = norm_layer(dim)
         self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=drop)
+        self.H: int | None = None
+        self.W: int | None = None
 
-    def forward(self, x: Tensor, height: int, width: int, mask: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, mask_matrix: Tensor | None) -> Tensor:
         """Apply the block to a map.
 
         Args:
             x: (B, H·W, C)
-            height: H.
-            width: W.
-            mask: (V, N, N) of the padded map, see `WindowAttention`; for shifted windows only.
+            mask_matrix: (V, N, N) of the padded map, see `WindowAttention`; read by blocks with
+                shifted windows only.
 
         Returns:
             (B, H·W, C)
         """
-        x = x + self.drop_path(self._attend(self.norm1(x), height, width, mask))
-        return x + self.drop_path(self.mlp(self.norm2(x)))
-
-    def _attend(self, x: Tensor, height: int, width: int, mask: Tensor | None) -> Tensor:
-        """Attention within the (shifted) windows of the map: (B, H·W, C) → (B, H·W, C)."""
         batch, num_tokens, channels = x.shape
+        height, width = self.H, self.W
         assert num_tokens == height * width, f"{num_tokens} tokens are not {height} × {width}"
-        x = x.view(batch, height, width, channels)
+
+        shortcut = x
+        x = self.norm1(x).view(batch, height, width, channels)
         pad_bottom, pad_right = -height % self.window_size, -width % self.window_size
         if pad_bottom or pad_right:
             x = F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom))
@@ -282,21 +284,23 @@ class SwinTransformerBlock(nn.Module):
             x = x.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
 
         windows = window_partition(x, self.window_size)  # (B·V, M, M, C)
-        attended = self.attn(windows.flatten(1, 2), mask if self.shift_size else None)
-        attended = attended.view_as(windows)
+        mask = mask_matrix if self.shift_size else None
+        attended = self.attn(windows.flatten(1, 2), mask=mask).view_as(windows)
         x = window_reverse(attended, self.window_size, height + pad_bottom, width + pad_right)
 
         if self.shift_size:
             x = x.roll((self.shift_size, self.shift_size), dims=(1, 2))
-        return x[:, :height, :width].reshape(batch, num_tokens, channels)
+        x = x[:, :height, :width].reshape(batch, num_tokens, channels)
+        x = shortcut + self.drop_path(x)
+        return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
 class PatchMerging(nn.Module):
-    """Halves a map: the four tokens of each 2 × 2 square become one with twice the channels.
+    """Halves a map: the four tokens of each 2 x 2 square become one with twice the channels.
 
     Args:
         dim: C.
-        norm_layer: makes a normalisation of that many channels.
+        norm_layer: constructor of a norm, called with the number of channels.
     """
 
     def __init__(self, dim: int, norm_layer: NormLayer = nn.LayerNorm):
@@ -305,34 +309,33 @@ class PatchMerging(nn.Module):
         self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
         self.norm = norm_layer(4 * dim)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """(B, H·W, C) → (B, ⌈H/2⌉·⌈W/2⌉, 2·C); an odd last row or column is paired with zeros."""
+    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
+        """(B, H·W, C) → (B, ⌈H/2⌉·⌈W/2⌉, 2·C); an odd last row or column is padded with zeros."""
         batch, num_tokens, channels = x.shape
-        assert num_tokens == height * width, f"{num_tokens} tokens are not {height} × {width}"
-        x = x.view(batch, height, width, channels)
-        if height % 2 or width % 2:
-            x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
+        assert num_tokens == H * W, f"{num_tokens} tokens are not {H} × {W}"
+        x = x.view(batch, H, W, channels)
+        if H % 2 or W % 2:
+            x = F.pad(x, (0, 0, 0, W % 2, 0, H % 2))
         rows, columns = x.shape[1] // 2, x.shape[2] // 2
         x = x.view(batch, rows, 2, columns, 2, channels)
-        # The order of the four is that of the weights: down the first column, then the second.
+        # Column-major order within a square, as the weights expect.
         x = x.permute(0, 1, 3, 4, 2, 5).reshape(batch, rows * columns, 4 * channels)
         return self.reduction(self.norm(x))
 
 
 class BasicLayer(nn.Module):
-    """One stage: blocks with unmoved and moved windows in turn, then the step to the next stage.
+    """One stage: blocks with regular and shifted windows in turn, then downsampling.
 
     Args:
         dim: C.
         depth: number of blocks.
         num_heads: A.
         window_size: M.
-        drop_path: probability of leaving out a branch, see `SwinTransformerBlock`: one number, or
-            one for each block.
-        norm_layer: makes a normalisation of that many channels.
-        downsample: makes the step to the next stage, `PatchMerging`; None after the last stage.
-        use_checkpoint: recompute the blocks in the backward pass instead of keeping activations.
-        block_arguments: further keyword arguments of `SwinTransformerBlock`.
+        mlp_ratio, qkv_bias, qk_scale, drop, attn_drop: see `SwinTransformerBlock`.
+        drop_path: stochastic depth, see `SwinTransformerBlock`: one probability, or one per block.
+        norm_layer: constructor of a norm, called with the number of channels.
+        downsample: constructor of the step to the next stage, `PatchMerging`; None for none.
+        use_checkpoint: activation checkpointing of each block in training.
     """
 
     def __init__(
@@ -341,11 +344,15 @@ class BasicLayer(nn.Module):
         depth: int,
         num_heads: int,
         window_size: int = 7,
+        mlp_ratio: float = 4.0,
+        qkv_bias: bool = True,
+        qk_scale: float | None = None,
+        drop: float = 0.0,
+        attn_drop: float = 0.0,
         drop_path: float | Sequence[float] = 0.0,
         norm_layer: NormLayer = nn.LayerNorm,
         downsample: Callable[..., nn.Module] | None = None,
         use_checkpoint: bool = False,
-        **block_arguments: Any,
     ):
         super().__init__()
         self.window_size = window_size
@@ -361,61 +368,57 @@ class BasicLayer(nn.Module):
                 num_heads,
                 window_size,
                 shift_size=self.shift_size if i % 2 else 0,
+                mlp_ratio=mlp_ratio,
+                qkv_bias=qkv_bias,
+                qk_scale=qk_scale,
+                drop=drop,
+                attn_drop=attn_drop,
                 drop_path=rate,
                 norm_layer=norm_layer,
-                **block_arguments,
             )
             for i, rate in enumerate(rates)
         )
         self.downsample = None if downsample is None else downsample(dim=dim, norm_layer=norm_layer)
-        self._masks: OrderedDict[tuple[int, int, torch.device], Tensor] = OrderedDict()
 
-    def forward(
-        self, x: Tensor, height: int, width: int
-    ) -> tuple[Tensor, int, int, Tensor, int, int]:
+    def forward(self, x: Tensor, H: int, W: int) -> tuple[Tensor, int, int, Tensor, int, int]:
         """Apply the stage to a map (B, H·W, C).
 
         Returns:
             the stage's output (B, H·W, C), H and W; then the next stage's input
-            (B, ⌈H/2⌉·⌈W/2⌉, 2·C) and its height and width (after the last stage, the same again).
+            (B, ⌈H/2⌉·⌈W/2⌉, 2·C), its height and its width (without downsampling, the same again).
         """
-        mask = self._mask(height, width, x.device)
+        mask = None
+        if self.shift_size and self.depth > 1:
+            padded = H + -H % self.window_size, W + -W % self.window_size
+            mask = _shifted_window_mask(*padded, self.window_size, self.shift_size, x.device)
         for block in self.blocks:
+            block.H, block.W = H, W
             if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, height, width, mask, use_reentrant=False)
+                x = checkpoint(_run_block, block, x, H, W, mask, use_reentrant=False)
             else:
-                x = block(x, height, width, mask)
+                x = block(x, mask)
         if self.downsample is None:
-            return x, height, width, x, height, width
-        merged = self.downsample(x, height, width)
-        return x, height, width, merged, (height + 1) // 2, (width + 1) // 2
+            return x, H, W, x, H, W
+        return x, H, W, self.downsample(x, H, W), (H + 1) // 2, (W + 1) // 2
 
-    def _mask(self, height: int, width: int, device: torch.device) -> Tensor | None:
-        """The mask of shifted windows, (V, N, N); None where no block moves its windows."""
-        if self.shift_size == 0 or self.depth < 2:
-            return None
-        height += -height % self.window_size
-        width += -width % self.window_size
-        key = (height, width, device)
-        if key in self._masks and not torch.compiler.is_compiling():
-            self._masks.move_to_end(key)
-            return self._masks[key]
-        mask = _shifted_window_mask(height, width, self.window_size, self.shift_size, device)
-        if not torch.compiler.is_compiling():
-            self._masks[key] = mask
-            if len(self._masks) > _MAX_CACHED_MASKS:
-                self._masks.popitem(last=False)
-        return mask
+
+def _run_block(
+    block: SwinTransformerBlock, x: Tensor, height: int, width: int, mask: Tensor | None
+) -> Tensor:
+    """Run a block; called again in backward, when it may have seen another image size."""
+    if (block.H, block.W) != (height, width):
+        block.H, block.W = height, width
+    return block(x, mask)
 
 
 class PatchEmbed(nn.Module):
-    """Cuts an image into patches and maps each to one token.
+    """Splits an image into patches and embeds each as one token.
 
     Args:
         patch_size: side of a patch in pixels, or (height, width).
         in_chans: channels of the image.
         embed_dim: C.
-        norm_layer: makes the normalisation of the tokens; None for none.
+        norm_layer: constructor of the norm of the tokens; None for none.
     """
 
     def __init__(
@@ -433,7 +436,12 @@ class PatchEmbed(nn.Module):
         self.norm = None if norm_layer is None else norm_layer(embed_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, in_chans, H, W) → (B, C, ⌈H/patch⌉, ⌈W/patch⌉); zeros fill incomplete patches."""
+        """(B, in_chans, H, W) → (B, C, ⌈H/patch⌉, ⌈W/patch⌉), with zeros in incomplete patches."""
+        if isinstance(self.proj, nn.Conv2d) and x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"the images have {x.shape[1]} channels (one per value of MODEL.PIXEL_MEAN), but "
+                f"the stem of this Swin has {self.proj.in_channels}"
+            )
         pad_bottom, pad_right = -x.shape[2] % self.patch_size[0], -x.shape[3] % self.patch_size[1]
         if pad_bottom or pad_right:
             x = F.pad(x, (0, pad_right, 0, pad_bottom))

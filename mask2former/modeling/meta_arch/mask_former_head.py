@@ -1,4 +1,7 @@
-"""The head: pixel decoder, then transformer decoder."""
+"""Mask2Former's head: pixel decoder, then transformer decoder.
+
+Shape letters: B batch, C channels, Q queries, K classes, H W padded image size in pixels.
+"""
 
 from typing import Any
 
@@ -8,8 +11,20 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
 from ...utils.registry import register_unless_taken
-from ..pixel_decoder.build import build_pixel_decoder
-from ..transformer_decoder.build import build_transformer_decoder
+from ..pixel_decoder import build_pixel_decoder
+from ..transformer_decoder import build_transformer_decoder
+
+
+def move_to_pixel_decoder(state_dict: dict[str, Tensor], prefix: str, version: int | None) -> None:
+    """Rename, in place, the parameters of a head's checkpoint from before version 2.
+
+    Those had the pixel decoder's parameters directly in the head.
+    """
+    if version is not None and version >= 2:
+        return
+    current = (prefix + "predictor.", prefix + "pixel_decoder.")
+    for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(current)]:
+        state_dict[prefix + "pixel_decoder." + key[len(prefix) :]] = state_dict.pop(key)
 
 
 @register_unless_taken(SEM_SEG_HEADS_REGISTRY)
@@ -17,11 +32,11 @@ class MaskFormerHead(nn.Module):
     """Backbone features → query predictions.
 
     Args:
-        input_shape: channels and stride of the backbone features the pixel decoder uses.
+        input_shape: channels and stride of the backbone features that the pixel decoder uses.
         num_classes: K, without the no-object class.
         pixel_decoder: has ``forward_features``, see `MSDeformAttnPixelDecoder`.
-        loss_weight: published argument, kept for subclasses.
-        ignore_value: label that semantic ground truth ignores.
+        loss_weight: unused here, kept for subclasses of the original.
+        ignore_value: label of pixels that semantic ground truth ignores.
         transformer_predictor: the transformer decoder.
         transformer_in_feature: what the decoder attends to: "multi_scale_pixel_decoder" (all three
             scales), "transformer_encoder", "pixel_embedding", or the name of a backbone feature.
@@ -71,7 +86,7 @@ class MaskFormerHead(nn.Module):
         missing = sorted(set(head.IN_FEATURES) - set(input_shape))
         if missing:
             raise ValueError(
-                f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {missing}, but the backbone gives "
+                f"MODEL.SEM_SEG_HEAD.IN_FEATURES names {missing}, but the backbone returns "
                 f"{sorted(input_shape)}"
             )
         return {
@@ -87,13 +102,7 @@ class MaskFormerHead(nn.Module):
         }
 
     def _load_from_state_dict(self, state_dict, prefix, local_metadata, *args, **kwargs):
-        """Checkpoints older than version 2 keep the pixel decoder's parameters in the head."""
-        version = local_metadata.get("version", None)
-        if version is None or version < 2:
-            own = (prefix + "predictor.", prefix + "pixel_decoder.")
-            for key in [k for k in state_dict if k.startswith(prefix) and not k.startswith(own)]:
-                new_key = prefix + "pixel_decoder." + key[len(prefix) :]
-                state_dict[new_key] = state_dict.pop(key)
+        move_to_pixel_decoder(state_dict, prefix, local_metadata.get("version"))
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *args, **kwargs)
 
     def forward(self, features: dict[str, Tensor], mask: Tensor | None = None) -> dict[str, Any]:
@@ -101,10 +110,10 @@ class MaskFormerHead(nn.Module):
         return self.layers(features, mask)
 
     def layers(self, features: dict[str, Tensor], mask: Tensor | None = None) -> dict[str, Any]:
-        """Pixel decoder, then transformer decoder.
+        """Run the pixel decoder, then the transformer decoder.
 
         Returns:
-            The decoder's outputs: ``pred_logits`` (B, Q, K+1), ``pred_masks`` (B, Q, H/4, W/4)
+            the decoder's outputs: ``pred_logits`` (B, Q, K+1), ``pred_masks`` (B, Q, H/4, W/4)
             logits, ``aux_outputs``.
         """
         mask_features, encoder_features, multi_scale_features = self.pixel_decoder.forward_features(
@@ -116,7 +125,7 @@ class MaskFormerHead(nn.Module):
             if encoder_features is None:
                 raise ValueError(
                     "TRANSFORMER_IN_FEATURE='transformer_encoder' needs a pixel decoder with a "
-                    f"transformer encoder; {type(self.pixel_decoder).__name__} has none"
+                    f"transformer encoder, but {type(self.pixel_decoder).__name__} has none"
                 )
             return self.predictor(encoder_features, mask_features, mask)
         if self.transformer_in_feature == "pixel_embedding":

@@ -99,7 +99,7 @@ class TransformerEncoder(nn.Module):
 
     def __init__(self, encoder_layer: nn.Module, num_layers: int, norm: nn.Module | None = None):
         super().__init__()
-        self.layers = _clones(encoder_layer, num_layers)
+        self.layers = _get_clones(encoder_layer, num_layers)
         self.num_layers = num_layers
         self.norm = norm
 
@@ -139,7 +139,7 @@ class TransformerDecoder(nn.Module):
         super().__init__()
         if num_layers < 1:
             raise ValueError(f"A transformer decoder needs at least one layer, got {num_layers}.")
-        self.layers = _clones(decoder_layer, num_layers)
+        self.layers = _get_clones(decoder_layer, num_layers)
         self.num_layers = num_layers
         self.norm = norm
         self.return_intermediate = return_intermediate
@@ -365,5 +365,6 @@ class TransformerDecoderLayer(_Layer):
         return tgt + self.dropout3(self._feed_forward(self.norm3(tgt)))
 
 
-def _clones(module: nn.Module, num_copies: int) -> nn.ModuleList:
-    return nn.ModuleList(copy.deepcopy(module) for _ in range(num_copies))
+def _get_clones(module: nn.Module, N: int) -> nn.ModuleList:
+    """N independent copies of a module."""
+    return nn.ModuleList(copy.deepcopy(module) for _ in range(N))

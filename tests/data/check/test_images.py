@@ -1,4 +1,4 @@
-"""What is wrong with single images and annotations, and what is counted."""
+"""Problems and counts of single images and their annotations."""
 
 import dataclasses
 
@@ -39,11 +39,11 @@ def check(item):
     return ItemChecker(INDEX)(item)
 
 
-def whys(found):
-    return [(finding.id, finding.why) for finding in found]
+def whys(findings):
+    return [(finding.id, finding.why) for finding in findings]
 
 
-def test_faultless(instance_item, panoptic_item, semantic_item):
+def test_valid(instance_item, panoptic_item, semantic_item):
     for item in (instance_item, panoptic_item, semantic_item):
         report = check(item)
         assert report.problems == report.warnings == []
@@ -68,9 +68,9 @@ def test_broken_image(instance_item, tmp_path, damage, why):
     photograph(path, 120, 80)
     path.write_bytes(damage(path.read_bytes()))
     report = check(instance_item)
-    ((image_id, found),) = whys(report.problems)
-    assert image_id == 1 and found.startswith(why)
-    # Its annotations are looked at all the same.
+    ((image_id, reported),) = whys(report.problems)
+    assert image_id == 1 and reported.startswith(why)
+    # Its annotations are still checked.
     assert report.objects == {0: 1, 1: 1} and report.size is None
 
 
@@ -109,10 +109,10 @@ def test_missing_image_and_wrong_size(instance_item, tmp_path):
 )
 def test_broken_annotation(instance_item, change, why):
     instance_item.annotations[0] |= change
-    ((annotation, found),) = whys(check(instance_item).problems)
+    ((annotation, reported),) = whys(check(instance_item).problems)
     assert annotation == "annotation 10"
-    assert why in found
-    # The other one counts.
+    assert why in reported
+    # The other annotation counts.
     assert check(instance_item).objects[1] == 1
 
 
@@ -126,7 +126,7 @@ def test_crowds_are_checked_but_do_not_count(instance_item):
     assert (report.num_crowds, report.objects) == (1, {1: 1})
 
 
-def test_polygons_a_little_outside_are_rounding(instance_item):
+def test_polygons_slightly_outside_are_accepted(instance_item):
     instance_item.annotations[0]["segmentation"] = [[-1, -0.5, 4, -0.5, 4, 8, -1, 8]]
     assert check(instance_item).problems == []
 
@@ -137,7 +137,7 @@ def test_ids_of_png_and_json(panoptic_item):
     report = check(dataclasses.replace(panoptic_item, segments_info=segments))
     assert whys(report.problems) == [
         ("segment 4", "the JSON lists the segment, but no pixel of the PNG has its id"),
-        ("segment 2", "category_id 5 is not of the categories"),
+        ("segment 2", "category_id 5 is not one of the categories"),
         ("segment 300", "the JSON lists the segment more than once"),
         ("segment 1", "32 pixels have this id, which the JSON does not list"),
     ]
@@ -175,7 +175,7 @@ def test_label_maps(semantic_item, tmp_path):
     assert whys(check(semantic_item).problems) == [(None, "does not exist")]
 
 
-def test_what_nobody_thought_of_is_a_problem_too(instance_item):
+def test_unexpected_error_becomes_a_problem(instance_item):
     instance_item.annotations[0]["category_id"] = [3]
     ((image_id, why),) = whys(check(instance_item).problems)
     assert image_id == 1 and why.startswith("cannot be checked: TypeError")

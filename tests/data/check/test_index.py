@@ -1,4 +1,4 @@
-"""What a data set lists: JSON and folders, with their mistakes."""
+"""Indexing of JSON and folders, with their mistakes."""
 
 import os
 
@@ -18,8 +18,8 @@ def catalogs(monkeypatch):
         monkeypatch.setattr(catalog, "data", dict(catalog.data))
 
 
-def index_of(kind, root, content=None, name="own_train", **others):
-    """The index after the JSON got this content."""
+def make_index(kind, root, content=None, name="own_train", **others):
+    """Register own data, optionally overwrite its JSON with `content`, and index it."""
     register_entries([own_data.entry(kind, root, name, **others)])
     if content is not None:
         file = {"instance": "instances.json", "panoptic": "panoptic.json"}[kind]
@@ -27,18 +27,18 @@ def index_of(kind, root, content=None, name="own_train", **others):
     return build_index(name)
 
 
-def findings(found):
-    return [(os.path.basename(f.file), f.id, f.why) for f in found]
+def shorten(findings):
+    return [(os.path.basename(f.file), f.id, f.why) for f in findings]
 
 
 @pytest.mark.parametrize("kind", ["instance", "panoptic", "semantic"])
-def test_faultless(tmp_path, kind):
+def test_valid(tmp_path, kind):
     {
         "instance": own_data.instances,
         "panoptic": own_data.panoptic,
         "semantic": own_data.semantic,
     }[kind](tmp_path)
-    index = index_of(kind, tmp_path)
+    index = make_index(kind, tmp_path)
     assert index.problems == index.warnings == find_unlisted([index]) == []
     assert index.classes == own_data.CLASSES[: 2 if kind == "instance" else 3]
     assert [os.path.basename(item.file_name) for item in index.items] == ["a.jpg", "b.jpg", "c.jpg"]
@@ -59,19 +59,19 @@ def test_instance_json_with_many_mistakes(tmp_path):
     annotations[1]["id"] = 12
     del annotations[3]["area"]
     del annotations[4]["category_id"]
-    index = index_of("instance", tmp_path, content)
-    assert findings(index.problems) == [
-        ("instances.json", 1, "images: id 1 is there more than once"),
+    index = make_index("instance", tmp_path, content)
+    assert shorten(index.problems) == [
+        ("instances.json", 1, "images: id 1 occurs more than once"),
         ("instances.json", 5, "an image has no 'file_name'"),
-        ("instances.json", 12, "annotations: id 12 is there more than once"),
+        ("instances.json", 12, "annotations: id 12 occurs more than once"),
         ("instances.json", 14, "an annotation has no 'category_id'"),
         (
             *("instances.json", 13),
-            "1 annotations have no 'area', which AP cannot be computed without",
+            "1 annotations have no 'area', which AP evaluation requires",
         ),
         (
             *("instances.json", 10),
-            "the annotation is of image 77, which the JSON does not list",
+            "the annotation belongs to image 77, which the JSON does not list",
         ),
         (
             *("instances.json", 4),
@@ -87,69 +87,69 @@ def test_panoptic_json_with_many_mistakes(tmp_path):
     annotations[0]["image_id"] = 2
     annotations[2]["image_id"] = 9
     content["categories"].pop()
-    index = index_of("panoptic", tmp_path, content)
-    assert findings(index.problems) == [
+    index = make_index("panoptic", tmp_path, content)
+    assert shorten(index.problems) == [
         ("panoptic.json", None, "lists 2 categories, but 3 are registered"),
-        ("panoptic.json", 2, "annotations: image_id 2 is there more than once"),
-        ("panoptic.json", 9, "the annotation is of an image the JSON does not list"),
+        ("panoptic.json", 2, "annotations: image_id 2 occurs more than once"),
+        ("panoptic.json", 9, "the JSON does not list the image of this annotation"),
     ]
     why = "the image has no annotation and is not used"
-    assert findings(index.warnings) == [("panoptic.json", 1, why), ("panoptic.json", 3, why)]
+    assert shorten(index.warnings) == [("panoptic.json", 1, why), ("panoptic.json", 3, why)]
 
 
 def test_renamed_category(tmp_path):
     content = own_data.instances(tmp_path)
     content["categories"][0]["name"] = "mug"
-    index = index_of("instance", tmp_path, content)
+    index = make_index("instance", tmp_path, content)
     why = "the category is 'mug' here, but registered as 'cup'"
-    assert findings(index.warnings) == [("instances.json", 3, why)]
+    assert shorten(index.warnings) == [("instances.json", 3, why)]
 
 
-def test_images_and_label_maps_without_each_other(tmp_path):
+def test_unpaired_images_and_label_maps(tmp_path):
     own_data.semantic(tmp_path)
     (tmp_path / "labels" / "a.png").unlink()
     (tmp_path / "images" / "c.jpg").unlink()
     photograph(tmp_path / "images" / "b.png")
-    index = index_of("semantic", tmp_path)
+    index = make_index("semantic", tmp_path)
     labels, images = tmp_path / "labels", tmp_path / "images"
-    assert findings(index.problems) == [
+    assert shorten(index.problems) == [
         ("a.jpg", None, f"the image has no label map in {labels}"),
         ("c.png", None, f"the label map has no image in {images}"),
     ]
     assert len(index.items) == 1
-    why = "no record of the data set names this file"
-    assert findings(find_unlisted([index])) == [("b.png", None, why)]
+    why = "no record of the data set lists this file"
+    assert shorten(find_unlisted([index])) == [("b.png", None, why)]
 
 
-def test_files_of_another_split_are_listed_too(tmp_path):
+def test_files_of_another_split_count_as_listed(tmp_path):
     content = own_data.instances(tmp_path)
     for name, image in (("first.json", 0), ("second.json", 1)):
         images = [content["images"][image]]
         write_json(tmp_path / name, content | {"images": images, "annotations": []})
     indices = [
-        index_of("instance", tmp_path, name=name, INSTANCES_JSON=str(tmp_path / f"{name}.json"))
+        make_index("instance", tmp_path, name=name, INSTANCES_JSON=str(tmp_path / f"{name}.json"))
         for name in ("first", "second")
     ]
-    why = "no record of the data set names this file"
-    assert findings(find_unlisted(indices)) == [("c.jpg", None, why)]
+    why = "no record of the data set lists this file"
+    assert shorten(find_unlisted(indices)) == [("c.jpg", None, why)]
 
 
 @pytest.mark.parametrize("text", ["{", "[1]", '{"images": 3}'])
 def test_damaged_json(tmp_path, text):
     own_data.instances(tmp_path)
-    index_of("instance", tmp_path)
+    make_index("instance", tmp_path)
     (tmp_path / "instances.json").write_text(text)
-    (found,) = build_index("own_train").problems
-    assert found.file == str(tmp_path / "instances.json")
-    assert "is no valid JSON" in found.why or "has no list 'images'" in found.why
+    (problem,) = build_index("own_train").problems
+    assert problem.file == str(tmp_path / "instances.json")
+    assert "is not valid JSON" in problem.why or "has no list 'images'" in problem.why
 
 
 def test_missing_folders(tmp_path):
     own_data.panoptic(tmp_path)
-    index_of("panoptic", tmp_path)
+    make_index("panoptic", tmp_path)
     (tmp_path / "panoptic").rename(tmp_path / "elsewhere")
     (tmp_path / "panoptic.json").unlink()
-    assert findings(build_index("own_train").problems) == [
+    assert shorten(build_index("own_train").problems) == [
         ("panoptic", None, "the folder of the panoptic PNGs does not exist"),
         ("panoptic.json", None, "cannot be read: No such file or directory"),
     ]
@@ -166,11 +166,11 @@ def test_class_list_shorter_than_the_ids(tmp_path):
         **metadata,
     )
     why = "the metadata has 1 class names, but ids of 2 categories"
-    assert ("short", None, why) in findings(build_index("short").problems)
+    assert ("short", None, why) in shorten(build_index("short").problems)
 
 
 def test_data_set_of_another_project(tmp_path):
-    """Only its loader knows it."""
+    """It can only be read with its loader."""
     annotation = {"bbox": [1, 2, 4, 8], "bbox_mode": BoxMode.XYXY_ABS, "category_id": 0}
     record = {"file_name": "x.jpg", "height": 8, "width": 12, "annotations": [annotation]}
     DatasetCatalog.register("foreign", lambda: [record])
@@ -185,14 +185,12 @@ def test_data_set_of_another_project(tmp_path):
 
     DatasetCatalog.register("burning", fail)
     why = "cannot be loaded: RuntimeError: the disk is on fire"
-    assert findings(build_index("burning").problems) == [("burning", None, why)]
+    assert shorten(build_index("burning").problems) == [("burning", None, why)]
     DatasetCatalog.register("empty", list)
-    assert findings(build_index("empty").problems) == [
-        ("empty", None, "the data set has no images")
-    ]
+    assert shorten(build_index("empty").problems) == [("empty", None, "the data set has no images")]
 
 
-def test_lvis_names_images_by_their_address(tmp_path):
+def test_lvis_images_have_only_a_url(tmp_path):
     content = own_data.instances(tmp_path)
     for image in content["images"]:
         name = image.pop("file_name")

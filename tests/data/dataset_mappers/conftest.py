@@ -53,7 +53,7 @@ BOTTOM_RIGHT[3, 4:] = 1
 
 
 def expected_targets(name: str) -> tuple[list[int], np.ndarray]:
-    """Classes and masks of the image as it is on disk."""
+    """Classes and masks of the image as stored on disk."""
     if "instance" in name:
         square = np.zeros((4, 6), dtype=bool)
         square[1:3, 1:3] = True
@@ -79,8 +79,14 @@ def cfg() -> CfgNode:
 
 
 @pytest.fixture
-def truth() -> SimpleNamespace:
-    """The image and its annotations; `targets(name)`: classes and masks as they are on disk."""
+def mappers() -> dict[str, type]:
+    """Mapper classes by their names in the config."""
+    return MAPPERS
+
+
+@pytest.fixture
+def gt() -> SimpleNamespace:
+    """The image and its annotations; `targets(name)`: classes and masks as stored on disk."""
     return SimpleNamespace(
         pixels=PIXELS, sem_seg=SEM_SEG, pan_seg=PAN_SEG, segments=SEGMENTS, targets=expected_targets
     )
@@ -123,7 +129,10 @@ def records(files) -> dict[str, dict]:
 
 @pytest.fixture
 def build() -> Callable:
-    """Function (name, augmentations, size_divisibility=-1, **more) → mapper, as published."""
+    """Function (name, augmentations, size_divisibility=-1, **kwargs) → mapper.
+
+    Calls the constructors with the original's arguments.
+    """
 
     def build(name: str, augmentations: list, size_divisibility: int = -1, **kwargs):
         kwargs |= {"is_train": True, "image_format": "RGB"}

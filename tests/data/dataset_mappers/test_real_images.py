@@ -1,4 +1,4 @@
-"""The mappers on real COCO images, against Detectron2's own steps one after the other."""
+"""The mappers on real COCO images, against Detectron2's own steps."""
 
 import copy
 from pathlib import Path
@@ -56,7 +56,7 @@ def panoptic() -> list[dict]:
 
 @pytest.fixture(scope="module")
 def instances() -> dict[str, list[dict]]:
-    """The annotations of train are polygons, those of val RLEs."""
+    """Train annotations are polygons, val annotations are RLEs."""
     return {
         split: load_coco_json(
             str(COCO / "annotations" / f"instances_{split}2017.json"),
@@ -149,7 +149,7 @@ def test_cropped_instances(split, instances):
 
 
 def test_rle_and_polygons_jitter_alike(instances):
-    """Polygon masks come from scaled polygons, RLE masks are scaled as masks: nearly the same."""
+    """Masks from scaled polygons and scaled masks are nearly the same."""
     record = next(r for r in instances["train"] if any(not a["iscrowd"] for a in r["annotations"]))
     size = (record["height"], record["width"])
     as_masks = copy.deepcopy(record)

@@ -1,4 +1,4 @@
-"""Catalogues that a test has for itself, and the scripts that prepare data sets."""
+"""Empty catalogues for a test, and the scripts that prepare data sets."""
 
 import importlib
 from collections.abc import Callable
@@ -12,14 +12,14 @@ SCRIPTS = Path(__file__).resolve().parents[3] / "datasets"
 
 @pytest.fixture
 def empty_catalogs(monkeypatch) -> None:
-    """No data set is registered; afterwards those from before are."""
+    """Empty the catalogues of data sets during the test."""
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", {})
 
 
 @pytest.fixture
 def prepare(monkeypatch, tmp_path) -> Callable[[str], None]:
-    """Function (name of a script): run it on the data sets below `tmp_path`."""
+    """Function (script name) that runs the script on the data sets below `tmp_path`."""
     monkeypatch.syspath_prepend(str(SCRIPTS))
 
     def run(name: str) -> None:

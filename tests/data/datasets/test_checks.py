@@ -1,4 +1,4 @@
-"""Checks of the data sets that Detectron2 registers, above all of Cityscapes, which is prepared."""
+"""Checks of the data sets that Detectron2 registers: Cityscapes, ADE20K semantic, COCO and LVIS."""
 
 import importlib
 import importlib.util
@@ -23,7 +23,7 @@ needs_cityscapesscripts = pytest.mark.skipif(
 
 @pytest.fixture
 def root(empty_catalogs, tmp_path) -> Path:
-    """Detectron2's own names, below this folder."""
+    """The folder below which Detectron2's data sets are registered."""
     register(tmp_path)
     return tmp_path
 
@@ -65,7 +65,7 @@ class TestCityscapes:
             check_builtin(f"cityscapes_fine_{task}_train")
 
     def test_not_prepared(self, base):
-        """What is wrong, and the command that makes it right."""
+        """The error gives the command that prepares the data."""
         labels = r"aachen_000000_000019_gtFine_labelTrainIds\.png does not exist: 2 of 2 .*"
         for task in ("sem_seg", "panoptic"):
             command = rf"CITYSCAPES_DATASET={base} python -m .*createTrainIdLabelImgs`"
@@ -93,8 +93,8 @@ class TestCityscapes:
         # road; a group of persons (trainId 11), which is a crowd; a car (13)
         assert segments == ((0, 0), (11, 1), (13, 0))
         annotations = DatasetCatalog.get("cityscapes_fine_instance_seg_val")[0]["annotations"]
-        found = sorted((a["category_id"], bool(a["iscrowd"])) for a in annotations)
-        assert found == [(0, True), (2, False)]
+        crowds = sorted((a["category_id"], bool(a["iscrowd"])) for a in annotations)
+        assert crowds == [(0, True), (2, False)]
         record = DatasetCatalog.get("cityscapes_fine_sem_seg_val")[0]
         labels = np.array(Image.open(record["sem_seg_file_name"]))
         # The group has the label of persons; polygons include their border.
@@ -113,25 +113,25 @@ class TestCityscapes:
     def test_foreign_files(self, base):
         city = base / "leftImg8bit" / "train" / "aachen"
         (city / "Thumbs.db").write_bytes(b"")
-        with pytest.raises(ValueError, match=rf"{city}/Thumbs\.db is no image of Cityscapes"):
+        with pytest.raises(ValueError, match=rf"{city}/Thumbs\.db is not a Cityscapes image"):
             check_builtin("cityscapes_fine_sem_seg_train")
         for path in city.iterdir():
             path.unlink()
         with pytest.raises(FileNotFoundError, match=r"leftImg8bit/train/? holds no images"):
             check_builtin("cityscapes_fine_sem_seg_train")
 
-    def test_panoptic_files_that_do_not_fit(self, prepared):
+    def test_inconsistent_panoptic_files(self, prepared):
         name, gt = "cityscapes_fine_panoptic_val", prepared / "gtFine"
         json_file = gt / "cityscapes_panoptic_val.json"
         content = json.loads(json_file.read_text())
         odd = content["annotations"].pop()
         json_file.write_text(json.dumps(content))
-        match = rf"Image {odd['image_id']} has no annotation in {json_file} \(1 such\)\. Run"
+        match = rf"Image {odd['image_id']} has no annotation in {json_file} \(1 such images\)\. Run"
         with pytest.raises(ValueError, match=match):
             check_builtin(name)
         content["annotations"].append(odd | {"image_id": "zurich"})
         json_file.write_text(json.dumps(content))
-        with pytest.raises(ValueError, match=rf"Image .* {json_file} \(2 such\)"):
+        with pytest.raises(ValueError, match=rf"Image .* {json_file} \(2 such images\)"):
             check_builtin(name)
         json_file.write_text("{}")
         with pytest.raises(ValueError, match=rf"{json_file} is damaged \(KeyError: 'annotations'"):
@@ -149,7 +149,7 @@ class TestCityscapes:
         with pytest.raises(ValueError, match=r"v1\.0/cityscapes/.* must have no dot"):
             check_builtin("cityscapes_fine_panoptic_train")
 
-    def test_package_is_missing(self, base, monkeypatch):
+    def test_missing_package(self, base, monkeypatch):
         monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
         with pytest.raises(ModuleNotFoundError, match="`pip install cityscapesscripts`"):
             check_builtin("cityscapes_fine_instance_seg_train")
@@ -211,6 +211,6 @@ class TestOthers:
             check_builtin("lvis_v1_val")
 
     @pytest.mark.parametrize("name", ["shapes_train", "voc_2007_val", "lvis_v0.5_val", "unknown"])
-    def test_other_names_pass(self, empty_catalogs, name):
+    def test_other_names_are_ignored(self, empty_catalogs, name):
         check_builtin(name)
         assert name not in MetadataCatalog.list()

@@ -1,4 +1,4 @@
-"""What loaders say when files are missing or do not belong together."""
+"""Errors of the loaders when files are missing or do not match."""
 
 import json
 from pathlib import Path
@@ -63,7 +63,7 @@ class TestSemantic:
         ],
     )
     def test_image_without_annotation(self, base, file, what):
-        """Detectron2 would train on the rest."""
+        """Detectron2 would train on the other images."""
         (base / file).unlink()
         match = rf"{base / file} does not exist: 1 of 2 {what} are missing\. Run `python"
         with pytest.raises(FileNotFoundError, match=match):
@@ -77,7 +77,7 @@ class TestSemantic:
             DatasetCatalog.get("ade20k_full_sem_seg_train")
 
 
-def test_vistas_is_not_there(empty_catalogs, tmp_path):
+def test_vistas_missing(empty_catalogs, tmp_path):
     register_mapillary_vistas.register_all_mapillary_vistas(str(tmp_path))
     register_mapillary_vistas_panoptic.register_all_mapillary_vistas_panoptic(str(tmp_path))
     with pytest.raises(FileNotFoundError, match=r"training/images .*Vistas v1\.2 \(not v2\.0\)"):
@@ -195,7 +195,7 @@ class TestPanoptic:
     def test_image_without_annotation(self, json_file, content):
         content["annotations"].pop()
         json_file.write_text(json.dumps(content))
-        match = rf"{json_file} lists the image ADE_train_00000002\.jpg \(1 such\) without"
+        match = rf"{json_file} has no annotation of the image ADE_train_00000002\.jpg \(1 images"
         with pytest.raises(ValueError, match=match):
             self.load()
         json_file.write_text(json.dumps(content | {"annotations": []}))
@@ -204,18 +204,18 @@ class TestPanoptic:
 
     def test_truncated_json(self, json_file):
         json_file.write_text(json_file.read_text()[:500])
-        with pytest.raises(ValueError, match=rf"{json_file} is no valid JSON.*--force"):
+        with pytest.raises(ValueError, match=rf"{json_file} is not valid JSON.*--force"):
             self.load()
 
     def test_other_classes(self, json_file, content):
         fewer = content | {"categories": content["categories"][:133]}
         json_file.write_text(json.dumps(fewer))
-        match = rf"{json_file} lists 133 classes and lacks 17 of the data set's 150, the id 133 am"
+        match = rf"{json_file} lists 133 classes; 17 of the data set's 150 are .*such as id 133"
         with pytest.raises(ValueError, match=match):
             self.load()
         more = content | {"categories": [*content["categories"], {"id": 150}]}
         json_file.write_text(json.dumps(more))
-        assert len(self.load()) == 2, "a class that no segment has does no harm"
+        assert len(self.load()) == 2, "an unused class is not an error"
         content["annotations"][1]["segments_info"][0]["category_id"] = 150
         json_file.write_text(json.dumps(content))
         match = rf"{json_file}, ADE_train_00000002\.png: segment \d+ has category_id 150, .* 150 cl"
@@ -227,15 +227,15 @@ class TestPanoptic:
         pixels = np.array(Image.open(png))
         pixels[7, 0] = 1, 2, 0
         dataset_trees.save(png, pixels)
-        match = rf"{png} has the segment id 513 \(1 such\), which .*train\.json does not list"
+        match = rf"{png} has the segment id 513 \(1 unknown ids\), which .*train\.json does not li"
         with pytest.raises(ValueError, match=match):
             self.load()
         png.write_bytes(png.read_bytes()[:60])
         with pytest.raises(ValueError, match=rf"{png} cannot be read as an image"):
             self.load()
 
-    def test_repeated_ids_serve_evaluation_only(self, base, json_file):
-        """In the original release road and skyscraper have one id."""
+    def test_repeated_ids_in_evaluation_only(self, base, json_file):
+        """In the original release, road and skyscraper share an id."""
         assert len(self.load("val")) == 1
         release = (base / "ade20k_panoptic_val.json").read_text().replace("_val_", "_train_")
         one = json.loads(json_file.read_text())
@@ -244,6 +244,8 @@ class TestPanoptic:
         ]
         json_file.write_text(json.dumps(one))
         grey = 140 * 65793
-        match = rf"train\.json, ADE_train_00000001\.png: two segments have the id {grey}.*--force"
+        match = (
+            rf"train\.json, ADE_train_00000001\.png: two segments have the same id {grey}.*--force"
+        )
         with pytest.raises(ValueError, match=match):
             self.load()

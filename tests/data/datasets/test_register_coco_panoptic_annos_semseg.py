@@ -134,14 +134,14 @@ class TestRegistration:
             {"train": "train2017", "val": "val2017", "val_100": "val2017_100"}[split]
         )
         assert "coco/panoptic_semseg_" in metadata.sem_seg_root
-        # The same files as of Detectron2's names.
+        # Same files as Detectron2's data sets.
         for key in ("image_root", "panoptic_root", "panoptic_json", "json_file"):
             assert metadata.get(key) == builtin.get(key)
-        # As published: the builtin panoptic names list only things as things.
+        # As in the original, thing_classes of the builtin panoptic names list only things.
         assert builtin.thing_classes == metadata.thing_classes
         assert len(builtin.thing_classes) == len(builtin.thing_colors) == 80
 
-    def test_again(self):
+    def test_registering_again_changes_nothing(self):
         name = "coco_2017_val_panoptic_with_sem_seg"
         before = MetadataCatalog.get(name).as_dict().copy()
         module.register_all_coco_panoptic_annos_sem_seg("/elsewhere")
@@ -158,8 +158,8 @@ class TestRegistration:
             DatasetCatalog.remove(name)
             MetadataCatalog.remove(name)
 
-    def test_missing_coco_says_where(self, tmp_path):
-        """Registered names whose data is absent fail when they are loaded, with the path."""
+    def test_error_of_missing_coco_names_the_path(self, tmp_path):
+        """Names are registered without data; only loading fails."""
         name = "tests_absent_panoptic"
         root = str(tmp_path / "absent")
         try:

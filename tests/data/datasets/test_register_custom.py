@@ -1,4 +1,4 @@
-"""Your own data: the helpers, and DATASETS.CUSTOM."""
+"""Your own data: the register functions and DATASETS.CUSTOM."""
 
 import json
 import os
@@ -63,7 +63,7 @@ def test_semantic(tmp_path):
     assert record["sem_seg_file_name"].endswith("labels/c.png")
 
 
-def test_paths_are_relative_to_the_working_directory_or_the_home_folder(tmp_path, monkeypatch):
+def test_paths_relative_to_working_directory_or_home(tmp_path, monkeypatch):
     own_data.instances(tmp_path / "home")
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
@@ -78,7 +78,7 @@ def test_same_name_again(tmp_path):
     register_entries([entry, entry])
     register_entries([entry])
     own_data.panoptic(tmp_path)
-    with pytest.raises(ValueError, match="'own_train' is registered already, with type 'instance'"):
+    with pytest.raises(ValueError, match="'own_train' is already registered with type 'instance'"):
         register_entries([own_data.entry("panoptic", tmp_path)])
     content = json.loads((tmp_path / "instances.json").read_text())
     content["categories"][0] = {"id": 3, "name": "mug"}
@@ -86,7 +86,7 @@ def test_same_name_again(tmp_path):
     with pytest.raises(ValueError, match="with class names .*'cup', 'plate'.*'mug', 'plate'"):
         register_entries([entry])
     DatasetCatalog.register("other", list)
-    with pytest.raises(ValueError, match="'other' is registered already, by other code"):
+    with pytest.raises(ValueError, match="'other' is already registered by other code"):
         register_entries([entry | {"NAME": "other"}])
 
 
@@ -96,11 +96,14 @@ def test_same_name_again(tmp_path):
         ({"TYPE": "boxes"}, r"CUSTOM\[1\] \(own_val\) has TYPE 'boxes'; allowed: panoptic, inst"),
         ({"TYPE": None}, "has TYPE None"),
         ({"INSTANCE_JSON": "x"}, "key 'INSTANCE_JSON', .* Did you mean INSTANCES_JSON"),
-        ({"CLASSES": ["cup"]}, "key 'CLASSES', which type instance does not know"),
+        ({"CLASSES": ["cup"]}, "key 'CLASSES', which is unknown for type instance"),
         ({"NAME": 3}, "has NAME 3; it must be a str"),
         ({"IMAGE_ROOT": None}, "has IMAGE_ROOT None; it must be a str"),
-        ({"IMAGE_ROOT": "nowhere"}, r"'own_val': there is no folder nowhere \(in /.*of the images"),
-        ({"INSTANCES_JSON": "no.json"}, r"'own_val': there is no instance JSON no\.json"),
+        ({"IMAGE_ROOT": "nowhere"}, r"'own_val': folder nowhere \(in /.*of the images does not"),
+        (
+            {"INSTANCES_JSON": "no.json"},
+            r"'own_val': instance JSON no\.json \(in /.* does not exist",
+        ),
     ],
 )
 def test_wrong_entries(tmp_path, change, message):
@@ -126,12 +129,12 @@ def test_entries_that_lack_keys(tmp_path):
         ({"CLASSES": ["cup", False, "table"]}, r"class 1 \(from 0\) of classes is False.*quote"),
         ({"CLASSES": []}, "classes is empty"),
         ({"CLASSES": ["cup", "plate", "cup"]}, "names 'cup' more than once"),
-        ({"CLASSES": "none.txt"}, r"there is no class list none\.txt"),
+        ({"CLASSES": "none.txt"}, r"class list none\.txt .* does not exist"),
         ({"CLASSES": 3}, "has CLASSES 3; it must be a str or list or tuple"),
         ({"IGNORE_LABEL": 2}, "ignore_label 2 is the label of class 'table'"),
         ({"IGNORE_LABEL": True}, "has IGNORE_LABEL True; it must be a int"),
         ({"IMAGE_EXT": "png"}, r"images holds no \*\.png file .* extensions there are '\.jpg'"),
-        ({"LABEL_ROOT": "empty"}, "there is no folder empty"),
+        ({"LABEL_ROOT": "empty"}, "folder empty .* does not exist"),
     ],
 )
 def test_wrong_semantic_entries(tmp_path, change, message):
@@ -153,7 +156,7 @@ def test_blank_line_in_a_class_list(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('{"images": [', "is no valid JSON"),
+        ('{"images": [', "is not valid JSON"),
         ("[]", "has no list of 'categories'"),
         ('{"categories": []}', "has no list of 'categories'"),
         ('{"categories": [{"id": 1}]}', "has no 'name'"),
@@ -168,7 +171,7 @@ def test_damaged_json(tmp_path, text, message):
         register_instances("broken", str(tmp_path / "images"), str(tmp_path / "broken.json"))
 
 
-def test_panoptic_json_must_say_what_is_a_thing_and_agree_with_the_instances(tmp_path):
+def test_inconsistent_panoptic_json(tmp_path):
     content = own_data.panoptic(tmp_path)
     entry = own_data.entry("panoptic", tmp_path)
     write_json(tmp_path / "instances.json", {"categories": [{"id": 3, "name": "cup"}]})
@@ -178,7 +181,7 @@ def test_panoptic_json_must_say_what_is_a_thing_and_agree_with_the_instances(tmp
     write_json(tmp_path / "panoptic.json", content)
     with pytest.raises(ValueError, match="'table'.* has no 'isthing'"):
         register_entries([entry])
-    with pytest.raises(FileNotFoundError, match="no folder .* of the semantic PNGs"):
+    with pytest.raises(FileNotFoundError, match="folder .* of the semantic PNGs does not exist"):
         register_panoptic(
             *("p", str(tmp_path / "images"), str(tmp_path / "panoptic")),
             panoptic_json=str(tmp_path / "panoptic.json"),
@@ -186,7 +189,7 @@ def test_panoptic_json_must_say_what_is_a_thing_and_agree_with_the_instances(tmp
         )
 
 
-def test_annotation_of_an_unknown_category_is_an_error_when_loaded(tmp_path):
+def test_annotation_of_an_unknown_category(tmp_path):
     content = own_data.instances(tmp_path)
     content["annotations"][0]["category_id"] = 4
     write_json(tmp_path / "instances.json", content)

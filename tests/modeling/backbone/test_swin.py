@@ -1,4 +1,4 @@
-"""Swin backbone: hand-worked parts, two peer implementations, and the published contract.
+"""Swin backbone: parts worked by hand, two peer implementations, and the original's contract.
 
 Shape letters: see `mask2former.modeling.backbone.swin_layers`.
 """
@@ -12,8 +12,10 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 
+from mask2former.fast.window_attention import FastWindowAttention
 from mask2former.modeling.backbone import swin_layers
 from mask2former.modeling.backbone.swin import (
+    BasicLayer,
     D2SwinTransformer,
     PatchEmbed,
     PatchMerging,
@@ -24,14 +26,14 @@ from mask2former.modeling.backbone.swin import (
     window_reverse,
 )
 
-# A Swin small enough to run often: channels 24 to 192, 8 per head, one shifted block a stage.
+# A Swin small enough to run often: 24 to 192 channels, 8 per head, one shifted block per stage.
 SMALL = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24)}
-# Neither divides by the patch, the window or 32.
+# No multiple of the patch, the window or 32.
 ODD_SIZE = (75, 101)
 
 
 def small_swin(seed: int = 0, **arguments) -> SwinTransformer:
-    """A small Swin, whose norms, biases and position biases are random as well."""
+    """A small Swin with random norms, biases and position biases."""
     torch.manual_seed(seed)
     model = SwinTransformer(**{"drop_path_rate": 0.0, **SMALL, **arguments})
     with torch.no_grad():
@@ -69,19 +71,19 @@ def swin_config(**options) -> CfgNode:
 
 
 def detectron2_swin(**arguments) -> nn.Module:
-    """Detectron2's own Swin, left with PyTorch's initialisation."""
+    """Detectron2's Swin with PyTorch's default initialisation."""
     peer = pytest.importorskip("detectron2.modeling.backbone.swin")
 
     class Peer(peer.SwinTransformer):
         def _init_weights(self, m: nn.Module) -> None:
             pass
 
-    # Its drop path needs a package that is not required here.
+    # Its drop path needs a package that this project does not require.
     return Peer(**{**SMALL, "drop_path_rate": 0.0, **arguments})
 
 
 def scalar(features: dict[str, Tensor]) -> Tensor:
-    """A number that depends on every value of every map, each with its own weight."""
+    """A weighted sum of all values of all maps."""
     return sum((f * torch.linspace(-1, 1, f.numel()).view_as(f)).sum() for f in features.values())
 
 
@@ -91,7 +93,7 @@ def assert_same_features(ours: dict[str, Tensor], theirs: list[Tensor], atol: fl
         torch.testing.assert_close(feature, other, atol=atol, rtol=0, msg=lambda m, n=name: n + m)
 
 
-# --- parts, by hand
+# --- parts worked by hand
 
 
 def test_window_partition_orders_images_then_rows_then_columns():
@@ -108,9 +110,9 @@ def test_window_partition_orders_images_then_rows_then_columns():
 
 
 def test_shifted_window_mask_by_hand():
-    # 4 × 4 tokens, windows of 2, shift 1: the last row and the last column come from the other
-    # side. The left upper window is whole; right of it columns 2 | 3 are strangers; below, rows
-    # 2 | 3; in the corner everyone is.
+    # 4 x 4 tokens, windows of 2, shift 1: the last row and column come from the opposite border.
+    # The upper left window has one region; the upper right is split between columns 2 and 3, the
+    # lower left between rows 2 and 3, the lower right between both.
     mask = swin_layers._shifted_window_mask(4, 4, 2, 1, torch.device("cpu"))
     x = -100
     assert mask.tolist() == [
@@ -122,11 +124,11 @@ def test_shifted_window_mask_by_hand():
 
 
 def test_relative_position_index_by_hand():
-    # Offsets (row, column) from -1 to 1 are numbered row by row; 4 is "the same token".
+    # Offsets (row, column) from -1 to 1 in row-major order; 4 is the token itself.
     index = WindowAttention(4, (2, 2), 2).relative_position_index
     assert index.dtype == torch.int64
     assert index.tolist() == [[4, 3, 1, 0], [5, 4, 2, 1], [7, 6, 4, 3], [8, 7, 5, 4]]
-    # One column: only the row offsets -1, 0 and 1 remain.
+    # With one column only the row offsets -1, 0 and 1 exist.
     assert WindowAttention(4, (2, 1), 2).relative_position_index.tolist() == [[1, 0], [2, 1]]
 
 
@@ -138,19 +140,20 @@ def test_patch_merging_takes_columns_first_and_pads_odd_maps():
     assert merge(x, 3, 3).tolist() == [[[0, 3, 1, 4], [2, 5, 0, 0], [6, 0, 7, 0], [8, 0, 0, 0]]]
 
 
-def test_patch_embed_fills_incomplete_patches_with_zeros():
+def test_patch_embed_pads_incomplete_patches_with_zeros():
     embed = PatchEmbed(patch_size=(2, 4), in_chans=1, embed_dim=1)
     nn.init.ones_(embed.proj.weight)
     nn.init.zeros_(embed.proj.bias)
     assert embed(torch.ones(1, 1, 3, 5)).tolist() == [[[[8, 2], [4, 1]]]]
 
 
+@pytest.mark.parametrize("kind", [WindowAttention, FastWindowAttention])
 @pytest.mark.parametrize("qk_scale", [None, 0.3])
 @pytest.mark.parametrize("num_images, shifted", [(1, False), (1, True), (3, False), (3, True)])
-def test_window_attention_is_a_plain_softmax(num_images, shifted, qk_scale):
+def test_window_attention_equals_a_loop(num_images, shifted, qk_scale, kind):
     torch.manual_seed(0)
     num_windows, num_heads, dim = 4, 3, 12
-    attention = WindowAttention(dim, (2, 3), num_heads, qk_scale=qk_scale).double()
+    attention = kind(dim, (2, 3), num_heads, qk_scale=qk_scale).double()
     nn.init.normal_(attention.relative_position_bias_table)
     x = torch.randn(num_images * num_windows, 6, dim, dtype=torch.float64, requires_grad=True)
     mask = torch.where(torch.rand(num_windows, 6, 6) < 0.4, -100.0, 0.0) if shifted else None
@@ -160,7 +163,7 @@ def test_window_attention_is_a_plain_softmax(num_images, shifted, qk_scale):
     out = attention(x, mask)
     grads = torch.autograd.grad((out * weight).sum(), inputs)
     with torch.no_grad():
-        out_without_grad = attention(x, mask)  # another kernel
+        out_without_grad = attention(x, mask)  # fast: another kernel
 
     rows = []
     for i, window in enumerate(x):
@@ -183,9 +186,10 @@ def test_window_attention_is_a_plain_softmax(num_images, shifted, qk_scale):
         torch.testing.assert_close(grad, expected_grad)
 
 
-def test_attention_dropout_only_in_training():
+@pytest.mark.parametrize("kind", [WindowAttention, FastWindowAttention])
+def test_attention_dropout_only_in_training(kind):
     torch.manual_seed(0)
-    attention = WindowAttention(8, (2, 2), 2, attn_drop=0.5)
+    attention = kind(8, (2, 2), 2, attn_drop=0.5)
     x = torch.randn(3, 4, 8)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -193,13 +197,14 @@ def test_attention_dropout_only_in_training():
             assert torch.equal(attention.eval()(x), attention(x))
 
 
-def test_shifted_block_lets_no_opposite_borders_meet():
-    # After the cyclic shift the first row lies beside the last one, but must not see it.
+def test_shifted_block_separates_opposite_borders():
+    # The cyclic shift puts the first row next to the last one; they must not attend to each other.
     torch.manual_seed(0)
     block = SwinTransformerBlock(8, 2, window_size=4, shift_size=2).eval()
     mask = swin_layers._shifted_window_mask(8, 8, 4, 2, torch.device("cpu"))
     x = torch.randn(1, 64, 8, requires_grad=True)
-    block(x, 8, 8, mask).view(8, 8, 8)[0].sum().backward()
+    block.H, block.W = 8, 8
+    block(x, mask).view(8, 8, 8)[0].sum().backward()
     seen = x.grad.view(8, 8, 8).abs().amax(2)  # (H, W)
     assert (seen[:2] > 1e-6).all()  # rows 0 and 1 share the shifted window
     assert seen[2:].max() < 1e-20
@@ -262,7 +267,7 @@ def test_same_random_numbers_as_detectron2():
 
 
 def transformers_state_dict(model: SwinTransformer) -> dict[str, Tensor]:
-    """The weights under the names of the transformers package's `SwinBackbone`."""
+    """The weights under the names of `SwinBackbone` in the transformers package."""
     renamed = {
         "patch_embed.proj.": "swin.embeddings.patch_embeddings.projection.",
         "patch_embed.norm.": "swin.embeddings.norm.",
@@ -348,12 +353,13 @@ def test_drop_path_grows_linearly_and_acts_in_training_only():
     assert torch.equal(model(image)["res5"], model(image)["res5"])
 
 
-def test_drop_path_leaves_out_branches_per_image():
+def test_drop_path_skips_branches_per_image():
     torch.manual_seed(0)
     block = SwinTransformerBlock(8, 2, window_size=2, drop_path=0.5)
     x = torch.randn(400, 4, 8)
-    untouched = (block(x, 2, 2) == x).flatten(1).all(1)
-    # Both branches are left out of a quarter of the images: 100, standard deviation 8.7.
+    block.H, block.W = 2, 2
+    untouched = (block(x, None) == x).flatten(1).all(1)
+    # A quarter of the images skip both branches: 100 of 400, standard deviation 8.7.
     assert 70 < untouched.sum() < 130
 
 
@@ -406,20 +412,117 @@ def test_absolute_position_table_is_resized_bicubically():
         assert_same_features(model(image), list(expected.values()), atol=1e-5)
 
 
-def test_mask_cache_is_bounded_private_and_survives_copies():
+def test_masks_are_computed_once_per_size(monkeypatch):
+    computed = []
+    compute = swin_layers.window_partition
+
+    def counted(x, window_size):
+        computed.extend([x.shape] if x.shape[-1] == 1 else [])  # regions have one channel
+        return compute(x, window_size)
+
+    monkeypatch.setattr(swin_layers, "window_partition", counted)
+    swin_layers._shifted_window_mask.cache_clear()
     model = small_swin()
     names = list(model.state_dict())
     with torch.inference_mode():
         model(torch.randn(1, 3, 64, 64))
+    # Stages of 16, 8, 4 and 2 tokens: padded to 21, 14 and 7.
+    assert len(computed) == 3
+    # Masks from inference mode serve training, and copies of the model.
     scalar(model(torch.randn(1, 3, 64, 64))).backward()
-    twin = copy.deepcopy(model)
-    torch.testing.assert_close(
-        twin(torch.ones(1, 3, 64, 64))["res5"], model(torch.ones(1, 3, 64, 64))["res5"]
-    )
-    for width in range(64, 64 + 28 * 8, 28):
-        model.eval()(torch.randn(1, 3, 64, width))
-    assert all(len(layer._masks) <= swin_layers._MAX_CACHED_MASKS for layer in model.layers)
+    scalar(copy.deepcopy(model)(torch.randn(1, 3, 64, 64))).backward()
+    assert len(computed) == 3
     assert list(model.state_dict()) == names
+
+
+def test_checkpointed_blocks_keep_their_image_size():
+    """A forward pass of another size before backward does not disturb recomputation."""
+    images = torch.randn(1, 3, 64, 96), torch.randn(1, 3, 32, 64)
+    grads = []
+    for use_checkpoint in (False, True):
+        model = small_swin(use_checkpoint=use_checkpoint)
+        loss, other = (scalar(model(image)) for image in images)
+        (loss + other).backward()
+        grads.append([p.grad for p in model.parameters()])
+    for plain, checkpointed in zip(*grads, strict=True):
+        torch.testing.assert_close(checkpointed, plain)
+
+
+# --- what forks of the original build on
+
+
+def test_every_module_is_called():
+    model = small_swin(drop_path_rate=0.2, drop_rate=0.1, attn_drop_rate=0.1)
+    called = set()
+    for name, module in model.named_modules():
+        module.register_forward_hook(lambda *_, name=name: called.add(name))
+    for training in (True, False):
+        called.clear()
+        with torch.set_grad_enabled(training):
+            model.train(training)(torch.randn(1, 3, 64, 64))
+        containers = {n for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+        assert {name for name, _ in model.named_modules()} - containers == called
+
+
+def test_hook_on_softmax_sees_attention_weights():
+    model = small_swin().eval()
+    seen = []
+    model.layers[3].blocks[1].attn.softmax.register_forward_hook(lambda *x: seen.append(x[2]))
+    with torch.no_grad():
+        model(torch.randn(2, 3, 64, 64))
+    (weights,) = seen
+    assert weights.shape == (2, 24, 49, 49)
+    torch.testing.assert_close(weights.sum(-1), torch.ones(2, 24, 49))
+
+
+def test_replaced_parts_are_called():
+    """Attributes and calls as in the original: the block's H and W, keywords, return values."""
+    calls = []
+
+    class Attention(WindowAttention):
+        def forward(self, x, mask=None):
+            calls.append(("attn", None if mask is None else tuple(mask.shape)))
+            q, k, v = self.qkv(x).view(*x.shape[:2], 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+            weights = self.softmax(q * self.scale @ k.transpose(-2, -1))
+            return self.proj_drop(
+                self.proj((self.attn_drop(weights) @ v).transpose(1, 2).flatten(2))
+            )
+
+    class Block(SwinTransformerBlock):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            self.attn = Attention(self.dim, (self.window_size,) * 2, self.num_heads)
+
+        def forward(self, x, mask_matrix):
+            calls.append(("block", self.H, self.W, self.mlp_ratio))
+            return super().forward(x, mask_matrix)
+
+    layer = BasicLayer(8, 2, 2, 4, downsample=PatchMerging)
+    layer.blocks = nn.ModuleList(Block(8, 2, 4, shift) for shift in (0, 2))
+    out, height, width, merged, next_height, next_width = layer(torch.randn(3, 35, 8), 5, 7)
+    assert calls == [
+        ("block", 5, 7, 4.0),
+        ("attn", None),
+        ("block", 5, 7, 4.0),
+        ("attn", (4, 16, 16)),
+    ]
+    assert (out.shape, height, width) == ((3, 35, 8), 5, 7)
+    assert (merged.shape, next_height, next_width) == ((3, 12, 16), 3, 4)
+
+
+@pytest.mark.parametrize("use_checkpoint", [False, True])
+def test_stage_compiles_without_a_graph_break(use_checkpoint):
+    stage = BasicLayer(8, 2, 2, 4, downsample=PatchMerging, use_checkpoint=use_checkpoint)
+    compiled = torch.compile(stage, fullgraph=True, backend="aot_eager")
+    x = torch.randn(1, 35, 8)
+    grads = []
+    for function in (stage, compiled):
+        stage.zero_grad()
+        out = function(x, 5, 7)[3]
+        out.square().sum().backward()
+        grads.append([out.detach(), *(p.grad.clone() for p in stage.parameters())])
+    for eager, ours in zip(*grads, strict=True):
+        torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_stages_stay_frozen_in_training():
@@ -479,7 +582,7 @@ def test_backbone_from_config():
         ("QKV_BIAS", False, lambda b: b.layers[0].blocks[0].attn.qkv.bias is None),
         ("QK_SCALE", 0.5, lambda b: b.layers[0].blocks[0].attn.scale == 0.5),
         ("DROP_RATE", 0.5, lambda b: b.layers[0].blocks[0].mlp.drop.p == 0.5),
-        ("ATTN_DROP_RATE", 0.5, lambda b: b.layers[0].blocks[0].attn.attn_drop == 0.5),
+        ("ATTN_DROP_RATE", 0.5, lambda b: b.layers[0].blocks[0].attn.attn_drop.p == 0.5),
         ("PATCH_NORM", False, lambda b: b.patch_embed.norm is None),
         ("USE_CHECKPOINT", True, lambda b: all(layer.use_checkpoint for layer in b.layers)),
         ("DEPTHS", [1, 2, 1, 1], lambda b: len(b.layers[1].blocks) == 2),
@@ -492,7 +595,7 @@ def test_each_config_key_is_read(key, value, read):
     assert read(D2SwinTransformer(swin_config(**{key: value}), ShapeSpec(channels=3)))
 
 
-def test_backbone_from_keywords_returns_the_features_asked_for():
+def test_backbone_from_keywords_returns_out_features():
     backbone = D2SwinTransformer(out_features=["res5", "res3"], in_chans=4, **SMALL)
     assert list(backbone.output_shape()) == ["res5", "res3"]
     assert set(backbone(torch.randn(1, 4, 32, 32))) == {"res3", "res5"}
@@ -500,7 +603,22 @@ def test_backbone_from_keywords_returns_the_features_asked_for():
         backbone(torch.randn(4, 32, 32))
 
 
-def test_subclass_of_another_project_is_made_from_a_config():
+def test_stem_has_three_channels_whatever_pixel_mean_says():
+    class ColoursOnly(D2SwinTransformer):
+        def forward(self, x):
+            return super().forward(x[:, :3])
+
+    image = torch.randn(1, 4, 64, 64)
+    backbone = D2SwinTransformer(swin_config(), ShapeSpec(channels=4))
+    with pytest.raises(ValueError, match=r"4 channels .*MODEL\.PIXEL_MEAN.* this Swin has 3"):
+        backbone(image)
+    colours = ColoursOnly(swin_config(), ShapeSpec(channels=4))
+    assert colours(image)["res2"].shape == (1, 24, 16, 16)
+    backbone.patch_embed.proj = nn.Conv2d(4, 24, 4, 4)
+    assert backbone(image)["res2"].shape == (1, 24, 16, 16)
+
+
+def test_subclass_of_another_project_is_built_from_a_config():
     class Adapted(D2SwinTransformer):
         def __init__(self, cfg, input_shape):
             super().__init__(cfg, input_shape)

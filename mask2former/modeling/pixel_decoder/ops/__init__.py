@@ -1,1 +1,1 @@
-"""Published import paths of the deformable attention op; its home is `mask2former.ops`."""
+"""The deformable attention op under the original import paths; its home is `mask2former.ops`."""

@@ -1,5 +1,5 @@
-"""Published import path of the deformable attention function."""
+"""Original import path of the deformable attention function."""
 
-from .....ops.ms_deform_attn import MSDeformAttnFunction
+from .ms_deform_attn_func import MSDeformAttnFunction
 
 __all__ = ["MSDeformAttnFunction"]

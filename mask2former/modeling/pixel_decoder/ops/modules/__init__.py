@@ -1,5 +1,5 @@
-"""Published import path of the deformable attention module."""
+"""Original import path of the deformable attention module."""
 
-from .....ops import MSDeformAttn
+from .ms_deform_attn import MSDeformAttn
 
 __all__ = ["MSDeformAttn"]

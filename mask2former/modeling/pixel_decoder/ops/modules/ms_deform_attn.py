@@ -1,0 +1,5 @@
+"""Original import path of the deformable attention module."""
+
+from .....ops import MSDeformAttn
+
+__all__ = ["MSDeformAttn"]
