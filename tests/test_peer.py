@@ -187,7 +187,7 @@ def test_all_predictions_and_attention_masks(backbone, size, pre_norm):
     peer_by_layer = [*expected.auxiliary_logits, expected]
     assert len(ours_by_layer) == len(peer_by_layer) == NUM_PREDICTIONS
     for prediction, other in zip(ours_by_layer, peer_by_layer, strict=True):
-        # Not so small that everything would be close.
+        # Large enough that closeness means something.
         assert other["masks_queries_logits"].std() > 0.3
         assert other["class_queries_logits"].std() > 0.3
         _assert_close(prediction["pred_logits"], other["class_queries_logits"])
@@ -320,7 +320,7 @@ def test_losses_at_the_same_points(form, counts, monkeypatch):
 def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
     """In float64, where rounding does not move an activation over the kink of a ReLU."""
     ours, peer = (model.double() for model in _pair(backbone, seed=7))
-    ours.train().criterion.float()  # Ours computes losses in float32 whatever the precision.
+    ours.train().criterion.float()  # Our losses are always in float32.
     generator = torch.Generator().manual_seed(8)
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator)
     targets = _targets(96, 128, seed=9)
@@ -350,7 +350,7 @@ def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
         {k: p.grad for k, p in ours.named_parameters()}, is_swin=backbone == "swin"
     )
     peer_gradients = {k: p.grad for k, p in peer.named_parameters() if p.grad is not None}
-    if backbone == "resnet":  # There the norms are frozen in ours only.
+    if backbone == "resnet":  # Only our norms are frozen.
         peer_gradients = {k: g for k, g in peer_gradients.items() if "normalization" not in k}
     assert gradients.keys() == peer_gradients.keys()
     differences = {}
