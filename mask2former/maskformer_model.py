@@ -48,13 +48,16 @@ class MaskFormer(nn.Module):
         test_topk_per_image: instances per image.
     """
 
+    pixel_mean: Tensor
+    pixel_std: Tensor
+
     @configurable
     def __init__(
         self,
         *,
         backbone: Backbone,
         sem_seg_head: nn.Module,
-        criterion: nn.Module,
+        criterion: SetCriterion,
         num_queries: int,
         object_mask_threshold: float,
         overlap_threshold: float,
@@ -175,10 +178,12 @@ class MaskFormer(nn.Module):
         images = ImageList.from_tensors(images, self.size_divisibility)
 
         if self.training:
-            if not all("instances" in x for x in batched_inputs):
+            without = [x for x in batched_inputs if "instances" not in x]
+            if without:
                 raise ValueError(
-                    "a training input has no 'instances': INPUT.DATASET_MAPPER_NAME must name a "
-                    "mapper that makes targets"
+                    f"training input {without[0].get('file_name', '')!r} has no 'instances': its "
+                    "record has no annotation, or INPUT.DATASET_MAPPER_NAME names a mapper that "
+                    "does not make targets"
                 )
             outputs = self.forward_network(images.tensor)
             instances = [x["instances"].to(self.device) for x in batched_inputs]

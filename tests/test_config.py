@@ -27,7 +27,7 @@ R50_PANOPTIC = CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.y
 _recipes = json.loads((CONTRACTS / "recipes.json").read_text())
 RECIPES = {path: _recipes["all"] | differences for path, differences in _recipes["recipes"].items()}
 # Data set and task → backbone → the paper's figures (tables 1, 2, 3, 6 and 7).
-PUBLISHED = {
+PAPER_FIGURES = {
     "coco/panoptic": {
         "R50": "PQ 51.9, AP 41.7, mIoU 61.7",
         "R101": "PQ 52.6, AP 42.6, mIoU 62.4",
@@ -121,7 +121,7 @@ def test_recipe_opens_with_its_command_hardware_and_figures(path):
     assert lines[2] == "# Eight GPUs, two images each (batch 16)."
     figures = [
         figures
-        for task, by_backbone in PUBLISHED.items()
+        for task, by_backbone in PAPER_FIGURES.items()
         for backbone, figures in by_backbone.items()
         if path.startswith(f"{task}-segmentation/") and f"_{backbone}_" in path
     ]

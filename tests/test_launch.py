@@ -3,7 +3,7 @@
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
-from load_script import load_script
+from load_script import ROOT, load_script
 
 from mask2former import launch as launch_module
 from mask2former.launch import launch, started_by_torchrun
@@ -106,6 +106,22 @@ def test_programs_keep_freed_memory_on_a_cpu(config_file, monkeypatch, tmp_path,
     with pytest.raises(Stop):
         launch_module.main(parse("--config-file", config_file, "MODEL.DEVICE", device))
     assert calls == expected
+
+
+def test_demo_keeps_freed_memory_on_a_cpu(monkeypatch, tmp_path):
+    demo, calls = load_script("tools/demo.py"), []
+
+    def stop(cfg):
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(demo, "keep_freed_memory", lambda: calls.append(True))
+    monkeypatch.setattr(demo, "Predictor", stop)
+    (tmp_path / "a.png").touch()
+    config = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
+    arguments = ["--config-file", config, "--input", tmp_path, "--output", tmp_path / "drawings"]
+    with pytest.raises(SystemExit, match="stop here"):
+        demo.main([*map(str, arguments), "--opts", "MODEL.DEVICE", "cpu"])
+    assert calls == [True]
 
 
 def test_run_passes_the_hook_on(config_file, monkeypatch, capsys):

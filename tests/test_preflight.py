@@ -95,6 +95,14 @@ def test_once_through_launch(toy_file, counts, monkeypatch):
     assert Path(toy_file).with_name("output").joinpath("model_final.pth").is_file()
 
 
+def test_once_in_an_evaluation(toy_file, counts, monkeypatch):
+    monkeypatch.setattr(launch_module, "Trainer", toy.ToyTrainer)
+    opts = ["DATASETS.TEST", "('shapes_val_sem_seg',)"]
+    with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
+        launch(main, parse("--config-file", toy_file, "--eval-only", *opts))
+    assert counts == {name: 1 for name in CHECKS if name != "check_batch_size"}
+
+
 def test_once_without_launch(toy_file, counts, tmp_path):
     """Scripts that build the trainer themselves, with a config from either source."""
     toy.ToyTrainer(load_config(toy_file))

@@ -261,7 +261,7 @@ def fixed_size(cfg: CfgNode) -> tuple[int, int]:
     Raises:
         ValueError: the config does not fix a size.
     """
-    if cfg.INPUT.DATASET_MAPPER_NAME.endswith("_lsj"):
+    if cfg.INPUT.DATASET_MAPPER_NAME in ("coco_instance_lsj", "coco_panoptic_lsj"):
         return cfg.INPUT.IMAGE_SIZE, cfg.INPUT.IMAGE_SIZE
     crop = cfg.INPUT.CROP
     if not crop.ENABLED or crop.TYPE != "absolute":

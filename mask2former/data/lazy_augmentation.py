@@ -173,7 +173,9 @@ def _resize_crop_image(
     rows, columns = _window(crop, (height, width))
     whole = rows == slice(0, height) and columns == slice(0, width)
     is_plain = (
-        image.dtype == np.uint8 and image.shape[2:] == (3,) and resize.interp == Image.BILINEAR
+        image.dtype == np.uint8
+        and image.shape[2:] == (3,)
+        and resize.interp == Image.Resampling.BILINEAR
     )
     if whole or not is_plain or height < resize.h:
         return crop.apply_image(resize.apply_image(image))
@@ -185,10 +187,10 @@ def _resize_crop_image(
     last = min(math.ceil(rows.stop * scale + reach), resize.h)
 
     strip = Image.fromarray(image[first:last])
-    strip = strip.resize((width, last - first), Image.BILINEAR)
+    strip = strip.resize((width, last - first), Image.Resampling.BILINEAR)
     # Restore the full height, on which the sampling positions of the second pass depend.
     strip = strip.crop((columns.start, -first, columns.stop, resize.h - first))
-    strip = strip.resize((strip.width, height), Image.BILINEAR)
+    strip = strip.resize((strip.width, height), Image.Resampling.BILINEAR)
     return np.asarray(strip.crop((0, rows.start, strip.width, rows.stop)))
 
 
@@ -206,7 +208,7 @@ def _resize_crop_labels(
 def _nearest(size: int, new_size: int, dtype: np.dtype) -> np.ndarray:
     """Source index of each of `new_size` pixels when a row of `size` is resized, (new_size,) int64.
 
-    Found by resizing the indices, since Detectron2 picks other pixels for uint8 than for float64.
+    Computed by resizing indices, since Detectron2 picks other pixels for uint8 than for float64.
     """
     resize = T.ResizeTransform(1, size, 1, new_size)
     positions = np.arange(size)

@@ -45,11 +45,11 @@ _EXIF_ORIENTATION = 0x0112
 
 
 class Draw(NamedTuple):
-    """One sample to load: its index in the data set, and the seed and position of its RNG."""
+    """One sample to load: the index of its record, and the seed and position of its RNG."""
 
     seed: int
     position: int
-    index: int
+    record: int
 
 
 class SeededSamples(Dataset):
@@ -68,7 +68,7 @@ class SeededSamples(Dataset):
         Raises:
             ValueError: the mapper rejected too many samples in a row.
         """
-        index = draw.index
+        index = draw.record
         with isolated_rng(draw.seed, DATA, draw.position):
             for _ in range(_MAX_REJECTIONS):
                 sample = self._mapper(self._records[index])
@@ -77,7 +77,7 @@ class SeededSamples(Dataset):
                 index = random.randrange(len(self))
         raise ValueError(
             f"The dataset mapper returned None for {_MAX_REJECTIONS} samples in a row, from "
-            f"{self._records[draw.index].get('file_name', draw.index)}."
+            f"{self._records[draw.record].get('file_name', draw.record)}."
         )
 
 
@@ -134,7 +134,7 @@ class ResumableBatchSampler(Sampler):
         """The same batches as Detectron2's `AspectRatioGroupedDataset`."""
         groups: dict[bool, list[Draw]] = {True: [], False: []}
         for draw in draws:
-            wide = self._is_wide(draw.index)
+            wide = self._is_wide(draw.record)
             groups[wide].append(draw)
             if len(groups[wide]) == self._batch_size:
                 yield groups[wide]

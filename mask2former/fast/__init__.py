@@ -6,11 +6,12 @@ runs fast unless it is subclassed, patched, replaced or hooked; it then runs as 
 as written.
 
     setup.py           what a config switches: MODEL.FAST, MODEL.CHECKPOINTING
-    model.py           network: mask logits stay factors between decoder and criterion
+    model.py           mask logits stay factors between decoder and criterion
     frozen_norm.py     frozen batch norms folded into convolutions
     pixel_decoder.py   host-side level sizes, feed-forward network in chunks
     decoder.py         attention masks from features resized once per scale
     attention.py       one attention mask for all heads
+    window_attention.py  Swin's window attention by fused kernels
     criterion.py       matching and losses of all layers together
     mask_factors.py    mask logits as the product of embeddings and features
     point_sampling.py  bilinear samples of masks and features

@@ -36,13 +36,13 @@ def set_checkpointing(model: nn.Module, policy: str) -> None:
     if policy not in POLICIES:
         raise ValueError(f"MODEL.CHECKPOINTING is {policy!r}; allowed: {', '.join(POLICIES)}")
     for module in model.modules():
-        module._saves_all = policy == "none"
+        vars(module)["_saves_all"] = policy == "none"
     if policy == "blocks":
         for module in model.modules():
             if isinstance(module, _BLOCKS):
                 for part in module.modules():
-                    part._saves_all = True  # the block is recomputed as a whole
-                module._recompute_whole = True
+                    vars(part)["_saves_all"] = True  # the block is recomputed as a whole
+                vars(module)["_recompute_whole"] = True
             elif isinstance(module, BasicLayer):
                 module.use_checkpoint = True
 

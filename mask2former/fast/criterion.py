@@ -34,7 +34,6 @@ from .point_sampling import BilinearSampler, TargetMasks, max_elements, sample_u
 # Candidate points processed at a time: they are the largest temporaries, and on a CPU fewer of them
 # stay in its caches.
 _MAX_CANDIDATES = {"cpu": 2**20, "cuda": 2**24}
-_FAST_LOSSES = ("labels", "masks")
 
 
 def match(matcher: HungarianMatcher, outputs: dict[str, Any], targets: Targets) -> Indices:
@@ -43,9 +42,7 @@ def match(matcher: HungarianMatcher, outputs: dict[str, Any], targets: Targets) 
 
 
 @torch.no_grad()
-def match_layers(
-    matcher: HungarianMatcher, layers: Sequence[dict[str, Any]], targets: Targets
-) -> list[Indices]:
+def match_layers(matcher: Any, layers: Sequence[dict[str, Any]], targets: Targets) -> list[Indices]:
     """What `HungarianMatcher.forward` returns, for several prediction layers at once."""
     if matcher.num_points <= 0:
         raise ValueError(f"num_points={matcher.num_points}: masks are compared at sampled points")
@@ -129,12 +126,11 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
         raise ValueError(f"{len(targets)} targets for {len(outputs['pred_logits'])} images")
     layers = [outputs, *outputs.get("aux_outputs", [])]
     matcher = criterion.matcher
-    is_plain_matcher = not runs_fast(matcher) or why_hooked(matcher) is not None
-    if is_plain_matcher or not set(_FAST_LOSSES) & set(criterion.losses):
+    if runs_fast(matcher) and why_hooked(matcher) is None:
+        indices = match_layers(matcher, layers, targets)
+    else:
         layers = [_dense(layer) for layer in layers]
         indices = [matcher(layer, targets) for layer in layers]
-    else:
-        indices = match_layers(matcher, layers, targets)
 
     device = outputs["pred_logits"].device
     num_masks = criterion.average_num_masks(targets, device)

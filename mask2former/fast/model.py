@@ -1,6 +1,5 @@
 """The model's forward pass with mask logits as factors, and its streamed post-processing."""
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -38,8 +37,8 @@ def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
         # Convolutions on a CPU are faster in this layout, and pass it on. In training they are not.
         images = images.contiguous(memory_format=torch.channels_last)
     features = model.backbone(images)
-    head = model.sem_seg_head
-    decoder = head.predictor
+    head: Any = model.sem_seg_head
+    decoder: Any = head.predictor
     mask_features, _, multi_scale_features = head.pixel_decoder.forward_features(features)
     predictions = decode_to_factors(decoder, multi_scale_features, mask_features)
     outputs = dict(predictions[-1])
@@ -107,35 +106,17 @@ def _predict(
     shape = resized.shape
     # Semantic scores of the padding are never made.
     scores_shape = shape if before else torch.Size((len(masks), *image_size))
-    tasks: dict[str, tuple[bool, str, Callable[[], Result]]] = {
-        "sem_seg": (
-            model.semantic_on,
-            "semantic_inference",
-            lambda: SemanticResult(mask_cls, scores_shape),
-        ),
-        "panoptic_seg": (
-            model.panoptic_on,
-            "panoptic_inference",
-            lambda: PanopticResult(
-                mask_cls,
-                shape,
-                model._thing_ids(),
-                model.object_mask_threshold,
-                model.overlap_threshold,
-            ),
-        ),
-        "instances": (
-            model.instance_on,
-            "instance_inference",
-            lambda: InstanceResult(
-                mask_cls,
-                shape,
-                model.test_topk_per_image,
-                model._thing_ids() if model.panoptic_on else None,
-            ),
-        ),
-    }
-    streamed = {key: start() for key, (is_on, _, start) in tasks.items() if is_on}
+    streamed: dict[str, Result] = {}
+    if model.semantic_on:
+        streamed["sem_seg"] = SemanticResult(mask_cls, scores_shape)
+    if model.panoptic_on:
+        thresholds = model.object_mask_threshold, model.overlap_threshold
+        streamed["panoptic_seg"] = PanopticResult(mask_cls, shape, model._thing_ids(), *thresholds)
+    if model.instance_on:
+        thing_ids = model._thing_ids() if model.panoptic_on else None
+        streamed["instances"] = InstanceResult(
+            mask_cls, shape, model.test_topk_per_image, thing_ids
+        )
     with torch.autocast(masks.device.type, enabled=False):
         stream_rows(resized, streamed.values())
     predictions = {key: result.finish() for key, result in streamed.items()}

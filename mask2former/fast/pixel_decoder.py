@@ -3,6 +3,9 @@
 Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of all levels, L levels.
 """
 
+import inspect
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -85,7 +88,8 @@ def encode(
 
 def why_not_encode(module: MSDeformAttnTransformerEncoderOnly) -> str | None:
     """Why the layers must get level sizes as tensors, or None: nobody else looks at them."""
-    for layer in module.encoder.layers:
+    layers: Any = module.encoder.layers
+    for layer in layers:
         for part, kind, methods in (
             (layer, MSDeformAttnTransformerEncoderLayer, _LAYER_METHODS),
             (layer.self_attn, MSDeformAttn, _ATTENTION_METHODS),
@@ -147,7 +151,7 @@ def add_fpn_levels(
 
     Normalisation and resizing are cheap compared with the memory of their results.
     """
-    plain = MSDeformAttnPixelDecoder.add_fpn_levels.__wrapped__
+    plain = inspect.unwrap(MSDeformAttnPixelDecoder.add_fpn_levels)
 
     def add(finest: Tensor, *features: Tensor) -> tuple[Tensor, list[Tensor]]:
         return plain(module, finest, list(features))

@@ -130,7 +130,7 @@ class SemanticResult:
         shape: Q, H and W of the result; larger masks are cropped at the right and below.
     """
 
-    queries = None
+    queries: Tensor | None = None
 
     def __init__(self, mask_cls: Tensor, shape: torch.Size):
         self._probabilities = mask_cls.softmax(dim=-1)[:, :-1].T  # (K, Q)

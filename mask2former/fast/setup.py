@@ -11,7 +11,7 @@ from .frozen_norm import fold_frozen_norms
 def follow_parts(model: nn.Module) -> None:
     """Prepare a model whose parts were built somewhere, with or without `apply_config`."""
     if any("_always_plain" in part.__dict__ for part in model.children()):
-        model._always_plain = True
+        vars(model)["_always_plain"] = True
     fold_frozen_norms(model)
 
 

@@ -7,6 +7,7 @@ is Detectron2's (`frozen_norm.py`).
 from torch import nn
 
 from ..maskformer_model import MaskFormer
+from ..modeling.backbone.swin_layers import WindowAttention
 from ..modeling.criterion import SetCriterion
 from ..modeling.layers import CrossAttentionLayer, PositionEmbeddingSine, SelfAttentionLayer
 from ..modeling.matcher import HungarianMatcher
@@ -21,7 +22,7 @@ from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
 )
 from ..ops import MSDeformAttn
 from ..utils.twins import Twin, register_twin
-from . import attention, criterion, decoder, model, pixel_decoder
+from . import attention, criterion, decoder, model, pixel_decoder, window_attention
 
 TABLE = (
     Twin(
@@ -35,6 +36,13 @@ TABLE = (
         "forward_inference",
         model.inference,
         stands_for=("semantic_inference", "panoptic_inference", "instance_inference"),
+    ),
+    Twin(
+        WindowAttention,
+        "forward",
+        window_attention.window_attention,
+        stands_for=("softmax.forward", "attn_drop.forward"),
+        parts={"softmax": nn.Softmax, "attn_drop": nn.Dropout},
     ),
     Twin(
         MSDeformAttnTransformerEncoderOnly,

@@ -4,6 +4,8 @@ Shape letters: B batch, V windows per image, N tokens per window, C channels, A 
 D channels per head.
 """
 
+import inspect
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -11,27 +13,22 @@ from torch import Tensor
 from ..modeling.backbone.swin_layers import WindowAttention
 
 
-class FastWindowAttention(WindowAttention):
-    """`WindowAttention` through `F.scaled_dot_product_attention`.
-
-    Stands for `WindowAttention.forward`; does not call the modules `softmax` and `attn_drop`.
-    """
-
-    def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
-        """See `WindowAttention.forward`."""
-        if x.is_cpu and torch.is_grad_enabled() and self.relative_position_bias_table.requires_grad:
-            # No fused CPU kernel computes the gradient of the bias, and the fallback of
-            # scaled_dot_product_attention makes a training step of the backbone a third slower.
-            return super().forward(x, mask)
-        num_windows, num_tokens, _ = x.shape
-        q, k, v = self.project(x)  # each (B·V, A, N, D)
-        # Narrow before the repeat. Autograd sums the gradient over the repeats.
-        bias = self.attention_bias(mask, q.dtype)  # (V or 1, A, N, N)
-        if mask is not None:
-            bias = bias.repeat(num_windows // mask.shape[0], 1, 1, 1)  # (B·V, A, N, N)
-        dropout = self.attn_drop.p if self.attn_drop.training else 0.0
-        x = F.scaled_dot_product_attention(
-            q, k, v, attn_mask=bias, dropout_p=dropout, scale=self.scale
-        )
-        x = x.transpose(1, 2).reshape(num_windows, num_tokens, self.dim)
-        return self.proj_drop(self.proj(x))
+def window_attention(module: WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Twin of `WindowAttention.forward`."""
+    trains_bias = torch.is_grad_enabled() and module.relative_position_bias_table.requires_grad
+    if x.is_cpu and trains_bias:
+        # No fused CPU kernel computes the gradient of the bias, and the fallback of
+        # scaled_dot_product_attention makes a training step of the backbone a third slower.
+        return inspect.unwrap(WindowAttention.forward)(module, x, mask)
+    num_windows, num_tokens, _ = x.shape
+    q, k, v = module.project(x)  # each (B·V, A, N, D)
+    # Narrow before the repeat. Autograd sums the gradient over the repeats.
+    bias = module.attention_bias(mask, q.dtype)  # (V or 1, A, N, N)
+    if mask is not None:
+        bias = bias.repeat(num_windows // mask.shape[0], 1, 1, 1)  # (B·V, A, N, N)
+    dropout = module.attn_drop.p if module.attn_drop.training else 0.0
+    x = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=bias, dropout_p=dropout, scale=module.scale
+    )
+    x = x.transpose(1, 2).reshape(num_windows, num_tokens, module.dim)
+    return module.proj_drop(module.proj(x))

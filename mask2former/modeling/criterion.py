@@ -89,6 +89,8 @@ class SetCriterion(nn.Module):
         importance_sample_ratio: share of the points chosen by uncertainty, in [0, 1].
     """
 
+    empty_weight: Tensor
+
     def __init__(
         self,
         num_classes: int,
@@ -196,7 +198,7 @@ class SetCriterion(nn.Module):
         logits = at_least_float32(outputs["pred_masks"][src_idx])  # (N, H, W)
         masks = [target["masks"] for target in targets]
         if len({mask.shape[1:] for mask in masks}) > 1:
-            masks = nested_tensor_from_tensor_list(masks).tensors  # padded to (B, max T, H', W')
+            masks = list(nested_tensor_from_tensor_list(masks).tensors)  # padded to one size
         target_masks = torch.cat([m[j] for m, (_, j) in zip(masks, indices, strict=True)])
         target_masks = target_masks.to(logits)
         with torch.no_grad():

@@ -75,8 +75,13 @@ def _fake_forward(value: Tensor, spatial_shapes: list[int], *points: Tensor) -> 
 def _fake_backward(
     grad_output: Tensor, value: Tensor, spatial_shapes: list[int], *rest: Tensor | bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    locations, weights = rest[-3:-1]
-    return tuple(x.new_empty(x.shape) for x in (value, locations, weights))
+    locations, weights, _ = rest[-3:]
+    assert isinstance(locations, Tensor) and isinstance(weights, Tensor)
+    return (
+        value.new_empty(value.shape),
+        locations.new_empty(locations.shape),
+        weights.new_empty(weights.shape),
+    )
 
 
 def _save_inputs(ctx, inputs, output) -> None:

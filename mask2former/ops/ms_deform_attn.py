@@ -16,6 +16,7 @@ P points per level and head.
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,7 +46,7 @@ def _host_shapes(spatial_shapes: SpatialShapes) -> list[tuple[int, int]]:
     if isinstance(spatial_shapes, Tensor):
         spatial_shapes = spatial_shapes.tolist()
     # The exporter's symbolic sizes stay symbolic: int() would make them constants.
-    shapes = [
+    shapes: list[Any] = [
         tuple(size if isinstance(size, torch.SymInt) else int(size) for size in shape)
         for shape in spatial_shapes
     ]

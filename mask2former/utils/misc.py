@@ -1,4 +1,4 @@
-"""Helpers that other projects import: batching of tensors of different sizes, process groups.
+"""Helpers that other projects import: batches of tensors of different sizes, process groups.
 
 Shape letters: B batch, C channels (or number of masks), H W height and width in pixels.
 """
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class NestedTensor:
-    """Tensors of different sizes, padded to one size, and where the padding is.
+    """A batch of tensors padded to one size, with the mask of the padding.
 
     Args:
         tensors: (B, C, H, W), zero in the padding.
@@ -34,15 +34,15 @@ class NestedTensor:
 
 
 def nested_tensor_from_tensor_list(tensor_list: Sequence[Tensor]) -> NestedTensor:
-    """Pad tensors at the end of every dimension to the largest size, and stack them.
+    """Pad tensors at the end of every dimension to the largest size and stack them.
 
     Args:
-        tensor_list: (C_i, H_i, W_i) each, of one dtype and device. C_i may differ as well, as it
-            does for the masks of different images; it may be 0.
+        tensor_list: tensors (C_i, H_i, W_i) of one dtype and device. C_i may differ, as for the
+            masks of different images, and may be 0.
 
     Returns:
         `tensors` (B, max C_i, max H_i, max W_i) and `mask` (B, max H_i, max W_i) bool, True
-        outside H_i x W_i. Channels added to an image are zero but not marked.
+        outside H_i x W_i. Padded channels are zero and not part of the mask.
 
     Raises:
         ValueError: the list is empty, or a tensor does not have three dimensions.
@@ -68,5 +68,5 @@ def nested_tensor_from_tensor_list(tensor_list: Sequence[Tensor]) -> NestedTenso
 
 
 def is_dist_avail_and_initialized() -> bool:
-    """Whether this process belongs to an initialised process group."""
+    """Whether torch.distributed is available and its process group initialised."""
     return dist.is_available() and dist.is_initialized()

@@ -140,7 +140,7 @@ def runs_fast(module: nn.Module, method: str = "forward") -> bool:
 def run_plain(model: nn.Module) -> nn.Module:
     """Make all parts of a model run as written (config key MODEL.FAST False). Returns the model."""
     for module in model.modules():
-        module._always_plain = True
+        vars(module)["_always_plain"] = True
     return model
 
 

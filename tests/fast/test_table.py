@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mask2former.fast.frozen_norm import fold_frozen_norms
 from mask2former.fast.table import TABLE
 from mask2former.maskformer_model import MaskFormer
+from mask2former.modeling.backbone.swin_layers import WindowAttention
 from mask2former.modeling.criterion import SetCriterion
 from mask2former.modeling.layers import (
     CrossAttentionLayer,
@@ -152,7 +153,18 @@ def matcher():
     return criterion()[0].matcher, "forward", (outputs(), targets([0, 2, 1], [], [1]))
 
 
+def window_attention():
+    module = WindowAttention(12, (2, 3), 3)
+    nn.init.normal_(module.relative_position_bias_table)
+    # Frozen, because a table that trains takes the plain path on a CPU.
+    module.relative_position_bias_table.requires_grad_(False)
+    mask = torch.zeros(4, 6, 6)
+    mask[1, :, 4:] = mask[3, 2:] = -100.0
+    return module, "forward", (leaf(2 * 4, 6, 12), mask)
+
+
 CASES = {
+    (WindowAttention, "forward"): window_attention,
     (MSDeformAttnTransformerEncoderOnly, "forward"): encoder,
     (MSDeformAttnTransformerEncoderLayer, "forward"): encoder_layer,
     (MSDeformAttnPixelDecoder, "add_fpn_levels"): pixel_decoder,

@@ -1,4 +1,4 @@
-// The CUDA kernels as functions that run on the CPU; test_cuda_emulation.py calls them.
+// The CUDA kernels as CPU functions, which test_cuda_emulation.py calls.
 
 #include "cuda_emulation.h"
 
@@ -8,7 +8,7 @@ using namespace mask2former::cuda;
 
 namespace {
 
-// `sizes` is B, S, M, D, Q, L, P, whether references are per image; `shapes` height and width of each level.
+// `sizes` holds B, S, M, D, Q, L, P and whether references are per image; `shapes` height and width of each level.
 Problem make_problem(const int64_t* sizes, const int64_t* shapes) {
   Problem problem{};
   problem.batch = sizes[0], problem.values = sizes[1], problem.heads = sizes[2], problem.channels = sizes[3];
@@ -60,8 +60,8 @@ void emulated_forward(
   });
 }
 
-// `grad_value` is zero at the start and of the type of sums; `room`, for the deterministic path, holds 3 numbers for
-// every sample; null: additions in any order.
+// `grad_value` is zero initially and has the accumulate type. `room` is scratch memory of the deterministic path, 3
+// numbers per sample; null selects the path with atomics.
 void emulated_backward(
     int type,
     const int64_t* sizes,
@@ -94,7 +94,7 @@ void emulated_backward(
   });
 }
 
-// Whether the fast kernels take these sizes; nothing is allocated.
+// Whether the fast kernels accept these sizes. Allocates nothing.
 int fits_fast_kernels(const int64_t* sizes) {
   const int64_t no_shapes[2 * kTableLevels] = {};
   return fits_fast(make_problem(sizes, no_shapes));

@@ -1,11 +1,11 @@
-// Runs CUDA kernels on the CPU, one block after the other: enough of CUDA for mask2former/csrc/cuda/*.cuh.
+// Runs CUDA kernels on the CPU, one block after the other. Covers what mask2former/csrc/cuda/*.cuh use of CUDA.
 //
-// Every thread of a block is a fiber with a stack of its own. A warp's functions (shuffles, votes, __syncwarp) are
-// meeting points: a fiber waits there until all threads of its warp that have not returned are there too.
+// Every thread of a block is a fiber with its own stack. Warp functions (shuffles, votes, __syncwarp) are barriers: a
+// fiber waits until all threads of its warp that have not returned arrive.
 //
-// It shows whether index arithmetic, shuffles, reductions and conversions are right, and with a sanitizer that no
-// access is out of bounds or misaligned. It does not show races (fibers take turns at meeting points only), the effects
-// of memory order, warps that lose their convergence, or time. Of shuffles it knows whole warps: the mask is not used.
+// The emulation verifies index arithmetic, shuffles, reductions and conversions, and with a sanitizer that no access is
+// out of bounds or misaligned. It does not find races (fibers switch at barriers only) or effects of memory order or
+// divergence, and says nothing about speed. Shuffles are for whole warps: the mask is ignored.
 
 #pragma once
 
@@ -95,7 +95,7 @@ inline __half __float2half_rn(float value) {
   if (std::isnan(value)) return {0x7fff};
   const float size = std::fabs(value);
   if (size >= 65520.f) return {static_cast<uint16_t>(sign | 0x7c00)};
-  // In units of the last place; one of 2048 carries into the next exponent by itself.
+  // In ulp; a mantissa of 2048 carries into the exponent without further code.
   const int exponent = size < 6.1035156e-05f ? -14 : std::ilogb(size);
   const int units = static_cast<int>(std::nearbyint(std::ldexp(size, 10 - exponent)));
   return {static_cast<uint16_t>(sign | (((exponent + 14) << 10) + units))};
@@ -124,7 +124,7 @@ constexpr int kWarpSize = 32;
 struct Warp {
   int running = 0, arrived = 0;
   unsigned meeting = 0;
-  double slot[2][kWarpSize];  // of this meeting and of the one before, which some have not read yet
+  double slot[2][kWarpSize];  // of this barrier and of the previous one, which some threads have not read yet
   bool present[2][kWarpSize];
 };
 
@@ -154,7 +154,7 @@ inline void run_fiber() {
   if (warp.running > 0 && warp.arrived == warp.running) open_next_meeting(warp);
 }
 
-// Leaves `value` with the warp and waits for the others. Returns the number of the meeting, to read their values.
+// Publishes `value` to the warp and waits for the others. Returns the index of the barrier, for reading their values.
 template <typename T>
 unsigned meet(const T& value) {
   static_assert(sizeof(T) <= sizeof(double));
@@ -167,7 +167,7 @@ unsigned meet(const T& value) {
   return meeting;
 }
 
-// What `lane` left; to read that of a thread that has returned is a mistake.
+// The value that `lane` published; reading that of a returned thread is an error.
 template <typename T>
 T read(unsigned meeting, unsigned lane) {
   const Warp& warp = warps[current / kWarpSize];

@@ -1,9 +1,9 @@
-"""Calls the operators of one library with everything that could lead an index astray.
+"""Calls the operators of one library with sizes and locations that could cause bad indices.
 
     python exercise_kernels.py /path/to/library.so
 
-Run by test_kernels.py on a build with the address sanitizer. Prints "clean" at the end; results
-are only checked for being finite, tests on the package's own library compare them.
+test_kernels.py runs this on a build with the address sanitizer. Prints "clean" at the end. Results
+are only checked to be finite; tests of the package's own library compare values.
 """
 
 import itertools
@@ -16,7 +16,7 @@ CHANNELS = [1, 7, 8, 16, 30, 32, 64, 71]
 POINTS = [1, 3, 4, 13]
 
 
-def locations_of(size: tuple[int, ...], kind: str, dtype: torch.dtype) -> torch.Tensor:
+def make_locations(size: tuple[int, ...], kind: str, dtype: torch.dtype) -> torch.Tensor:
     if kind == "around":  # well inside, on the border, outside
         return torch.rand(*size, 2, dtype=dtype) * 2 - 0.5
     if kind == "borders":
@@ -32,7 +32,7 @@ def exercise(shapes, channels, points, kind, dtype, batch=2, queries=5, heads=2)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     value = torch.randn(batch, positions, heads, channels).to(dtype)
     size = (batch, queries, heads, len(shapes), points)
-    locations = locations_of(size, kind, exact)
+    locations = make_locations(size, kind, exact)
     weights = torch.rand(size, dtype=exact)
     grad = torch.randn(batch, queries, heads * channels).to(dtype)
     reference = torch.rand(1, queries, len(shapes), 2, dtype=exact)
@@ -58,7 +58,7 @@ def main() -> None:
         exercise(SHAPES[0], 32, 4, "around", dtype)
     for batch, queries, heads, points in ((0, 5, 2, 4), (2, 0, 2, 4), (2, 5, 0, 4), (2, 5, 2, 0)):
         exercise(SHAPES[0], 32, points, "around", torch.float32, batch, queries, heads)
-    # More queries than a block of them, and more units than threads.
+    # More queries than one block takes, and more work items than threads.
     exercise([(20, 30), (10, 15)], 32, 4, "around", torch.float32, queries=333, heads=8)
     print("clean")
 

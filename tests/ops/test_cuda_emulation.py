@@ -1,7 +1,7 @@
-r"""The CUDA kernels' own source, compiled for the CPU, against the PyTorch formulation in float64.
+r"""The CUDA kernels, compiled for the CPU, against the PyTorch formulation in float64.
 
-For machines without a GPU: see cuda_emulation.h for what this shows and what it does not. Positions
-that must not be read hold NaN. To look for accesses out of bounds as well:
+For machines without a GPU; cuda_emulation.h says what this verifies and what it does not. Positions
+that must not be read hold NaN. To find accesses out of bounds as well:
 
     CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=undefined" \
         LD_PRELOAD="$(g++ -print-file-name=libasan.so) $(g++ -print-file-name=libstdc++.so)" \
@@ -40,7 +40,7 @@ def kernels(tmp_path_factory) -> ctypes.CDLL:
 
 @dataclass
 class Case:
-    """Sizes, and how the samples lie: ``queries`` None puts one query on every position."""
+    """Sizes and sample distribution; ``queries`` None puts one query on every position."""
 
     shapes: tuple[tuple[int, int], ...] = ((4, 7), (3, 2), (1, 1))
     points: int = 4
@@ -48,12 +48,12 @@ class Case:
     channels: int = 32
     queries: int | None = 21
     batch: int = 2
-    smooth: bool = False  # queries lie on the first positions, all with the same offsets
-    one_reference: bool = False  # for all images
+    smooth: bool = False  # queries on the first positions, all with the same offsets
+    one_reference: bool = False  # shared by all images
 
 
 def make_inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """Value, reference points, offsets, logits, grad_output; some samples far out, NaN or inf."""
+    """Value, reference points, offsets, logits, grad_output; some samples are far, NaN or inf."""
     generator = torch.Generator().manual_seed(3)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     positions = sum(height * width for height, width in case.shapes)
@@ -92,7 +92,7 @@ def integers(numbers: list[int]) -> ctypes.Array:
     return (ctypes.c_int64 * len(numbers))(*numbers)
 
 
-def sizes_of(value: Tensor, case: Case, points: Tensor, reference: Tensor | None) -> ctypes.Array:
+def pack_sizes(value: Tensor, case: Case, points: Tensor, reference: Tensor | None) -> ctypes.Array:
     per_image = int(reference is not None and reference.shape[0] != 1)
     return integers([*value.shape, points.shape[1], len(case.shapes), case.points, per_image])
 
@@ -100,18 +100,18 @@ def sizes_of(value: Tensor, case: Case, points: Tensor, reference: Tensor | None
 def expected(
     case: Case, value: Tensor, reference: Tensor | None, points: Tensor, weights: Tensor, grad
 ) -> list[Tensor]:
-    """Output and gradients of value, points and weights, in float64."""
+    """The output and the gradients of value, points and weights, in float64."""
     value, points, weights, grad = (x.double() for x in (value, points, weights, grad))
     for leaf in (value, points, weights):
         leaf.requires_grad_()
-    counts = points.isfinite().all(-1, keepdim=True)
-    finite = torch.where(counts, points, -1e6)
+    is_finite = points.isfinite().all(-1, keepdim=True)
+    finite = torch.where(is_finite, points, -1e6)
     locations, shares = finite, weights
     if reference is not None:
         size = torch.tensor([(w, h) for h, w in case.shapes], dtype=torch.float64).clamp(min=1)
         locations = reference.double()[:, :, None, :, None] + finite / size[:, None]
         shares = weights.softmax(-1).view(points.shape[:-1])
-    locations = locations.clamp(-1e3, 1e3)  # farther ones have no exact pixel in grid_sample
+    locations = locations.clamp(-1e3, 1e3)  # grid_sample is inexact farther out
     output = _pytorch_formulation(value, list(case.shapes), locations, shares)
     return [output.detach(), *torch.autograd.grad(output, (value, points, weights), grad)]
 
@@ -120,7 +120,7 @@ def run_kernels(
     kernels, case: Case, value, reference, points, weights, grad_output, deterministic: bool
 ) -> list[Tensor]:
     dtype = DTYPES.index(value.dtype)
-    sizes = sizes_of(value, case, points, reference)
+    sizes = pack_sizes(value, case, points, reference)
     shapes = integers([size for shape in case.shapes for size in shape])
     inputs = [pointer(x) for x in (value, reference, points, weights)]
     output = torch.full_like(grad_output, float("nan"))
@@ -138,10 +138,10 @@ def check(kernels, case: Case, dtype: torch.dtype, fused: bool) -> None:
     if not fused:
         size = torch.tensor([(w, h) for h, w in case.shapes], dtype=points.dtype).clamp(min=1)
         points = (reference[:, :, None, :, None] + points / size[:, None]).contiguous()
-        weights = (weights - 0.5).view(points.shape[:-1])  # any weights, negative ones too
+        weights = (weights - 0.5).view(points.shape[:-1])  # also negative weights
         reference = None
-    wanted = expected(case, value, reference, points, weights, grad_output)
-    # What no sample touches must not be read.
+    target = expected(case, value, reference, points, weights, grad_output)
+    # Positions that no sample touches must not be read.
     touched = expected(case, value, reference, points, weights, torch.rand_like(grad_output) + 1)[1]
     value = torch.where(touched != 0, value, float("nan")).contiguous()
 
@@ -154,7 +154,7 @@ def check(kernels, case: Case, dtype: torch.dtype, fused: bool) -> None:
         )
         results.append(got)
         names = ("output", "grad_value", "grad_points", "grad_weights")
-        for name, one, other in zip(names, got, wanted, strict=True):
+        for name, one, other in zip(names, got, target, strict=True):
             largest = max(1.0, other.abs().max().item())
             atol = (exact + (ulp if name == "output" else 0)) * largest
             torch.testing.assert_close(
@@ -187,7 +187,7 @@ CASES = {
     "5 samples": Case(shapes=((7, 6),), points=5, batch=1),
     "40 samples": Case(shapes=(*FOUR_LEVELS, (3, 3)), points=8, queries=11, heads=2),
     "6 samples, 1 query": Case(shapes=((3, 3), (0, 4), (2, 2)), points=2, queries=1, heads=1),
-    # Cells that follow one another in memory, but are not neighbours.
+    # Cells that are consecutive in memory, but not neighbours.
     "run down a column": Case(shapes=((13, 1),), queries=11, points=8, smooth=True, batch=1),
     "one column": Case(shapes=((13, 1), (1, 13)), queries=None, smooth=True, heads=1),
 }

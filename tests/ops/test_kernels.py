@@ -1,6 +1,6 @@
-"""What only the compiled operators have: registration, threads, instruction sets, long indices.
+"""Compiled operators only: registration, threads, instruction sets, 64-bit indices.
 
-That they compute the right numbers is checked in test_ms_deform_attn.py.
+test_ms_deform_attn.py checks their numbers.
 """
 
 import os
@@ -35,7 +35,7 @@ def device(request) -> str:
 
 
 def classic_inputs(device="cpu", dtype=torch.float32, queries=11) -> tuple[Tensor, ...]:
-    """Value, locations, weights; 8 heads of 32 channels, 4 points: the shapes of Mask2Former."""
+    """Value, locations and weights in Mask2Former's shapes: 8 heads of 32 channels, 4 points."""
     generator = torch.Generator().manual_seed(0)
     exact = torch.float64 if dtype == torch.float64 else torch.float32
     size = (2, queries, 8, len(SHAPES), 4)
@@ -46,7 +46,7 @@ def classic_inputs(device="cpu", dtype=torch.float32, queries=11) -> tuple[Tenso
 
 
 def fused_inputs(device="cpu", dtype=torch.float32, queries=11) -> tuple[Tensor, ...]:
-    """Value, reference points, offsets, logits."""
+    """Value, reference points, offsets and logits."""
     generator = torch.Generator().manual_seed(1)
     value, locations, weights = classic_inputs(device, dtype, queries)
     exact = locations.dtype
@@ -74,7 +74,7 @@ def test_opcheck(device, dtype):
 
 
 def gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
-    """Output and gradients."""
+    """The output and the gradients of all inputs."""
     inputs = [x.detach().requires_grad_() for x in inputs]
     out = function(inputs[0], SHAPES, *inputs[1:])
     grad = torch.randn(out.shape, generator=torch.Generator().manual_seed(2))
@@ -105,7 +105,7 @@ def test_deterministic_on_cuda():
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
 
 
-def test_any_number_of_threads_gives_the_same_bits():
+def test_results_do_not_depend_on_the_number_of_threads():
     before = torch.get_num_threads()
     runs = []
     try:
@@ -155,23 +155,23 @@ def test_reference_points_that_need_a_gradient_get_it():
         {"grad": torch.zeros(2, 10, 256)},
     ],
 )
-def test_operators_themselves_refuse_what_would_read_out_of_bounds(change):
+def test_operators_reject_arguments_that_would_read_out_of_bounds(change):
     value, locations, weights = classic_inputs()
-    given = {"value": value, "shapes": FLAT, "locations": locations, "weights": weights, **change}
-    args = [given[name] for name in ("value", "shapes", "locations", "weights")]
+    inputs = {"value": value, "shapes": FLAT, "locations": locations, "weights": weights, **change}
+    args = [inputs[name] for name in ("value", "shapes", "locations", "weights")]
     if "grad" not in change:
         with pytest.raises(RuntimeError):
             torch.ops.mask2former.ms_deform_attn(*args)
     with pytest.raises(RuntimeError):
         torch.ops.mask2former.ms_deform_attn_backward(
-            given.get("grad", torch.zeros(2, 11, 256)), *args, False
+            inputs.get("grad", torch.zeros(2, 11, 256)), *args, False
         )
 
 
 def test_more_than_two_to_the_31_elements():
-    """Pages that are neither written nor read cost no memory, so that this needs little."""
+    """Needs little memory, because pages that are never touched are never allocated."""
     height, width = 2**12, 2**11 + 1
-    shapes = [(1, 1), (height, width)]  # with 256 channels: just over 2^31 numbers
+    shapes = [(1, 1), (height, width)]  # just over 2^31 numbers with 256 channels
     value = torch.empty(1, 1 + height * width, 8, 32)
     assert value.numel() > 2**31
     value[0, -1] = 1.0  # the last pixel
@@ -184,7 +184,7 @@ def test_more_than_two_to_the_31_elements():
 def module_and_inputs(device="cpu") -> tuple[MSDeformAttn, tuple[Tensor, Tensor, Tensor]]:
     torch.manual_seed(0)
     module = MSDeformAttn(d_model=64, n_levels=3, n_heads=4, n_points=2).to(device)
-    for parameter in module.parameters():  # also those that start at zero
+    for parameter in module.parameters():  # including those initialised to zero
         torch.nn.init.normal_(parameter, std=0.2)
     query, memory = torch.randn(2, 7, 64), torch.randn(2, POSITIONS, 64)
     return module, tuple(x.to(device) for x in (query, torch.rand(1, 7, 3, 2), memory))
@@ -203,7 +203,7 @@ def test_compile_without_a_graph_break(device):
         torch.testing.assert_close(ours, eager, rtol=1e-4, atol=1e-4)
 
 
-def test_exported_module_needs_no_operator_of_ours():
+def test_exported_module_needs_no_custom_operator():
     module, inputs = module_and_inputs()
     program = torch.export.export(module, (*inputs, SHAPES))
     called = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
@@ -235,7 +235,7 @@ def test_autocast_keeps_locations_and_weights_exact():
 
 @pytest.mark.parametrize("capability", ["default", "avx2", None])
 def test_instruction_sets(capability):
-    """PyTorch's variable limits our kernels too; every set gives the right numbers."""
+    """PyTorch's environment variable limits our kernels too; each set passes the self-test."""
     env = {k: v for k, v in os.environ.items() if k != "ATEN_CPU_CAPABILITY"}
     if capability is not None:
         env["ATEN_CPU_CAPABILITY"] = capability
@@ -250,7 +250,7 @@ def test_instruction_sets(capability):
 
 
 def test_address_sanitizer(tmp_path):
-    """No read or write out of bounds, with a library built to notice every one."""
+    """No read or write out of bounds, on a build with the address sanitizer."""
     compiler = shutil.which(os.environ.get("CXX", "g++"))
     if compiler is None or sys.platform != "linux":
         pytest.skip("needs g++ on Linux")

@@ -1,6 +1,6 @@
 """The op against a naive loop, numbers worked by hand, float64 gradients and bad shapes.
 
-Every test runs twice, on the compiled kernels and on the formulation in PyTorch.
+Every test runs on the compiled kernels and on the PyTorch formulation.
 
 Shape letters as in the module: B batch, S values, Q queries, M heads, D channels, L levels,
 P points.
@@ -30,7 +30,7 @@ def op_backend(request, monkeypatch) -> None:
 
 
 def naive(value: Tensor, shapes: list, locations: Tensor, weights: Tensor) -> Tensor:
-    """The definition, point by point, in Python floats."""
+    """The definition as a loop over points, in Python floats."""
     batch, _, heads, dim = value.shape
     queries, points = locations.shape[1], locations.shape[4]
     out = torch.zeros(batch, queries, heads, dim, dtype=torch.float64)
@@ -56,7 +56,7 @@ def naive(value: Tensor, shapes: list, locations: Tensor, weights: Tensor) -> Te
 def random_inputs(
     batch: int = 2, queries: int = 5, shapes: list | None = None, dtype=torch.float64, points=2
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Values, locations from well outside to well inside, and normalised weights."""
+    """Values, locations inside and outside the levels, and normalised weights."""
     shapes = SHAPES if shapes is None else shapes
     heads, dim, levels = 2, 3, len(shapes)
     generator = torch.Generator().manual_seed(0)
@@ -72,9 +72,9 @@ def random_inputs(
     ("x", "y", "expected"),
     [
         (0.25, 0.25, 1.0),  # centre of the first pixel
-        (0.5, 0.5, 2.5),  # middle of all four
-        (0.5, 0.25, 1.5),  # between the two of the first row
-        (0.0, 0.0, 0.25),  # corner: a quarter of the pixel, three quarters of outside
+        (0.5, 0.5, 2.5),  # between all four pixels
+        (0.5, 0.25, 1.5),  # between the pixels of the first row
+        (0.0, 0.0, 0.25),  # corner: a quarter of the pixel, the rest is outside
         (1.0, 0.25, 1.0),  # right border: half of 2
         (1.25, 0.75, 0.0),  # one pixel beyond the last column
         (-3.0, 0.5, 0.0),
@@ -89,7 +89,7 @@ def test_bilinear_by_hand(x, y, expected):
 
 
 def test_levels_heads_and_weights_by_hand():
-    # Level 0 is one pixel, level 1 two in a row; head 0 holds 1, 2, 3 and head 1 ten times that.
+    # Level 0 is one pixel, level 1 a row of two; head 0 holds 1, 2, 3 and head 1 ten times that.
     value = torch.tensor([[1.0, 10.0], [2.0, 20.0], [3.0, 30.0]]).view(1, 3, 2, 1)
     locations = torch.tensor([[0.5, 0.5], [0.75, 0.5]]).view(1, 1, 1, 2, 1, 2)
     weights = torch.tensor([[0.25, 0.75], [1.0, 0.0]]).view(1, 1, 2, 2, 1)
@@ -106,7 +106,7 @@ def test_naive_loop(shapes):
 
 
 def test_odd_batch():
-    """No batch size needs to divide another (the original's im2col_step)."""
+    """The batch size need not be a multiple of the original's im2col_step."""
     value, locations, weights = random_inputs(batch=33, queries=1)
     out = ms_deform_attn(value, SHAPES, locations, weights)
     torch.testing.assert_close(out, naive(value, SHAPES, locations, weights))
@@ -196,7 +196,7 @@ def test_fused_reference_boxes_by_hand():
     offsets = torch.tensor([[1.0, -2.0], [0.0, 0.0]]).view(1, 1, 1, 1, 2, 2)
     logits = torch.tensor([100.0, 0.0]).view(1, 1, 1, 2)
     out = ms_deform_attn_fused(value, [(2, 2)], reference, offsets, logits)
-    # In pixels x = 0.75, y = -0.5: half outside, the rest 0.25·1 + 0.75·2.
+    # In pixels x = 0.75, y = -0.5: half outside, the other half 0.25·1 + 0.75·2.
     assert out.item() == pytest.approx(0.875, abs=1e-5)
 
 
@@ -218,10 +218,10 @@ def test_fused_broadcasts_reference_points(last, needs_grad):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf, 3e38, -3e38, 2.0**31])
 @pytest.mark.parametrize("axis", [0, 1])
-def test_locations_far_outside_or_not_finite_count_nothing(bad, axis):
+def test_locations_far_outside_or_not_finite_are_ignored(bad, axis):
     value, locations, weights = random_inputs(dtype=torch.float32)
     locations = locations.clamp(0.1, 0.9)
-    locations[:, 0, :, :, 0, axis] = bad  # of query 0 the first of two points
+    locations[:, 0, :, :, 0, axis] = bad  # the first of the two points of query 0
     inputs = [x.requires_grad_() for x in (value, locations, weights)]
     out = ms_deform_attn(value, SHAPES, locations, weights)
     rest = (x.detach()[:, :, :, :, 1:] for x in (locations, weights))
@@ -234,18 +234,18 @@ def test_locations_far_outside_or_not_finite_count_nothing(bad, axis):
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
-def test_what_lies_beside_a_level_in_memory_does_not_leak(poison):
-    """Beyond the right border the next value in memory is the next row's, or the next level's."""
+def test_neighbours_in_memory_do_not_leak(poison):
+    """Beyond the right border, the next value in memory belongs to the next row or level."""
     weights = torch.ones(1, 1, 1, 2, 1)
-    # Pixels of a level of 2 by 2, then of one of 1 by 1; a location on the first level at pixel
-    # (1.25, -0.5), and one far off.
+    # A level of 2 x 2 pixels, then one of 1 x 1; one location at pixel (1.25, -0.5) of the first
+    # level, and one far outside.
     value = torch.tensor([1.0, 2.0, poison, 4.0, poison]).view(1, 5, 1, 1).requires_grad_()
     locations = torch.tensor([[0.875, 0.0], [9.0, 9.0]]).view(1, 1, 1, 2, 1, 2)
     out = ms_deform_attn(value, [(2, 2), (1, 1)], locations, weights)
     assert out.item() == pytest.approx(0.75 * 0.5 * 2)
     out.backward()
     assert value.grad.flatten().tolist() == pytest.approx([0, 0.75 * 0.5, 0, 0, 0])
-    # At pixel (1.25, 1.25): beyond the last row too.
+    # Pixel (1.25, 1.25), which is beyond the last row as well.
     value = torch.tensor([1.0, 2.0, poison, 4.0, poison]).view(1, 5, 1, 1)
     locations = torch.tensor([[0.875, 0.875], [9.0, 9.0]]).view(1, 1, 1, 2, 1, 2)
     out = ms_deform_attn(value, [(2, 2), (1, 1)], locations, weights)
@@ -254,7 +254,7 @@ def test_what_lies_beside_a_level_in_memory_does_not_leak(poison):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision_values(dtype):
-    """Only values and output are rounded: as exact as half the last place of the output."""
+    """Only values and output are rounded, so the error is half an ulp of the output."""
     inputs = random_inputs(dtype=torch.float32)
     value = inputs[0].to(dtype).requires_grad_()
     locations, weights = (x.requires_grad_() for x in inputs[1:])
@@ -271,7 +271,7 @@ def test_half_precision_values(dtype):
     torch.testing.assert_close(grads[0].double(), expected_grads[0], rtol=rounding, atol=1e-6)
     for ours, theirs in zip(grads[1:], expected_grads[1:], strict=True):
         torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=1e-5)
-    # Locations and weights in half precision are taken as they are.
+    # Locations and weights in half precision are converted without further rounding.
     halves = [x.detach().to(dtype) for x in (locations, weights)]
     out = ms_deform_attn(value, SHAPES, *halves)
     torch.testing.assert_close(out, ms_deform_attn(value, SHAPES, *(x.float() for x in halves)))
@@ -336,7 +336,7 @@ def test_fused_wrong_shapes(change, message):
         ms_deform_attn_fused(value, SHAPES, *rest)
 
 
-def test_published_import_paths():
+def test_original_import_paths():
     modules = importlib.import_module("mask2former.modeling.pixel_decoder.ops.modules")
     functions = importlib.import_module("mask2former.modeling.pixel_decoder.ops.functions")
     assert modules.MSDeformAttn is MSDeformAttn
@@ -364,7 +364,7 @@ def test_module_starts_from_a_star_of_points():
     bias = module.sampling_offsets.bias.detach().view(8, 2, 3, 2)
     assert not module.sampling_offsets.weight.any()
     assert not module.attention_weights.weight.any() and not module.attention_weights.bias.any()
-    # Head m looks in the direction m · 45°, scaled so that the larger coordinate is 1.
+    # Head m points in direction m · 45°, scaled so that the larger coordinate is 1.
     directions = [(1, 0), (1, 1), (0, 1), (-1, 1), (-1, 0), (-1, -1), (0, -1), (1, -1)]
     for head, direction in enumerate(directions):
         for level in range(2):
@@ -388,7 +388,7 @@ def test_module_names_and_bad_arguments():
 def module_and_inputs() -> tuple[MSDeformAttn, Tensor, Tensor, Tensor]:
     torch.manual_seed(0)
     module = MSDeformAttn(d_model=12, n_levels=3, n_heads=2, n_points=2).double()
-    for parameter in module.parameters():  # also those that start at zero
+    for parameter in module.parameters():  # including those initialised to zero
         torch.nn.init.normal_(parameter, std=0.5)
     query, memory = torch.randn(2, 5, 12).double(), torch.randn(2, 15, 12).double()
     return module, query, torch.rand(1, 5, 3, 2).double(), memory
@@ -400,7 +400,7 @@ def test_module_padding_mask_zeroes_values():
     padding[0, 3:9] = True
     padding[1, 14] = True
     out = module(query, reference, memory, torch.tensor(SHAPES), None, padding)
-    # Padding acts after the value projection, so that its bias is gone as well.
+    # The mask applies after the value projection, so that it removes the bias too.
     value = module.value_proj(memory) * ~padding[..., None]
     expected = ms_deform_attn_fused(
         value.view(2, 15, 2, 6),
@@ -478,8 +478,8 @@ def test_module_gradients_reach_every_parameter():
 
 
 def test_used_in_inference_mode_first():
-    """What is kept for a shape serves training afterwards."""
-    shapes = [(5, 3)]  # that no other test uses
+    """What inference mode caches for a shape works in training afterwards."""
+    shapes = [(5, 3)]  # used by no other test
     value, offsets = torch.randn(1, 15, 1, 2), torch.randn(1, 4, 1, 1, 2, 2)
     reference, logits = torch.rand(1, 4, 1, 2), torch.randn(1, 4, 1, 2, requires_grad=True)
     with torch.inference_mode():

@@ -9,7 +9,7 @@ from mask2former.utils.misc import (
 )
 
 
-def test_pads_at_the_end_and_marks_the_padding():
+def test_pads_at_the_end_and_returns_the_mask():
     small = torch.ones(1, 1, 2)
     tall = torch.full((1, 2, 1), 5.0)
     tensors, mask = nested_tensor_from_tensor_list([small, tall]).decompose()
@@ -17,10 +17,10 @@ def test_pads_at_the_end_and_marks_the_padding():
     assert mask.tolist() == [[[False, False], [True, True]], [[False, True], [False, True]]]
 
 
-def test_different_numbers_of_masks_even_none():
+def test_different_numbers_of_channels_including_zero():
     two = torch.ones(2, 3, 3, dtype=torch.bool)
-    none = torch.zeros(0, 2, 4, dtype=torch.bool)
-    tensors, mask = nested_tensor_from_tensor_list([two, none]).decompose()
+    empty = torch.zeros(0, 2, 4, dtype=torch.bool)
+    tensors, mask = nested_tensor_from_tensor_list([two, empty]).decompose()
     assert tensors.shape == (2, 2, 3, 4)
     assert tensors.dtype == torch.bool
     assert tensors.sum() == 2 * 9

@@ -72,7 +72,7 @@ class ItemChecker:
         # Check the annotations even if the image is broken.
         size = report.size or item.size
         if item.annotations is not None and size is not None:
-            self._check_instances(item, tuple(size), report)
+            self._check_instances(item, (size[0], size[1]), report)
         if item.pan_seg_file_name is not None:
             self._check_panoptic(item, size, report)
         if item.sem_seg_file_name is not None:

@@ -318,8 +318,8 @@ def _index_semantic(index: Index, metadata: Metadata) -> None:
         if not _existing_folder(index, folder, what):
             return
         suffixes = (metadata.get(key),) if metadata.get(key) else _IMAGE_EXTENSIONS
-        found = sorted(f for f in os.listdir(folder) if f.lower().endswith(suffixes))
-        files.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in found})
+        names = sorted(f for f in os.listdir(folder) if f.lower().endswith(suffixes))
+        files.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in names})
     images, labels = files
     index.folders = {image_root, label_root}
     for stem in sorted(images.keys() & labels.keys()):

@@ -148,7 +148,7 @@ def lsj_arguments(cls: type, cfg: CfgNode, is_train: bool, tfm_gens: list) -> di
 
 def accepted_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
     """Drop `num_classes` for subclasses with the original constructor, which does not take it."""
-    if "num_classes" not in inspect.signature(cls.__init__).parameters:
+    if "num_classes" not in inspect.signature(cls).parameters:
         del arguments["num_classes"]
     return arguments
 

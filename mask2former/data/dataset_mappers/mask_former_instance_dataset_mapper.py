@@ -62,15 +62,17 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
             ValueError: it is unreadable, or an annotation does not fit the image or config.
         """
         require_training(self)
-        sample, image = load_record(dataset_dict, self.img_format)
+        sample, pixels = load_record(dataset_dict, self.img_format)
         require_key(dataset_dict, "annotations", "instance", self)
         classes, shapes = read_annotations(
-            dataset_dict["annotations"], image.shape[:2], sample["file_name"], self.num_classes
+            dataset_dict["annotations"], pixels.shape[:2], sample["file_name"], self.num_classes
         )
 
-        image, _, transforms = augment_image(self.tfm_gens, image)
+        image, _, transforms = augment_image(self.tfm_gens, pixels)
         pad = padding(image, self.size_divisibility, sample["file_name"])
-        masks = pack_shapes(transform_annotations(shapes, transforms), tuple(image.shape[-2:]))
+        masks = pack_shapes(
+            transform_annotations(shapes, transforms), (image.shape[1], image.shape[2])
+        )
         sample["image"] = pad_image(image, pad)
         sample["instances"] = build_instances(classes, masks.pad(pad))
         return sample

@@ -46,24 +46,24 @@ class MaskFormerPanopticDatasetMapper(MaskFormerSemanticDatasetMapper):
             ValueError: a file is unreadable, or the annotation does not fit the image or config.
         """
         require_training(self)
-        sample, image = load_record(dataset_dict, self.img_format)
+        sample, pixels = load_record(dataset_dict, self.img_format)
         reject_annotations(dataset_dict)
         sem_seg = None
         if "sem_seg_file_name" in sample:
             # Labels are not targets here, so they may have other classes.
-            sem_seg = load_sem_seg(sample, image.shape[:2], None, self.ignore_label)
+            sem_seg = load_sem_seg(sample, pixels.shape[:2], None, self.ignore_label)
         elif _crop_needs_sem_seg(self.tfm_gens):
             raise ValueError(
                 f"The record of {sample['file_name']} has no 'sem_seg_file_name', which the crop "
                 "needs. Add semantic label maps to the data set, or set "
                 "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA to 1.0."
             )
-        classes, layers = load_pan_seg(sample, image.shape[:2], self)
+        classes, layers = load_pan_seg(sample, pixels.shape[:2], self)
 
-        image, sem_seg, transforms = augment_image(self.tfm_gens, image, sem_seg)
+        image, sem_seg, transforms = augment_image(self.tfm_gens, pixels, sem_seg)
         pad = padding(image, self.size_divisibility, sample["file_name"])
         layers = transform_layers(layers, transforms)
-        masks = pack_layers(layers, len(classes), tuple(image.shape[-2:]))
+        masks = pack_layers(layers, len(classes), (image.shape[1], image.shape[2]))
         sample["image"] = pad_image(image, pad)
         if sem_seg is not None:
             sample["sem_seg"] = pad_sem_seg(sem_seg, pad, self.ignore_label)

@@ -82,12 +82,12 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
             ValueError: a file is unreadable, or the annotation does not fit the image or config.
         """
         require_training(self)
-        sample, image = load_record(dataset_dict, self.img_format)
+        sample, pixels = load_record(dataset_dict, self.img_format)
         reject_annotations(dataset_dict)
         require_key(sample, "sem_seg_file_name", "semantic", self)
-        sem_seg = load_sem_seg(sample, image.shape[:2], self.num_classes, self.ignore_label)
+        sem_seg = load_sem_seg(sample, pixels.shape[:2], self.num_classes, self.ignore_label)
 
-        image, sem_seg, _ = augment_image(self.tfm_gens, image, sem_seg)
+        image, sem_seg, _ = augment_image(self.tfm_gens, pixels, sem_seg)
         pad = padding(image, self.size_divisibility, sample["file_name"])
         sample["image"] = pad_image(image, pad)
         sample["sem_seg"] = pad_sem_seg(sem_seg, pad, self.ignore_label)

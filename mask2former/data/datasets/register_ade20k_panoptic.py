@@ -113,10 +113,17 @@ def register_all_ade20k_panoptic(root: str) -> None:
     metadata = get_metadata()
     for name, paths in _SPLITS.items():
         # In the original validation annotations, road and skyscraper share an id.
+        images, panoptic, semantic, panoptic_json, instances_json = (
+            os.path.join(root, path) for path in paths
+        )
         register_ade20k_panoptic(
             name,
             metadata,
-            *(os.path.join(root, path) for path in paths),
+            images,
+            panoptic,
+            semantic,
+            panoptic_json,
+            instances_json,
             allow_repeated_ids=name.endswith("val"),
         )
 

@@ -1,4 +1,4 @@
-"""Backbones of this package: importing it registers them with Detectron2."""
+"""Backbones. Importing this package registers them with Detectron2."""
 
 from .swin import D2SwinTransformer, SwinTransformer
 

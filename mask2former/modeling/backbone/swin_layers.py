@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from ...utils.shape_cache import cached_by_shape
+from ...utils.twins import has_fast_twin
 
 # Added to the logits of token pairs that only the cyclic shift brought together. Finite, because
 # the released weights were trained with this value.
@@ -139,6 +140,8 @@ class WindowAttention(nn.Module):
         proj_drop: dropout probability of the output.
     """
 
+    relative_position_index: Tensor
+
     def __init__(
         self,
         dim: int,
@@ -174,6 +177,7 @@ class WindowAttention(nn.Module):
         nn.init.trunc_normal_(self.relative_position_bias_table, std=0.02)
         self.softmax = nn.Softmax(dim=-1)
 
+    @has_fast_twin
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Tensor:
         """Attend within each window.
 

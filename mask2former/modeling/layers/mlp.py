@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-_ACTIVATIONS = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"relu": F.relu, "gelu": F.gelu, "glu": F.glu}
 
 
 def _get_activation_fn(activation: str) -> Callable[[Tensor], Tensor]:

@@ -43,6 +43,7 @@ class MaskFormerHead(nn.Module):
     """
 
     _version = 2
+    pixel_decoder: Any  # a module with `forward_features`
 
     @configurable
     def __init__(

@@ -43,6 +43,7 @@ class PerPixelBaselineHead(nn.Module):
     """
 
     _version = 2
+    pixel_decoder: Any  # a module with `forward_features`
 
     @configurable
     def __init__(
@@ -98,7 +99,7 @@ class PerPixelBaselineHead(nn.Module):
             return None, self.losses(x, targets)
         return self._upsample(x), {}
 
-    def layers(self, features: dict[str, Tensor]) -> Tensor:
+    def layers(self, features: dict[str, Tensor]) -> Any:
         """Class logits (B, K, H/4, W/4)."""
         x, _, _ = self.pixel_decoder.forward_features(features)
         return self.predictor(x)

@@ -9,6 +9,7 @@ Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of al
 
 import copy
 import math
+from collections.abc import Sequence
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -119,7 +120,7 @@ class MSDeformAttnTransformerEncoder(nn.Module):
 
     @staticmethod
     def get_reference_points(
-        spatial_shapes: Tensor | list[tuple[int, int]],
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
         valid_ratios: Tensor | None,
         device: torch.device | str,
     ) -> Tensor:
@@ -302,15 +303,13 @@ class MSDeformAttnPixelDecoder(nn.Module):
         self.transformer_num_feature_levels = len(encoded)
 
         # From coarse to fine, 1/32 first.
+        convs = [nn.Conv2d(shape.channels, conv_dim, kernel_size=1) for _, shape in encoded[::-1]]
         self.input_proj = nn.ModuleList(
-            nn.Sequential(
-                nn.Conv2d(shape.channels, conv_dim, kernel_size=1), nn.GroupNorm(32, conv_dim)
-            )
-            for _, shape in reversed(encoded)
+            nn.Sequential(conv, nn.GroupNorm(32, conv_dim)) for conv in convs
         )
-        for projection in self.input_proj:
-            nn.init.xavier_uniform_(projection[0].weight, gain=1)
-            nn.init.zeros_(projection[0].bias)
+        for conv in convs:
+            nn.init.xavier_uniform_(conv.weight, gain=1)
+            nn.init.zeros_(conv.bias)
 
         self.transformer = MSDeformAttnTransformerEncoderOnly(
             d_model=conv_dim,
@@ -390,7 +389,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
         for projection, name in zip(
             self.input_proj, reversed(self.transformer_in_features), strict=True
         ):
-            feature = _as_parameter(features[name], projection[0].weight)
+            feature = _as_parameter(features[name], next(projection.parameters()))
             srcs.append(projection(feature))
             pos.append(self.pe_layer(feature))
         memory, _, _ = self.transformer(srcs, pos)

@@ -83,7 +83,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.num_heads = nheads
         self.num_layers = dec_layers
         # "No dropout": the paper found it unnecessary (section 3.2.2).
-        layer = {"dropout": 0.0, "normalize_before": pre_norm}
+        layer: dict[str, Any] = {"dropout": 0.0, "normalize_before": pre_norm}
         self.transformer_self_attention_layers = nn.ModuleList()
         self.transformer_cross_attention_layers = nn.ModuleList()
         self.transformer_ffn_layers = nn.ModuleList()
@@ -204,7 +204,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     def project_features(
         self, x: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[torch.Size]]:
+    ) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
         """Turn feature maps into sequences that attention reads.
 
         Returns:
@@ -215,7 +215,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             raise ValueError(f"expected {self.num_feature_levels} feature scales, got {len(x)}")
         memory, pos, sizes = [], [], []
         for level, features in enumerate(x):
-            sizes.append(features.shape[-2:])
+            sizes.append((features.shape[-2], features.shape[-1]))
             pos.append(self.pe_layer(features, None).flatten(2).permute(2, 0, 1))
             features = self.input_proj[level](features).flatten(2)
             features = features + self.level_embed.weight[level][None, :, None]

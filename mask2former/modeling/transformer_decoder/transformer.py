@@ -10,6 +10,7 @@ H W height and width of the feature map.
 """
 
 import copy
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +179,14 @@ class TransformerDecoder(nn.Module):
 
 class _Layer(nn.Module):
     """What encoder and decoder layers share."""
+
+    linear1: nn.Module
+    linear2: nn.Module
+    dropout: nn.Module
+    activation: Callable[[Tensor], Tensor]
+    normalize_before: bool
+    forward_pre: Callable[..., Tensor]
+    forward_post: Callable[..., Tensor]
 
     def with_pos_embed(self, tensor: Tensor, pos: Tensor | None) -> Tensor:
         return tensor if pos is None else tensor + pos

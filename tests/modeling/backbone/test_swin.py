@@ -12,7 +12,6 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_backbone
 from torch import Tensor, nn
 
-from mask2former.fast.window_attention import FastWindowAttention
 from mask2former.modeling.backbone import swin_layers
 from mask2former.modeling.backbone.swin import (
     BasicLayer,
@@ -25,6 +24,7 @@ from mask2former.modeling.backbone.swin import (
     window_partition,
     window_reverse,
 )
+from mask2former.utils.twins import run_plain, runs_fast
 
 # A Swin small enough to run often: 24 to 192 channels, 8 per head, one shifted block per stage.
 SMALL = {"embed_dim": 24, "depths": (2, 2, 2, 2), "num_heads": (3, 6, 12, 24)}
@@ -147,13 +147,16 @@ def test_patch_embed_pads_incomplete_patches_with_zeros():
     assert embed(torch.ones(1, 1, 3, 5)).tolist() == [[[[8, 2], [4, 1]]]]
 
 
-@pytest.mark.parametrize("kind", [WindowAttention, FastWindowAttention])
+@pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("qk_scale", [None, 0.3])
 @pytest.mark.parametrize("num_images, shifted", [(1, False), (1, True), (3, False), (3, True)])
-def test_window_attention_equals_a_loop(num_images, shifted, qk_scale, kind):
+def test_window_attention_equals_a_loop(num_images, shifted, qk_scale, fast):
     torch.manual_seed(0)
     num_windows, num_heads, dim = 4, 3, 12
-    attention = kind(dim, (2, 3), num_heads, qk_scale=qk_scale).double()
+    attention = WindowAttention(dim, (2, 3), num_heads, qk_scale=qk_scale).double()
+    assert runs_fast(attention)
+    if not fast:
+        run_plain(attention)
     nn.init.normal_(attention.relative_position_bias_table)
     x = torch.randn(num_images * num_windows, 6, dim, dtype=torch.float64, requires_grad=True)
     mask = torch.where(torch.rand(num_windows, 6, 6) < 0.4, -100.0, 0.0) if shifted else None
@@ -186,10 +189,12 @@ def test_window_attention_equals_a_loop(num_images, shifted, qk_scale, kind):
         torch.testing.assert_close(grad, expected_grad)
 
 
-@pytest.mark.parametrize("kind", [WindowAttention, FastWindowAttention])
-def test_attention_dropout_only_in_training(kind):
+@pytest.mark.parametrize("fast", [False, True])
+def test_attention_dropout_only_in_training(fast):
     torch.manual_seed(0)
-    attention = kind(8, (2, 2), 2, attn_drop=0.5)
+    attention = WindowAttention(8, (2, 2), 2, attn_drop=0.5)
+    if not fast:
+        run_plain(attention)
     x = torch.randn(3, 4, 8)
     for grad in (True, False):
         with torch.set_grad_enabled(grad):
@@ -375,7 +380,7 @@ def test_window_12():
     assert all(f.is_contiguous() for f in features.values())
 
 
-def test_images_of_a_batch_do_not_see_each_other():
+def test_images_of_a_batch_are_independent():
     model = small_swin().eval()
     images = torch.randn(3, 3, *ODD_SIZE)
     together = model(images)
@@ -448,7 +453,7 @@ def test_checkpointed_blocks_keep_their_image_size():
         torch.testing.assert_close(checkpointed, plain)
 
 
-# --- what forks of the original build on
+# --- calls and attributes that forks of the original rely on
 
 
 def test_every_module_is_called():
