@@ -1,4 +1,4 @@
-"""Mixed precision through the whole model, on a CPU: what stays in fp32, losses, a run on Shapes.
+"""Mixed precision of the whole model on a CPU: operators in fp32, losses, a run on Shapes.
 
 Shape letters: T targets, H W pixels.
 """
@@ -20,9 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 HALVES = [torch.bfloat16, torch.float16]
 NUM_LAYERS = 5  # of tiny_cfg
 
-# See the docstring of mask2former.modeling: normalisation; the classes' and the matching costs;
-# features, masks and targets where they are read at points, and the losses there. Operators by
-# their names below autograd.
+# Operators (names below autograd) that stay in fp32, see the docstring of mask2former.modeling:
+# normalisation, class probabilities and matching costs, sampling of features, masks and targets,
+# losses.
 IN_FULL_PRECISION = {
     "native_layer_norm",
     "_log_softmax",
@@ -70,14 +70,14 @@ def test_what_stays_in_full_precision(model, batch, dtype):
     in_half = {name for name in IN_FULL_PRECISION if seen[name] != {torch.float32}}
     assert not in_half, {name: seen[name] for name in in_half}
     assert {loss.dtype for loss in losses.values()} == {torch.float32}
-    # And it is mixed: convolutions, attention and the masks themselves.
+    # Convolutions, attention and mask logits are in half precision.
     assert seen["convolution"] == {dtype}
     assert seen["_scaled_dot_product_flash_attention_for_cpu"] == {dtype}
     assert dtype in seen["mm"] and dtype in seen["addmm"]
 
 
 class SameMatching(nn.Module):
-    """Matches the layers of the first forward, and gives the same pairs in all later ones."""
+    """Matches in the first forward pass and returns the same pairs in later ones."""
 
     def __init__(self, matcher: nn.Module):
         super().__init__()
@@ -95,9 +95,9 @@ class SameMatching(nn.Module):
 
 @pytest.mark.parametrize("dtype", HALVES)
 def test_losses_at_the_start(model, batch, dtype):
-    """Within 1 % of fp32, each of them, for the same pairs and points.
+    """Each within 1 % of fp32, for the same pairs and points.
 
-    A rounding may change the pairs of a model that knows nothing yet, and so its few class losses.
+    The pairs of an untrained model are fixed because rounding may change them.
     """
     criterion = model.criterion
     criterion.matcher = SameMatching(criterion.matcher)

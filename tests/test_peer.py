@@ -1,8 +1,8 @@
 """Peer test: the `transformers` package's Mask2Former, with the same random weights, agrees.
 
-It is an independent implementation of the same published model, so that a mistake would have to be
-made twice to go unnoticed. Models are small; every parameter is random, those that start at zero
-or one (sampling offsets, norms, embeddings) included.
+It is an independent implementation of the same model, so a mistake goes unnoticed only if both make
+it. Models are small; every parameter is random, including those that start at zero or one (sampling
+offsets, norms, embeddings).
 
 Shape letters: B batch, Q queries, K classes, M heads, L locations of a scale.
 """
@@ -20,8 +20,9 @@ from load_script import load_script
 from torch import nn
 
 from mask2former.config import load_config
-from mask2former.modeling.mask_predictions import MaskLogits, MaskPredictions
+from mask2former.fast.mask_factors import MaskFactors
 from mask2former.ops import MSDeformAttn
+from mask2former.utils.twins import run_plain
 
 pytest.importorskip("transformers", reason="the peer implementation is in the transformers package")
 
@@ -81,7 +82,7 @@ def _randomise(model: nn.Module, seed: int) -> None:
 
 
 def _config(backbone: str, pre_norm: bool) -> CfgNode:
-    """The published recipe on the CPU, with fewer layers and narrower ones."""
+    """The original recipe on the CPU, with fewer and narrower layers."""
     recipe = "swin/maskformer2_swin_tiny" if backbone == "swin" else "maskformer2_R50"
     overrides = {
         "MODEL.DEVICE": "cpu",
@@ -126,15 +127,18 @@ def _pair(backbone: str, seed: int = 0, pre_norm: bool = False) -> tuple[nn.Modu
 
 
 def _record_attention_masks(ours: nn.Module, peer: nn.Module) -> tuple[list, list]:
-    """Lists that fill with the mask of every cross-attention, (B, Q, L), True where blocked."""
+    """Lists that fill with the mask of every cross-attention, (B, Q, L), True where blocked.
+
+    Both hand (B·M, Q, L) to the layer, equal for all heads.
+    """
     our_masks, peer_masks = [], []
     for layer in ours.sem_seg_head.predictor.transformer_cross_attention_layers:
         layer.register_forward_pre_hook(
-            lambda _, args, kwargs: our_masks.append(kwargs["memory_mask"][:, 0]), with_kwargs=True
+            lambda _, args, kwargs: our_masks.append(kwargs["memory_mask"][::NUM_HEADS]),
+            with_kwargs=True,
         )
     for layer in peer.model.transformer_module.decoder.layers:
         layer.register_forward_pre_hook(
-            # (B·M, Q, L): the same for all heads.
             lambda _, args, kwargs: peer_masks.append(
                 kwargs["encoder_attention_mask"][::NUM_HEADS]
             ),
@@ -183,7 +187,7 @@ def test_all_predictions_and_attention_masks(backbone, size, pre_norm):
     peer_by_layer = [*expected.auxiliary_logits, expected]
     assert len(ours_by_layer) == len(peer_by_layer) == NUM_PREDICTIONS
     for prediction, other in zip(ours_by_layer, peer_by_layer, strict=True):
-        # Not so small that everything would be close.
+        # Large enough that closeness means something.
         assert other["masks_queries_logits"].std() > 0.3
         assert other["class_queries_logits"].std() > 0.3
         _assert_close(prediction["pred_logits"], other["class_queries_logits"])
@@ -224,11 +228,11 @@ def test_queries_with_empty_masks_attend_everywhere():
 
 
 class SharedDraws:
-    """Lets the peer have the random points that ours drew, in the order in which it asks for them.
+    """Gives the peer the random points that our fast model drew, in the order in which it draws.
 
-    Ours draws for matching once for all images, the same for all layers, then the candidates and
-    the other points of each image, by layer. The peer goes layer by layer: matching of every image,
-    candidates of all images, other points of all images.
+    Ours draws matching points once for all images and layers, then the candidates and the other
+    points of each image, by layer. The peer, like our plain model, goes layer by layer: matching
+    points of every image, candidates of all images, other points of all images.
     """
 
     def __init__(self, monkeypatch, num_layers: int, counts: Sequence[int]):
@@ -265,10 +269,12 @@ class SharedDraws:
         self._patch.setattr(torch, "rand", next_draw)
 
 
-@pytest.mark.parametrize("as_factors", [True, False])
+@pytest.mark.parametrize("form", ["factors", "dense", "plain"])
 @pytest.mark.parametrize("counts", [(4, 2), (0, 3), (0, 0), (NUM_QUERIES + 2, 1)])
-def test_losses_at_the_same_points(as_factors, counts, monkeypatch):
+def test_losses_at_the_same_points(form, counts, monkeypatch):
     ours, peer = _our_model("swin", False).criterion, _peer_model("swin", False).criterion
+    if form == "plain":
+        run_plain(ours)
     generator = torch.Generator().manual_seed(4)
     features = torch.randn(2, 8, 24, 32, generator=generator)
     layers = [
@@ -280,20 +286,21 @@ def test_losses_at_the_same_points(as_factors, counts, monkeypatch):
     ]
     predictions, others = [], []
     for logits, embed in layers:
-        masks = MaskLogits(embed, features)
+        masks = MaskFactors(embed, features)
         others.append({"class_queries_logits": logits, "masks_queries_logits": masks.full()})
-        predictions.append(
-            MaskPredictions(pred_logits=logits, pred_masks=MaskLogits(embed, features))
-            if as_factors
-            else {"pred_logits": logits, "pred_masks": masks.full()}
-        )
+        pred_masks = masks if form == "factors" else masks.full()
+        predictions.append({"pred_logits": logits, "pred_masks": pred_masks})
     predictions[-1]["aux_outputs"] = predictions[:-1]
     targets = _targets(96, 128, seed=5, counts=counts)
 
     torch.manual_seed(6)
-    draws = SharedDraws(monkeypatch, len(layers), counts)
-    losses = ours(predictions[-1], targets)
-    draws.replay()
+    if form == "plain":  # it draws in the order of the peer
+        losses = ours(predictions[-1], targets)
+        torch.manual_seed(6)
+    else:
+        draws = SharedDraws(monkeypatch, len(layers), counts)
+        losses = ours(predictions[-1], targets)
+        draws.replay()
     expected = peer(
         **others[-1],
         mask_labels=[t["masks"] for t in targets],
@@ -313,7 +320,7 @@ def test_losses_at_the_same_points(as_factors, counts, monkeypatch):
 def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
     """In float64, where rounding does not move an activation over the kink of a ReLU."""
     ours, peer = (model.double() for model in _pair(backbone, seed=7))
-    ours.train().criterion.float()  # Ours computes losses in float32 whatever the precision.
+    ours.train().criterion.float()  # Our losses are always in float32.
     generator = torch.Generator().manual_seed(8)
     images = torch.randint(0, 256, (2, 3, 96, 128), dtype=torch.uint8, generator=generator)
     targets = _targets(96, 128, seed=9)
@@ -343,7 +350,7 @@ def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
         {k: p.grad for k, p in ours.named_parameters()}, is_swin=backbone == "swin"
     )
     peer_gradients = {k: p.grad for k, p in peer.named_parameters() if p.grad is not None}
-    if backbone == "resnet":  # There the norms are frozen in ours only.
+    if backbone == "resnet":  # Only our norms are frozen.
         peer_gradients = {k: g for k, g in peer_gradients.items() if "normalization" not in k}
     assert gradients.keys() == peer_gradients.keys()
     differences = {}

@@ -86,7 +86,7 @@ class LayeredMasks:
                 yield slice(layer, layer + 1), logits[None]
             return
         features = self._features[image].unflatten(1, self.shape[-2:])
-        sampled = BilinearSampler(features).at(points).T  # (C, P)
+        sampled = BilinearSampler(features, points.dtype).at(points).T  # (C, P)
         embed = self._embed[image].detach().to(sampled.dtype)
         layer_size = self.shape[1] * len(points)
         step = max(1, max_elements(_MAX_LOGITS, points.device) // max(1, layer_size))

@@ -11,8 +11,11 @@ from torch import Tensor
 
 
 def at_least_float32(x: Tensor) -> Tensor:
-    """Costs and losses are computed in float32, whatever the precision of the model."""
-    return x.to(torch.promote_types(x.dtype, torch.float32))
+    """Compute costs and losses in the default dtype (float32), whatever the model's precision.
+
+    Random points have the default dtype, and sampling needs logits of the same.
+    """
+    return x.to(torch.get_default_dtype())
 
 
 def dice_losses(inputs: Tensor, targets: Tensor) -> Tensor:

@@ -22,14 +22,14 @@ def cached_by_shape(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., 
     Results are shared by all callers: do not write to them. Multi-scale training visits many
     shapes, so `maxsize` should hold the shapes of a few batches only.
 
-    The function must depend on its arguments alone, and these must be hashable: integers, tuples,
-    dtypes, devices. While a compiler or an exporter traces, nothing is cached: sizes are symbolic
-    and tensors are fake.
+    The function must depend only on its arguments and on the default dtype. Arguments must be
+    hashable: integers, tuples, dtypes, devices. While a compiler or an exporter traces, nothing is
+    cached: sizes are symbolic and tensors are fake.
     """
 
     def decorate(function: Callable[..., T]) -> Callable[..., T]:
         @functools.lru_cache(maxsize)
-        def compute(*args) -> T:
+        def compute(default_dtype: torch.dtype, *args) -> T:
             # A tensor made in inference mode could not be used in training afterwards.
             with torch.inference_mode(False), torch.no_grad():
                 return function(*args)
@@ -38,7 +38,7 @@ def cached_by_shape(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., 
         def cached(*args) -> T:
             if torch.compiler.is_compiling() or torch.jit.is_tracing():
                 return function(*args)
-            return compute(*args)
+            return compute(torch.get_default_dtype(), *args)
 
         setattr(cached, "cache_clear", compute.cache_clear)  # noqa: B010 (mypy knows no such name)
         return cached

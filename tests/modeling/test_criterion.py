@@ -377,3 +377,18 @@ def test_bad_arguments(build):
         build()(outputs, random_targets([0]))
     with pytest.raises(ValueError, match=r"loss 'boxes' is not one of \['labels', 'masks'\]"):
         build(losses=["boxes"])(outputs, random_targets([0], [1]))
+
+
+def test_losses_of_a_float64_model_are_float32(build):
+    outputs, targets = as_outputs(*leaves(layers=2)), random_targets([0, 2], [1])
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        layers = [
+            {key: layer[key].detach().to(dtype) for key in ("pred_logits", "pred_masks")}
+            for layer in (*outputs["aux_outputs"], outputs)
+        ]
+        torch.manual_seed(0)
+        results.append(build()({**layers[-1], "aux_outputs": layers[:-1]}, targets))
+    for name, loss in results[0].items():
+        assert results[1][name].dtype == torch.float32
+        torch.testing.assert_close(results[1][name], loss)

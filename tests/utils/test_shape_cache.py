@@ -49,3 +49,14 @@ def test_nothing_is_cached_while_exporting():
     # A cached result would be a fake tensor of the exporter.
     assert torch.equal(zeros(2, 3), torch.zeros(2, 3))
     assert calls == [(2, 3)]
+
+
+def test_results_depend_on_the_default_dtype():
+    zeros, _ = counted()
+    assert zeros(2, 3).dtype == torch.float32
+    torch.set_default_dtype(torch.float64)
+    try:
+        assert zeros(2, 3).dtype == torch.float64
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert zeros(2, 3).dtype == torch.float32

@@ -1,4 +1,4 @@
-"""The FPN pixel decoders: published names, numbers worked by hand, gradients, bad input."""
+"""The FPN pixel decoders: names of the original, numbers by hand, gradients, bad input."""
 
 import pytest
 import torch
@@ -170,26 +170,26 @@ def test_positions_matter_to_the_encoder():
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_encoder_is_the_standard_one_apart_from_positions(pre_norm):
+def test_encoder_equals_pytorchs_without_positions(pre_norm):
     torch.manual_seed(1)
-    ours = TransformerEncoderOnly(8, 2, 2, 16, 0.0, normalize_before=pre_norm).eval()
+    encoder = TransformerEncoderOnly(8, 2, 2, 16, 0.0, normalize_before=pre_norm).eval()
     layer = nn.TransformerEncoderLayer(8, 2, 16, 0.0, norm_first=pre_norm)
     norm = nn.LayerNorm(8) if pre_norm else None
-    theirs = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False).eval()
-    theirs.load_state_dict(ours.encoder.state_dict())
+    reference = nn.TransformerEncoder(layer, 2, norm, enable_nested_tensor=False).eval()
+    reference.load_state_dict(encoder.encoder.state_dict())
     x = torch.randn(2, 8, 3, 4)
     padding = torch.zeros(2, 3, 4, dtype=torch.bool)
     padding[1, :, 3] = True
-    got = ours(x, padding, torch.zeros_like(x))
+    result = encoder(x, padding, torch.zeros_like(x))
     sequence = x.flatten(2).permute(2, 0, 1)
-    expected = theirs(sequence, src_key_padding_mask=padding.flatten(1))
+    expected = reference(sequence, src_key_padding_mask=padding.flatten(1))
     expected = expected.permute(1, 2, 0).view_as(x)
     keep = ~padding[:, None].expand_as(x)
-    torch.testing.assert_close(got[keep], expected[keep])
+    torch.testing.assert_close(result[keep], expected[keep])
 
 
-def test_same_seed_same_weights_as_published():
-    """The two convolutions of a level are made before either is filled."""
+def test_initial_weights_are_drawn_in_the_order_of_the_original():
+    """Both convolutions of a level are created before either is initialised."""
     torch.manual_seed(3)
     decoder = BasePixelDecoder(
         {"a": ShapeSpec(channels=2, stride=4), "b": ShapeSpec(channels=3, stride=8)},

@@ -105,9 +105,11 @@ def assert_same_outputs(outputs, expected):
     pairs = zip(
         [*outputs["aux_outputs"], outputs], [*expected["aux_outputs"], expected], strict=True
     )
-    for ours, theirs in pairs:
-        torch.testing.assert_close(ours["pred_logits"], theirs["pred_logits"], atol=1e-5, rtol=1e-5)
-        torch.testing.assert_close(ours["pred_masks"], theirs["pred_masks"], atol=1e-5, rtol=1e-5)
+    for layer, target in pairs:
+        torch.testing.assert_close(
+            layer["pred_logits"], target["pred_logits"], atol=1e-5, rtol=1e-5
+        )
+        torch.testing.assert_close(layer["pred_masks"], target["pred_masks"], atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
@@ -300,12 +302,12 @@ def test_initial_weights_are_drawn_in_the_order_of_the_original():
     decoder = MultiScaleMaskedTransformerDecoder(C, **ARGUMENTS)
     torch.manual_seed(0)
     for i in range(4):
-        for ours, theirs in (
+        for layer, target in (
             (decoder.transformer_self_attention_layers[i], SelfAttentionLayer(C, M)),
             (decoder.transformer_cross_attention_layers[i], CrossAttentionLayer(C, M)),
             (decoder.transformer_ffn_layers[i], FFNLayer(C, 24)),
         ):
-            for p, q in zip(ours.parameters(), theirs.parameters(), strict=True):
+            for p, q in zip(layer.parameters(), target.parameters(), strict=True):
                 assert torch.equal(p, q)
     assert torch.equal(decoder.query_feat.weight, nn.Embedding(Q, C).weight)
     assert torch.equal(decoder.query_embed.weight, nn.Embedding(Q, C).weight)

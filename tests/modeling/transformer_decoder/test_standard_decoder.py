@@ -7,7 +7,7 @@ from detectron2.projects.deeplab import add_deeplab_config
 from torch import nn
 
 from mask2former.config import add_maskformer2_config
-from mask2former.modeling.transformer_decoder import maskformer_transformer_decoder as published
+from mask2former.modeling.transformer_decoder import maskformer_transformer_decoder as original
 from mask2former.modeling.transformer_decoder.build import (
     TRANSFORMER_DECODER_REGISTRY,
     build_transformer_decoder,
@@ -89,8 +89,8 @@ def test_without_mask_classification():
     assert set(out["aux_outputs"][0]) == {"pred_masks"}
 
 
-def test_padding_is_not_looked_at():
-    """What lies under the padding mask changes nothing (the mask is given at another size)."""
+def test_padding_has_no_effect():
+    """Values under the padding mask change nothing; the mask has another size."""
     decoder = build().eval()
     x, mask_features = inputs()
     padding = torch.zeros(2, 6, 8, dtype=torch.bool)
@@ -139,35 +139,35 @@ def test_every_parameter_gets_a_gradient(pre_norm):
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])
-def test_decoder_is_the_standard_one_apart_from_positions(pre_norm):
+def test_decoder_equals_pytorchs_without_positions(pre_norm):
     torch.manual_seed(1)
-    ours = TransformerDecoder(
+    decoder = TransformerDecoder(
         TransformerDecoderLayer(8, 2, 16, 0.0, normalize_before=pre_norm),
         2,
         nn.LayerNorm(8),
         return_intermediate=True,
     )
-    theirs = nn.TransformerDecoder(
+    reference = nn.TransformerDecoder(
         nn.TransformerDecoderLayer(8, 2, 16, 0.0, norm_first=pre_norm), 2, nn.LayerNorm(8)
     )
-    theirs.load_state_dict(ours.state_dict())
+    reference.load_state_dict(decoder.state_dict())
     queries, memory = torch.randn(3, 2, 8), torch.randn(5, 2, 8)
     causal = torch.ones(3, 3, dtype=torch.bool).triu(1)
-    got = ours(queries, memory, tgt_mask=causal)
-    expected = theirs(queries, memory, tgt_mask=causal)
-    torch.testing.assert_close(got[-1], expected)
-    first_layer = theirs.norm(theirs.layers[0](queries, memory, tgt_mask=causal))
-    torch.testing.assert_close(got[0], first_layer)
+    result = decoder(queries, memory, tgt_mask=causal)
+    expected = reference(queries, memory, tgt_mask=causal)
+    torch.testing.assert_close(result[-1], expected)
+    first_layer = reference.norm(reference.layers[0](queries, memory, tgt_mask=causal))
+    torch.testing.assert_close(result[0], first_layer)
 
 
 def test_positions_enter_queries_and_keys_only():
-    """One memory location: attention returns its value, whatever positions are added."""
+    """With one memory location, attention returns its value for any positions."""
     torch.manual_seed(2)
     layer = TransformerDecoderLayer(8, 2, 16, 0.0).eval()
     queries, memory = torch.randn(1, 2, 8), torch.randn(1, 2, 8)
     expected = layer(queries, memory)
-    got = layer(queries, memory, pos=torch.randn(1, 2, 8), query_pos=torch.randn(1, 2, 8))
-    torch.testing.assert_close(got, expected)
+    result = layer(queries, memory, pos=torch.randn(1, 2, 8), query_pos=torch.randn(1, 2, 8))
+    torch.testing.assert_close(result, expected)
     # With several, positions decide which one is looked at.
     memory = torch.randn(5, 2, 8)
     moved = layer(queries, memory, pos=3 * torch.randn(5, 2, 8))
@@ -183,7 +183,7 @@ def test_transformer_without_encoder_layers_returns_its_input_as_memory():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="at least one layer, got 0"):
+    with pytest.raises(ValueError, match="at least one layer, result 0"):
         build(dec_layers=0)
     with pytest.raises(ValueError, match="'tanh'"):
         TransformerDecoderLayer(8, 2, activation="tanh")
@@ -216,9 +216,9 @@ def test_build_from_config():
     assert not hasattr(build_transformer_decoder(small_cfg(), 16, False), "class_embed")
 
 
-def test_registry_is_the_published_one():
-    assert published.TRANSFORMER_DECODER_REGISTRY is TRANSFORMER_DECODER_REGISTRY
-    assert published.build_transformer_decoder is build_transformer_decoder
+def test_original_path_has_the_registry():
+    assert original.TRANSFORMER_DECODER_REGISTRY is TRANSFORMER_DECODER_REGISTRY
+    assert original.build_transformer_decoder is build_transformer_decoder
     names = {name for name, _ in TRANSFORMER_DECODER_REGISTRY}
     assert {"StandardTransformerDecoder", "MultiScaleMaskedTransformerDecoder"} <= names
 
