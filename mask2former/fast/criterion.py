@@ -18,11 +18,11 @@ from torch import Tensor
 
 from ..modeling.criterion import SetCriterion
 from ..modeling.mask_losses import (
-    at_least_float32,
     batch_dice_loss,
     batch_sigmoid_ce_loss,
     dice_losses,
     sigmoid_ce_losses,
+    to_default_dtype,
 )
 from ..modeling.matcher import HungarianMatcher, Indices, Targets, assign
 from ..utils.misc import nested_tensor_from_tensor_list
@@ -60,7 +60,7 @@ def _matching_costs(
     matcher: HungarianMatcher, layers: Sequence[dict[str, Any]], targets: Targets
 ) -> Tensor:
     """Costs of all pairs (L, B, Q, max T); zero beyond the targets of an image."""
-    logits = at_least_float32(torch.stack([outputs["pred_logits"] for outputs in layers]))
+    logits = to_default_dtype(torch.stack([outputs["pred_logits"] for outputs in layers]))
     num_layers, _, num_queries, _ = logits.shape
     max_targets = max((len(target["labels"]) for target in targets), default=0)
     costs = logits.new_zeros(num_layers, len(targets), num_queries, max_targets)
@@ -170,7 +170,7 @@ def _label_losses(
     pairs: MatchedPairs,
 ) -> list[dict[str, Tensor]]:
     """What `SetCriterion.loss_labels` returns for each layer."""
-    logits = at_least_float32(torch.stack([outputs["pred_logits"] for outputs in layers], 1))
+    logits = to_default_dtype(torch.stack([outputs["pred_logits"] for outputs in layers], 1))
     logits = logits.flatten(1, 2)  # (B, L·Q, K+1)
     classes = torch.full(
         logits.shape[:2], criterion.num_classes, dtype=torch.int64, device=logits.device
@@ -206,7 +206,7 @@ def _mask_losses(
         zip(pairs.by_image(pairs.row), _target_masks(targets), strict=True)
     ):
         # Full-size masks exist for matched queries only.
-        logits = at_least_float32(masks.select(image, rows, pairs.num_rows[image]))[:, None]
+        logits = to_default_dtype(masks.select(image, rows, pairs.num_rows[image]))[:, None]
         matched = pairs.by_image(pairs.target)[image]
         sampler = TargetMasks(target_masks)
         for part, indices in zip(logits.split(chunk), matched.split(chunk), strict=True):

@@ -17,7 +17,7 @@ import torch
 from detectron2.projects.point_rend.point_features import point_sample
 from torch import Tensor
 
-from ..modeling.mask_losses import at_least_float32
+from ..modeling.mask_losses import to_default_dtype
 from .point_sampling import BilinearSampler, max_elements
 
 # Logits multiplied out at a time in matching (layers x queries x points). Products of several
@@ -80,7 +80,7 @@ class LayeredMasks:
         """
         if not self._are_factors:
             for layer, masks in enumerate(self._masks):
-                masks = at_least_float32(masks[image])[:, None]
+                masks = to_default_dtype(masks[image])[:, None]
                 shared = points[None].expand(len(masks), -1, -1)
                 logits = point_sample(masks, shared, align_corners=False)[:, 0]
                 yield slice(layer, layer + 1), logits[None]

@@ -23,12 +23,12 @@ from torch import Tensor, nn
 from ..utils.misc import is_dist_avail_and_initialized, nested_tensor_from_tensor_list
 from ..utils.twins import has_fast_twin
 from .mask_losses import (
-    at_least_float32,
     calculate_uncertainty,
     dice_loss,
     dice_loss_jit,
     sigmoid_ce_loss,
     sigmoid_ce_loss_jit,
+    to_default_dtype,
 )
 from .matcher import Indices, Targets
 
@@ -166,7 +166,7 @@ class SetCriterion(nn.Module):
         Returns:
             `loss_ce`, a scalar.
         """
-        logits = at_least_float32(outputs["pred_logits"])
+        logits = to_default_dtype(outputs["pred_logits"])
         classes = torch.full(
             logits.shape[:2], self.num_classes, dtype=torch.int64, device=logits.device
         )
@@ -195,7 +195,7 @@ class SetCriterion(nn.Module):
     ) -> MatchedMasks:
         """Gather the matched pairs of a layer and draw the points of their losses."""
         src_idx = self._get_src_permutation_idx(indices)
-        logits = at_least_float32(outputs["pred_masks"][src_idx])  # (N, H, W)
+        logits = to_default_dtype(outputs["pred_masks"][src_idx])  # (N, H, W)
         masks = [target["masks"] for target in targets]
         if len({mask.shape[1:] for mask in masks}) > 1:
             masks = list(nested_tensor_from_tensor_list(masks).tensors)  # padded to one size

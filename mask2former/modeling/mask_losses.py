@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def at_least_float32(x: Tensor) -> Tensor:
+def to_default_dtype(x: Tensor) -> Tensor:
     """Compute costs and losses in the default dtype (float32), whatever the model's precision.
 
     Random points have the default dtype, and sampling needs logits of the same.

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..utils.twins import has_fast_twin
 from .mask_losses import (
-    at_least_float32,
     batch_dice_loss,
     batch_dice_loss_jit,
     batch_sigmoid_ce_loss,
     batch_sigmoid_ce_loss_jit,
+    to_default_dtype,
 )
 
 __all__ = [
@@ -90,7 +90,7 @@ class HungarianMatcher(nn.Module):
         indices = []
         for image, target in enumerate(targets):
             # -p(class) approximates the negative log-likelihood, as in DETR.
-            class_probs = at_least_float32(outputs["pred_logits"][image]).softmax(-1)  # (Q, K+1)
+            class_probs = to_default_dtype(outputs["pred_logits"][image]).softmax(-1)  # (Q, K+1)
             cost_class = -class_probs[:, target["labels"]]
 
             points = torch.rand(1, self.num_points, 2, device=class_probs.device)
@@ -117,7 +117,7 @@ class HungarianMatcher(nn.Module):
 
 def _sample(masks: Tensor, points: Tensor) -> Tensor:
     """Sample masks (N, H, W) at the same points (1, P, 2) → (N, P)."""
-    masks = at_least_float32(masks)[:, None]
+    masks = to_default_dtype(masks)[:, None]
     return point_sample(masks, points.expand(len(masks), -1, -1), align_corners=False)[:, 0]
 
 
