@@ -8,6 +8,7 @@ from detectron2.modeling import build_model
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config_checks import check_once
+from .fast.setup import apply_config
 from .preflight import check_device
 
 
@@ -36,6 +37,7 @@ class Predictor(DefaultPredictor):
         self.cfg = cfg.clone()
         self.metadata = MetadataCatalog.get(cfg.DATASETS.TEST[0])
         self.model = build_model(self.cfg).eval()
+        apply_config(self.cfg, self.model)
         Mask2FormerCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
         self.aug = T.ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST

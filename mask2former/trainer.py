@@ -32,6 +32,7 @@ from .checkpoint import Mask2FormerCheckpointer
 from .data.dataset_mappers import build_mapper
 from .data.loader import ResumableBatchSampler, build_test_loader, build_train_loader
 from .evaluation import build_evaluator, write_results
+from .fast.setup import apply_config
 from .optimizer import build_optimizer
 from .preflight import check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
@@ -180,6 +181,13 @@ class Trainer(DefaultTrainer):
         elif seed != self.seed:
             _logger.info(f"Continuing with the seed of the run to resume, {seed}")
             self.seed = seed
+
+    @classmethod
+    def build_model(cls, cfg: CfgNode) -> nn.Module:
+        model = super().build_model(cfg)
+        # `MaskFormer` has done this; a meta-architecture of another project may not.
+        apply_config(cfg, model)
+        return model
 
     @classmethod
     def build_optimizer(cls, cfg: CfgNode, model: nn.Module) -> Optimizer:

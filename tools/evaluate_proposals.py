@@ -12,6 +12,7 @@ instance annotations. Writes proposals.md and proposals.json to OUTPUT_DIR.
 import argparse
 import sys
 
+import torch
 from detectron2.engine import default_argument_parser
 from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
@@ -25,6 +26,7 @@ from mask2former.evaluation import (
 )
 from mask2former.launch import launch, setup
 from mask2former.trainer import Trainer
+from mask2former.utils.memory import keep_freed_memory
 
 
 def layer_numbers(text: str) -> list[int]:
@@ -53,6 +55,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(args: argparse.Namespace) -> dict:
     """Evaluate in this process; return {data set: {"layer <n>": {metric: value}}}."""
     cfg = setup(args).clone()
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
+        keep_freed_memory()
     cfg.defrost()
     test = cfg.MODEL.MASK_FORMER.TEST
     test.INSTANCE_ON, test.PANOPTIC_ON, test.SEMANTIC_ON = True, False, False

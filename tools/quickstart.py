@@ -24,9 +24,10 @@ from tqdm import tqdm
 
 from mask2former.config import load_config
 from mask2former.predictor import Predictor
+from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import (
     contact_sheet,
-    draw_panoptic_truth,
+    draw_panoptic_gt,
     draw_prediction,
     enabled_tasks,
     magnify,
@@ -124,6 +125,8 @@ def results_table(results: dict, tasks: list[str]) -> str:
 
 def draw_contact_sheet(cfg: CfgNode, num_images: int) -> Path:
     """Draw the first test images, their ground truth and predictions; return the file."""
+    if cfg.MODEL.DEVICE == "cpu":
+        keep_freed_memory()
     predictor = Predictor(cfg)
     name, tasks = cfg.DATASETS.TEST[0], enabled_tasks(cfg)
     metadata, rows = MetadataCatalog.get(name), []
@@ -131,7 +134,7 @@ def draw_contact_sheet(cfg: CfgNode, num_images: int) -> Path:
         image = read_image(record["file_name"], format="BGR")
         outputs, image = predictor(image), image[:, :, ::-1]
         drawings = [draw_prediction(image, outputs, metadata, task, scale=SCALE) for task in tasks]
-        gt = draw_panoptic_truth(image, record, metadata, scale=SCALE)
+        gt = draw_panoptic_gt(image, record, metadata, scale=SCALE)
         rows.append([magnify(image, SCALE), gt, *drawings])
     path = Path(cfg.OUTPUT_DIR) / "contact_sheet.png"
     contact_sheet(rows, path, ["image", "ground truth", *tasks])

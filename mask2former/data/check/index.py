@@ -15,6 +15,7 @@ from detectron2.structures import BoxMode
 
 from ..class_counts import class_names
 from ..datasets.checks import check_builtin
+from ..evaluator_types import EVALUATOR_TYPES
 
 _IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
 _COCO_URL = "http://images.cocodataset.org/"
@@ -97,6 +98,13 @@ def build_index(name: str) -> Index:
     evaluator_type = metadata.get("evaluator_type")
     index = Index(name, list(class_names(name) or []))
     index.ignore_label = metadata.get("ignore_label", 255)
+    if evaluator_type not in EVALUATOR_TYPES:
+        index.warn(
+            name,
+            None,
+            f"its metadata has evaluator_type {evaluator_type!r}, which is unknown: it can be trained "
+            "on, but not evaluated, and its classes are not checked",
+        )
     if evaluator_type in ("coco", "lvis") and metadata.get("json_file"):
         _index_instances(index, metadata)
     elif metadata.get("panoptic_json") and evaluator_type != "cityscapes_panoptic_seg":
