@@ -102,8 +102,8 @@ def build_index(name: str) -> Index:
         index.warn(
             name,
             None,
-            f"its metadata has evaluator_type {evaluator_type!r}, which is unknown: it can be trained "
-            "on, but not evaluated, and its classes are not checked",
+            f"its metadata has evaluator_type {evaluator_type!r}, which is unknown: it can be "
+            "trained on but not evaluated, and its classes are not checked",
         )
     if evaluator_type in ("coco", "lvis") and metadata.get("json_file"):
         _index_instances(index, metadata)
