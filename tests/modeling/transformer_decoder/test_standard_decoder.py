@@ -183,7 +183,7 @@ def test_transformer_without_encoder_layers_returns_its_input_as_memory():
 
 
 def test_bad_arguments():
-    with pytest.raises(ValueError, match="at least one layer, result 0"):
+    with pytest.raises(ValueError, match="at least one layer, got 0"):
         build(dec_layers=0)
     with pytest.raises(ValueError, match="'tanh'"):
         TransformerDecoderLayer(8, 2, activation="tanh")
