@@ -39,13 +39,17 @@ _CONFIDENT = 20
 Batch = list[dict[str, Any]]
 
 
-def add_model_options(parser: argparse.ArgumentParser, contenders: tuple[str, ...]) -> None:
+def add_model_options(
+    parser: argparse.ArgumentParser,
+    contenders: tuple[str, ...],
+    choices: tuple[str, ...] = CONTENDERS,
+) -> None:
     parser.add_argument("--config", default=str(R50), metavar="FILE", help="model [R50, COCO]")
     parser.add_argument("--weights", metavar="FILE", help="checkpoint [random weights]")
     parser.add_argument("--sizes", type=list_of(size, "size"), help="image sizes HxW")
     parser.add_argument("--batches", type=list_of(positive, "batch size"), help="batch sizes")
     text = f"who takes turns, {OURS} always [{','.join(contenders)}]"
-    add_choices(parser, "contenders", "contender", CONTENDERS, contenders, text, ALIASES)
+    add_choices(parser, "contenders", "contender", choices, contenders, text, ALIASES)
     add_choices(
         parser, "precisions", "precision", list(PRECISIONS), ["fp32"], "bf16 is autocast [fp32]"
     )

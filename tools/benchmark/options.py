@@ -9,8 +9,16 @@ from typing import Any
 import torch
 
 OURS, UPSTREAM, PEER = "mask2former", "upstream steps", "transformers"
+# Ours with other values of MODEL.CHECKPOINTING.
+CHECKPOINTING = MappingProxyType({"no checkpointing": "none", "checkpointed blocks": "blocks"})
 # Short forms for the command line.
-ALIASES = MappingProxyType({"upstream": UPSTREAM, "published": UPSTREAM})
+ALIASES = MappingProxyType(
+    {
+        "upstream": UPSTREAM,
+        "published": UPSTREAM,
+        **{policy: name for name, policy in CHECKPOINTING.items()},
+    }
+)
 ALLOCATORS = ("kept", "system", "programs")
 PROCESSES = ("own", "shared")
 DEVICES = ("cpu", "cuda")

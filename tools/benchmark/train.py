@@ -2,8 +2,8 @@
 
 A step is network, criterion, backward and optimiser; syncs are counted in all but the optimiser.
 Contenders: `mask2former`, `upstream steps` (with its criterion and optimiser) and, on request,
-`transformers`: our network with that package's criterion. Losses at the same points are compared
-before anything is timed.
+`transformers`: our network with that package's criterion; `none` and `blocks`: ours with that value
+of MODEL.CHECKPOINTING. Losses at the same points are compared before anything is timed.
 
 On a GPU each part ends with a sync, so that the parts are timed separately.
 """
@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from checks import require_equal, try_each
 from contenders import (
+    CONTENDERS,
     TOLERANCE,
     Batch,
     add_model_options,
@@ -36,6 +37,7 @@ from contenders import (
 from detectron2.config import CfgNode
 from detectron2.structures import Instances
 from options import (
+    CHECKPOINTING,
     OURS,
     PEER,
     UPSTREAM,
@@ -65,6 +67,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from upstream_steps import upstream_optimizer
 
+from mask2former.fast.checkpointing import set_checkpointing
 from mask2former.optimizer import build_optimizer
 
 PARTS = ("network", "criterion", "backward", "optimiser", "step")
@@ -178,6 +181,8 @@ class Step:
             model = upstream_model(cfg, model, upstream_op(options, device))
         else:
             model = copy.deepcopy(model)
+        if name in CHECKPOINTING:
+            set_checkpointing(model, CHECKPOINTING[name])
         if name == PEER:
             model.criterion = PeerCriterion(build_peer(cfg), model.criterion.weight_dict)
         self.model = model.train().to(device)
@@ -279,7 +284,7 @@ def run(options: argparse.Namespace) -> int:
     cases = list(product(options.devices, options.sizes, options.batches))
     columns = {"syncs": lambda row: str(row.get("host_syncs", ""))}
     labels = ("device", "size", "batch", "precision", "part")
-    row_of = table_row(labels, (UPSTREAM, PEER), columns)
+    row_of = table_row(labels, (UPSTREAM, PEER, *CHECKPOINTING), columns)
     total = len(cases) * len(options.precisions) * options.rounds
     head = {key: getattr(options, key) for key in ("threads", "allocator", "targets", "points")}
     head["tolerance"] = TOLERANCE
@@ -390,7 +395,7 @@ def add_options(parser: argparse.ArgumentParser) -> None:
     )
     add_device_options(parser)
     add_model_runtime_options(parser)
-    add_model_options(parser, (OURS, UPSTREAM))
+    add_model_options(parser, (OURS, UPSTREAM), (*CONTENDERS, *CHECKPOINTING))
     parser.add_argument("--targets", type=positive, help="target masks per image [20]")
     parser.add_argument("--points", type=positive, help="points per mask in criterion [12544]")
 
