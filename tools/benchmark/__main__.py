@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
     options.command = shlex.join(["python", "tools/benchmark", *argv])
     threads = torch.get_num_threads()
-    # Otherwise building a model for the CPU would switch the allocator.
+    # Only the option decides: code that a contender runs must leave the allocator unchanged.
     environment = {} if allocator in (None, "kept") else {KEEP_VARIABLE: "0"}
     try:
         with mock.patch.dict(os.environ, environment):

@@ -178,7 +178,7 @@ class TransformerDecoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share."""
+    """Common parts of encoder and decoder layers."""
 
     linear1: nn.Module
     linear2: nn.Module
