@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ExtendConfig = Callable[[CfgNode], Any]
-# Keys of ours that the original release does not have.
+# Keys that the original release does not have.
 _ADDED_KEYS = (
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",

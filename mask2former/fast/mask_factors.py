@@ -76,7 +76,7 @@ class LayeredMasks:
             points: (P, 2) x and y in [0, 1].
 
         Yields:
-            a slice of layers and their logits (that many, Q, P), at least float32.
+            a slice of layers and their logits (layers of the slice, Q, P), at least float32.
         """
         if not self._are_factors:
             for layer, masks in enumerate(self._masks):
