@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 ExtendConfig = Callable[[CfgNode], Any]
-# Keys of ours that the original release does not have.
+# Keys that the original release does not have.
 _ADDED_KEYS = (
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
@@ -72,7 +72,7 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.DICE_WEIGHT = 1.0
     cfg.MODEL.MASK_FORMER.MASK_WEIGHT = 20.0
 
-    # Attention heads, of the transformer decoder and of the pixel decoder's encoder alike.
+    # Attention heads of the transformer decoder and of the pixel decoder's encoder.
     cfg.MODEL.MASK_FORMER.NHEADS = 8
     # Dropout probability in the pixel decoder's encoder and in StandardTransformerDecoder.
     cfg.MODEL.MASK_FORMER.DROPOUT = 0.1

@@ -125,7 +125,7 @@ def _check_model(cfg: CfgNode) -> None:
     _require_range(cfg, "MODEL.MASK_FORMER.OVERSAMPLE_RATIO", low=1)
     _require_range(cfg, "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO", low=0, high=1)
     _require_range(cfg, "MODEL.SEM_SEG_HEAD.NUM_CLASSES", low=1)
-    # A project with its own copy of `add_maskformer2_config` lacks the keys of ours.
+    # A project with its own copy of `add_maskformer2_config` lacks the added keys.
     if "FAST" in cfg.MODEL and not isinstance(cfg.MODEL.FAST, bool):
         raise _bad_value("MODEL.FAST", cfg.MODEL.FAST, "True, False")
     if "CHECKPOINTING" in cfg.MODEL:

@@ -41,7 +41,7 @@ class MaskFormer(nn.Module):
         sem_seg_postprocess_before_inference: resize masks to the output size before inference
             instead of resizing the semantic scores.
         pixel_mean: per channel, in the order of the input's channels.
-        pixel_std: likewise.
+        pixel_std: per channel, in the same order.
         semantic_on: return `sem_seg`.
         panoptic_on: return `panoptic_seg`; instances are then of thing classes only.
         instance_on: return `instances`.
@@ -106,7 +106,7 @@ class MaskFormer(nn.Module):
                 "training set, in inference too"
             )
         model = cfg.MODEL.MASK_FORMER
-        # The config function of another project may lack the keys that are new here.
+        # Configs made by another project's copy of `add_maskformer2_config` lack the new keys.
         matcher = MATCHER_REGISTRY.get(model.get("MATCHER_NAME", "HungarianMatcher"))(
             cost_class=model.CLASS_WEIGHT,
             cost_mask=model.MASK_WEIGHT,

@@ -2,8 +2,8 @@
 
     config file → values (`config_checks.py`) → device → data sets → evaluators → batch → classes
 
-Each program calls `load_and_check` or `check_run` once. A config remembers what it passed, also
-in spawned processes, so `Trainer` checks only configs that come from elsewhere.
+Each program calls `load_and_check` or `check_run` once. A config object remembers the checks it
+passed, also in spawned processes, so `Trainer` checks only configs that no program has checked.
 """
 
 from collections.abc import Sequence

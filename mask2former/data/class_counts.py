@@ -1,4 +1,4 @@
-"""The number of classes: taken from your own data, and compared with every data set's.
+"""The number of classes: read from your own data, and compared with every data set.
 
 What counts as a class follows from the evaluator type in the metadata (`evaluator_types.py`):
 `thing_classes` for instance data; for semantic and panoptic data `stuff_classes`, which lists all

@@ -1,4 +1,4 @@
-"""Which evaluators a data set gets: by its evaluator type and by what the config turns on.
+"""The evaluators of a data set: by its evaluator type and the tasks that the config turns on.
 
 evaluator_type                  PANOPTIC_ON   INSTANCE_ON          SEMANTIC_ON
 "sem_seg"                                                          mIoU

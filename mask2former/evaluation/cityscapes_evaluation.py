@@ -1,6 +1,6 @@
 """Official Cityscapes evaluation of semantic (IoU, iIoU) and instance segmentation (AP).
 
-Each worker writes its predictions to a temporary folder of its own, and the main worker collects
+Each worker writes its predictions to its own temporary folder, and the main worker collects
 them. Unlike Detectron2's classes, this works on several machines.
 """
 

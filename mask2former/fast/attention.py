@@ -1,7 +1,7 @@
 """Attention with one mask for all heads.
 
-nn.MultiheadAttention takes one mask for each head; the mask of masked attention is the same for
-all. The twins broadcast it in `F.scaled_dot_product_attention` and use the module's parameters.
+nn.MultiheadAttention needs one mask per head, although masked attention has the same mask for all
+heads. The twins broadcast it in `F.scaled_dot_product_attention`, with the module's parameters.
 
 Shape letters: B batch, C channels, M heads, T length of a target sequence (queries), S length of a
 memory sequence (pixels of a scale).
@@ -50,7 +50,7 @@ def cross_attention(
 
 
 def why_not_attend(attention: nn.MultiheadAttention) -> str | None:
-    """Why `attend` cannot stand for this attention, or None if it can."""
+    """Why `attend` cannot replace this module, or None if it can."""
     if attention.in_proj_weight is None or attention.in_proj_bias is None:
         return "attention has separate or no projection weights or biases"
     if attention.bias_k is not None or attention.add_zero_attn or attention.batch_first:

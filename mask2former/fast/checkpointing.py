@@ -54,17 +54,17 @@ def checkpointed(
     keep: Sequence[torch._ops.OpOverload] = (),
     random: bool = False,
 ) -> Any:
-    """`function(*args)`, of which only the arguments and results of `keep` are saved for backward.
+    """`function(*args)`, saving only the arguments and the results of `keep` for backward.
 
-    A plain call if the module's policy says so, without gradients, and for a compiler, which
-    decides for itself.
+    A plain call if the policy of the module is to save everything, if gradients are disabled, or
+    under a compiler, which decides what to recompute.
 
     Args:
-        module: whose policy counts.
+        module: its policy applies.
         function: computes from its arguments and parameters; called again in backward.
         args: its arguments.
-        keep: operators whose results are saved because they take long.
-        random: whether the function draws random numbers; they are then drawn alike again.
+        keep: operators whose results are saved because they are slow to recompute.
+        random: whether the function draws random numbers; backward then draws the same ones.
     """
     saves_all = module.__dict__.get("_saves_all", False)
     if saves_all or not torch.is_grad_enabled() or torch.compiler.is_compiling():

@@ -1,11 +1,11 @@
 """Matching and losses of all prediction layers together.
 
-Layers of an image share their matching points, so that features are sampled once and one product
-serves several layers; costs travel to the host in one copy. Full-size masks exist for matched
-queries only.
+All layers of an image share the matching points, so features are sampled once and one product gives
+the masks of several layers. All costs are copied to the host at once. Full-size masks exist for
+matched queries only.
 
 Shape letters: L prediction layers, B batch, Q queries, K classes, T targets of an image, N matched
-masks of an image over all layers, M those of the batch, P points, H W pixels.
+masks of an image in all layers, M matched masks of the batch in all layers, P points, H W pixels.
 """
 
 from collections.abc import Sequence
@@ -31,8 +31,7 @@ from .checkpointing import checkpointed
 from .mask_factors import LayeredMasks, MaskFactors
 from .point_sampling import BilinearSampler, TargetMasks, max_elements, sample_uncertain_points
 
-# Candidate points processed at a time: they are the largest temporaries, and on a CPU fewer of them
-# stay in its caches.
+# Candidate points per chunk: the largest temporaries, which on a CPU should fit the cache.
 _MAX_CANDIDATES = {"cpu": 2**20, "cuda": 2**24}
 
 
@@ -83,13 +82,13 @@ def _matching_costs(
 
 
 class MatchedPairs:
-    """The matched pairs of all layers as index tensors, by image, then layer: (M,) int64 each.
+    """The matched pairs of all layers as index tensors (M,) int64, sorted by image, then layer.
 
-    They are assembled on the host and travel to the device in one copy, without a host sync.
+    They are assembled on the host and copied to the device at once, without a host sync.
 
     Args:
         indices: for each layer what a matcher returns.
-        targets: what was matched.
+        targets: the targets that were matched.
         num_queries: Q.
         device: of the index tensors.
     """
@@ -178,7 +177,7 @@ def _label_losses(
     classes[pairs.image, pairs.row] = torch.cat([t["labels"] for t in targets])[pairs.label]
     class_weight = criterion.empty_weight.to(logits.dtype)
     per_query = F.cross_entropy(logits.transpose(1, 2), classes, class_weight, reduction="none")
-    # A mean over the queries of a layer, each with the weight of its class.
+    # Mean over the queries of each layer, weighted by class.
     sums, weights = (
         x.unflatten(1, (len(layers), -1)).sum((0, 2)) for x in (per_query, class_weight[classes])
     )

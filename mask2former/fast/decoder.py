@@ -1,8 +1,8 @@
 """The masked-attention decoder without full-size masks.
 
-Mask logits are ⟨embedding, feature⟩ and resizing is linear, so the attention mask of a layer comes
-from features resized once per scale instead of masks resized once per layer. Full-size masks stay
-factors (`mask_factors.py`); the public `forward` multiplies them out.
+Mask logits are ⟨embedding, feature⟩ and resizing is linear, so the attention mask of a layer is
+computed from features resized once per scale instead of masks resized once per layer. Full-size
+masks stay factors (`mask_factors.py`); the public `forward` multiplies them out.
 
 Shape letters: B batch, Q queries, C hidden channels, M heads, K classes, L = H·W locations of a
 scale.
@@ -63,7 +63,7 @@ def decode_to_factors(
         with torch.no_grad():
             if level not in resized:
                 resized[level] = _resize(mask_features, sizes[level]).flatten(2)
-            # sigmoid(mask) < 0.5, unless that is everywhere: (B, Q, L)
+            # Block where sigmoid(mask) < 0.5, but nothing where that blocks all: (B, Q, L)
             attn_mask = embed @ resized[level] < 0
             attn_mask = (attn_mask & ~attn_mask.all(-1, keepdim=True)).unsqueeze(1)
         cross_attention = decoder.transformer_cross_attention_layers[i]

@@ -9,10 +9,10 @@ from ..utils.twins import why_hooked, why_touched
 
 
 class ConvWithFrozenNorm(Conv2d):
-    """Detectron2's convolution, whose norm costs nothing.
+    """Detectron2's convolution with its frozen norm folded into the weight.
 
-    A frozen batch norm is one factor and one offset per channel. Applied to the weight instead of
-    the result, it saves reading and writing the whole feature map, and once more in backward.
+    A frozen batch norm is one factor and one offset per channel. Applying it to the weight saves a
+    pass over the feature map, and another one in backward.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ class ConvWithFrozenNorm(Conv2d):
         return x if self.activation is None else self.activation(x)
 
     def _norm_is_touched(self) -> bool:
-        """Whether somebody replaced, patched or hooked the norm, or wants it as written."""
+        """Whether the norm is replaced, patched or hooked, or must run as written."""
         if "_always_plain" in self.__dict__:
             return True
         reason = why_touched(self.norm, FrozenBatchNorm2d, _NORM_METHODS) or why_hooked(self.norm)
@@ -39,7 +39,7 @@ class ConvWithFrozenNorm(Conv2d):
     def _folded(self) -> tuple[Tensor, Tensor]:
         """Weight and offset of convolution and norm in one."""
         norm = self.norm
-        # Half precision could not tell a small variance from zero.
+        # In half precision a small variance would round to zero.
         dtype = torch.promote_types(norm.running_var.dtype, torch.float32)
         scale = norm.weight * (norm.running_var.to(dtype) + norm.eps).rsqrt()
         offset = norm.bias - norm.running_mean * scale
@@ -71,7 +71,7 @@ _NORM_METHODS = {"forward": FrozenBatchNorm2d.forward}
 def fold_frozen_norms(module: nn.Module) -> nn.Module:
     """Make every convolution with a frozen batch norm a `ConvWithFrozenNorm`.
 
-    Detectron2's class is not ours to mark as having a twin, so the modules change their class.
+    Detectron2's class cannot be marked with `has_fast_twin`, so the modules change their class.
     Parameters, buffers, their names and hooks stay.
 
     Returns:

@@ -20,9 +20,9 @@ from torch import Tensor
 from ..modeling.mask_losses import to_default_dtype
 from .point_sampling import BilinearSampler, max_elements
 
-# Logits multiplied out at a time in matching (layers x queries x points). Products of several
-# layers are faster, but on a CPU some of them should be in its caches for what follows; a GPU takes
-# all layers, within 256 MB.
+# Logits computed at a time in matching (layers x queries x points). One product for several layers
+# is faster, but on a CPU its result should stay in cache for the costs; a GPU takes all layers, up
+# to 256 MB.
 _MAX_LOGITS = {"cpu": 2**23, "cuda": 2**26}
 
 
@@ -76,7 +76,7 @@ class LayeredMasks:
             points: (P, 2) x and y in [0, 1].
 
         Yields:
-            a slice of layers and their logits (that many, Q, P), at least float32.
+            a slice of layers and their logits (layers of the slice, Q, P), at least float32.
         """
         if not self._are_factors:
             for layer, masks in enumerate(self._masks):

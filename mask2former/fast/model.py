@@ -30,11 +30,11 @@ _HEAD_METHODS = {"forward": MaskFormerHead.forward, "layers": MaskFormerHead.lay
 def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
     """Twin of `MaskFormer.forward_network`.
 
-    In training `pred_masks` are `MaskFactors` if the criterion takes them; in inference there are
-    no `aux_outputs`, which nothing reads.
+    In training `pred_masks` are `MaskFactors`, for the fast criterion. Inference returns no
+    `aux_outputs`, because nothing reads them.
     """
     if images.device.type == "cpu" and not torch.is_grad_enabled():
-        # Convolutions on a CPU are faster in this layout, and pass it on. In training they are not.
+        # On a CPU convolutions preserve this layout and are faster in it, but not in training.
         images = images.contiguous(memory_format=torch.channels_last)
     features = model.backbone(images)
     head: Any = model.sem_seg_head
@@ -48,7 +48,7 @@ def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
 
 
 def why_not_factors(model: MaskFormer) -> str | None:
-    """Why somebody may want full-size masks of all layers, or None: nobody reads them."""
+    """Why the full-size masks of all layers are needed, or None if nothing reads them."""
     head = model.sem_seg_head
     decoder = getattr(head, "predictor", None)
     reason = (
@@ -104,7 +104,7 @@ def _predict(
     resized = ResizedMasks(masks, padded, *sizes)
     mask_cls = mask_cls.to(resized.dtype)
     shape = resized.shape
-    # Semantic scores of the padding are never made.
+    # Semantic scores of the padding are not computed.
     scores_shape = shape if before else torch.Size((len(masks), *image_size))
     streamed: dict[str, Result] = {}
     if model.semantic_on:

@@ -1,4 +1,4 @@
-"""The pixel decoder's encoder with level sizes on the host and less memory; cached encodings.
+"""The pixel decoder with level sizes on the host, checkpointing, and cached encodings.
 
 Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of all levels, L levels.
 """
@@ -23,8 +23,8 @@ from .checkpointing import checkpointed
 
 Shapes = tuple[tuple[int, int], ...]
 
-# On a CPU the feed-forward network takes this many positions at a time, so that hidden activations
-# stay in its caches.
+# On a CPU the feed-forward network processes this many positions at a time, so that hidden
+# activations stay in cache.
 _FFN_CHUNK = 2048
 _LAYER_METHODS = {"forward": MSDeformAttnTransformerEncoderLayer.forward}
 _ATTENTION_METHODS = {"forward": MSDeformAttn.forward}
@@ -51,7 +51,7 @@ def position_encoding(
     """Twin of `PositionEmbeddingSine.forward`: without a mask it depends on the shape only."""
     if mask is not None:
         return module.encode(~mask)
-    # Without normalisation the module's scale has no effect, and no other value is allowed.
+    # Without normalisation the scale has no effect, and the constructor accepts only None.
     scale = module.scale if module.normalize else None
     settings = (module.num_pos_feats, module.temperature, module.normalize, scale)
     encoding = _position_encoding(*x.shape[-2:], x.device, *settings)
@@ -75,8 +75,8 @@ def encode(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Twin of `MSDeformAttnTransformerEncoderOnly.forward`.
 
-    The op needs level sizes on the host. The layers get them as integers, so that a GPU is not
-    synchronised for each layer.
+    The op needs level sizes on the host. The layers get them as integers, which saves a host sync
+    per layer.
     """
     shapes: Shapes = tuple((src.shape[2], src.shape[3]) for src in srcs)
     memory, pos = module.flatten_levels(srcs, pos_embeds)
@@ -87,7 +87,7 @@ def encode(
 
 
 def why_not_encode(module: MSDeformAttnTransformerEncoderOnly) -> str | None:
-    """Why the layers must get level sizes as tensors, or None: nobody else looks at them."""
+    """Why the layers must get level sizes as tensors, or None if only twins read them."""
     layers: Any = module.encoder.layers
     for layer in layers:
         for part, kind, methods in (
@@ -117,8 +117,8 @@ def encoder_layer(
             query, reference_points, src, spatial_shapes, level_start_index, padding_mask
         )
 
-    # Recompute everything except the sampling op in backward. Where sampling is not the compiled
-    # operator, its result could not be saved alone.
+    # Recompute everything except the sampling op in backward. Only the compiled operator's result
+    # can be saved separately.
     if type(layer.self_attn) is MSDeformAttn and backend(src.device) == "compiled":
         sampling = torch.ops.mask2former.ms_deform_attn_fused.default
         attended = checkpointed(layer, attend, src, keep=[sampling])
@@ -138,7 +138,7 @@ def _feed_forward(layer: MSDeformAttnTransformerEncoderLayer, summed: Tensor) ->
     random = layer.training and max(layer.dropout2.p, layer.dropout3.p) > 0
     if summed.device.type != "cpu" or random or torch.compiler.is_compiling():
         return checkpointed(layer, norm_and_network, summed, random=random)
-    # Chunks keep hidden activations in the caches, and never hold those of all positions.
+    # In chunks hidden activations stay in cache.
     chunks = summed.flatten(0, 1).split(_FFN_CHUNK)
     chunks = [checkpointed(layer, norm_and_network, chunk) for chunk in chunks]
     return torch.cat(chunks).view_as(summed)

@@ -1,10 +1,10 @@
 """Bilinear samples of maps at points, in the forms that matching and loss need.
 
 All agree with `grid_sample(align_corners=False, padding_mode="zeros")` at points x, y in [0, 1];
-each is the fastest for its case. Maps get a border of zeros, so that the four corners of a point
-always exist.
+each is the fastest for its case. Maps are padded with zeros, so that all four neighbours of a point
+exist.
 
-Shape letters: C channels, H W pixels, P points, N maps with points of their own, T target masks.
+Shape letters: C channels, H W pixels, P points, N maps sampled at separate points, T target masks.
 """
 
 import numpy as np
@@ -46,9 +46,10 @@ def _corners(points: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, T
 
 
 class BilinearSampler:
-    """Maps that are all sampled at the same points: one row of C values per pixel.
+    """Samples all maps at the same points. No gradients.
 
-    A point then reads four contiguous rows instead of 4·C scattered numbers. No gradients.
+    Maps are stored channels last, so that a point reads four contiguous rows instead of 4·C
+    scattered values.
 
     Args:
         maps: (C, H, W), any dtype.
@@ -77,7 +78,7 @@ class BilinearSampler:
 
 
 class TargetMasks:
-    """Target masks of one image, each sampled at points of its own. No gradients.
+    """Samples each target mask of an image at its own points. No gradients.
 
     Args:
         masks: (T, H, W) bool, integer or float; kept in that dtype.

@@ -19,18 +19,17 @@ from torch import Tensor
 from ..utils.shape_cache import cached_by_shape
 from .point_sampling import max_elements
 
-# Mask logits made at a time: on a CPU they should stay in its caches, on a GPU keep it busy.
+# Mask logits per block of rows: few enough for a CPU's cache, enough to keep a GPU busy.
 _MAX_LOGITS = {"cpu": 2**21, "cuda": 2**27}
-# Columns made by one product: outside a band around its diagonal, the matrix is zero.
+# Output columns per matrix product. The matrix is banded, so each block reads few input columns.
 _COLUMNS = 160
 
 
 class ResizedMasks:
-    """Mask logits of one image at output size; rows are made on demand.
+    """Mask logits of one image at output size; rows are computed on demand.
 
     Plain inference resizes masks to the padded batch, crops the image and, if the output has
-    another size, resizes once more. Along each axis all of that is one matrix with a few entries in
-    each row.
+    another size, resizes once more. Along each axis this is one matrix with few entries per row.
 
     Args:
         masks: (Q, h, w) logits as predicted.
@@ -91,7 +90,7 @@ class _AxisMatrix:
         self._matrix = matrix.to(device, dtype)
 
     def block(self, outputs: slice) -> tuple[Tensor, slice]:
-        """The rows of some outputs, and the inputs that they read."""
+        """Matrix block for some outputs, and the range of inputs that they depend on."""
         inputs = slice(self._first[outputs.start], self._last[outputs.stop - 1])
         return self._matrix[outputs, inputs], inputs
 
@@ -164,7 +163,7 @@ class PanopticResult:
         self.queries = keep.nonzero()[:, 0]
         self._scores = scores[self.queries].view(-1, 1, 1)
         self._classes: list[int] = labels[self.queries].tolist()
-        # For each pixel 2 · owner, plus 1 where the owner's own mask covers it.
+        # For each pixel 2 · owner, plus 1 inside the owner's mask.
         self._pixels = torch.zeros(shape[1:], dtype=torch.int32, device=mask_cls.device)
         self._areas = torch.zeros(len(self._classes), dtype=torch.int64, device=mask_cls.device)
 
@@ -216,13 +215,13 @@ class InstanceResult:
         queries = torch.div(pairs, num_classes, rounding_mode="floor")
         if thing_ids is not None:
             things = torch.tensor(sorted(thing_ids), dtype=classes.dtype, device=classes.device)
-            # Indices, because indexing by booleans synchronises a GPU each time.
+            # Integer indices: each indexing by booleans would be a host sync.
             keep = torch.isin(classes, things).nonzero()[:, 0]
             scores, classes, queries = scores[keep], classes[keep], queries[keep]
         self.queries, self._mask_of_instance = queries.unique(return_inverse=True)
         self._scores, self._classes = scores, classes
         self._masks = scores.new_empty(len(scores), *shape[1:], dtype=torch.float32)
-        # Of the foreground of each mask.
+        # Over the foreground of each mask.
         self._areas = scores.new_zeros(len(self.queries), dtype=torch.float64)
         self._sums = torch.zeros_like(self._areas)
 

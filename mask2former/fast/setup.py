@@ -1,4 +1,4 @@
-"""What a config switches in a built model: fast twins and activation checkpointing."""
+"""Config switches applied to a built model: fast twins and activation checkpointing."""
 
 from detectron2.config import CfgNode
 from torch import nn
@@ -9,7 +9,7 @@ from .frozen_norm import fold_frozen_norms
 
 
 def follow_parts(model: nn.Module) -> None:
-    """Prepare a model whose parts were built somewhere, with or without `apply_config`."""
+    """Prepare a model from its parts, whether or not `apply_config` was called on them."""
     if any("_always_plain" in part.__dict__ for part in model.children()):
         vars(model)["_always_plain"] = True
     fold_frozen_norms(model)
@@ -18,7 +18,8 @@ def follow_parts(model: nn.Module) -> None:
 def apply_config(cfg: CfgNode, *modules: nn.Module) -> None:
     """Apply MODEL.FAST and MODEL.CHECKPOINTING to parts of a model, or to the whole.
 
-    The config function of another project may lack these keys; they then have their defaults.
+    Configs made by another project's copy of `add_maskformer2_config` lack these keys; the defaults
+    then apply.
     """
     for module in modules:
         if cfg.MODEL.get("FAST", True):

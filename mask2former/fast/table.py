@@ -1,7 +1,7 @@
-"""All fast twins: plain class and method → twin, and the plain methods that the twin stands for.
+"""All fast twins: plain class and method → twin, and the plain methods that the twin replaces.
 
-Importing this module lets them run. Not in the table: convolutions with a frozen norm, whose class
-is Detectron2's (`frozen_norm.py`).
+Importing this module enables them. Convolutions with a frozen norm are not in the table, because
+their class is Detectron2's (`frozen_norm.py`).
 """
 
 from torch import nn
@@ -56,7 +56,7 @@ TABLE = (
         MSDeformAttnTransformerEncoderLayer,
         "forward",
         pixel_decoder.encoder_layer,
-        # Called on chunks, and again in backward: hooks must not see that.
+        # Run on chunks, and again in backward: hooks would fire too often.
         stands_for=(
             "forward_ffn",
             "with_pos_embed",

@@ -17,12 +17,12 @@ def window_attention(module: WindowAttention, x: Tensor, mask: Tensor | None = N
     """Twin of `WindowAttention.forward`."""
     trains_bias = torch.is_grad_enabled() and module.relative_position_bias_table.requires_grad
     if x.is_cpu and trains_bias:
-        # No fused CPU kernel computes the gradient of the bias, and the fallback of
-        # scaled_dot_product_attention makes a training step of the backbone a third slower.
+        # No fused CPU kernel computes the gradient of the bias. The fallback of
+        # scaled_dot_product_attention would make a training step of the backbone a third slower.
         return inspect.unwrap(WindowAttention.forward)(module, x, mask)
     num_windows, num_tokens, _ = x.shape
     q, k, v = module.project(x)  # each (B·V, A, N, D)
-    # Narrow before the repeat. Autograd sums the gradient over the repeats.
+    # Cast before the repeat, to copy less. Autograd sums the gradient over the repeats.
     bias = module.attention_bias(mask, q.dtype)  # (V or 1, A, N, N)
     if mask is not None:
         bias = bias.repeat(num_windows // mask.shape[0], 1, 1, 1)  # (B·V, A, N, N)

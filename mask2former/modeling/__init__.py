@@ -11,10 +11,10 @@ B batch, Q queries, K classes, C channels, H W padded image size:
       → matcher.py, criterion.py  training: losses on sampled points (mask_losses.py)
       → postprocessing.py         inference: semantic, panoptic, instances
 
-layers/ holds what several parts share. meta_arch/mask_former_head.py joins pixel and transformer
-decoder; ../maskformer_model.py is the whole. Importing this package registers everything with
-Detectron2. The code here reads as the paper's steps; where a faster way exists, a twin in ../fast/
-runs instead, with the same numbers.
+layers/ has the building blocks that several parts share. meta_arch/mask_former_head.py joins pixel
+and transformer decoder; ../maskformer_model.py is the full model. Importing this package registers
+all parts with Detectron2. The code here reads as the paper's steps; a part with a twin in ../fast/
+runs that instead, with the same numbers.
 
 Under autocast, in float16 or bfloat16, these stay in float32: the residual streams of both
 transformers and their layer norms; locations, weights and sums of deformable attention; class

@@ -4,7 +4,7 @@ In every head and on every level, each query samples a few points around its ref
 Sampling is that of grid_sample: bilinear, zeros outside, ``align_corners=False``. A location that
 is not finite counts as outside.
 
-`ms_deform_attn` takes sampling locations and normalised weights, the original signature.
+`ms_deform_attn` takes sampling locations and normalised weights, as the original op does.
 `ms_deform_attn_fused` takes the outputs of the projections and does the rest in one pass over
 memory. Both run the compiled kernels if the device has them (see `backend`), else, and while a
 model is exported, the same computation in PyTorch. Values may be float32, float16, bfloat16 or

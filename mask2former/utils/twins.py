@@ -1,9 +1,9 @@
 """Plain parts and their fast twins: which of the two runs.
 
-A method marked `has_fast_twin` runs as written unless `mask2former.fast` has registered a twin for
-it: a function with the same arguments and the same numbers in less time and memory. The twin runs
-only where nobody could tell the difference, see `why_plain`; otherwise the plain method runs, and
-one log line says why. Whoever subclasses, patches, replaces or hooks a part gets the plain one.
+A twin is a function with the arguments and results of a plain method, in less time and memory.
+`fast/table.py` registers one for methods marked `has_fast_twin`. It runs only if the part is not
+subclassed, patched, replaced or hooked, see `why_plain`; otherwise the plain method runs, and one
+log line says why.
 """
 
 import functools
@@ -30,10 +30,10 @@ class Twin:
         plain: the class whose method has the twin.
         method: name of the method, marked `has_fast_twin`.
         fast: the twin; called as the method is, with the module first.
-        stands_for: names of the plain methods that the twin does not call: of the module itself, or
-            dotted, of a module in `parts`.
+        stands_for: plain methods that the twin replaces and does not call: names of the module's
+            methods, or dotted names of methods of a submodule in `parts`.
         parts: submodules (dotted names) that the twin does not call as modules, and their types.
-        condition: further reason to run plain, or None.
+        condition: returns a further reason to run plain, or None.
     """
 
     plain: type[nn.Module]
@@ -42,7 +42,7 @@ class Twin:
     stands_for: tuple[str, ...] = ()
     parts: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     condition: Callable[[Any], str | None] | None = None
-    # The methods as they were when the twin was registered, by part; and the marked method.
+    # Set on creation: by part, the plain methods before any patch; and the marked method.
     originals: dict[str, dict[str, Any]] = field(init=False)
     dispatcher: Any = field(init=False)
 
@@ -66,7 +66,7 @@ def register_twin(twin: Twin) -> None:
 
 
 def has_fast_twin(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Mark a method of an nn.Module that may be served by its fast twin."""
+    """A decorator: mark a method of an nn.Module for which a fast twin may run."""
     name = method.__name__
 
     @functools.wraps(method)
@@ -87,13 +87,13 @@ def has_fast_twin(method: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def why_plain(module: nn.Module, twin: Twin) -> str | None:
-    """Why a module must run as written, or None where its twin may run.
+    """Why a module must run as written, or None if its twin may run.
 
-    The module's type must be exactly the plain class. Nothing that the twin stands for may be
-    patched (on class or instance), replaced by another module, or hooked.
+    The twin may run if the module's type is exactly the plain class and nothing that the twin
+    replaces is patched (on class or instance), replaced by another module, or hooked.
     """
     if "_always_plain" in module.__dict__:
-        return ""  # the config says so, which needs no explanation
+        return ""  # MODEL.FAST False: nothing to explain in the log
     for path, originals in twin.originals.items():
         part = module
         for name in path.split(".") if path else ():
@@ -107,7 +107,7 @@ def why_plain(module: nn.Module, twin: Twin) -> str | None:
 
 
 def why_touched(module: Any, expected: type[nn.Module], originals: Mapping[str, Any]) -> str | None:
-    """Why a module is not an `expected` with its original methods, or None where it is."""
+    """Why a module is not exactly an `expected` with its original methods, or None if it is."""
     if type(module) is not expected:
         return f"a {type(module).__name__} replaces {expected.__name__}"
     for name, original in originals.items():
@@ -119,7 +119,7 @@ def why_touched(module: Any, expected: type[nn.Module], originals: Mapping[str, 
 
 
 def why_hooked(module: nn.Module) -> str | None:
-    """Why somebody could notice that a module is not called, or None: it has no hooks."""
+    """Which hooks would miss that a module is not called, or None if no hook is registered."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks"
     return "there are global module hooks" if _has_any_global_hook() else None

@@ -1,4 +1,4 @@
-"""Folded convolutions equal Detectron2's, and run as written where somebody touched the norm."""
+"""Folded convolutions equal Detectron2's; a replaced, patched or hooked norm runs as written."""
 
 import copy
 

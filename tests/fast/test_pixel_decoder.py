@@ -77,7 +77,7 @@ def test_cached_position_encodings_depend_on_the_settings(settings):
     changed = PositionEmbeddingSine(4, **settings)
     assert not torch.allclose(changed(x), default)
     torch.testing.assert_close(changed(x), changed.encode(torch.ones(1, 3, 5, dtype=torch.bool)))
-    # So do attributes that somebody changes.
+    # Attributes may also change after construction.
     layer = PositionEmbeddingSine(4)
     for name, value in settings.items():
         setattr(layer, name, value)

@@ -230,7 +230,7 @@ def patched_on_the_instance(criterion):
 @pytest.mark.parametrize("how", ["subclass", "instance"])
 def test_overridden_loss_is_called(how):
     matcher = FixedMatcher(([3, 1], [1, 0]), ([2], [0]))
-    ours = run_plain(make_criterion(matcher))  # so that both draw their points alike
+    ours = run_plain(make_criterion(matcher))  # both draw the same points
     changed = (
         make_criterion(matcher, cls=DoubledMaskLoss)
         if how == "subclass"

@@ -1,4 +1,4 @@
-"""Mask losses against their closed formulas, and the matcher on costs worked by hand.
+"""Mask losses against their closed formulas, and the matcher on costs computed by hand.
 
 Shape letters: B batch, Q queries, K classes, T targets, P points, N masks.
 """

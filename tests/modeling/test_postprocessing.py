@@ -1,4 +1,4 @@
-"""Post-processing on examples of 2×3 pixels worked by hand, and against a loop over pixels.
+"""Post-processing on examples of 2×3 pixels computed by hand, and against a loop over pixels.
 
 Each test runs with the plain functions and with the streamed results.
 

@@ -1,4 +1,4 @@
-"""The op against a naive loop, numbers worked by hand, float64 gradients and bad shapes.
+"""The op against a naive loop, numbers computed by hand, float64 gradients and bad shapes.
 
 Every test runs on the compiled kernels and on the PyTorch formulation.
 

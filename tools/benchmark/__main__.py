@@ -40,14 +40,14 @@ COMMANDS = {
 
 def run_alone(request: str) -> int:
     """The process that `processes.Alone` starts."""
-    # Keep the pipe for answers: anything else that is printed goes to stderr.
-    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w")
+    # Reserve the pipe for replies: anything else that is printed goes to stderr.
+    replies = os.fdopen(os.dup(sys.stdout.fileno()), "w")
     os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
     request = json.loads(request)
     keep_freed_memory()
     set_threads(request["threads"])
     module, _ = COMMANDS[request["subcommand"]]
-    serve(module.tasks_alone(request["arguments"]), sys.stdin, answers)
+    serve(module.tasks_alone(request["arguments"]), sys.stdin, replies)
     return 0
 
 
@@ -83,7 +83,7 @@ def main(argv: list[str] | None = None) -> int:
         keep_freed_memory()
     options.command = shlex.join(["python", "tools/benchmark", *argv])
     threads = torch.get_num_threads()
-    # Otherwise building a model for the CPU would switch the allocator.
+    # Only the option decides: code that a contender runs must leave the allocator unchanged.
     environment = {} if allocator in (None, "kept") else {KEEP_VARIABLE: "0"}
     try:
         with mock.patch.dict(os.environ, environment):

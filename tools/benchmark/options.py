@@ -119,7 +119,7 @@ def add_model_runtime_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--processes",
         choices=PROCESSES,
-        help="on a CPU, run each contender in a process of its own, as its users do, or all in "
+        help="on a CPU, run each contender in its own process, as its users do, or all in "
         "one [own; shared with --quick]",
     )
 

@@ -171,7 +171,7 @@ def load_weights(peer: nn.Module, ours: nn.Module, is_swin: bool) -> None:
 
 
 class PeerCriterion(nn.Module):
-    """The peer's criterion behind the interface of ours: same arguments, same losses.
+    """The peer's criterion with our interface: same arguments, same losses.
 
     Args:
         peer: from `build_peer`.

@@ -1,7 +1,7 @@
-"""Contenders on a CPU, each in a process of its own.
+"""Contenders on a CPU, each in its own process.
 
-In a shared process a contender would reuse memory that the others freed. That hides what fresh
-pages for large tensors cost its users. Peak memory can only be measured per process, too.
+In a shared process a contender would reuse memory that others freed, which hides the cost of fresh
+pages for large tensors. Peak memory also can only be measured per process.
 """
 
 import argparse
@@ -64,40 +64,40 @@ class Alone:
     def __exit__(self, *_: object) -> None:
         self._process.communicate()  # closes its input, so that it ends
 
-    def ask(self, order: str) -> Any:
-        """Send an order, see `serve`, and wait for the answer.
+    def ask(self, command: str) -> Any:
+        """Send a command, see `serve`, and wait for the reply.
 
         Raises:
             RuntimeError: the process failed; its own message is in the output.
         """
         with contextlib.suppress(BrokenPipeError):
-            print(order, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
+            print(command, file=self._process.stdin, flush=True)
+        reply = self._process.stdout.readline()
+        if not reply:
             raise RuntimeError(f"a contender's process ended with status {self._process.wait()}")
-        return json.loads(answer)
+        return json.loads(reply)
 
 
-def serve(tasks: Iterable[Task], orders: Iterator[str], answers: TextIO) -> None:
+def serve(tasks: Iterable[Task], commands: Iterator[str], replies: TextIO) -> None:
     """The loop inside a process of `Alone`.
 
     Args:
         tasks: warm-ups, then the task itself.
-        orders: lines. The first one runs all tasks: "start" answers with the times of the last
+        commands: lines. The first one runs all tasks: "start" replies with the times of the last
             one, "peak" with the bytes by which the process grew during it. Each further line
             measures the task once.
-        answers: receives a line of JSON for each order.
+        replies: receives a line of JSON for each command.
     """
 
-    def answer(result: Any) -> None:
-        print(json.dumps(result), file=answers, flush=True)
+    def reply(result: Any) -> None:
+        print(json.dumps(result), file=replies, flush=True)
 
-    wants_peak = next(orders).strip() == "peak"
+    wants_peak = next(commands).strip() == "peak"
     for task in tasks:
         result = peak_resident_bytes(task.run) if wants_peak else task.measure()
-    answer(result)
-    for _ in orders:
-        answer(task.measure())
+    reply(result)
+    for _ in commands:
+        reply(task.measure())
 
 
 def take_turns_alone(

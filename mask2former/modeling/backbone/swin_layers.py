@@ -30,7 +30,7 @@ NormLayer = Callable[[int], nn.Module]
 
 
 def pair(value: int | Sequence[int]) -> tuple[int, int]:
-    """Expand one number to (height, width); two are returned as they are."""
+    """Expand one number to (height, width); return a pair unchanged."""
     if isinstance(value, int):
         return value, value
     height, width = value

@@ -1,4 +1,4 @@
-"""Layers that several parts share: attention, feed-forward, MLP, position encoding."""
+"""Layers shared by several parts: attention, feed-forward, MLP, position encoding."""
 
 from .attention import CrossAttentionLayer, FFNLayer, SelfAttentionLayer
 from .mlp import MLP

@@ -14,7 +14,7 @@ from .mlp import _get_activation_fn
 
 
 class _ResidualLayer(nn.Module):
-    """What the three sub-layers share."""
+    """Common parts of the three sub-layers."""
 
     def _add_residual_parts(self, d_model: int, dropout: float, normalize_before: bool) -> None:
         """Create norm and dropout and initialise.
@@ -43,7 +43,7 @@ class SelfAttentionLayer(_ResidualLayer):
         d_model: channels C.
         nhead: heads M.
         dropout: probability, on attention weights and on the residual branch.
-        activation: name of an activation; checked, but attention has none.
+        activation: name of an activation; checked, but not used.
         normalize_before: layer norm before attention instead of after.
     """
 

@@ -140,8 +140,8 @@ class BasePixelDecoder(nn.Module):
             features: backbone features by name, each (B, C_i, H/s_i, W/s_i).
 
         Returns:
-            Per-pixel mask embeddings (B, E, H/s_0, W/s_0) at the finest stride; the transformer
-            encoder's map where there is one, else None; and the (up to) three coarsest maps
+            Per-pixel mask embeddings (B, E, H/s_0, W/s_0) at the finest stride; the map of the
+            transformer encoder, None without encoder; and the (up to) three coarsest maps
             (B, C, H/s_i, W/s_i), coarsest first.
         """
         finer_features = [features[name] for name in self.in_features[-2::-1]]

@@ -124,7 +124,7 @@ class MSDeformAttnTransformerEncoder(nn.Module):
         valid_ratios: Tensor | None,
         device: torch.device | str,
     ) -> Tensor:
-        """Centres of all values of all levels.
+        """Reference points: the centre of every value of every level.
 
         Args:
             spatial_shapes: height and width of each level.
@@ -148,7 +148,7 @@ class MSDeformAttnTransformerEncoder(nn.Module):
         num_levels = len(centers)
         if valid_ratios is None:
             return torch.cat(centers)[None, :, None].expand(-1, -1, num_levels, -1)
-        # A centre relative to the valid part of its own level, then in units of each level.
+        # Normalise by the valid part of the value's own level, then scale to each level.
         relative = torch.cat(
             [center / valid_ratios[:, None, level] for level, center in enumerate(centers)], 1
         )  # (B, S, 2)
@@ -225,7 +225,7 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
 
         Args:
             srcs: for each level (B, C, H, W).
-            pos_embeds: likewise.
+            pos_embeds: position encodings of the same shapes.
 
         Returns:
             memory (B, S, C); height and width of each level (L, 2), and the index of each level's

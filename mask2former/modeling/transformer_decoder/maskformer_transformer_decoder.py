@@ -1,4 +1,4 @@
-"""The transformer decoder of MaskFormer, the predecessor; original home of the registry.
+"""The transformer decoder of MaskFormer, the predecessor.
 
 It attends to one feature map, without masks. Other projects import the registry and its builder
 from here; they are defined in `build.py`.
@@ -148,7 +148,7 @@ class StandardTransformerDecoder(nn.Module):
     def _set_aux_loss(
         self, outputs_class: Tensor | None, outputs_seg_masks: Tensor
     ) -> list[dict[str, Tensor]]:
-        """The predictions of every layer but the last, each in a dict of its own."""
+        """The predictions of every layer but the last, one dict per layer."""
         if outputs_class is None:
             return [{"pred_masks": masks} for masks in outputs_seg_masks[:-1]]
         return [

@@ -178,7 +178,7 @@ class TransformerDecoder(nn.Module):
 
 
 class _Layer(nn.Module):
-    """What encoder and decoder layers share."""
+    """Common parts of encoder and decoder layers."""
 
     linear1: nn.Module
     linear2: nn.Module
@@ -243,7 +243,7 @@ class TransformerEncoderLayer(_Layer):
 
         Args:
             src: (S, B, C).
-            src_mask: (S, S) or (B * heads, S, S), True or -inf where attention is barred.
+            src_mask: (S, S) or (B * heads, S, S), True or -inf where attention is blocked.
             src_key_padding_mask: (B, S) bool, True at padding.
             pos: (S, B, C), added to queries and keys, not to values.
 
@@ -337,7 +337,7 @@ class TransformerDecoderLayer(_Layer):
             tgt: (Q, B, C).
             memory: (S, B, C).
             tgt_mask, memory_mask: (Q, Q) and (Q, S), or (B * heads, ..., ...); True or -inf where
-                attention is barred.
+                attention is blocked.
             tgt_key_padding_mask, memory_key_padding_mask: (B, Q) and (B, S) bool, True at padding.
             pos: (S, B, C), added to the memory as keys, not as values.
             query_pos: (Q, B, C), added to the targets as queries and keys, not as values.

@@ -1,4 +1,4 @@
-"""Swin backbone: parts worked by hand, two peer implementations, and the original's contract.
+"""Swin backbone: parts computed by hand, two peer implementations, and the original's contract.
 
 Shape letters: see `mask2former.modeling.backbone.swin_layers`.
 """
@@ -93,7 +93,7 @@ def assert_same_features(ours: dict[str, Tensor], theirs: list[Tensor], atol: fl
         torch.testing.assert_close(feature, other, atol=atol, rtol=0, msg=lambda m, n=name: n + m)
 
 
-# --- parts worked by hand
+# --- parts computed by hand
 
 
 def test_window_partition_orders_images_then_rows_then_columns():

@@ -115,7 +115,7 @@ def test_unknown_activation_is_refused():
 
 @pytest.mark.parametrize("pre_norm", [False, True])
 @pytest.mark.parametrize("how", ["hook", "pre-hook", "patch", "replacement"])
-def test_attention_is_called_as_a_module_where_somebody_looks(how, pre_norm):
+def test_hooked_or_patched_attention_is_called_as_a_module(how, pre_norm):
     """Projects read attention maps with hooks, or replace the attention."""
     torch.manual_seed(0)
     seen = []

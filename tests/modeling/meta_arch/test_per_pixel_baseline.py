@@ -1,4 +1,4 @@
-"""The per-pixel heads: losses worked by hand, and training within Detectron2's SemanticSegmentor.
+"""The per-pixel heads: losses computed by hand, and training within Detectron2's SemanticSegmentor.
 
 Shape letters: B batch, K classes, H W size in pixels.
 """

@@ -151,12 +151,12 @@ def test_memory_of_postprocessing():
 
 
 class InThread:
-    """Stands in for `processes.Alone`, which takes seconds to start: serves the same orders."""
+    """Stands in for `processes.Alone`, which takes seconds to start: serves the same commands."""
 
     def __init__(self, subcommand, arguments, threads, environment):
-        self._orders, self._answers = queue.SimpleQueue(), queue.SimpleQueue()
+        self._commands, self._replies = queue.SimpleQueue(), queue.SimpleQueue()
         tasks = modules[subcommand].tasks_alone(json.loads(json.dumps(arguments)))
-        served = tasks, iter(self._orders.get, None), self
+        served = tasks, iter(self._commands.get, None), self
         self._thread = threading.Thread(target=processes.serve, args=served, daemon=True)
         self._thread.start()
 
@@ -164,16 +164,16 @@ class InThread:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._orders.put(None)
+        self._commands.put(None)
         self._thread.join()
 
     def ask(self, order: str):
-        self._orders.put(order)
-        return json.loads(self._answers.get(timeout=60))
+        self._commands.put(order)
+        return json.loads(self._replies.get(timeout=60))
 
     def write(self, text: str) -> None:
         if text.strip():
-            self._answers.put(text)
+            self._replies.put(text)
 
     def flush(self) -> None:
         pass
