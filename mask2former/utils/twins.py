@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 _logger = logging.getLogger(__name__)
 
+_CALL = nn.Module.__call__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -139,6 +140,9 @@ def why_hooked(module: nn.Module) -> str | None:
         return "it has hooks"
     if module._compiled_call_impl is not None:
         return "it is compiled"
+    # torch.export replaces it too.
+    if not torch.compiler.is_compiling() and type(module).__call__ is not _CALL:
+        return "its __call__ is replaced"
     return "there are global module hooks" if _has_any_global_hook() else None
 
 

@@ -226,6 +226,22 @@ def test_a_module_compiled_in_place_is_called(models, run):
         assert calls, path
 
 
+def test_modules_are_called_where_call_is_replaced(models, run, monkeypatch):
+    original, counts = nn.Module.__call__, []
+    for model in models:
+        calls: list[str] = []
+
+        def call(module, *args, calls=calls, **kwargs):
+            calls.append(type(module).__name__)
+            return original(module, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(nn.Module, "__call__", call)
+            run(model, True)
+        counts.append([name.replace("ConvWithFrozenNorm", "Conv2d") for name in calls])
+    assert counts[0] == counts[1]
+
+
 def test_a_matcher_sees_masks_of_all_layers_as_tensors(models, run):
     seen = []
 
