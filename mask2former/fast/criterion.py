@@ -129,6 +129,8 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
         indices = match_layers(matcher, layers, targets)
     else:
         layers = [_dense(layer) for layer in layers]
+        if "aux_outputs" in outputs:
+            layers[0] = {**layers[0], "aux_outputs": layers[1:]}
         indices = [matcher(layer, targets) for layer in layers]
 
     device = outputs["pred_logits"].device

@@ -48,8 +48,8 @@ def decode_to_factors(
     """
     memory, pos, sizes = decoder.project_features(x)
     batch = mask_features.shape[0]
-    query_embed = decoder.query_embed.weight.unsqueeze(1).expand(-1, batch, -1)  # (Q, B, C)
-    output = decoder.query_feat.weight.unsqueeze(1).expand(-1, batch, -1)  # (Q, B, C)
+    query_embed = decoder.query_embed.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
+    output = decoder.query_feat.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
 
     resized: dict[int, Tensor] = {}
     predictions = []

@@ -18,7 +18,7 @@ class ConvWithFrozenNorm(Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         """(B, C_in, H, W) → (B, C_out, H', W')."""
         # On CUDA one batch norm kernel is faster than several small ones that fold the weight.
-        if (x.is_cuda and not torch.is_grad_enabled()) or self._norm_is_touched():
+        if (x.is_cuda and not torch.is_grad_enabled()) or self._is_touched():
             return super().forward(x)
         weight, offset = self._folded()
         options = (self.stride, self.padding, self.dilation, self.groups)
@@ -29,9 +29,11 @@ class ConvWithFrozenNorm(Conv2d):
             x = F.conv2d(x, weight, offset, *options)
         return x if self.activation is None else self.activation(x)
 
-    def _norm_is_touched(self) -> bool:
-        """Whether the norm is replaced, patched or hooked, or must run as written."""
+    def _is_touched(self) -> bool:
+        """Whether somebody changed the convolution or its norm, or wants them as written."""
         if "_always_plain" in self.__dict__:
+            return True
+        if type(self) is not ConvWithFrozenNorm or Conv2d.forward is not _CONV_FORWARD:
             return True
         reason = why_touched(self.norm, FrozenBatchNorm2d, _NORM_METHODS) or why_hooked(self.norm)
         return reason is not None
@@ -65,6 +67,7 @@ class ConvWithFrozenNorm(Conv2d):
             return F.conv2d(x, weight, offset, *options)
 
 
+_CONV_FORWARD = Conv2d.forward
 _NORM_METHODS = {"forward": FrozenBatchNorm2d.forward}
 
 

@@ -25,6 +25,10 @@ from .postprocessing import (
 )
 
 _HEAD_METHODS = {"forward": MaskFormerHead.forward, "layers": MaskFormerHead.layers}
+_DECODER_METHODS = {"_set_aux_loss": MultiScaleMaskedTransformerDecoder._set_aux_loss}
+# Packages whose modules take feature maps of any layout.
+_LAYOUT_AGNOSTIC = {"torch", "torchvision", "detectron2", "mask2former"}
+_MODEL_METHODS = {"forward_inference": MaskFormer.forward_inference}
 
 
 def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
@@ -33,8 +37,8 @@ def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
     In training `pred_masks` are `MaskFactors`, for the fast criterion. Inference returns no
     `aux_outputs`, because nothing reads them.
     """
-    if images.device.type == "cpu" and not torch.is_grad_enabled():
-        # On a CPU convolutions preserve this layout and are faster in it, but not in training.
+    if images.is_cpu and not torch.is_grad_enabled() and not _may_see_layout(model):
+        # Convolutions on a CPU are faster in this layout, and pass it on. In training they are not.
         images = images.contiguous(memory_format=torch.channels_last)
     features = model.backbone(images)
     head: Any = model.sem_seg_head
@@ -54,7 +58,7 @@ def why_not_factors(model: MaskFormer) -> str | None:
     reason = (
         why_touched(head, MaskFormerHead, _HEAD_METHODS)
         or why_hooked(head)
-        or why_touched(decoder, MultiScaleMaskedTransformerDecoder, {})
+        or why_touched(decoder, MultiScaleMaskedTransformerDecoder, _DECODER_METHODS)
         or why_hooked(decoder)
     )
     if reason is not None:
@@ -65,7 +69,20 @@ def why_not_factors(model: MaskFormer) -> str | None:
         return "sem_seg_head.predictor runs as written"
     if model.training and (not runs_fast(model.criterion) or why_hooked(model.criterion)):
         return "criterion runs as written"
-    return None
+    # Another one may read the predictions of all layers.
+    return None if model.training else why_touched(model, MaskFormer, _MODEL_METHODS)
+
+
+def _may_see_layout(model: MaskFormer) -> bool:
+    """Whether anything in the network may depend on how feature maps lie in memory."""
+    if torch.compiler.is_compiling():
+        return False
+    parts = (*model.backbone.modules(), *model.sem_seg_head.modules())
+    return any(
+        type(part).__module__.partition(".")[0] not in _LAYOUT_AGNOSTIC
+        or "forward" in part.__dict__
+        for part in parts
+    )
 
 
 def inference(

@@ -7,7 +7,9 @@ import inspect
 from typing import Any
 
 import torch
-from torch import Tensor
+from detectron2.layers import Conv2d, FrozenBatchNorm2d
+from detectron2.layers.batch_norm import LayerNorm
+from torch import Tensor, nn
 
 from ..modeling.layers import PositionEmbeddingSine
 from ..modeling.pixel_decoder.msdeformattn import (
@@ -20,6 +22,7 @@ from ..ops import MSDeformAttn, backend
 from ..utils.shape_cache import cached_by_shape
 from ..utils.twins import why_hooked, why_touched
 from .checkpointing import checkpointed
+from .frozen_norm import ConvWithFrozenNorm
 
 Shapes = tuple[tuple[int, int], ...]
 
@@ -28,6 +31,13 @@ Shapes = tuple[tuple[int, int], ...]
 _FFN_CHUNK = 2048
 _LAYER_METHODS = {"forward": MSDeformAttnTransformerEncoderLayer.forward}
 _ATTENTION_METHODS = {"forward": MSDeformAttn.forward}
+# As written, also if somebody wraps the method later.
+_ADD_FPN_LEVELS = inspect.unwrap(MSDeformAttnPixelDecoder.add_fpn_levels)
+# Parts of FPN levels that give the same result when called again, and change nothing.
+_RECOMPUTABLE = {
+    kind: kind.forward
+    for kind in (Conv2d, ConvWithFrozenNorm, FrozenBatchNorm2d, LayerNorm, nn.GroupNorm)
+}
 
 
 # Enough for the three scales of a few image sizes.
@@ -55,7 +65,8 @@ def position_encoding(
     scale = module.scale if module.normalize else None
     settings = (module.num_pos_feats, module.temperature, module.normalize, scale)
     encoding = _position_encoding(*x.shape[-2:], x.device, *settings)
-    return encoding.expand(x.shape[0], -1, -1, -1)
+    # A copy, because callers may write to it.
+    return encoding.clone().expand(x.shape[0], -1, -1, -1)
 
 
 @cached_by_shape(maxsize=4)
@@ -83,7 +94,8 @@ def encode(
     reference_points = _reference_points(shapes, memory.device)
     for layer in module.encoder.layers:
         memory = layer(memory, pos, reference_points, shapes)
-    return memory, *_level_tensors(shapes, memory.device)
+    spatial_shapes, level_start_index = _level_tensors(shapes, memory.device)
+    return memory, spatial_shapes.clone(), level_start_index.clone()
 
 
 def why_not_encode(module: MSDeformAttnTransformerEncoderOnly) -> str | None:
@@ -97,6 +109,13 @@ def why_not_encode(module: MSDeformAttnTransformerEncoderOnly) -> str | None:
             reason = why_touched(part, kind, methods) or why_hooked(part)
             if reason is not None:
                 return reason
+    return None
+
+
+def why_not_chunk(layer: MSDeformAttnTransformerEncoderLayer) -> str | None:
+    """Why the activation must be called once, or None: it is a function."""
+    if isinstance(layer.activation, nn.Module):
+        return "its activation is a module"
     return None
 
 
@@ -151,16 +170,25 @@ def add_fpn_levels(
 
     Normalisation and resizing are cheap compared with the memory of their results.
     """
-    plain = inspect.unwrap(MSDeformAttnPixelDecoder.add_fpn_levels)
 
     def add(finest: Tensor, *features: Tensor) -> tuple[Tensor, list[Tensor]]:
-        return plain(module, finest, list(features))
+        return _ADD_FPN_LEVELS(module, finest, list(features))
 
     return checkpointed(module, add, finest, *features, keep=[torch.ops.aten.convolution.default])
 
 
 def why_not_add(module: MSDeformAttnPixelDecoder) -> str | None:
-    """Why the FPN levels must not be recomputed in backward, or None: hooks would fire again."""
+    """Why the FPN levels must not be recomputed in backward, or None: nothing would change.
+
+    Hooks would fire again, batch norms count again, other modules perhaps draw other random
+    numbers.
+    """
     convs = (*module.lateral_convs, *module.output_convs, module.mask_features)
-    reasons = (why_hooked(part) for conv in convs for part in conv.modules())
-    return next((reason for reason in reasons if reason is not None), None)
+    for part in (part for conv in convs for part in conv.modules()):
+        forward = _RECOMPUTABLE.get(type(part))
+        if forward is None:
+            return f"an FPN level has a {type(part).__name__}"
+        reason = why_touched(part, type(part), {"forward": forward}) or why_hooked(part)
+        if reason is not None:
+            return reason
+    return None

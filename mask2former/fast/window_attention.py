@@ -12,14 +12,17 @@ from torch import Tensor
 
 from ..modeling.backbone.swin_layers import WindowAttention
 
+# As written, also if somebody wraps the method later.
+_PLAIN = inspect.unwrap(WindowAttention.forward)
+
 
 def window_attention(module: WindowAttention, x: Tensor, mask: Tensor | None = None) -> Tensor:
     """Twin of `WindowAttention.forward`."""
     trains_bias = torch.is_grad_enabled() and module.relative_position_bias_table.requires_grad
     if x.is_cpu and trains_bias:
-        # No fused CPU kernel computes the gradient of the bias. The fallback of
-        # scaled_dot_product_attention would make a training step of the backbone a third slower.
-        return inspect.unwrap(WindowAttention.forward)(module, x, mask)
+        # No fused CPU kernel computes the gradient of the bias, and the fallback of
+        # scaled_dot_product_attention makes a training step of the backbone a third slower.
+        return _PLAIN(module, x, mask)
     num_windows, num_tokens, _ = x.shape
     q, k, v = module.project(x)  # each (B·V, A, N, D)
     # Cast before the repeat, to copy less. Autograd sums the gradient over the repeats.

@@ -403,7 +403,10 @@ class MSDeformAttn(nn.Module):
         # Compute offsets and weights in full precision under autocast too: rounding to bfloat16
         # moves an offset of ten pixels by up to a thirtieth of a pixel.
         with torch.autocast(query.device.type, enabled=False):
-            query = query.to(self.sampling_offsets.weight.dtype)
+            weight = getattr(self.sampling_offsets, "weight", None)
+            # Quantised layers take full precision and have other weights, or a method of that name.
+            if isinstance(weight, Tensor) and weight.is_floating_point():
+                query = query.to(weight.dtype)
             offsets = self.sampling_offsets(query).unflatten(
                 2, (self.n_heads, self.n_levels, self.n_points, 2)
             )

@@ -8,8 +8,10 @@ log line says why.
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 _logger = logging.getLogger(__name__)
 
+_CALL = nn.Module.__call__
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
@@ -30,8 +33,10 @@ class Twin:
         plain: the class whose method has the twin.
         method: name of the method, marked `has_fast_twin`.
         fast: the twin; called as the method is, with the module first.
-        stands_for: plain methods that the twin replaces and does not call: names of the module's
-            methods, or dotted names of methods of a submodule in `parts`.
+        stands_for: names of the plain methods that the twin does not call: of the module itself, or
+            dotted, of a module in `parts`, besides its `forward`.
+        functions: names of functions, in the Python module of the plain class, that it does not
+            call either.
         parts: submodules (dotted names) that the twin does not call as modules, and their types.
         condition: returns a further reason to run plain, or None.
     """
@@ -40,20 +45,28 @@ class Twin:
     method: str
     fast: Callable[..., Any]
     stands_for: tuple[str, ...] = ()
+    functions: tuple[str, ...] = ()
     parts: Mapping[str, type[nn.Module]] = field(default_factory=dict)
     condition: Callable[[Any], str | None] | None = None
     # Set on creation: by part, the plain methods before any patch; and the marked method.
     originals: dict[str, dict[str, Any]] = field(init=False)
     dispatcher: Any = field(init=False)
+    namespace: ModuleType = field(init=False)
+    original_functions: dict[str, Any] = field(init=False)
 
     def __post_init__(self) -> None:
-        owned: dict[str, dict[str, Any]] = {path: {} for path in ("", *self.parts)}
+        owned: dict[str, dict[str, Any]] = {"": {}}
+        owned.update({path: {"forward": kind.forward} for path, kind in self.parts.items()})
         for name in self.stands_for:
             path, _, method = name.rpartition(".")
             owner = self.parts[path] if path else self.plain
             owned[path][method] = getattr(owner, method)
         object.__setattr__(self, "originals", owned)
         object.__setattr__(self, "dispatcher", self.plain.__dict__[self.method])
+        namespace = sys.modules[self.plain.__module__]
+        functions = {name: getattr(namespace, name) for name in self.functions}
+        object.__setattr__(self, "namespace", namespace)
+        object.__setattr__(self, "original_functions", functions)
 
 
 _twins: dict[tuple[type[nn.Module], str], Twin] = {}
@@ -103,6 +116,9 @@ def why_plain(module: nn.Module, twin: Twin) -> str | None:
             reason = why_hooked(part)
         if reason is not None:
             return f"{path}: {reason}" if path else reason
+    for name, original in twin.original_functions.items():
+        if getattr(twin.namespace, name) is not original:
+            return f"{twin.namespace.__name__}.{name} is replaced"
     return twin.condition(module) if twin.condition is not None else None
 
 
@@ -122,6 +138,11 @@ def why_hooked(module: nn.Module) -> str | None:
     """Which hooks would miss that a module is not called, or None if no hook is registered."""
     if any(getattr(module, hooks) for hooks in _HOOKS):
         return "it has hooks"
+    if module._compiled_call_impl is not None:
+        return "it is compiled"
+    # torch.export replaces it too.
+    if not torch.compiler.is_compiling() and type(module).__call__ is not _CALL:
+        return "its __call__ is replaced"
     return "there are global module hooks" if _has_any_global_hook() else None
 
 

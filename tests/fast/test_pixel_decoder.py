@@ -15,6 +15,7 @@ from mask2former.modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnPixelDecoder,
     MSDeformAttnTransformerEncoder,
     MSDeformAttnTransformerEncoderLayer,
+    MSDeformAttnTransformerEncoderOnly,
 )
 from mask2former.utils.twins import runs_fast
 
@@ -57,15 +58,30 @@ def randomise(module: nn.Module) -> None:
             nn.init.normal_(parameter, std=0.3)
 
 
-def test_position_encodings_are_cached():
-    layer = PositionEmbeddingSine(4)
+def test_position_encodings_are_cached(monkeypatch):
+    computed = []
+    kind = pixel_decoder.PositionEmbeddingSine
+    monkeypatch.setattr(
+        pixel_decoder, "PositionEmbeddingSine", lambda *args: computed.append(1) or kind(*args)
+    )
+    layer = PositionEmbeddingSine(4, temperature=37)
     assert runs_fast(layer)
     first = layer(torch.zeros(1, 1, 3, 5))
+    expected = first.clone()
+    first += 1  # callers may write to it
     again = layer(torch.zeros(4, 2, 3, 5))  # batch and channels do not matter
-    other = PositionEmbeddingSine(4)(torch.zeros(1, 1, 3, 5))
-    assert again.data_ptr() == other.data_ptr() == first.data_ptr()
-    mask = torch.zeros(1, 3, 5, dtype=torch.bool)
-    assert layer(torch.zeros(1, 1, 3, 5), mask).data_ptr() != first.data_ptr()
+    other = PositionEmbeddingSine(4, temperature=37)(torch.zeros(1, 1, 3, 5))
+    assert computed == [1]
+    assert torch.equal(again, expected.expand(4, -1, -1, -1)) and torch.equal(other, expected)
+
+
+def test_level_sizes_are_not_shared():
+    module = MSDeformAttnTransformerEncoderOnly(8, 2, 1, 8, num_feature_levels=1)
+    level = [torch.zeros(1, 8, 2, 3)]
+    _, shapes, starts = module(level, level)
+    shapes += 5
+    starts += 5
+    assert [x.tolist() for x in module(level, level)[1:]] == [[[2, 3]], [0]]
 
 
 @pytest.mark.parametrize(

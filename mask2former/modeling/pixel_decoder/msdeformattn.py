@@ -357,7 +357,7 @@ class MSDeformAttnPixelDecoder(nn.Module):
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
         head = cfg.MODEL.SEM_SEG_HEAD
-        return {
+        arguments = {
             "input_shape": {k: v for k, v in input_shape.items() if k in head.IN_FEATURES},
             "conv_dim": head.CONVS_DIM,
             "mask_dim": head.MASK_DIM,
@@ -369,8 +369,12 @@ class MSDeformAttnPixelDecoder(nn.Module):
             "transformer_enc_layers": head.TRANSFORMER_ENC_LAYERS,
             "transformer_in_features": head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES,
             "common_stride": head.COMMON_STRIDE,
-            "transformer_num_points": head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS,
         }
+        # Subclasses with the original constructor do not take it.
+        num_points = head.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS
+        if num_points != 4:
+            arguments["transformer_num_points"] = num_points
+        return arguments
 
     def forward_features(self, features: dict[str, Tensor]) -> tuple[Tensor, Tensor, list[Tensor]]:
         """Encode backbone features.
@@ -430,4 +434,6 @@ class MSDeformAttnPixelDecoder(nn.Module):
 
 def _as_parameter(x: Tensor, parameter: Tensor) -> Tensor:
     """Convert backbone features to the precision of this decoder, unless autocast does."""
-    return x if torch.is_autocast_enabled(x.device.type) else x.to(parameter.dtype)
+    if torch.is_autocast_enabled(x.device.type) or not parameter.is_floating_point():
+        return x
+    return x.to(parameter.dtype)
