@@ -93,7 +93,7 @@ def main(args: argparse.Namespace) -> dict | None:
         keep_freed_memory()
     if args.eval_only:
         check_run(cfg, "evaluate", own_evaluators=has_own_evaluators(Trainer))
-        model = Trainer.build_model(cfg)
+        model: Any = Trainer.build_model(cfg)
         if compile_mode:
             model.compile_inference(mode=compile_mode)
         checkpointer = Mask2FormerCheckpointer(model, save_dir=cfg.OUTPUT_DIR)

@@ -57,28 +57,33 @@ def make_criterion(
     return cls(num_classes, matcher=matcher, **arguments)
 
 
-def patch_sampling(monkeypatch, change) -> None:
-    """Replace the choice of points, plain and fast, by `change(original)`."""
-    for module, name in (
-        (plain_criterion, "get_uncertain_point_coords_with_randomness"),
-        (fast_criterion, "sample_uncertain_points"),
-    ):
-        monkeypatch.setattr(module, name, change(getattr(module, name)))
+def patch_sampling(monkeypatch, mode, change) -> None:
+    """Replace the choice of points by `change(original)`.
+
+    Only that of the mode under test: with the plain one replaced, the criterion would run plain.
+    """
+    if mode is run_plain:
+        module, name = plain_criterion, "get_uncertain_point_coords_with_randomness"
+    else:
+        module, name = fast_criterion, "sample_uncertain_points"
+    monkeypatch.setattr(module, name, change(getattr(module, name)))
 
 
 @pytest.fixture
-def pixel_centres(monkeypatch):
+def pixel_centres(monkeypatch, mode):
     """Sample the four centres of 2×2 masks, so that losses see every pixel once, exactly."""
     points = torch.tensor([[0.25, 0.25], [0.75, 0.25], [0.25, 0.75], [0.75, 0.75]])
-    patch_sampling(monkeypatch, lambda _: lambda logits, *args: points.expand(len(logits), -1, -1))
+    patch_sampling(
+        monkeypatch, mode, lambda _: lambda logits, *args: points.expand(len(logits), -1, -1)
+    )
 
 
 @pytest.fixture
-def drawn_points(monkeypatch) -> list[Tensor]:
+def drawn_points(monkeypatch, mode) -> list[Tensor]:
     """A list that fills with the points (N, P, 2) of the mask losses."""
     drawn = []
     patch_sampling(
-        monkeypatch, lambda sample: lambda *args: drawn.append(sample(*args)) or drawn[-1]
+        monkeypatch, mode, lambda sample: lambda *args: drawn.append(sample(*args)) or drawn[-1]
     )
     return drawn
 
