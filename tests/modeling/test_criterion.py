@@ -276,7 +276,6 @@ def test_matcher_of_another_project_is_called_for_each_layer(build):
         assert used.tolist() == [[False] * 4 + [True] * 2, [False] * 5 + [True]]
 
 
-@pytest.mark.usefixtures("pixel_centres")
 def test_registered_loss_by_hand(build, monkeypatch):
     monkeypatch.setattr(LOSS_REGISTRY, "_obj_map", {})
 
@@ -284,8 +283,10 @@ def test_registered_loss_by_hand(build, monkeypatch):
     def area(matched):
         assert matched.mask_logits.shape == (3, 2, 2) and matched.target_masks.shape == (3, 2, 2)
         assert matched.class_logits.shape == (3, 4) and matched.labels.tolist() == [2, 0, 2]
-        assert matched.points.shape == (3, 4, 2)
-        return (matched.point_logits.sigmoid().mean(1) - matched.point_labels.mean(1)).abs()
+        assert matched.points.shape == (3, 20, 2)
+        assert matched.point_logits.shape == matched.point_labels.shape == (3, 20)
+        areas = [x.mean((1, 2)) for x in (matched.mask_logits.sigmoid(), matched.target_masks)]
+        return (areas[0] - areas[1]).abs()
 
     masks = torch.tensor([[9.0, LN3, 0.0], [LN3, 9.0, 9.0]])[..., None, None].expand(2, 3, 2, 2)
     layer = {"pred_logits": torch.zeros(2, 3, 4), "pred_masks": masks}
