@@ -267,6 +267,15 @@ def test_compiled_takes_turns_with_eager(modes, run, monkeypatch):
     assert {OURS, UPSTREAM} == set(rows_of(report, both[0])[0]["ratios"])
 
 
+def test_train_with_other_checkpointing(run):
+    status, report = run("train", "--contenders", f"{OURS},none,blocks")
+    assert status == 0
+    names = (OURS, "no checkpointing", "checkpointed blocks")
+    assert names_of(report, "part") == [
+        (part, name) for part in modules["train"].PARTS for name in names
+    ]
+
+
 def test_train(run, tmp_path, capsys):
     pytest.importorskip("transformers")
     status, report = run("train", "--contenders", f"{OURS},{UPSTREAM},{PEER}")
