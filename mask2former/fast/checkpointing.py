@@ -8,7 +8,9 @@ selective   recompute what is large and cheap: everything in the pixel decoder b
 blocks      in addition whole layers of the pixel decoder's encoder, cross-attention layers of the
             decoder, and blocks of Swin.
 
-Gradients are the same with each policy.
+Gradients are the same with each policy. `torch.func.functional_call` needs "none": backward would
+recompute with the module's own parameters. Flags on modules: `_saves_all` turns `checkpointed` into
+a plain call, `_recompute_whole` is read where a module is called (`utils/twins.py`).
 """
 
 import functools

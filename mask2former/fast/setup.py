@@ -9,10 +9,16 @@ from .frozen_norm import fold_frozen_norms
 
 
 def follow_parts(model: nn.Module) -> None:
-    """Prepare a model from its parts, whether or not `apply_config` was called on them."""
+    """Prepare a model from its parts, whether or not `apply_config` was called on them.
+
+    `MaskFormer.from_config` calls `apply_config` on the parts that it builds. The constructor has
+    no config, and its parts may come from another project's `from_config`: if one of them must run
+    as written, all of the model does; otherwise frozen norms are folded here.
+    """
     if any("_always_plain" in part.__dict__ for part in model.children()):
-        vars(model)["_always_plain"] = True
-    fold_frozen_norms(model)
+        run_plain(model)
+    else:
+        fold_frozen_norms(model)
 
 
 def apply_config(cfg: CfgNode, *modules: nn.Module) -> None:

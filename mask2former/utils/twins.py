@@ -3,7 +3,7 @@
 A twin is a function with the arguments and results of a plain method, in less time and memory.
 `fast/table.py` registers one for methods marked `has_fast_twin`. It runs only if the part is not
 subclassed, patched, replaced or hooked, see `why_plain`; otherwise the plain method runs, and one
-log line says why.
+log line says why. `run_plain` sets the flag `_always_plain` on modules.
 """
 
 import functools

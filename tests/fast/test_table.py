@@ -12,7 +12,7 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d, ShapeSpec
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from mask2former.fast.frozen_norm import fold_frozen_norms
+from mask2former.fast.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms
 from mask2former.fast.table import TABLE
 from mask2former.maskformer_model import MaskFormer
 from mask2former.modeling.backbone.swin_layers import WindowAttention
@@ -31,7 +31,7 @@ from mask2former.modeling.pixel_decoder.msdeformattn import (
 from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
 )
-from mask2former.utils.twins import register_twin, run_plain
+from mask2former.utils.twins import register_twin, run_plain, runs_fast
 
 TOLERANCE = {"rtol": 1e-9, "atol": 1e-9}
 SHAPES = [(2, 3), (4, 6), (8, 12)]
@@ -321,3 +321,13 @@ def test_convolution_with_frozen_norm():
     x = leaf(2, 4, 9, 7)
     for ours, expected in zip(run(fast, "forward", (x,)), run(plain, "forward", (x,)), strict=True):
         assert_equal(ours, expected)
+
+
+def test_fast_false_reaches_parts_built_by_hand(tiny_cfg):
+    tiny_cfg.MODEL.FAST = False
+    parts = MaskFormer.from_config(tiny_cfg)
+    parts["criterion"] = criterion()[0]
+    assert runs_fast(parts["criterion"])
+    model = MaskFormer(**parts)
+    assert not runs_fast(model.criterion) and not runs_fast(model.criterion.matcher)
+    assert not any(type(module) is ConvWithFrozenNorm for module in model.modules())
