@@ -159,6 +159,11 @@ def _check_extra_losses(losses: Any) -> None:
                 f"{entry} is {pair!r}, but {name!r} belongs to the losses that are always "
                 "computed: register your loss under another name."
             )
+        if name.rpartition("_")[2].isdigit():
+            raise ValueError(
+                f"{entry} is {pair!r}, but a name that ends in _ and a number would be taken for "
+                "the loss of an earlier layer: register your loss under another name."
+            )
         if name not in LOSS_REGISTRY:
             known = ", ".join(map(repr, _names(LOSS_REGISTRY))) or "none"
             raise ValueError(

@@ -189,8 +189,9 @@ class MaskFormer(nn.Module):
             instances = [x["instances"].to(self.device) for x in batched_inputs]
             targets = self.prepare_targets(instances, images)
             weight_dict = self.criterion.weight_dict
+            # Without deep supervision no loss of an earlier layer ("loss_ce_0", …) has a weight.
             if not any(name.rpartition("_")[2].isdigit() for name in weight_dict):
-                outputs.pop("aux_outputs", None)  # without deep supervision
+                outputs.pop("aux_outputs", None)
             losses = self.criterion(outputs, targets)
             return {k: loss * weight_dict[k] for k, loss in losses.items() if k in weight_dict}
 

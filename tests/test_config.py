@@ -307,6 +307,7 @@ BAD_LOSSES = [
     ([[1.0, "toy"]], r"\[name, weight\]"),
     ([["nobody", 1.0]], "no loss 'nobody' is registered .*'toy'"),
     ([["dice", 1.0]], "'dice' belongs to the losses that are"),
+    ([["edge_3", 1.0]], "would be taken for the loss of an earlier layer"),
     ([["toy", 1.0], ["toy", 2.0]], "names the loss 'toy' twice"),
     ([["toy", -1.0]], "a finite weight of at least 0"),
     ([["toy", float("inf")]], "a finite weight of at least 0"),

@@ -63,7 +63,7 @@ def decode_to_factors(
         with torch.no_grad():
             if level not in resized:
                 resized[level] = _resize(mask_features, sizes[level]).flatten(2)
-            # Block where sigmoid(mask) < 0.5, but nothing where that blocks all: (B, Q, L)
+            # Block where sigmoid(mask) < 0.5, unless that would block every location: (B, Q, L)
             attn_mask = embed @ resized[level] < 0
             attn_mask = (attn_mask & ~attn_mask.all(-1, keepdim=True)).unsqueeze(1)
         cross_attention = decoder.transformer_cross_attention_layers[i]

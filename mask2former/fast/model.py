@@ -52,7 +52,7 @@ def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
 
 
 def why_not_factors(model: MaskFormer) -> str | None:
-    """Why the full-size masks of all layers are needed, or None if nothing reads them."""
+    """Who needs the full-size masks of all layers, or None: mask logits may stay factors."""
     head = model.sem_seg_head
     decoder = getattr(head, "predictor", None)
     reason = (
@@ -69,7 +69,7 @@ def why_not_factors(model: MaskFormer) -> str | None:
         return "sem_seg_head.predictor runs as written"
     if model.training and (not runs_fast(model.criterion) or why_hooked(model.criterion)):
         return "criterion runs as written"
-    # Another one may read the predictions of all layers.
+    # A replaced `forward_inference` may read the predictions of all layers.
     return None if model.training else why_touched(model, MaskFormer, _MODEL_METHODS)
 
 

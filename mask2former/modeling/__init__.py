@@ -13,8 +13,9 @@ B batch, Q queries, K classes, C channels, H W padded image size:
 
 layers/ has the building blocks that several parts share. meta_arch/mask_former_head.py joins pixel
 and transformer decoder; ../maskformer_model.py is the full model. Importing this package registers
-all parts with Detectron2. The code here reads as the paper's steps; a part with a twin in ../fast/
-runs that instead, with the same numbers.
+the parts, with Detectron2 and in the registries of build.py, matcher.py and criterion.py. The code
+here reads as the paper's steps; a part with a twin in ../fast/ runs that instead, with the same
+numbers for the same random points.
 
 Under autocast, in float16 or bfloat16, these stay in float32: the residual streams of both
 transformers and their layer norms; locations, weights and sums of deformable attention; class

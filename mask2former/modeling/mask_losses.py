@@ -1,6 +1,6 @@
 """Mask losses on sampled points: binary cross-entropy and dice, matched and pairwise.
 
-The matched forms are training losses (paper, equation 3); the pairwise forms are matching costs.
+The matched forms are training losses (paper, section 4.1); the pairwise forms are matching costs.
 
 Shape letters: N matched masks, Q predicted masks, T target masks, P points; … is any batch.
 """

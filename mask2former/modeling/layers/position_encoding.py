@@ -1,4 +1,4 @@
-"""Sine position encoding of feature maps (paper, section 3.2.1, after DETR).
+"""Sine position encoding of feature maps (paper, section 3.2.2, after DETR).
 
 Shape letters: B batch, D channels of one axis, H W height and width of the map.
 """

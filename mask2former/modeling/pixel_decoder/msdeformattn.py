@@ -1,7 +1,7 @@
 """Pixel decoder: multi-scale deformable attention encoder with an FPN level above it.
 
-Six layers of deformable self-attention over the 1/32, 1/16 and 1/8 features (paper, section 3.2.1
-and appendix); the 1/8 result, upsampled and added to the 1/4 backbone feature, gives the per-pixel
+Six layers of deformable self-attention over the 1/32, 1/16 and 1/8 features (paper, sections 3.2.2
+and 4.1); the 1/8 result, upsampled and added to the 1/4 backbone feature, gives the per-pixel
 embedding.
 
 Shape letters: B batch, C channels, H W size of a level, S = ΣH·W values of all levels, L levels.

@@ -82,7 +82,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.pe_layer = PositionEmbeddingSine(hidden_dim // 2, normalize=True)
         self.num_heads = nheads
         self.num_layers = dec_layers
-        # "No dropout": the paper found it unnecessary (section 3.2.2).
+        # The paper found dropout unnecessary (section 3.2.3).
         layer: dict[str, Any] = {"dropout": 0.0, "normalize_before": pre_norm}
         self.transformer_self_attention_layers = nn.ModuleList()
         self.transformer_cross_attention_layers = nn.ModuleList()
