@@ -1,6 +1,7 @@
 """Fixtures that several test files use: a small model's config, inputs for it, plain or fast."""
 
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -92,3 +93,28 @@ def make_input() -> Callable[..., dict[str, Any]]:
         return {"image": image, "instances": instances, **extra}
 
     return make
+
+
+@pytest.fixture
+def same_points(monkeypatch) -> None:
+    """The same points for every image, layer and mask, however they are drawn."""
+    points, original = torch.rand(1000, 2), torch.rand
+
+    def rand(*size, device=None):
+        if size[-1] != 2:
+            return original(*size, device=device)
+        return points[: size[-2]].expand(size).contiguous()
+
+    monkeypatch.setattr(torch, "rand", rand)
+
+
+@pytest.fixture
+def restore_loggers() -> Iterator[None]:
+    """Undo the loggers that a program sets up for its output folder."""
+    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
+    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
+    yield
+    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
+        logger.setLevel(level)
+        logger.propagate = propagate
+        logger.handlers[:] = handlers

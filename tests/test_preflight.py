@@ -37,24 +37,15 @@ CHECKS = (
 ONCE = dict.fromkeys(CHECKS, 1)
 
 
+pytestmark = pytest.mark.usefixtures("restore_loggers")
+
+
 @pytest.fixture(autouse=True)
 def catalogs(monkeypatch, caplog):
     """Names that a test registers are gone afterwards."""
     caplog.set_level(logging.INFO)
     for catalog in (DatasetCatalog, MetadataCatalog):
         monkeypatch.setattr(catalog, "data", dict(catalog.data))
-
-
-@pytest.fixture(autouse=True)
-def restore_loggers():
-    """`setup` adds handlers for its output folder."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
-    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
 
 
 @pytest.fixture

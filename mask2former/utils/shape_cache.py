@@ -40,7 +40,6 @@ def cached_by_shape(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., 
                 return function(*args)
             return compute(torch.get_default_dtype(), *args)
 
-        setattr(cached, "cache_clear", compute.cache_clear)  # noqa: B010 (mypy knows no such name)
         return cached
 
     return decorate

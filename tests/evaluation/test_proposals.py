@@ -1,5 +1,4 @@
 import json
-import logging
 import math
 from pathlib import Path
 
@@ -143,18 +142,6 @@ def test_proposals_of_a_model(tiny_cfg, make_input):
     # The last layer has the same masks as the model's own instances.
     own = {mask.numpy().tobytes() for mask in model(batch)[0]["instances"].pred_masks}
     assert own == {mask.numpy().tobytes() for mask in layers[-1].pred_masks}
-
-
-@pytest.fixture
-def restore_loggers():
-    """Undo the loggers that the program sets up for its output folder."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
-    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
 
 
 def test_tool(dataset, tmp_path, capsys, restore_loggers):

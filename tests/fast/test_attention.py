@@ -7,23 +7,13 @@ import copy
 
 import pytest
 import torch
-from torch import Tensor, nn
+from small_parts import rand, random_block
+from torch import nn
 
 from mask2former.modeling.layers import CrossAttentionLayer, SelfAttentionLayer
 from mask2former.utils.twins import runs_fast
 
 B, Q, C, M, S = 2, 5, 16, 4, 12
-
-
-def rand(*size: int, seed: int = 0) -> Tensor:
-    return torch.randn(size, generator=torch.Generator().manual_seed(seed))
-
-
-def random_block(*size: int, seed: int = 0) -> Tensor:
-    """Boolean mask that blocks about half of the entries, but no complete row."""
-    mask = rand(*size, seed=seed) > 0
-    mask[..., 0] = False
-    return mask
 
 
 @pytest.mark.parametrize("pre_norm", [False, True])

@@ -5,6 +5,7 @@ Shape letters: L layers, B batch, Q queries, K classes, N masks, C mask channels
 
 import pytest
 import torch
+from small_parts import random_targets
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
@@ -63,17 +64,6 @@ def as_dense(logits: list, embeds: list, features: Tensor) -> dict:
 
 def by_layer(outputs: dict) -> list[dict]:
     return [outputs, *outputs["aux_outputs"]]
-
-
-def random_targets(*labels: list[int], size=(32, 48)) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "labels": torch.tensor(x, dtype=torch.int64),
-            "masks": torch.rand(len(x), *size, generator=generator) > 0.6,
-        }
-        for x in labels
-    ]
 
 
 def assert_same_pairs(indices, expected):

@@ -39,16 +39,8 @@ METHODS = [
 
 
 @pytest.fixture
-def models(tiny_cfg, monkeypatch) -> list[MaskFormer]:
+def models(tiny_cfg, same_points) -> list[MaskFormer]:
     """The same small model, fast and plain; all random points are drawn alike."""
-    points, original = torch.rand(1000, 2), torch.rand
-
-    def rand(*size, device=None):
-        if size[-1] != 2:
-            return original(*size, device=device)
-        return points[: size[-2]].expand(size).contiguous()
-
-    monkeypatch.setattr(torch, "rand", rand)
     tiny_cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 1
     tiny_cfg.MODEL.MASK_FORMER.DEC_LAYERS = 2
     built = []

@@ -5,57 +5,18 @@ Shape letters: B batch, C channels, S values of all levels, L levels, H W pixels
 
 import pytest
 import torch
-from detectron2.layers import ShapeSpec
-from torch import Tensor, nn
+from small_parts import build_pixel_decoder, features, randomise
+from torch import Tensor
 
 from mask2former.fast import pixel_decoder
 from mask2former.fast.pixel_decoder import _reference_points
 from mask2former.modeling.layers import PositionEmbeddingSine
 from mask2former.modeling.pixel_decoder.msdeformattn import (
-    MSDeformAttnPixelDecoder,
     MSDeformAttnTransformerEncoder,
     MSDeformAttnTransformerEncoderLayer,
     MSDeformAttnTransformerEncoderOnly,
 )
 from mask2former.utils.twins import runs_fast
-
-CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 40}
-STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
-
-
-def build(names=tuple(CHANNELS), **changes) -> MSDeformAttnPixelDecoder:
-    torch.manual_seed(0)
-    arguments = {
-        "transformer_dropout": 0.0,
-        "transformer_nheads": 4,
-        "transformer_dim_feedforward": 48,
-        "transformer_enc_layers": 2,
-        "conv_dim": 32,
-        "mask_dim": 12,
-        "norm": "GN",
-        "transformer_in_features": ["res3", "res4", "res5"],
-        "common_stride": 4,
-        **changes,
-    }
-    shapes = {k: ShapeSpec(channels=CHANNELS[k], stride=STRIDES[k]) for k in names}
-    return MSDeformAttnPixelDecoder(shapes, **arguments)
-
-
-def features(height=64, width=96, batch=2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(
-            batch, channels, -(-height // stride), -(-width // stride), generator=generator
-        )
-        for (name, channels), stride in zip(CHANNELS.items(), STRIDES.values(), strict=True)
-    }
-
-
-def randomise(module: nn.Module) -> None:
-    """Make sampling depend on the query, which it does not at first."""
-    for name, parameter in module.named_parameters():
-        if "sampling_offsets" in name or "attention_weights" in name:
-            nn.init.normal_(parameter, std=0.3)
 
 
 def test_position_encodings_are_cached(monkeypatch):
@@ -135,7 +96,7 @@ def outputs_and_gradients(decoder, given, dtype=None) -> list[Tensor]:
 def test_checkpointing_changes_no_number(monkeypatch, dropout, dtype, backend):
     if backend == "pytorch":
         monkeypatch.setattr(pixel_decoder, "backend", lambda device: "pytorch")
-    decoder, given = build(transformer_dropout=dropout), features()
+    decoder, given = build_pixel_decoder(transformer_dropout=dropout), features()
     randomise(decoder)
     checkpointed = outputs_and_gradients(decoder, given, dtype)
     monkeypatch.setattr(pixel_decoder, "checkpointed", lambda module, f, *args, **options: f(*args))
@@ -144,7 +105,7 @@ def test_checkpointing_changes_no_number(monkeypatch, dropout, dtype, backend):
 
 
 def test_feed_forward_in_chunks_changes_nothing(monkeypatch):
-    decoder, given = build(), features()
+    decoder, given = build_pixel_decoder(), features()
     expected = outputs_and_gradients(decoder, given)
     monkeypatch.setattr(pixel_decoder, "_FFN_CHUNK", 7)
     for a, b in zip(outputs_and_gradients(decoder, given), expected, strict=True):
@@ -154,7 +115,7 @@ def test_feed_forward_in_chunks_changes_nothing(monkeypatch):
 @pytest.mark.filterwarnings("ignore:A saved_tensors_hooks context:FutureWarning")
 def test_large_results_are_not_saved_for_backward():
     """Neither hidden activations nor queries nor intermediate results of the FPN level."""
-    decoder, given = build(), features(256, 256)
+    decoder, given = build_pixel_decoder(), features(256, 256)
     parameters = {p.untyped_storage().data_ptr() for p in decoder.parameters()}
     backbone = {x.untyped_storage().data_ptr() for x in given.values()}
     sizes = {}

@@ -45,19 +45,6 @@ def double_precision():
     torch.set_default_dtype(torch.float32)
 
 
-@pytest.fixture
-def same_points(monkeypatch):
-    """The same points for every image, layer and mask, however they are drawn."""
-    points, original = torch.rand(1000, 2), torch.rand
-
-    def rand(*size, device=None):
-        if size[-1] != 2:
-            return original(*size, device=device)
-        return points[: size[-2]].expand(size).contiguous()
-
-    monkeypatch.setattr(torch, "rand", rand)
-
-
 def leaf(*size: int) -> Tensor:
     return torch.randn(size).requires_grad_()
 
@@ -244,7 +231,11 @@ def spied():
 
     def spy(row):
         calls = []
-        fast = lambda *args, **kwargs: calls.append(1) or row.fast(*args, **kwargs)  # noqa: E731
+
+        def fast(*args, **kwargs):
+            calls.append(1)
+            return row.fast(*args, **kwargs)
+
         register_twin(dataclasses.replace(row, fast=fast))
         rows.append(row)
         return calls

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from small_parts import random_targets
 from torch import Tensor, nn
 
 from mask2former.fast import criterion as fast_criterion
@@ -109,17 +110,6 @@ def leaves(layers: int = 1, batch: int = 2, queries: int = 6) -> tuple[list, lis
 def as_outputs(logits: list, masks: list) -> dict:
     layers = [{"pred_logits": x, "pred_masks": m} for x, m in zip(logits, masks, strict=True)]
     return {**layers[-1], "aux_outputs": layers[:-1]}
-
-
-def random_targets(*labels: list[int], size=(32, 48)) -> list[dict[str, Tensor]]:
-    generator = torch.Generator().manual_seed(1)
-    return [
-        {
-            "labels": torch.tensor(x, dtype=torch.int64),
-            "masks": torch.rand(len(x), *size, generator=generator) > 0.6,
-        }
-        for x in labels
-    ]
 
 
 def test_class_loss_by_hand(build):

@@ -1,7 +1,6 @@
 """`tools/train_net.py` as a user runs it, with a tiny model on a few Shapes images."""
 
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -43,16 +42,7 @@ OPTIONS = {
 train_net = load_script(PROGRAM)
 
 
-@pytest.fixture(autouse=True)
-def restore_loggers():
-    """Undo the loggers that the program sets up for its output folder."""
-    loggers = [logging.getLogger(name) for name in ("detectron2", "fvcore", "mask2former")]
-    before = [(logger.level, logger.propagate, logger.handlers[:]) for logger in loggers]
-    yield
-    for logger, (level, propagate, handlers) in zip(loggers, before, strict=True):
-        logger.setLevel(level)
-        logger.propagate = propagate
-        logger.handlers[:] = handlers
+pytestmark = pytest.mark.usefixtures("restore_loggers")
 
 
 def forget_shapes():

@@ -4,6 +4,7 @@ Shape letters: see `mask2former.modeling.backbone.swin_layers`.
 """
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from mask2former.modeling.backbone.swin import (
     window_partition,
     window_reverse,
 )
+from mask2former.utils.shape_cache import cached_by_shape
 from mask2former.utils.twins import run_plain, runs_fast
 
 # A Swin small enough to run often: 24 to 192 channels, 8 per head, one shifted block per stage.
@@ -426,7 +428,9 @@ def test_masks_are_computed_once_per_size(monkeypatch):
         return compute(x, window_size)
 
     monkeypatch.setattr(swin_layers, "window_partition", counted)
-    swin_layers._shifted_window_mask.cache_clear()
+    # An empty cache.
+    mask = cached_by_shape(maxsize=8)(inspect.unwrap(swin_layers._shifted_window_mask))
+    monkeypatch.setattr(swin_layers, "_shifted_window_mask", mask)
     model = small_swin()
     names = list(model.state_dict())
     with torch.inference_mode():

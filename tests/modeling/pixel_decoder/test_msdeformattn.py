@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from detectron2.layers import ShapeSpec
+from small_parts import CHANNELS, STRIDES, build_pixel_decoder, features, randomise
 from torch import Tensor, nn
 
 from mask2former.modeling.pixel_decoder.msdeformattn import (
@@ -18,50 +19,12 @@ from mask2former.modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnTransformerEncoderOnly,
 )
 
-CHANNELS = {"res2": 8, "res3": 16, "res4": 24, "res5": 40}
-STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
-
-
-def build(names=tuple(CHANNELS), **changes) -> MSDeformAttnPixelDecoder:
-    torch.manual_seed(0)
-    arguments = {
-        "transformer_dropout": 0.0,
-        "transformer_nheads": 4,
-        "transformer_dim_feedforward": 48,
-        "transformer_enc_layers": 2,
-        "conv_dim": 32,
-        "mask_dim": 12,
-        "norm": "GN",
-        "transformer_in_features": ["res3", "res4", "res5"],
-        "common_stride": 4,
-        **changes,
-    }
-    shapes = {k: ShapeSpec(channels=CHANNELS[k], stride=STRIDES[k]) for k in names}
-    return MSDeformAttnPixelDecoder(shapes, **arguments)
-
-
-def features(height=64, width=96, batch=2) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {
-        name: torch.randn(
-            batch, channels, -(-height // stride), -(-width // stride), generator=generator
-        )
-        for (name, channels), stride in zip(CHANNELS.items(), STRIDES.values(), strict=True)
-    }
-
-
-def randomise(module: nn.Module) -> None:
-    """Make sampling depend on the query, which it does not at first."""
-    for name, parameter in module.named_parameters():
-        if "sampling_offsets" in name or "attention_weights" in name:
-            nn.init.normal_(parameter, std=0.3)
-
 
 @pytest.mark.parametrize(("height", "width"), [(64, 96), (32, 32), (65, 33)])
 def test_shapes(mode, height, width):
     """Also one-pixel maps, and sizes that are no multiples of each other."""
     given = features(height, width)
-    mask_features, coarsest, levels = mode(build()).forward_features(given)
+    mask_features, coarsest, levels = mode(build_pixel_decoder()).forward_features(given)
     assert mask_features.shape == (2, 12, *given["res2"].shape[-2:])
     expected = [(2, 32, *given[name].shape[-2:]) for name in ("res5", "res4", "res3")]
     assert [x.shape for x in levels] == expected
@@ -71,8 +34,8 @@ def test_shapes(mode, height, width):
 
 def test_order_of_features_does_not_matter(mode):
     given = features()
-    expected = mode(build()).forward_features(given)
-    decoder = mode(build(names=("res5", "res3", "res2", "res4")))
+    expected = mode(build_pixel_decoder()).forward_features(given)
+    decoder = mode(build_pixel_decoder(names=("res5", "res3", "res2", "res4")))
     out = decoder.forward_features(dict(reversed(given.items())))
     torch.testing.assert_close(out[0], expected[0])
     assert decoder.in_features == ["res2", "res3", "res4", "res5"]
@@ -81,7 +44,7 @@ def test_order_of_features_does_not_matter(mode):
 
 
 def test_images_of_a_batch_do_not_mix(mode):
-    decoder, given = mode(build()), features()
+    decoder, given = mode(build_pixel_decoder()), features()
     both = decoder.forward_features(given)
     for image in range(2):
         alone = decoder.forward_features({k: v[image : image + 1] for k, v in given.items()})
@@ -92,14 +55,14 @@ def test_images_of_a_batch_do_not_mix(mode):
 def test_levels_are_resized_without_a_copy(mode, batch):
     """F.interpolate on a CPU copies its result where strides do not say channels last."""
     given = {name: x[:batch] for name, x in features().items()}
-    for level in mode(build()).forward_features(given)[2]:
+    for level in mode(build_pixel_decoder()).forward_features(given)[2]:
         resized = F.interpolate(level, scale_factor=2.0, mode="bilinear", align_corners=False)
         assert resized.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_embedding_is_lateral_plus_upsampled_level(mode):
     """The FPN level above the encoder, from its modules."""
-    decoder, given = mode(build()), features()
+    decoder, given = mode(build_pixel_decoder()), features()
     mask_features, _, levels = decoder.forward_features(given)
     lateral = decoder.adapter_1(given["res2"])
     upsampled = F.interpolate(levels[2], size=(16, 24), mode="bilinear", align_corners=False)
@@ -108,7 +71,7 @@ def test_embedding_is_lateral_plus_upsampled_level(mode):
 
 
 def test_more_fpn_levels_when_the_encoder_starts_coarser(mode):
-    decoder = mode(build(transformer_in_features=["res4", "res5"]))
+    decoder = mode(build_pixel_decoder(transformer_in_features=["res4", "res5"]))
     assert decoder.num_fpn_levels == 2
     keys = decoder.state_dict()
     assert keys["adapter_1.weight"].shape[1] == 8 and keys["adapter_2.weight"].shape[1] == 16
@@ -118,7 +81,11 @@ def test_more_fpn_levels_when_the_encoder_starts_coarser(mode):
 
 
 def test_one_level(mode):
-    decoder = mode(build(names=("res2", "res3", "res4", "res5"), transformer_in_features=["res5"]))
+    decoder = mode(
+        build_pixel_decoder(
+            names=("res2", "res3", "res4", "res5"), transformer_in_features=["res5"]
+        )
+    )
     mask_features, _, levels = decoder.forward_features(features())
     assert mask_features.shape == (2, 12, 16, 24)
     assert len(levels) == 3
@@ -145,7 +112,7 @@ def test_reference_points_of_padded_images_by_hand():
 
 
 def test_used_in_inference_mode_first(mode):
-    decoder, given = mode(build()), features(96, 160)
+    decoder, given = mode(build_pixel_decoder()), features(96, 160)
     with torch.inference_mode():
         decoder.forward_features(given)
     sum(x.sum() for x in decoder.forward_features(given)[2]).backward()
@@ -202,7 +169,7 @@ def test_initial_weights_are_drawn_in_the_order_of_the_original():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_autocast(mode, dtype):
     """The residual stream and sampling locations stay in float32."""
-    decoder, given = mode(build()), features()
+    decoder, given = mode(build_pixel_decoder()), features()
     randomise(decoder)
     expected = decoder.forward_features(given)
     given = {k: v.to(dtype) for k, v in given.items()}
@@ -223,7 +190,7 @@ def test_autocast(mode, dtype):
 
 
 def test_features_in_half_precision_without_autocast(mode):
-    decoder, given = mode(build()), features()
+    decoder, given = mode(build_pixel_decoder()), features()
     out = decoder.forward_features({k: v.bfloat16() for k, v in given.items()})
     rounded = decoder.forward_features({k: v.bfloat16().float() for k, v in given.items()})
     assert out[0].dtype == torch.float32
@@ -231,7 +198,7 @@ def test_features_in_half_precision_without_autocast(mode):
 
 
 def test_double(mode):
-    decoder, given = mode(build()), features()
+    decoder, given = mode(build_pixel_decoder()), features()
     expected = decoder.forward_features(given)
     out = decoder.double().forward_features({k: v.double() for k, v in given.items()})
     assert out[0].dtype == torch.float64
@@ -244,7 +211,7 @@ def test_export_leaves_no_fake_tensors_behind():
     class Wrapper(nn.Module):
         def __init__(self):
             super().__init__()
-            self.decoder = build().eval()
+            self.decoder = build_pixel_decoder().eval()
 
         def forward(self, given: dict[str, Tensor]):
             return self.decoder.forward_features(given)[0]
@@ -254,12 +221,12 @@ def test_export_leaves_no_fake_tensors_behind():
     exported = torch.export.export(model, (given,)).module()
     out = model(given)
     assert type(out) is Tensor
-    torch.testing.assert_close(out, build().forward_features(given)[0])
+    torch.testing.assert_close(out, build_pixel_decoder().forward_features(given)[0])
     torch.testing.assert_close(exported(given), out)
 
 
 def test_every_parameter_gets_a_gradient(mode):
-    decoder = mode(build())
+    decoder = mode(build_pixel_decoder())
     randomise(decoder)
     mask_features, _, levels = decoder.forward_features(features())
     sum(x.square().sum() for x in (mask_features, *levels)).backward()
@@ -269,7 +236,7 @@ def test_every_parameter_gets_a_gradient(mode):
 
 def test_deepcopy_uses_its_own_parameters(mode):
     """The FPN convolutions are in plain lists, which must follow the copy."""
-    decoder, given = mode(build()), features()
+    decoder, given = mode(build_pixel_decoder()), features()
     expected = decoder.forward_features(given)[0]
     duplicate = copy.deepcopy(decoder)
     with torch.no_grad():
@@ -295,7 +262,7 @@ def test_from_config(tiny_cfg):
 
 def test_unknown_feature():
     with pytest.raises(ValueError, match=r"ENCODER_IN_FEATURES names \['res9'\].*'res2'"):
-        build(transformer_in_features=["res3", "res9"])
+        build_pixel_decoder(transformer_in_features=["res3", "res9"])
 
 
 class Doubled(MSDeformAttnTransformerEncoderLayer):
@@ -305,7 +272,7 @@ class Doubled(MSDeformAttnTransformerEncoderLayer):
 
 @pytest.mark.parametrize("how", ["subclass", "instance", "class"])
 def test_overridden_feed_forward_is_called(how, monkeypatch):
-    decoder, given = build(), features()
+    decoder, given = build_pixel_decoder(), features()
     reference = decoder.forward_features(given)[1]
     layer = decoder.transformer.encoder.layers[-1]
     if how == "subclass":
@@ -335,7 +302,7 @@ def test_replaced_sampling_attention_gets_tensors():
             self.seen.append((shapes.tolist(), starts.tolist(), shapes.dtype, starts.dtype))
             return query
 
-    decoder = build()
+    decoder = build_pixel_decoder()
     attention = decoder.transformer.encoder.layers[0].self_attn = Attention()
     decoder.forward_features(features())
     sizes = [[2, 3], [4, 6], [8, 12]]
@@ -343,7 +310,7 @@ def test_replaced_sampling_attention_gets_tensors():
 
 
 def test_hooks_fire_once_in_a_training_step():
-    decoder, seen = build(), []
+    decoder, seen = build_pixel_decoder(), []
     layer = decoder.transformer.encoder.layers[0]
     hooked = [layer.self_attn, layer.linear1, layer.norm1, decoder.adapter_1, decoder.mask_features]
     for module in hooked:
