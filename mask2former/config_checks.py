@@ -14,7 +14,7 @@ from detectron2.config import CfgNode
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from .modeling.criterion import LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
-from .utils.registry import is_mask_former
+from .utils.registry import is_mask_former, registered_names
 
 CHECKPOINTING = ("none", "selective", "blocks")
 
@@ -80,7 +80,7 @@ def _check_input(cfg: CfgNode) -> None:
     # A trainer of another project may build a mapper that is not registered here; `build_mapper`
     # checks the name otherwise.
     if not _is_subclassed(cfg):
-        _require_one_of(cfg, "INPUT.DATASET_MAPPER_NAME", _names(DATASET_MAPPER_REGISTRY))
+        _require_one_of(cfg, "INPUT.DATASET_MAPPER_NAME", registered_names(DATASET_MAPPER_REGISTRY))
     _require_one_of(cfg, "INPUT.FORMAT", ("RGB", "BGR"))
     _require_one_of(cfg, "INPUT.RANDOM_FLIP", ("horizontal", "vertical", "none"))
     _require_one_of(
@@ -131,7 +131,7 @@ def _check_model(cfg: CfgNode) -> None:
     if "CHECKPOINTING" in cfg.MODEL:
         _require_one_of(cfg, "MODEL.CHECKPOINTING", CHECKPOINTING)
     if "MATCHER_NAME" in cfg.MODEL.MASK_FORMER:
-        _require_one_of(cfg, "MODEL.MASK_FORMER.MATCHER_NAME", _names(MATCHER_REGISTRY))
+        _require_one_of(cfg, "MODEL.MASK_FORMER.MATCHER_NAME", registered_names(MATCHER_REGISTRY))
     _check_extra_losses(cfg.MODEL.MASK_FORMER.get("EXTRA_LOSSES", []))
 
     test = cfg.MODEL.MASK_FORMER.TEST
@@ -165,7 +165,7 @@ def _check_extra_losses(losses: Any) -> None:
                 "the loss of an earlier layer: register your loss under another name."
             )
         if name not in LOSS_REGISTRY:
-            known = ", ".join(map(repr, _names(LOSS_REGISTRY))) or "none"
+            known = ", ".join(map(repr, registered_names(LOSS_REGISTRY))) or "none"
             raise ValueError(
                 f"{entry} is {pair!r}, but no loss {name!r} is registered (registered: {known}). "
                 "Import the module that registers it before the config is loaded."
@@ -285,10 +285,6 @@ def _require_range(cfg: CfgNode, key: str, low: float, high: float | None = None
 
 def _bad_value(key: str, value: Any, allowed: str) -> ValueError:
     return ValueError(f"{key} is {value!r}; allowed: {allowed}.")
-
-
-def _names(registry: Any) -> list[str]:
-    return [name for name, _ in registry]
 
 
 def get_value(cfg: CfgNode, key: str) -> Any:

@@ -20,7 +20,7 @@ from .fast.setup import apply_config, follow_parts
 from .modeling.criterion import SetCriterion
 from .modeling.matcher import MATCHER_REGISTRY
 from .modeling.postprocessing import instance_inference, panoptic_inference, semantic_inference
-from .utils.registry import register_unless_taken
+from .utils.registry import look_up, register_unless_taken
 from .utils.twins import has_fast_twin
 
 
@@ -107,7 +107,8 @@ class MaskFormer(nn.Module):
             )
         model = cfg.MODEL.MASK_FORMER
         # Configs made by another project's copy of `add_maskformer2_config` lack the new keys.
-        matcher = MATCHER_REGISTRY.get(model.get("MATCHER_NAME", "HungarianMatcher"))(
+        matcher_name = model.get("MATCHER_NAME", "HungarianMatcher")
+        matcher = look_up(MATCHER_REGISTRY, matcher_name, "MODEL.MASK_FORMER.MATCHER_NAME")(
             cost_class=model.CLASS_WEIGHT,
             cost_mask=model.MASK_WEIGHT,
             cost_dice=model.DICE_WEIGHT,

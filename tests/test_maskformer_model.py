@@ -377,8 +377,11 @@ def test_bad_configs(tiny_cfg):
     tiny_cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res6"]
     with pytest.raises(ValueError, match=r"IN_FEATURES names \['res6'\]"):
         build(tiny_cfg)
-    tiny_cfg.DATASETS.TRAIN = ()
     tiny_cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
+    tiny_cfg.MODEL.MASK_FORMER.MATCHER_NAME = "Greedy"
+    with pytest.raises(ValueError, match="MATCHER_NAME is 'Greedy'.*Registered: HungarianMatcher"):
+        build(tiny_cfg)
+    tiny_cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match="DATASETS.TRAIN is empty"):
         build(tiny_cfg)
 

@@ -21,11 +21,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
+from ..config_checks import CHECKPOINTING
 from ..modeling.backbone.swin import BasicLayer
 from ..modeling.layers import CrossAttentionLayer
 from ..modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderLayer
 
-POLICIES = ("none", "selective", "blocks")
 _BLOCKS = (MSDeformAttnTransformerEncoderLayer, CrossAttentionLayer)
 
 
@@ -35,8 +35,8 @@ def set_checkpointing(model: nn.Module, policy: str) -> None:
     Raises:
         ValueError: no such policy.
     """
-    if policy not in POLICIES:
-        raise ValueError(f"MODEL.CHECKPOINTING is {policy!r}; allowed: {', '.join(POLICIES)}")
+    if policy not in CHECKPOINTING:
+        raise ValueError(f"MODEL.CHECKPOINTING is {policy!r}; allowed: {', '.join(CHECKPOINTING)}")
     for module in model.modules():
         vars(module)["_saves_all"] = policy == "none"
     if policy == "blocks":

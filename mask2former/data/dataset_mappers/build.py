@@ -1,13 +1,12 @@
 """The registry of dataset mappers, from which `INPUT.DATASET_MAPPER_NAME` chooses one."""
 
-import logging
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any
 
 from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 
-T = TypeVar("T", bound=Callable)
+from ...utils.registry import look_up, register_unless_taken
 
 DATASET_MAPPER_REGISTRY = Registry("DATASET_MAPPER")
 DATASET_MAPPER_REGISTRY.__doc__ = """
@@ -18,25 +17,13 @@ data set to a sample. A mapper class may state `unread_keys`, see `BaseDatasetMa
 """
 
 
-def register_mapper(name: str) -> Callable[[T], T]:
+def register_mapper(name: str) -> Callable[[Any], Any]:
     """A decorator: register a mapper class under `name`, unless the name is taken.
 
     `@DATASET_MAPPER_REGISTRY.register()` registers under the name of the class. As in
     `register_unless_taken`, the first registration stays and a second one logs a warning.
     """
-
-    def register(mapper: T) -> T:
-        if name not in DATASET_MAPPER_REGISTRY:
-            DATASET_MAPPER_REGISTRY._do_register(name, mapper)
-        elif (registered := DATASET_MAPPER_REGISTRY.get(name)) is not mapper:
-            logging.getLogger(__name__).warning(
-                "Dataset mapper %r is already registered by %s and stays.",
-                name,
-                registered.__module__,
-            )
-        return mapper
-
-    return register
+    return register_unless_taken(DATASET_MAPPER_REGISTRY, name)
 
 
 def build_mapper(cfg: CfgNode, is_train: bool = True) -> Callable[[dict], dict]:
@@ -46,10 +33,4 @@ def build_mapper(cfg: CfgNode, is_train: bool = True) -> Callable[[dict], dict]:
         ValueError: no mapper is registered under that name.
     """
     name = cfg.INPUT.DATASET_MAPPER_NAME
-    if name not in DATASET_MAPPER_REGISTRY:
-        known = ", ".join(sorted(registered for registered, _ in DATASET_MAPPER_REGISTRY))
-        raise ValueError(
-            f"INPUT.DATASET_MAPPER_NAME is {name!r}; registered mappers: {known}. Import the "
-            "module that registers your own mapper (register_mapper) before it is used."
-        )
-    return DATASET_MAPPER_REGISTRY.get(name)(cfg, is_train)
+    return look_up(DATASET_MAPPER_REGISTRY, name, "INPUT.DATASET_MAPPER_NAME")(cfg, is_train)

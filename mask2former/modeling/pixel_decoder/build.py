@@ -5,6 +5,8 @@ from detectron2.layers import ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import nn
 
+from ...utils.registry import look_up
+
 
 def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.Module:
     """Build the pixel decoder named by `MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME`.
@@ -16,17 +18,11 @@ def build_pixel_decoder(cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> nn.M
     Raises:
         ValueError: the name is not registered, or its module has no `forward_features`.
     """
-    name = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
-    if name not in SEM_SEG_HEADS_REGISTRY:
-        known = ", ".join(sorted(key for key, _ in SEM_SEG_HEADS_REGISTRY))
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {name!r}, which is not registered. "
-            f"Registered in SEM_SEG_HEADS: {known}."
-        )
-    pixel_decoder = SEM_SEG_HEADS_REGISTRY.get(name)(cfg, input_shape)
+    name, key = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME, "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME"
+    pixel_decoder = look_up(SEM_SEG_HEADS_REGISTRY, name, key)(cfg, input_shape)
     if not callable(getattr(pixel_decoder, "forward_features", None)):
         raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {name!r}, which has no method "
+            f"{key} is {name!r}, which has no method "
             "forward_features(features), so it cannot serve as a pixel decoder."
         )
     return pixel_decoder

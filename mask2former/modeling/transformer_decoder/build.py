@@ -4,6 +4,8 @@ from detectron2.config import CfgNode
 from detectron2.utils.registry import Registry
 from torch import nn
 
+from ...utils.registry import look_up
+
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
 Registry of transformer decoders: modules that turn pixel decoder features into query predictions.
@@ -26,11 +28,9 @@ def build_transformer_decoder(
     Raises:
         ValueError: no decoder is registered under that name.
     """
-    name = cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME
-    if name not in TRANSFORMER_DECODER_REGISTRY:
-        known = ", ".join(sorted(key for key, _ in TRANSFORMER_DECODER_REGISTRY))
-        raise ValueError(
-            f"MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME is {name!r}, which is not registered. "
-            f"Known transformer decoders: {known or 'none (import the module that registers it)'}."
-        )
-    return TRANSFORMER_DECODER_REGISTRY.get(name)(cfg, in_channels, mask_classification)
+    decoder = look_up(
+        TRANSFORMER_DECODER_REGISTRY,
+        cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME,
+        "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
+    )
+    return decoder(cfg, in_channels, mask_classification)
