@@ -29,6 +29,7 @@ __all__ = [
 ExtendConfig = Callable[[CfgNode], Any]
 # Keys that the original release does not have.
 _ADDED_KEYS = (
+    "DETERMINISTIC",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
@@ -179,6 +180,10 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = []
     # Registered name of the matcher (MATCHER_REGISTRY in modeling/matcher.py).
     cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
+    # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
+    # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
+    # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
+    cfg.DETERMINISTIC = False
 
 
 def load_config(

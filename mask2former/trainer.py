@@ -36,6 +36,7 @@ from .fast.setup import apply_config
 from .optimizer import build_optimizer
 from .preflight import check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
+from .utils.determinism import use_deterministic_algorithms
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -103,6 +104,8 @@ class Trainer(DefaultTrainer):
             setup_logger()
             setup_logger(name="mask2former")
         check_run(cfg, "train", own_evaluators=has_own_evaluators(type(self)))
+        if cfg.get("DETERMINISTIC", False):
+            use_deterministic_algorithms()
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0

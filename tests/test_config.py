@@ -55,6 +55,7 @@ PAPER_FIGURES = {
 }
 # Keys that the original release does not have.
 ADDED = {
+    "DETERMINISTIC": False,
     "MODEL.FAST": True,
     "MODEL.CHECKPOINTING": "selective",
     "MODEL.MASK_FORMER.EXTRA_LOSSES": [],
@@ -340,6 +341,27 @@ def test_added_keys(cfg, registries):
         section, _, name = key.rpartition(".")
         del get_value(cfg, section)[name]
     check_config(cfg)
+
+
+@pytest.mark.parametrize("architecture", ["MaskFormer", "SemanticSegmentor"])
+def test_deterministic_mode_is_checked(cfg, architecture):
+    """For every architecture, since the trainer reads the key for every one."""
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.DETERMINISTIC = 1
+    with pytest.raises(ValueError, match="DETERMINISTIC is 1; allowed: True, False"):
+        check_config(cfg)
+    cfg.DETERMINISTIC = True
+    check_config(cfg)
+    cfg.CUDNN_BENCHMARK = True
+    with pytest.raises(ValueError, match="DETERMINISTIC and CUDNN_BENCHMARK are both True"):
+        check_config(cfg)
+    cfg.CUDNN_BENCHMARK = False
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SWIN.APE = "D2SwinTransformer", True
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg)
+    cfg.MODEL.DEVICE = "cuda"
+    with pytest.raises(ValueError, match=r"DETERMINISTIC and MODEL\.SWIN\.APE are both True"):
+        check_config(cfg)
 
 
 def test_registered_mappers_are_accepted(cfg, registries):

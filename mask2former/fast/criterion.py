@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.projects.point_rend.point_features import point_sample
 from torch import Tensor
 
 from ..modeling.criterion import SetCriterion
+from ..modeling.layers.point_sampling import point_sample
 from ..modeling.mask_losses import (
     batch_dice_loss,
     batch_sigmoid_ce_loss,

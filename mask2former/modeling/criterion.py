@@ -14,14 +14,15 @@ import torch
 import torch.nn.functional as F
 from detectron2.projects.point_rend.point_features import (
     get_uncertain_point_coords_with_randomness,
-    point_sample,
 )
 from detectron2.utils.comm import get_world_size
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from ..utils.determinism import is_deterministic
 from ..utils.misc import is_dist_avail_and_initialized, nested_tensor_from_tensor_list
 from ..utils.twins import has_fast_twin
+from .layers.point_sampling import point_sample
 from .mask_losses import (
     calculate_uncertainty,
     dice_loss,
@@ -174,7 +175,10 @@ class SetCriterion(nn.Module):
             [t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)]
         )
         weight = self.empty_weight.to(logits.dtype)
-        return {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, weight)}
+        if is_deterministic(logits):
+            # The mean over a map (B, K+1, Q) would add in any order on a GPU.
+            logits, classes = logits.flatten(0, 1), classes.flatten()
+        return {"loss_ce": F.cross_entropy(logits.movedim(-1, 1), classes, weight)}
 
     def loss_masks(
         self, outputs: dict[str, Any], targets: Targets, indices: Indices, num_masks: float
