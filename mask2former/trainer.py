@@ -1,11 +1,12 @@
-"""The trainer: Detectron2's `DefaultTrainer` with Mask2Former's parts and exact resuming.
+"""The trainer: Detectron2's `DefaultTrainer` with Mask2Former's parts and repeatable resuming.
 
     build_train_loader → build_model → build_optimizer, build_lr_scheduler → hooks → test
 
-A run that is killed and resumed gives the same losses as one that never stopped, because no random
-state is carried from one iteration to the next: the order and augmentation of samples depend on the
-run's seed and their position (`data/loader.py`), and the model's random numbers on the seed, the
-iteration and the rank.
+A run that is killed and resumed continues with the samples and random numbers of one that never
+stopped, because no random state is carried from one iteration to the next: the order and
+augmentation of samples depend on the run's seed and their position (`data/loader.py`), and the
+model's random numbers on the seed, the iteration and the rank. On a CPU the losses are then the
+same; on a GPU only with DETERMINISTIC, since gradients are otherwise added in any order.
 """
 
 import logging
