@@ -40,6 +40,7 @@ from .data.loader import (
 from .evaluation import build_evaluator, write_results
 from .fast.checkpointing import has_room, set_checkpointing
 from .fast.setup import apply_config
+from .maskformer_model import MaskFormer
 from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
@@ -181,10 +182,11 @@ class Trainer(DefaultTrainer):
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
         self._delays_metrics = on_gpu if delay_metrics is None else delay_metrics
         if comm.get_world_size() > 1:
-            # With device ids, DDP would copy all tensors of a sample to the GPU, and wait for them;
-            # models upload what they need.
             model = create_ddp_model(
-                model, broadcast_buffers=False, device_ids=None, gradient_as_bucket_view=True
+                model,
+                broadcast_buffers=False,
+                device_ids=[comm.get_local_rank()] if on_gpu and needs_uploads(model) else None,
+                gradient_as_bucket_view=True,
             )
         self._trainer = self._build_step(cfg, model, data_loader, optimizer)
         self._trainer.cudnn_benchmark = on_gpu and chooses_cudnn_benchmark(cfg, data_loader)
@@ -406,6 +408,15 @@ class Trainer(DefaultTrainer):
             ) from error
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def needs_uploads(model: nn.Module) -> bool:
+    """Whether a model may rely on DDP to move its inputs to the GPU.
+
+    DDP then copies all tensors of a sample, and waits for them. `MaskFormer.forward` uploads what
+    it needs, without waiting; that of another project may not.
+    """
+    return type(model).forward is not MaskFormer.forward
 
 
 def chooses_cudnn_benchmark(cfg: CfgNode, data_loader: Any) -> bool:

@@ -21,13 +21,14 @@ from detectron2.utils import comm
 from detectron2.utils.events import EventStorage
 from torch import nn
 
+from mask2former import MaskFormer
 from mask2former.config import load_config
 from mask2former.data.dataset_mappers import COCOPanopticNewBaselineDatasetMapper, build_mapper
 from mask2former.data.loader import SeededSamples, has_fixed_size
 from mask2former.evaluation import write_results
 from mask2former.preflight import check_precision
 from mask2former.train_step import MixedPrecisionStep, Step
-from mask2former.trainer import AmpleMemory, Trainer, chooses_cudnn_benchmark
+from mask2former.trainer import AmpleMemory, Trainer, chooses_cudnn_benchmark, needs_uploads
 
 TOY = Path(__file__).parent / "toy_training.py"
 # Metrics that depend on the clock.
@@ -645,6 +646,18 @@ def test_checkpointing_is_chosen_on_a_gpu_only(tmp_path):
         )
         hooks = trainer.build_hooks()
         assert any(isinstance(hook, AmpleMemory) for hook in hooks) == chooses
+
+
+def test_models_that_upload_their_inputs():
+    class Other(MaskFormer):
+        pass
+
+    class Own(MaskFormer):
+        def forward(self, batched_inputs):
+            return {}
+
+    models = [MaskFormer, Other, Own, toy.ToyArchitecture]
+    assert [needs_uploads(kind.__new__(kind)) for kind in models] == [False, False, True, True]
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"
