@@ -16,7 +16,7 @@ from .modeling.criterion import LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
 from .utils.registry import is_mask_former, registered_names
 
-CHECKPOINTING = ("none", "selective", "blocks")
+CHECKPOINTING = ("none", "selective", "blocks", "auto")
 
 _HEAD = "MaskFormerHead"
 _MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
@@ -131,6 +131,9 @@ def _check_solver(cfg: CfgNode) -> None:
         _require_one_of(cfg, "SOLVER.OPTIMIZER", ("ADAMW", "SGD"))
     _require_range(cfg, "SOLVER.BACKBONE_MULTIPLIER", low=0)
     _require_range(cfg, "SOLVER.WEIGHT_DECAY_EMBED", low=0)
+    # A project with its own copy of `add_maskformer2_config` lacks the added keys.
+    if "DTYPE" in cfg.SOLVER.AMP:
+        _require_one_of(cfg, "SOLVER.AMP.DTYPE", ("float16", "bfloat16"))
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         _require_one_of(cfg, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("value", "norm", "full_model"))
 

@@ -57,9 +57,10 @@ PAPER_FIGURES = {
 ADDED = {
     "DETERMINISTIC": False,
     "MODEL.FAST": True,
-    "MODEL.CHECKPOINTING": "selective",
+    "MODEL.CHECKPOINTING": "auto",
     "MODEL.MASK_FORMER.EXTRA_LOSSES": [],
     "MODEL.MASK_FORMER.MATCHER_NAME": "HungarianMatcher",
+    "SOLVER.AMP.DTYPE": "float16",
 }
 LVIS = "lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
 
@@ -266,7 +267,8 @@ REJECTED = [
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 100, "multiples of MODEL.MASK_FORMER.NHEADS"),
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 48, "multiples of 32"),
     ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 2.0, "allowed: 1.0, because"),
-    ("MODEL.CHECKPOINTING", "all", "'none', 'selective', 'blocks'"),
+    ("MODEL.CHECKPOINTING", "all", "'none', 'selective', 'blocks', 'auto'"),
+    ("SOLVER.AMP.DTYPE", "half", "'float16', 'bfloat16'"),
     ("MODEL.MASK_FORMER.MATCHER_NAME", "Greedy", "'HungarianMatcher'"),
     ("INPUT.COLOR_AUG_SSD", True, "mapper 'coco_panoptic_lsj' ignores it"),
     ("INPUT.SIZE_DIVISIBILITY", 512, "mapper 'coco_panoptic_lsj' ignores it"),

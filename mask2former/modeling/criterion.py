@@ -7,6 +7,7 @@ Shape letters: B batch, Q queries, K classes, T targets of an image, N matched m
 P points, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +21,7 @@ from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
 from ..utils.determinism import is_deterministic
+from ..utils.host_copy import HostCopy
 from ..utils.misc import is_dist_avail_and_initialized, nested_tensor_from_tensor_list
 from ..utils.twins import has_fast_twin
 from .layers.point_sampling import point_sample
@@ -74,6 +76,21 @@ class MatchedMasks:
     points: Tensor
     point_logits: Tensor
     point_labels: Tensor
+
+
+def begin_average_num_masks(targets: Targets, device: torch.device) -> Callable[[], float]:
+    """Begin what `SetCriterion.average_num_masks` returns.
+
+    Returns:
+        A function that waits for the result. Until it is called, the host can go on.
+    """
+    num_masks = float(sum(len(target["labels"]) for target in targets))
+    if not is_dist_avail_and_initialized():
+        return lambda: max(num_masks, 1.0)
+    total = torch.full((1,), num_masks, dtype=torch.float32, device=device)  # not an upload
+    torch.distributed.all_reduce(total)
+    copied = HostCopy(total)
+    return lambda: max(copied.read().item() / get_world_size(), 1.0)
 
 
 class SetCriterion(nn.Module):
@@ -236,12 +253,7 @@ class SetCriterion(nn.Module):
 
     def average_num_masks(self, targets: Targets, device: torch.device) -> float:
         """Number of target masks per worker, averaged over workers, at least 1."""
-        num_masks = sum(len(target["labels"]) for target in targets)
-        if is_dist_avail_and_initialized():
-            total = torch.as_tensor([num_masks], dtype=torch.float, device=device)
-            torch.distributed.all_reduce(total)
-            num_masks = total.item() / get_world_size()
-        return max(float(num_masks), 1.0)
+        return begin_average_num_masks(targets, device)()
 
     def __repr__(self, _repr_indent: int = 4) -> str:
         names = (
