@@ -72,7 +72,7 @@ class ConvWithFrozenNorm(Conv2d):
         """
         if self.bias is not None:
             offset = offset + self.bias * scale
-        dtype = _conv_dtype(self.weight)
+        dtype = product_dtype(self.weight)
         weight = _ScaleTo.apply(self.weight, scale.view(-1, 1, 1, 1), dtype, _layout(x))
         return weight, offset.to(dtype)
 
@@ -122,8 +122,8 @@ def _layout(x: Tensor) -> torch.memory_format:
     return torch.channels_last
 
 
-def _conv_dtype(weight: Tensor) -> torch.dtype:
-    """The dtype in which a convolution with this weight computes, also under autocast."""
+def product_dtype(weight: Tensor) -> torch.dtype:
+    """The dtype of a convolution or matrix product with this weight, also under autocast."""
     device = weight.device.type
     if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
         return torch.get_autocast_dtype(device)
@@ -165,7 +165,7 @@ def norms_together(modules: Iterable[nn.Module]) -> Iterator[None]:
             buffers = _buffers(conv.norm)
             if not any(x.requires_grad for x in buffers):
                 kinds = tuple((x.device, x.dtype) for x in buffers)
-                groups[kinds, conv.norm.eps, _conv_dtype(conv.weight)].append(conv)
+                groups[kinds, conv.norm.eps, product_dtype(conv.weight)].append(conv)
     together = {}
     for (_, eps, dtype), convs in groups.items():
         with torch.no_grad():
