@@ -7,6 +7,7 @@ Shape letters: B batch, C channels, M heads, T length of a target sequence (quer
 memory sequence (pixels of a scale).
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -84,17 +85,24 @@ def attend(
     Returns:
         (T, B, C).
     """
-    num_heads = attention.num_heads
-    # Autocast would cast each third on its own.
+    num_heads, channels = attention.num_heads, query.shape[2]
+    inputs, num_projections = [query, key, value], [1, 1, 1]
+    if query is key and not query.is_cpu:
+        # One product instead of two: fewer kernels to launch.
+        inputs, num_projections = [query, value], [2, 1]
+    lengths = [n * channels for n in num_projections]
+    # Autocast would cast each part on its own.
     dtype = product_dtype(attention.in_proj_weight)
-    weights = attention.in_proj_weight.to(dtype).chunk(3)
-    biases = attention.in_proj_bias.to(dtype).chunk(3)
+    weights = attention.in_proj_weight.to(dtype).split(lengths)
+    biases = attention.in_proj_bias.to(dtype).split(lengths)
 
-    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = F.linear(x, weight, bias)
-        return x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3)  # (B, M, T or S, C/M)
+    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        x = F.linear(x, weight, bias).unflatten(2, (-1, channels // num_heads))
+        x = x.permute(1, 2, 0, 3)  # (B, n·M, T or S, C/M)
+        return (x,) if x.shape[1] == num_heads else x.split(num_heads, 1)
 
-    q, k, v = (project(*args) for args in zip((query, key, value), weights, biases, strict=True))
+    projected = (project(*args) for args in zip(inputs, weights, biases, strict=True))
+    q, k, v = (x for parts in projected for x in parts)
     mask = _blocked_to_allowed(attn_mask, key_padding_mask, query.shape[1], num_heads)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
 )
+from ..utils.shape_cache import cached_by_shape
 from ..utils.twins import runs_fast, why_hooked
 from .attention import ROW_ALIGNMENT
 from .mask_factors import MaskFactors
@@ -58,7 +59,8 @@ def decode_to_factors(
     resized: dict[int, Tensor] = {}
     predictions = []
     for i in range(decoder.num_layers + 1):
-        decoder_output = decoder.decoder_norm(output).transpose(0, 1)  # (B, Q, C)
+        decoder_output = decoder.decoder_norm(output).transpose(0, 1)
+        decoder_output = decoder_output.contiguous()  # (B, Q, C); both heads would copy it
         logits, embed = decoder.class_embed(decoder_output), decoder.mask_embed(decoder_output)
         predictions.append({"pred_logits": logits, "pred_masks": MaskFactors(embed, mask_features)})
         if i == decoder.num_layers:
@@ -98,6 +100,13 @@ def _blocked(mask_logits: Tensor) -> Tensor:
     return blocked & ~blocked.all(-1, keepdim=True)
 
 
+@cached_by_shape(maxsize=4)
+def _mask_values(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What an added mask has where attention is allowed and where it is blocked."""
+    options = {"dtype": dtype, "device": device}
+    return torch.zeros((), **options), torch.full((), float("-inf"), **options)
+
+
 def _added_mask(mask_logits: Tensor, length: int) -> Tensor:
     """`_blocked` as a mask that is added: 0, and -inf where attention is blocked.
 
@@ -108,7 +117,7 @@ def _added_mask(mask_logits: Tensor, length: int) -> Tensor:
     Returns:
         (B, Q, L), a part of rows as long as those of the logits.
     """
-    allowed, blocked = mask_logits.new_zeros(()), mask_logits.new_full((), float("-inf"))
+    allowed, blocked = _mask_values(mask_logits.dtype, mask_logits.device)
     all_blocked = mask_logits[..., :length].amax(-1, keepdim=True) < 0
     # Nothing is below -inf.
     threshold = torch.where(all_blocked, blocked, allowed)
