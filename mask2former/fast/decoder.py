@@ -103,8 +103,8 @@ def _blocked(mask_logits: Tensor) -> Tensor:
 @cached_by_shape(maxsize=4)
 def _mask_values(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """What an added mask has where attention is allowed and where it is blocked."""
-    options = {"dtype": dtype, "device": device}
-    return torch.zeros((), **options), torch.full((), float("-inf"), **options)
+    allowed = torch.zeros((), dtype=dtype, device=device)
+    return allowed, torch.full_like(allowed, float("-inf"))
 
 
 def _added_mask(mask_logits: Tensor, length: int) -> Tensor:

@@ -45,7 +45,9 @@ def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
     backbone = [] if compiling else list(model.backbone.modules())
     parts = [] if compiling else [*backbone, *head.pixel_decoder.modules()]
     # On a GPU, and in inference on a CPU, convolutions are faster in this layout, and pass it on.
-    if not (images.is_cpu and torch.is_grad_enabled()) and not _may_see_layout(parts):
+    # Hooks of training code, as for distillation, often expect contiguous features.
+    faster = not (images.is_cpu and torch.is_grad_enabled())
+    if faster and not _may_see_layout(parts, in_hooks=not images.is_cpu):
         images = images.contiguous(memory_format=torch.channels_last)
     with nullcontext() if compiling else norms_together(backbone):
         features = model.backbone(images)
@@ -80,13 +82,12 @@ def why_not_factors(model: MaskFormer) -> str | None:
     return None if model.training else why_touched(model, MaskFormer, _MODEL_METHODS)
 
 
-def _may_see_layout(parts: Iterable[nn.Module]) -> bool:
-    """Whether any part may depend on how feature maps lie in memory."""
+def _may_see_layout(parts: Iterable[nn.Module], in_hooks: bool) -> bool:
+    """Whether any part, or a hook on it, may depend on how feature maps lie in memory."""
     return any(
         type(part).__module__.partition(".")[0] not in _LAYOUT_AGNOSTIC
         or "forward" in part.__dict__
-        or part._forward_hooks
-        or part._forward_pre_hooks
+        or (in_hooks and (part._forward_hooks or part._forward_pre_hooks))
         for part in parts
     )
 
