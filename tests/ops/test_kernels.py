@@ -29,8 +29,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return request.param
 
 
@@ -81,10 +79,9 @@ def gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.device, out.dtype))]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_equals_cpu(dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for on_cpu, on_cuda in zip(
         gradients(ms_deform_attn, classic_inputs("cpu", dtype)),
@@ -94,9 +91,8 @@ def test_cuda_equals_cpu(dtype):
         torch.testing.assert_close(on_cuda.cpu(), on_cpu, **tolerance)
 
 
+@pytest.mark.gpu
 def test_deterministic_on_cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch.use_deterministic_algorithms(True)
     try:
         runs = [gradients(ms_deform_attn, classic_inputs("cuda", queries=999)) for _ in range(3)]

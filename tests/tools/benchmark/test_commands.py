@@ -547,7 +547,6 @@ def test_host_syncs_are_counted():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["model", "train", "postprocess"])
 def test_on_a_gpu(name, run):
     status, report = run(name, "--devices", "cuda", *GPU.get(name, []))
