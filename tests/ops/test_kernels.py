@@ -3,6 +3,7 @@
 test_ms_deform_attn.py checks their numbers.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -243,6 +244,19 @@ def test_instruction_sets(capability):
     if capability == "default":
         assert "AVX" not in line
     assert result.stdout.count("self-test on cpu") == result.stdout.count("passed") >= 3
+
+
+@pytest.mark.parametrize("function", ["ms_deform_attn", "ms_deform_attn_fused"])
+def test_self_test_can_fail(function, monkeypatch, capsys):
+    program = importlib.import_module("mask2former.ops.__main__")
+    original = getattr(program, function)
+    monkeypatch.setattr(program, function, lambda *args: original(*args) * 1.02)
+    assert program.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = "fused" if function.endswith("fused") else "classic"
+    for line in lines:
+        if line.startswith("self-test on cpu"):
+            assert ("FAILED" in line) == (f" {failed}, " in line)
 
 
 def test_address_sanitizer(tmp_path):
