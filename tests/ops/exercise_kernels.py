@@ -48,7 +48,8 @@ def exercise(
         ops.ms_deform_attn(value, flat, *classic),
         ops.ms_deform_attn_fused(value, flat, *fused),
     ]
-    for deterministic in (False, True):
+    # The CPU kernels have one backward.
+    for deterministic in (False,) if device == "cpu" else (False, True):
         results += ops.ms_deform_attn_backward(grad, value, flat, *classic, deterministic)
         results += ops.ms_deform_attn_fused_backward(grad, value, flat, *fused, deterministic)
     finite = [result.cpu().isfinite().all() for result in results]

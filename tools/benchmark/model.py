@@ -279,7 +279,7 @@ def run(options: argparse.Namespace) -> int:
                 labels | {"part": "forward", "contender": name} | failure(error, name == UPSTREAM)
                 for name, error in failed.items()
             )
-        report.save()
+            report.save()
         del models
         gc.collect()
     return report.finish()
