@@ -17,9 +17,9 @@ from collections import Counter
 from pathlib import Path
 
 import torch
-from common import make_parser, write_result
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import HookBase
+from step_result import make_parser, write_result
 from synthetic_coco import NUM_CLASSES, NUM_THINGS, write_dataset
 
 from mask2former.config import load_config

@@ -11,7 +11,7 @@ import subprocess
 import sys
 
 import torch
-from common import make_parser, write_result
+from step_result import make_parser, write_result
 
 from mask2former.ops import _library
 
