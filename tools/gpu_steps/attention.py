@@ -16,10 +16,10 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
+import step_result  # first: it adds the path of `report`
 import torch
 import torch.nn.functional as F
 from report import markdown_table
-from step_result import make_parser, write_result
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -181,11 +181,12 @@ def cells(row: dict[str, Any]) -> dict[str, str]:
 
 
 def main() -> int:
-    parser = make_parser(__doc__)
+    parser = step_result.make_parser(__doc__)
     parser.add_argument("--lengths", default=",".join(map(str, LENGTHS)), help="S [%(default)s]")
     parser.add_argument("--dtypes", default=",".join(DTYPES), help="[%(default)s]")
     options = parser.parse_args()
     lengths = [int(x) for x in options.lengths.split(",")]
+    options.folder.mkdir(parents=True, exist_ok=True)
     table, notes, failed = [], {}, False
     for length, dtype, kind in itertools.product(lengths, options.dtypes.split(","), MASKS):
         rows = heads_case(length, kind, DTYPES[dtype], options.device)
@@ -204,11 +205,10 @@ def main() -> int:
                 # The times that matter, for the summary.
                 label = f"S {length} {dtype} {kind}, both passes"
                 notes[label] = f"{row['both ms']:.3g} ms with {name}"
-    options.folder.mkdir(parents=True, exist_ok=True)
-    text = markdown_table(table)
-    (options.folder / "attention.md").write_text(text + "\n")
-    print(text)
-    write_result(options.folder, notes)
+        # After each case: an error of the device would end all that follow.
+        (options.folder / "attention.md").write_text(markdown_table(table) + "\n")
+        step_result.write_result(options.folder, notes)
+    print(markdown_table(table))
     return int(failed)
 
 

@@ -77,7 +77,8 @@ def read_benchmark(name: str, ours: str, parts: Sequence[str]) -> Callable[[Path
 
 
 def median(row: dict[str, Any]) -> float:
-    return row.get("device_seconds", row["wall_seconds"])["median"]
+    """Seconds by the device's clock if it was used."""
+    return (row.get("device_seconds") or row["wall_seconds"])["median"]
 
 
 def read_ncu(folder: Path, log: str) -> Headline:

@@ -9,7 +9,7 @@ channels, and the deterministic backward runs in fp32.
 import argparse
 from dataclasses import replace
 
-import step_result  # noqa: F401, for the path of the next import
+import step_result  # noqa: F401, first: it adds the path of `op_backends`
 import torch
 from op_backends import Case, Inputs, make_inputs, random_gradient
 

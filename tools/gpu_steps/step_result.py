@@ -21,5 +21,3 @@ def write_result(folder: Path, numbers: dict[str, Any]) -> None:
     """Write what the summary shows."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "result.json").write_text(json.dumps(numbers, indent=1))
-    for key, value in numbers.items():
-        print(f"{key}: {value}")

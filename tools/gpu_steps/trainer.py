@@ -24,6 +24,7 @@ from synthetic_coco import NUM_CLASSES, NUM_THINGS, write_dataset
 
 from mask2former.config import load_config
 from mask2former.trainer import Trainer
+from mask2former.utils.seeding import seed_all
 
 ROOT = Path(__file__).resolve().parents[2]
 RECIPE = ROOT / "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
@@ -130,6 +131,7 @@ def main() -> int:
             "OUTPUT_DIR": f"{data}/output",
         }
         opts = [part for pair in values.items() for part in pair]
+        seed_all(1)  # of the initial weights
         trainer = Trainer(load_config(options.config, [*opts, *options.opts]))
         # No checkpoint is written at the end.
         trainer._hooks = [x for x in trainer._hooks if "Checkpointer" not in type(x).__name__]
