@@ -233,7 +233,6 @@ def test_mixed_precision_on_a_cpu(tmp_path, caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="mixed precision needs a CUDA GPU")
 def test_resume_is_exact_in_mixed_precision(tmp_path):
     """The toy model has no operator that adds in any order on a GPU."""
     options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "SEED", "3")
