@@ -207,9 +207,9 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>) backward
   const int thread = threadIdx.x;
   const int lane = thread % kLanes;
   const int heads = static_cast<int>(problem.heads);
-  const int tile = static_cast<int>(blockIdx.x) / heads;
+  const int tile = tiles.by_blocks.divide(static_cast<int>(blockIdx.x));
   const int head = static_cast<int>(blockIdx.x) - tile * heads;
-  const int query = tile_query(problem, tiles, tile, thread);
+  const int query = tile_query<kLanes, kBackwardThreads / kLanes>(problem, tiles, tile, thread);
   const bool active = query >= 0;
   if (!__any_sync(kWarp, active)) return;
 
@@ -217,7 +217,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>) backward
   const int num_points = static_cast<int>(problem.points);
   const int64_t batch = blockIdx.y;
   const int64_t item = (batch * problem.queries + (active ? query : 0)) * heads + head;
-  const int64_t reference_query = problem.per_image_reference ? batch * problem.queries + query : query;
+  const float* reference = find_reference(problem, points, batch, query);
   const int64_t first_sample = item * num_samples;
   const bool fused = points.reference != nullptr;
   const bool aligned = num_samples % kChunk == 0;
@@ -259,7 +259,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T>) backward
       Sample sample{0.f, 0.f, 0.f, 0};
       if (active && i < count) {
         const int level = (base + i) / num_points;
-        to_pixels(problem, points.reference, reference_query, level, x[i], y[i]);
+        to_pixels(problem, reference, level, x[i], y[i]);
         const float share = fused ? exp_of(weight[i] - highest) * scale : weight[i];
         sample = make_sample(problem, x[i], y[i], share, level, head);
       }

@@ -48,8 +48,8 @@ inline bool fits_fast(const Problem& problem) {
 // The tiling; count is 0 if count * blocks_per_tile blocks do not fit a grid.
 inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t blocks_per_tile) {
   Tiles tiles{};
-  tiles.width = width;
-  tiles.height = height;
+  tiles.blocks = static_cast<int32_t>(blocks_per_tile);
+  tiles.by_blocks = make_divisor(tiles.blocks);
   tiles.on_levels = problem.queries == problem.values;
   int64_t count = 0;
   if (tiles.on_levels) {
@@ -57,6 +57,7 @@ inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t b
       const LevelSize size = problem.level[l];
       tiles.first[l] = static_cast<int32_t>(count);
       tiles.columns[l] = static_cast<int32_t>((int64_t{size.width} + width - 1) / width);
+      tiles.by_columns[l] = make_divisor(std::max(tiles.columns[l], 1));
       count += tiles.columns[l] * ((int64_t{size.height} + height - 1) / height);
     }
   } else {
@@ -67,6 +68,11 @@ inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t b
   return tiles;
 }
 
+// The usual numbers of samples have their own instances of the fast kernels with D = 32.
+inline bool has_samples(const Problem& problem, int levels, int points) {
+  return problem.levels == levels && problem.points == points;
+}
+
 template <typename T, int kLanes>
 bool launch_fast_forward(
     const Problem& problem, const Points<float>& points, const T* value, T* output, cudaStream_t stream) {
@@ -75,7 +81,12 @@ bool launch_fast_forward(
   const Tiles tiles = make_tiles(problem, Shape::kTileWidth, Shape::kTileHeight, head_blocks);
   if (tiles.count == 0) return false;
   const dim3 grid(static_cast<unsigned>(tiles.count * head_blocks), static_cast<unsigned>(problem.batch));
-  launch(forward_kernel<T, kLanes>, grid, Shape::kThreads, stream, problem, tiles, points, value, output);
+  auto* kernel = forward_kernel<T, kLanes, 0, 0>;
+  if constexpr (kLanes * Shape::kVector == 32) {
+    if (has_samples(problem, 3, 4)) kernel = forward_kernel<T, kLanes, 3, 4>;
+    if (has_samples(problem, 4, 4)) kernel = forward_kernel<T, kLanes, 4, 4>;
+  }
+  launch(kernel, grid, Shape::kThreads, stream, problem, tiles, points, value, output);
   return true;
 }
 
