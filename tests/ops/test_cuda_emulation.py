@@ -117,8 +117,9 @@ def expected(
 
 
 def run_kernels(
-    kernels, case: Case, value, reference, points, weights, grad_output, deterministic: bool
+    kernels, case: Case, value, reference, points, weights, grad_output, mode: str
 ) -> list[Tensor]:
+    """The output and the gradients; ``mode`` is how grad_value is summed."""
     dtype = DTYPES.index(value.dtype)
     sizes = pack_sizes(value, case, points, reference)
     shapes = integers([size for shape in case.shapes for size in shape])
@@ -127,9 +128,12 @@ def run_kernels(
     kernels.emulated_forward(dtype, sizes, shapes, *inputs, pointer(output))
     grad_value = torch.zeros(value.shape, dtype=points.dtype)
     grad_points, grad_weights = torch.full_like(points, 7.0), torch.full_like(weights, 7.0)
-    room = points.new_full((weights.numel() * 3,), float("nan")) if deterministic else None
+    room = points.new_full((weights.numel() * 3,), float("nan")) if mode == "deterministic" else None
     gradients = [pointer(x) for x in (grad_value, grad_points, grad_weights, room)]
-    kernels.emulated_backward(dtype, sizes, shapes, pointer(grad_output), *inputs, *gradients)
+    shared = int(mode == "shared memory")
+    kernels.emulated_backward(
+        dtype, shared, sizes, shapes, pointer(grad_output), *inputs, *gradients
+    )
     return [output, grad_value, grad_points, grad_weights]
 
 
@@ -148,10 +152,8 @@ def check(kernels, case: Case, dtype: torch.dtype, fused: bool) -> None:
     exact = 1e-11 if dtype == torch.float64 else 2e-5
     ulp = {torch.float16: 2**-11, torch.bfloat16: 2**-8}.get(dtype, 0)
     results = []
-    for deterministic in (False, True):
-        got = run_kernels(
-            kernels, case, value, reference, points, weights, grad_output, deterministic
-        )
+    for mode in ("registers", "shared memory", "deterministic"):
+        got = run_kernels(kernels, case, value, reference, points, weights, grad_output, mode)
         results.append(got)
         names = ("output", "grad_value", "grad_points", "grad_weights")
         for name, one, other in zip(names, got, target, strict=True):
@@ -164,8 +166,9 @@ def check(kernels, case: Case, dtype: torch.dtype, fused: bool) -> None:
                 atol=atol,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
-    assert torch.equal(results[0][2], results[1][2])
-    assert torch.equal(results[0][3], results[1][3])
+    for other in results[1:]:
+        assert torch.equal(results[0][2], other[2])
+        assert torch.equal(results[0][3], other[3])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["classic", "fused"])

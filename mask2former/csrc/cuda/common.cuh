@@ -271,11 +271,10 @@ struct __align__(16) Sample {
   int cell;
 };
 
-__device__ __forceinline__ Sample make_sample(
-    const Problem& problem, float x, float y, float weight, int level, int head) {
-  const LevelSize size = problem.level[level];
-  const Cell<float> cell = find_cell(x, y, size.height, size.width);
+__device__ __forceinline__ Sample
+make_sample(const Problem& problem, const Cell<float>& cell, float weight, int level, int head) {
   if (cell.inside == 0) return {0.f, 0.f, 0.f, 0};
+  const LevelSize size = problem.level[level];
   const int position = static_cast<int>(size.start) + cell.y * size.width + cell.x;
   const int row = position * static_cast<int>(problem.heads) + head;
   return {weight, cell.fx, cell.fy, row * 16 + cell.inside};

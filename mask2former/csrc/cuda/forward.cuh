@@ -48,7 +48,9 @@ template <typename T>
 __device__ __forceinline__ Corners
 prepare(const Problem& problem, const ForwardWork<T>& work, int level, float2 location, float weight) {
   to_pixels(problem, work.reference, level, location.x, location.y);
-  const Sample sample = make_sample(problem, location.x, location.y, weight, level, work.head);
+  const LevelSize size = problem.level[level];
+  const Cell<float> cell = find_cell(location.x, location.y, size.height, size.width);
+  const Sample sample = make_sample(problem, cell, weight, level, work.head);
   const float bottom = sample.weight * sample.fy;
   const float top = sample.weight - bottom;
   const int columns = sample.cell & kColumns;

@@ -119,16 +119,25 @@ bool launch_fast_backward(
     const T* grad_output,
     float* grad_value,
     const PointGradients<float>& gradients,
+    Collect collect,
     cudaStream_t stream) {
   const Tiles tiles = make_tiles(problem, kLanes, kBackwardThreads / kLanes, problem.heads);
   if (tiles.count == 0) return false;
   const dim3 grid(static_cast<unsigned>(tiles.count * problem.heads), static_cast<unsigned>(problem.batch));
+  auto* kernel = backward_kernel<T, kLanes, 0, 0, Collect::kRegisters>;
+  if constexpr (kLanes == 8) {
+    if (has_samples(problem, 3, 4)) kernel = backward_kernel<T, kLanes, 3, 4, Collect::kRegisters>;
+    if (has_samples(problem, 4, 4)) kernel = backward_kernel<T, kLanes, 4, 4, Collect::kRegisters>;
+    if (collect == Collect::kSharedMemory && grad_value != nullptr) {
+      kernel = backward_kernel<T, kLanes, 0, 0, Collect::kSharedMemory>;
+    }
+  }
   launch(
-      backward_kernel<T, kLanes>, grid, kBackwardThreads, stream, problem, tiles, points, value, grad_output,
-      grad_value, gradients);
+      kernel, grid, kBackwardThreads, stream, problem, tiles, points, value, grad_output, grad_value, gradients);
   return true;
 }
 
+// `collect` applies to D = 32; other sizes have kernels for registers only.
 template <typename T>
 void launch_backward(
     const Problem& problem,
@@ -137,6 +146,7 @@ void launch_backward(
     const T* grad_output,
     typename Accumulate<T>::type* grad_value,
     const PointGradients<typename Accumulate<T>::type>& gradients,
+    Collect collect,
     cudaStream_t stream) {
   if constexpr (!std::is_same_v<T, double>) {
     if (fits_fast(problem) &&
@@ -146,7 +156,7 @@ void launch_backward(
       const auto launch_fast = problem.channels == 16   ? launch_fast_backward<T, 4>
                                : problem.channels == 32 ? launch_fast_backward<T, 8>
                                                         : launch_fast_backward<T, 16>;
-      if (launch_fast(problem, points, value, grad_output, grad_value, gradients, stream)) return;
+      if (launch_fast(problem, points, value, grad_output, grad_value, gradients, collect, stream)) return;
     }
   }
   const int64_t items = problem.batch * problem.queries * problem.heads;
