@@ -96,6 +96,14 @@ void emulated_backward(
   });
 }
 
+// What MASK2FORMER_BACKWARD selects: 0 registers, 1 shared memory, -1 an error.
+int parsed_collect(const char* text) {
+  Collect collect;
+  return read_collect(text, collect) ? collect == Collect::kSharedMemory : -1;
+}
+
+int divided(int number, int divisor) { return make_divisor(divisor).divide(number); }
+
 // Whether the fast kernels accept these sizes. Allocates nothing.
 int fits_fast_kernels(const int64_t* sizes) {
   const int64_t no_shapes[2 * kTableLevels] = {};

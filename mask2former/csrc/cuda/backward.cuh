@@ -1,20 +1,28 @@
 // Fast backward: D/4 lanes process one head for D/4 consecutive queries.
 //
-// The bottleneck is the number of grad_value rows added to in L2: 4 per sample, 1 GB for one 1024 x 1024 image. The
-// lanes therefore process the same sample (level and point) of consecutive queries, and accumulate the 4 corners of the
-// current cell in registers. The next query usually falls into the same cell, and nothing is written, or into the cell
-// to its right, and only the left column is written. For smooth offsets this saves half of the additions if queries and
-// sampled level have the same resolution, and three quarters or more if the level is coarser. For random offsets it
-// costs a few instructions per sample.
+// The expected bottleneck is the number of grad_value rows added to in L2: 4 per sample, 1 GB for one 1024 x 1024
+// image. There are two ways to add fewer; MASK2FORMER_BACKWARD selects one of them:
+//
+// registers (default): The lanes process the same sample (level and point) of consecutive queries, and accumulate the
+// 4 corners of the current cell in registers. If the next query falls into the same cell, nothing is written; if it
+// falls into the cell to its right, only the left column is. With the same offsets for all queries that saves half of
+// the additions where queries and sampled level have the same resolution, and three quarters or more where the level is
+// coarser. It saves nearly nothing if offsets vary by pixels from query to query: 2.5 % for those of `benchmark op`
+// (normal, 2 pixels), computed from its cells.
+//
+// shared (D = 32 only): A block collects its additions in a window of the level in shared memory, around the mean of
+// its samples, and writes each row once. Samples outside the window go to L2 directly. The offsets of `benchmark op`
+// then need 19 % of the additions to L2, at 45 more instructions per sample of a warp and with 4 blocks per
+// multiprocessor instead of 5 or 6 (2 where it has 100 kB of shared memory). Neither has been measured.
 //
 // Lane j prepares the samples of query j and receives their gradients, 3 sums over the lanes per query. Two queries are
 // processed at a time: their loads overlap and they share shuffles (neighbouring lanes exchange, even lanes keep the
 // first query), 4.5 per query instead of 9 for D = 32. Sums are always fp32.
 //
-// Cost per sample of a whole warp for D = 32 (4 heads per warp): 4 + 1 loads of 4 channels per lane, 16 L1 wavefronts
-// for the values (8 for 16-bit types), 4.5 shuffles and about 170 instructions, 50 of them floating point; at most 4
-// vector atomics (4 times as many scalar ones before compute capability 9.0). The original kernel needs block barriers
-// and 96 dependent additions in a single thread for every sample of every head.
+// Per sample of a whole warp for D = 32 (4 heads per warp): 4 + 1 loads of 4 channels per lane, 16 L1 wavefronts for
+// the values (8 for 16-bit types), 4.5 shuffles and at most 4 vector atomics (4 times as many scalar ones before
+// compute capability 9.0). Instructions, counted in the code of nvcc 13.0 for compute capability 9.0, for 3 x 4 samples
+// in cells that share nothing: 210 for float and 224 for bfloat16, of which the loop is 185 and 199; 36 are FMA.
 
 #pragma once
 
@@ -32,12 +40,12 @@ enum class Collect {
 };
 
 // Target blocks per multiprocessor: as many as fit without spilling registers.
-template <typename T, Collect kCollect>
+template <typename T, bool kFixed, Collect kCollect>
 constexpr int kBackwardBlocks =
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
     4;
 #else
-    kCollect == Collect::kSharedMemory ? 4 : 5;
+    kCollect == Collect::kRegisters && (kFixed || sizeof(T) == 2) ? 5 : 4;
 #endif
 
 // Positions of the window: a tile of 8 x 16 queries and a margin, within 48 kB of shared memory for D = 32.
@@ -62,39 +70,35 @@ __device__ __forceinline__ unsigned long long add_to_pair(unsigned long long pai
   return pack(low + in[0], __uint_as_float(static_cast<unsigned>(pair >> 32)) + in[1]);
 }
 
-// Adds atomically to kCount rows of shared memory, kStride numbers apart. Shared memory has no addition of floats, and
-// atomicAdd is a loop for each of them. One attempt for all of them, two at a time, takes less than half of the
-// instructions; it fails only if another thread adds to the same place meanwhile.
+// Adds atomically to kCount rows of shared memory, kStride numbers apart. Shared memory has no addition of floats:
+// atomicAdd is a loop of 6 instructions for each of them. One attempt for all, two numbers at a time, needs fewer and
+// waits once. It fails if another thread adds to the same place meanwhile.
 template <int kCount, int kStride>
-__device__ __forceinline__ void add_shared(float* to, const float (&in)[kCount][4]) {
-  unsigned long long* at[kCount][2];
-  unsigned long long old[kCount][2], found[kCount][2];
+__device__ __forceinline__ void add_shared(float* to, float (&in)[kCount][4]) {
+  while (true) {
+    bool done[kCount][2], all_done = true;
+    unsigned long long old[kCount][2];
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-    const float4 vector = *reinterpret_cast<const float4*>(to + n * kStride);
-    old[n][0] = pack(vector.x, vector.y);
-    old[n][1] = pack(vector.z, vector.w);
-    at[n][0] = reinterpret_cast<unsigned long long*>(to + n * kStride);
-    at[n][1] = at[n][0] + 1;
-  }
-  bool done = true;
-#pragma unroll
-  for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      found[n][half] = atomicCAS(at[n][half], old[n][half], add_to_pair(old[n][half], in[n] + 2 * half));
-      done &= found[n][half] == old[n][half];
+    for (int n = 0; n < kCount; ++n) {
+      const float4 vector = *reinterpret_cast<const float4*>(to + n * kStride);
+      old[n][0] = pack(vector.x, vector.y);
+      old[n][1] = pack(vector.z, vector.w);
     }
-  }
-  if (done) return;
 #pragma unroll
-  for (int n = 0; n < kCount; ++n) {
+    for (int n = 0; n < kCount; ++n) {
 #pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      while (found[n][half] != old[n][half]) {
-        old[n][half] = found[n][half];
-        found[n][half] = atomicCAS(at[n][half], old[n][half], add_to_pair(old[n][half], in[n] + 2 * half));
+      for (int half = 0; half < 2; ++half) {
+        auto* const at = reinterpret_cast<unsigned long long*>(to + n * kStride + 2 * half);
+        const unsigned long long sum = add_to_pair(old[n][half], in[n] + 2 * half);
+        done[n][half] = atomicCAS(at, old[n][half], sum) == old[n][half];
+        all_done &= done[n][half];
       }
+    }
+    if (all_done) return;
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+#pragma unroll
+      for (int i = 0; i < 4; ++i) in[n][i] = done[n][i / 2] ? 0.f : in[n][i];
     }
   }
 }
@@ -108,9 +112,10 @@ struct Sweep {
   const int* slots;       // their positions in the window, -1 outside
   const T* value;         // this lane's channels in row 0
   const T* grad_output;   // this lane's channels of the first query
-  float* grad_value;      // this lane's channels in row 0; null if not needed
+  float* grad_value;      // this lane's channels in row 0
   float* window;          // this lane's channels in slot 0
   int heads, row_step, lane;
+  bool adds;  // to grad_value
 
   int cell = 0;  // the cell that `sum` belongs to, as Sample::cell
   float sum[4][4];
@@ -121,7 +126,7 @@ struct Sweep {
 
   // Adds column 0 or 1 of the cell to memory.
   __device__ __forceinline__ void write_column(int column) {
-    if (grad_value == nullptr || !(cell & (column == 0 ? kLeft : kRight))) return;
+    if (!adds || !(cell & (column == 0 ? kLeft : kRight))) return;
     const int row = (cell >> 4) + column * heads;
     if (cell & kTop) add_channels(to_row<kChannels>(grad_value, row), sum[column]);
     if (cell & kBottom) add_channels(to_row<kChannels>(grad_value, row + row_step), sum[2 + column]);
@@ -429,7 +434,7 @@ struct Window {
 // `grad_value` may be null. kLevels and kPoints are 0 for any number of levels and points; otherwise all samples of a
 // query are prepared and kept in shared memory, which saves reading logits and gradients again.
 template <typename T, int kLanes, int kLevels, int kPoints, Collect kCollect>
-__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kCollect>) backward_kernel(
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, (kLevels > 0), kCollect>) backward_kernel(
     const __grid_constant__ Problem problem,
     const __grid_constant__ Tiles tiles,
     const Points<float> points,
@@ -456,9 +461,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kCollect>
   const int num_points = kFixed ? kPoints : static_cast<int>(problem.points);
   const int num_samples = kFixed ? kHeld : static_cast<int>(problem.levels) * num_points;
   const int64_t batch = blockIdx.y;
-  const int64_t item = (batch * problem.queries + (active ? query : 0)) * heads + head;
+  const int existing = max(query, 0);
+  const int64_t item = (batch * problem.queries + existing) * heads + head;
   BackwardWork work;
-  work.reference = find_reference(problem, points, batch, query);
+  work.reference = find_reference(problem, points, batch, existing);
   work.locations = points.locations + 2 * item * num_samples;
   work.weights = points.weights + item * num_samples;
   work.grad_locations = gradients.locations + 2 * item * num_samples;
@@ -477,7 +483,8 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kCollect>
   sweep.value = opaque(value + image);
   sweep.grad_output =
       opaque(grad_output + ((batch * problem.queries + first_query) * heads + head) * kChannels + lane * 4);
-  sweep.grad_value = grad_value == nullptr ? nullptr : grad_value + image;
+  sweep.adds = grad_value != nullptr;
+  sweep.grad_value = opaque(sweep.adds ? grad_value + image : nullptr);
   sweep.heads = heads;
   sweep.lane = lane;
 

@@ -128,8 +128,8 @@ __device__ __forceinline__ void store_channels(T* to, const float (&in)[8]) {
       narrow_pair(in[6], in[7], T()));
 }
 
-// Hides from the compiler how a pointer was computed. Without this it scales and adds the parts of the pointer for every
-// access, three instructions instead of one multiply-add.
+// Hides from the compiler how a pointer was computed. Without this it scales and adds the parts of the pointer for
+// every access, three instructions instead of one multiply-add.
 template <typename T>
 __device__ __forceinline__ T* opaque(T* pointer) {
 #ifndef MASK2FORMER_CUDA_EMULATION
@@ -216,7 +216,8 @@ __device__ __forceinline__ void to_pixels(const Problem& problem, const A* refer
 
 // ------------------------------------------------------------------------------------------- queries of a block
 
-// Division of n in [0, 2^31) by a number known at launch, in 3 instructions: n / d = (n + n * multiplier / 2^32) / 2^shift.
+// Division of n in [0, 2^31) by a number known at launch, in 3 instructions:
+// n / divisor = (n + n * multiplier / 2^32) / 2^shift.
 struct Divisor {
   uint32_t multiplier;
   int32_t shift;

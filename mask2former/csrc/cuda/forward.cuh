@@ -1,14 +1,16 @@
 // Fast forward: D/V lanes process one head of one query, V = 16 bytes / size of a channel.
 //
 // A block holds 8 x 4 queries (for 16-bit types, of two heads whose rows share a cache line), so that neighbouring
-// queries find the corners of a sample in L1. Each lane of a head prepares one sample (position, softmax, cell) and
-// stores it in shared memory, from which all lanes read it with one 128-bit load.
+// queries find the corners of a sample in L1. The lanes of a head prepare its samples (position, softmax, cell, weights
+// of the corners) and store them in shared memory, from which all lanes read them. The usual 3 x 4 and 4 x 4 samples
+// are prepared all at once, any other number in rounds of one per lane.
 //
-// Cost per sample of a whole warp, away from borders, for float and D = 32 (4 heads per warp): 4 loads of 512 bytes, 16
-// L1 wavefronts, and 5 for reading the sample; 47 instructions in the loop, 16 of them FMA, and about 15 for preparing
-// samples. With 4 issue slots per cycle that takes 16 cycles: L1 and instruction issue limit equally. bfloat16 (8 heads
-// per warp) has the same wavefronts for twice the heads and 95 instructions, 32 of them conversions. The original
-// kernel needs 4 wavefronts and about 80 instructions per sample and head.
+// Instructions per sample of a whole warp, counted in the code of nvcc 13.0 for compute capability 9.0, away from
+// borders, for 3 x 4 samples and D = 32: 69 for float (4 heads per warp) and 125 for 16-bit types (8 heads), of which
+// the loop over samples is 29 (16 FMA, 4 loads, 4 addresses) and 77 (32 FMA, 32 conversions); in rounds the loop is 33
+// and 81. A lane loads 16 bytes of each corner: 16 L1 wavefronts per sample, and 1.25 from shared memory. By these
+// numbers float is limited by issue (4 slots per cycle) and L1 (one wavefront per cycle) alike, 16-bit types by issue;
+// neither has been measured.
 
 #pragma once
 
@@ -95,7 +97,6 @@ __device__ __forceinline__ float sum_fixed(
     const Problem& problem, const ForwardWork<T>& work, float (&sum)[kVector]) {
   constexpr int kChannels = kLanes * kVector, kGroups = 32 / kLanes;
   constexpr int kSamples = kLevels * kPoints, kRounds = (kSamples + kLanes - 1) / kLanes;
-  constexpr int kUnroll = sizeof(T) == 4 ? kPoints : kPoints / 2;
   // Samples of the groups of a warp are neighbours: all groups read theirs in one wavefront.
   __shared__ float4 shares[kThreads / 32][kSamples][kGroups];
   __shared__ __align__(16) int cells[kThreads / 32][kLevels][kGroups][kPoints];
@@ -145,6 +146,8 @@ __device__ __forceinline__ float sum_fixed(
   }
   __syncwarp();
 
+  // Half of a level at a time: with more loads in flight registers are spilled.
+  constexpr int kUnroll = kPoints / 2;
   const int heads = static_cast<int>(problem.heads);
   const T* corner[4] = {opaque(work.value), opaque(to_row<kChannels>(work.value, heads))};
 #pragma unroll
@@ -258,7 +261,7 @@ __global__ void __launch_bounds__(ForwardShape<T, kLanes>::kThreads, sizeof(T) =
   const int64_t batch = blockIdx.y;
   const int64_t item = active ? (batch * problem.queries + query) * heads + head : 0;
   ForwardWork<T> work;
-  work.reference = find_reference(problem, points, batch, query);
+  work.reference = find_reference(problem, points, batch, max(query, 0));
   work.locations = reinterpret_cast<const float2*>(points.locations) + item * num_samples;
   work.weights = points.weights + item * num_samples;
   work.value = value + batch * problem.values * heads * kChannels + lane * kVector;

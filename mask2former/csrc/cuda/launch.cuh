@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <string_view>
 #include <type_traits>
 
 namespace mask2former::cuda {
@@ -109,6 +110,13 @@ void launch_forward(
   }
   const int64_t items = problem.batch * problem.queries * problem.heads * problem.channels;
   launch(forward_general_kernel<T>, general_blocks(items, 256), 256, stream, problem, points, value, output);
+}
+
+// Reads the environment variable MASK2FORMER_BACKWARD: registers (also if not set) or shared. False if it is neither.
+inline bool read_collect(const char* text, Collect& collect) {
+  const std::string_view name = text == nullptr ? "" : text;
+  collect = name == "shared" ? Collect::kSharedMemory : Collect::kRegisters;
+  return name.empty() || name == "registers" || name == "shared";
 }
 
 template <typename T, int kLanes>

@@ -7,7 +7,6 @@
 #include <torch/csrc/stable/accelerator.h>
 
 #include <cstdlib>
-#include <string_view>
 
 // Weak, because the library must also load into a torch without CUDA, which lacks this symbol.
 #pragma weak aoti_torch_get_current_cuda_stream
@@ -62,17 +61,16 @@ Points<A> make_points(const Tensor* reference, const Tensor& locations, const Te
       static_cast<const A*>(locations.const_data_ptr()), static_cast<const A*>(weights.const_data_ptr())};
 }
 
-// The environment variable MASK2FORMER_BACKWARD, read at the first call: registers (default) or shared, see backward.cuh.
-Collect read_collect() {
-  static const Collect collect = [] {
+// How backward collects additions, from the environment at the first call.
+Collect choose_collect() {
+  static const Collect chosen = [] {
     const char* const text = std::getenv("MASK2FORMER_BACKWARD");
-    const std::string_view name = text == nullptr ? "" : text;
+    Collect collect;
     STD_TORCH_CHECK(
-        name.empty() || name == "registers" || name == "shared",
-        "MASK2FORMER_BACKWARD must be registers or shared, got ", text);
-    return name == "shared" ? Collect::kSharedMemory : Collect::kRegisters;
+        read_collect(text, collect), "MASK2FORMER_BACKWARD must be registers or shared, got ", text);
+    return collect;
   }();
-  return collect;
+  return chosen;
 }
 
 // --------------------------------------------------------------------------------------------------- operators
@@ -104,7 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor weights,
     bool deterministic) {
   const Problem problem = make_problem(sizes);
-  const Collect collect = read_collect();
+  const Collect collect = choose_collect();
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const ScalarType type = value.scalar_type(), sum_type = accumulate_type(type);
   const std::vector<int64_t> shape{sizes.batch, sizes.values, sizes.heads, sizes.channels};
