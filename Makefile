@@ -4,8 +4,10 @@
 # VENV    the environment to create and use. Empty (`make test VENV=`): use the active Python
 #         environment; only missing packages are installed, no installed one changes version.
 # PYTHON  the interpreter to create it with, or the active one if VENV is empty.
+# JOBS    processes that share the test files, each with one thread.
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -101,7 +103,7 @@ quickstart: $(RUNTIME) $(PROJECT)
 	$(PY) tools/quickstart.py
 
 test: $(RUNTIME) $(DEV) $(PROJECT)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 
 gpu-check: $(RUNTIME) $(DEV) $(PROJECT)
 	$(PY) tools/gpu_check.py output/gpu_check
