@@ -358,10 +358,9 @@ def _comprehension(node: ast.ListComp) -> list:
     loop, *others = node.generators
     if others or loop.ifs or loop.is_async or not isinstance(loop.target, ast.Name):
         raise ValueError("a list needs one loop over one variable, without conditions")
-    call = loop.iter
-    if not _is_call_of(call, "range") or not 1 <= len(call.args) <= 3:
+    bounds = [_number(argument, {}) for argument in _arguments(loop.iter, "range")]
+    if not 1 <= len(bounds) <= 3:
         raise ValueError("the loop must be over range(...)")
-    bounds = [_number(argument, {}) for argument in call.args]
     if not all(isinstance(bound, int) for bound in bounds):
         raise ValueError("range needs integers")
     values = range(*bounds)
@@ -371,6 +370,7 @@ def _comprehension(node: ast.ListComp) -> list:
 
 
 def _number(node: ast.expr, variables: dict[str, int]) -> Any:
+    result: Any
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         result = node.value
     elif isinstance(node, ast.Name) and node.id in variables:
@@ -380,8 +380,8 @@ def _number(node: ast.expr, variables: dict[str, int]) -> Any:
     elif isinstance(node, ast.BinOp) and type(node.op) in _OPERATORS:
         left, right = _number(node.left, variables), _number(node.right, variables)
         result = _OPERATORS[type(node.op)](left, right)
-    elif _is_call_of(node, "int") and len(node.args) == 1:
-        result = int(_number(node.args[0], variables))
+    elif len(arguments := _arguments(node, "int")) == 1:
+        result = int(_number(arguments[0], variables))
     else:
         what = type(node).__name__
         raise ValueError(f"only numbers, + - * / //, int and range are computed, not {what}")
@@ -390,10 +390,8 @@ def _number(node: ast.expr, variables: dict[str, int]) -> Any:
     return result
 
 
-def _is_call_of(node: ast.expr, name: str) -> bool:
-    return (
-        isinstance(node, ast.Call)
-        and isinstance(node.func, ast.Name)
-        and node.func.id == name
-        and not node.keywords
-    )
+def _arguments(node: ast.expr, name: str) -> list[ast.expr]:
+    """The arguments of a call of `name`; none for every other expression."""
+    if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and not node.keywords:
+        return node.args if node.func.id == name else []
+    return []
