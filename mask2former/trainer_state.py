@@ -55,8 +55,9 @@ def _check_scheduler(scheduler: LRScheduler, state: dict) -> None:
         raise ValueError(f"{where} lacks {', '.join(missing)}.")
     own = scheduler.state_dict()
     for key, value in state.items():
-        # They become attributes.
-        if not isinstance(key, str) or hasattr(type(scheduler), key) or key == "optimizer":
+        # They become attributes; a method must not.
+        is_method = isinstance(key, str) and callable(getattr(type(scheduler), key, None))
+        if not isinstance(key, str) or is_method or key == "optimizer":
             raise ValueError(f"{where} has an entry {key!r:.80}, which is not a state.")
         if own.get(key) is not None and _kind(value) != _kind(own[key]):
             raise ValueError(f"{where}.{key} is {value!r:.80}, not like {own[key]!r:.80}.")
