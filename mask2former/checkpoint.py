@@ -189,7 +189,9 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         if "model" in data and "__author__" in data:
             return data
         data = data.get("blobs", data)
-        weights = {name: value for name, value in data.items() if not name.endswith("_momentum")}
+        if not isinstance(data, dict):
+            raise ValueError(f"Checkpoint {path}: its 'blobs' are no dict.")
+        weights = {k: v for k, v in data.items() if not str(k).endswith("_momentum")}
         return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
 
     @staticmethod
@@ -229,7 +231,13 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self._names = list(weights)
         self._require_number_types(weights, checkpoint.get("matching_heuristics", False))
         with_infinity = _non_finite(dict(self.model.named_buffers()))
-        incompatible = super()._load_model(checkpoint)
+        try:
+            incompatible = super()._load_model(checkpoint)
+        # Name matching and conversion rely on names and shapes of known files.
+        except (AssertionError, *_STATE_ERRORS) as error:
+            raise ValueError(
+                f"Checkpoint {self._path}: its weights cannot be matched with the model: {error}"
+            ) from error
         not_loaded = {
             *incompatible.missing_keys,
             *(name for name, *_ in incompatible.incorrect_shapes),

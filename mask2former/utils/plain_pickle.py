@@ -19,7 +19,7 @@ import numpy as np
 import torch
 
 # Real training checkpoints have about 200,000 operations and 8 levels.
-_MAX_OPERATIONS = 5_000_000
+_MAX_OPERATIONS = 3_000_000
 _MAX_DEPTH = 32
 # Elements of a tensor whose elements share memory, such as an expanded one.
 _MAX_EXPANDED = 2**20
@@ -30,7 +30,6 @@ _MIN_BUDGET = 2**20
 _MAX_KEY = 2**53
 _KEY_TYPES = (str, bytes, bool, type(None))
 
-_OPERATIONS = {operation.code: operation for operation in pickletools.opcodes}
 _DTYPE = re.compile(r"[<>|=]?[?biufcSU]\d*")
 _STORAGE_DTYPES = {
     "Float": torch.float32,
@@ -282,20 +281,19 @@ def _names() -> dict[str, Any]:
         names[f"torch.{name}Storage"] = StorageType(dtype)
         names[f"torch.cuda.{name}Storage"] = StorageType(dtype)
     names["torch.storage.UntypedStorage"] = StorageType(torch.uint8)
-    names |= {str(value): value for value in vars(torch).values() if isinstance(value, torch.dtype)}
-    return names
+    dtypes = {value for value in vars(torch).values() if isinstance(value, torch.dtype)}
+    # Not the quantised types and those below a byte, which cannot become weights.
+    plain = {*_STORAGE_DTYPES.values(), torch.uint16, torch.uint32, torch.uint64}
+    dtypes = {value for value in dtypes if value in plain or str(value).startswith("torch.float8")}
+    return names | {str(value): value for value in dtypes}
 
 
 class PlainUnpickler:
     """The pickle machine, for one pickle at the position of a file."""
 
     _NAMES = _names()
-    _LITERALS = frozenset(
-        "INT BININT BININT1 BININT2 LONG LONG1 LONG4 FLOAT BINFLOAT BINSTRING SHORT_BINSTRING "
-        "UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 "
-        "BYTEARRAY8".split()
-    )
-    _CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False, "EMPTY_TUPLE": ()}
+    # Set below, when the methods exist.
+    _operations: dict[bytes, tuple[Callable, Callable | None]]
 
     def __init__(
         self,
@@ -335,31 +333,22 @@ class PlainUnpickler:
         Raises:
             pickle.UnpicklingError, ValueError, ...: it is damaged, or holds more than data.
         """
-        reader: Any = self  # has what the argument readers of `pickletools` call
+        read_code, operations = self._file.read, self._operations
         for _ in range(_MAX_OPERATIONS):
-            code = self._file.read(1)
-            _require(bool(code), "the file ends early")
-            operation = _OPERATIONS.get(code.decode("latin1"))
-            _require(operation is not None, f"unknown operation {code!r}")
-            name = operation.name
-            if name == "STRING":
-                argument = self._string()
-            else:
-                argument = operation.arg.reader(reader) if operation.arg else None
-            if name == "STOP":
+            code = read_code(1)
+            if code == pickle.STOP:
                 _require(len(self._stack) == 1 and not self._marked, "no single value at the end")
                 return self._stack.pop()
-            if name in self._LITERALS:
-                self._stack.append(argument)
-            elif name in self._CONSTANTS:
-                self._stack.append(self._CONSTANTS[name])
-            else:
-                method = getattr(self, f"_do_{name.lower()}", None)
-                _require(method is not None, f"unsupported operation {name}")
-                method(argument)
+            if code not in operations:
+                raise pickle.UnpicklingError(_unknown(code))
+            method, read_argument = operations[code]
+            method(self, read_argument(self) if read_argument else None)
         raise pickle.UnpicklingError(f"more than {_MAX_OPERATIONS} operations")
 
-    def _string(self) -> str:
+    def _push(self, value: Any) -> None:
+        self._stack.append(value)
+
+    def _read_string(self) -> str:
         """A text of protocol 0; Python 2 wrote any bytes."""
         text = self.readline().strip()
         _require(len(text) > 1 and text[:1] == text[-1:] and text[:1] in b"\"'", "a text")
@@ -406,6 +395,18 @@ class PlainUnpickler:
         self._stack.append(self._memo[index])
 
     _do_binget = _do_long_binget = _do_get
+
+    def _do_none(self, _: None) -> None:
+        self._stack.append(None)
+
+    def _do_newtrue(self, _: None) -> None:
+        self._stack.append(True)
+
+    def _do_newfalse(self, _: None) -> None:
+        self._stack.append(False)
+
+    def _do_empty_tuple(self, _: None) -> None:
+        self._stack.append(())
 
     def _do_empty_list(self, _: None) -> None:
         self._stack.append([])
@@ -551,6 +552,34 @@ class PlainUnpickler:
 
     def _do_binpersid(self, _: None) -> None:
         self._do_persid(self._stack.pop())
+
+
+def _operations() -> dict[bytes, tuple[Callable, Callable | None]]:
+    """For each code: the method, and the reader of its argument in the file."""
+    literals = {
+        *("INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT"),
+        *("STRING", "BINSTRING", "SHORT_BINSTRING", "UNICODE", "BINUNICODE", "SHORT_BINUNICODE"),
+        *("BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8"),
+    }
+    table: dict[bytes, tuple[Callable, Callable | None]] = {}
+    for operation in pickletools.opcodes:
+        method = getattr(PlainUnpickler, f"_do_{operation.name.lower()}", None)
+        method = PlainUnpickler._push if operation.name in literals else method
+        reader: Callable | None = operation.arg.reader if operation.arg else None
+        reader = PlainUnpickler._read_string if operation.name == "STRING" else reader
+        if method is not None:
+            table[operation.code.encode("latin1")] = method, reader
+    return table
+
+
+def _unknown(code: bytes) -> str:
+    names = {operation.code.encode("latin1"): operation.name for operation in pickletools.opcodes}
+    if not code:
+        return "the file ends early"
+    return f"unsupported operation {names[code]}" if code in names else f"unknown {code!r}"
+
+
+PlainUnpickler._operations = _operations()
 
 
 def require_plain(root: Any) -> None:
