@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
+from .utils.plain_pickle import describe
+
 # Entries of a parameter's state that are not shaped like it.
 _STEP = "step"
 
@@ -101,7 +103,7 @@ def _require_options(optimizer: Optimizer, index: int, group: dict[str, Any]) ->
     """Numbers of a group must be there, finite and of the kind that the optimiser has."""
     for key, default in optimizer.defaults.items():
         value = group.get(key, default)
-        what = f"group {index} of the optimiser's parameters has {key} {value!r:.80}"
+        what = f"group {index} of the optimiser's parameters has {key} {describe(value)}"
         if isinstance(default, bool) or default is None:
             if not (value is None or isinstance(value, bool)):
                 raise ValueError(f"{what}; allowed: True, False.")
@@ -136,7 +138,7 @@ def _fitting_entry(parameter: nn.Parameter, entry: Any, name: str) -> dict[str, 
         what = f"the optimiser's state {key} of {name}"
         if key == _STEP:
             if not _is_finite(value) or (isinstance(value, torch.Tensor) and value.dim()):
-                raise ValueError(f"{what} is {value!r:.80}; allowed: a number of steps.")
+                raise ValueError(f"{what} is {describe(value)}; allowed: a number of steps.")
         elif isinstance(value, torch.Tensor):
             if value.shape != parameter.shape:
                 raise ValueError(

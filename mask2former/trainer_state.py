@@ -7,6 +7,8 @@ from typing import Any
 from detectron2.engine import DefaultTrainer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .utils.plain_pickle import describe
+
 # Every version of PyTorch writes these.
 _SCHEDULER_ENTRIES = ("base_lrs", "last_epoch")
 _SCALER_RANGES: dict[str, Callable[[float], bool]] = {
@@ -35,7 +37,9 @@ def check_trainer_state(trainer: DefaultTrainer, state: Any) -> None:
     _require_iteration(inner, "trainer._trainer")
     _require_dict(inner.get("optimizer"), "trainer._trainer.optimizer")
     if "seed" in state and not _is_count(state["seed"]):
-        raise ValueError(f"trainer.seed is {state['seed']!r:.80}; allowed: integers of at least 0.")
+        raise ValueError(
+            f"trainer.seed is {describe(state['seed'])}; allowed: integers of at least 0."
+        )
     hooks = state.get("hooks", {})
     _require_dict(hooks, "trainer.hooks")
     for name, value in hooks.items():
@@ -58,15 +62,15 @@ def _check_scheduler(scheduler: LRScheduler, state: dict) -> None:
         # They become attributes; a method must not.
         is_method = isinstance(key, str) and callable(getattr(type(scheduler), key, None))
         if not isinstance(key, str) or is_method or key == "optimizer":
-            raise ValueError(f"{where} has an entry {key!r:.80}, which is not a state.")
+            raise ValueError(f"{where} has an entry {describe(key)}, which is not a state.")
         if own.get(key) is not None and _kind(value) != _kind(own[key]):
-            raise ValueError(f"{where}.{key} is {value!r:.80}, not like {own[key]!r:.80}.")
+            raise ValueError(f"{where}.{key} is {describe(value)}, not like {describe(own[key])}.")
     if not _is_count(state["last_epoch"]):
         raise ValueError(
-            f"{where}.last_epoch is {state['last_epoch']!r:.80}; allowed: integers of at least 0."
+            f"{where}.last_epoch is {describe(state['last_epoch'])}; allowed: integers from 0 on."
         )
     if not all(rate >= 0 for rate in state["base_lrs"]):
-        raise ValueError(f"{where}.base_lrs is {state['base_lrs']!r:.80}; allowed: at least 0.")
+        raise ValueError(f"{where}.base_lrs is {describe(state['base_lrs'])}; allowed: at least 0.")
 
 
 def _check_metrics(state: dict) -> None:
@@ -78,8 +82,8 @@ def _check_metrics(state: dict) -> None:
             # A metric may be NaN or infinite.
             if not is_pair or not isinstance(pair[0], int | float) or not _is_count(pair[1]):
                 raise ValueError(
-                    f"trainer.hooks.MetricWindow.{name!s:.80} holds {pair!r:.80}; allowed: pairs "
-                    "of value and iteration."
+                    f"trainer.hooks.MetricWindow.{name!s:.80} holds {describe(pair)}; "
+                    "allowed: pairs of value and iteration."
                 )
 
 
@@ -90,14 +94,14 @@ def _check_scaler(state: Any) -> None:
         value = state.get(key)
         # A scaler that is off has no state.
         if state and not (_is_number(value) and is_valid(value)):
-            raise ValueError(f"{where}.{key} is {value!r:.80}, which makes no sense.")
+            raise ValueError(f"{where}.{key} is {describe(value)}, which makes no sense.")
 
 
 def _kind(value: Any) -> Any:
     """What two states of one attribute have in common."""
     if isinstance(value, list | tuple):
-        return list, frozenset(map(_kind, value))
-    return "finite number" if _is_number(value) else type(value)
+        return frozenset("number" if _is_number(item) else type(item) for item in value)
+    return "number" if _is_number(value) else type(value)
 
 
 def _is_number(value: Any) -> bool:
@@ -117,5 +121,5 @@ def _require_dict(value: Any, where: str) -> None:
 def _require_iteration(state: dict, where: str) -> None:
     if not _is_count(state.get("iteration")):
         raise ValueError(
-            f"{where}.iteration is {state.get('iteration')!r:.80}; allowed: integers of at least 0."
+            f"{where}.iteration is {describe(state.get('iteration'))}; allowed: integers from 0 on."
         )

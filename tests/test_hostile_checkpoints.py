@@ -77,6 +77,12 @@ SCALAR = "numpy.core.multiarray.scalar"
 BUFFER = "numpy.core.numeric._frombuffer"
 HUGE = 10**11
 
+# Small in memory, endless when written out.
+LAUGHS = b"]q\x60(K\x00e" + b"".join(
+    b"0](" + b"h" + bytes([0x60 + i]) + (b"h" + bytes([0x60 + i])) * 8 + b"eq" + bytes([0x61 + i])
+    for i in range(24)
+)
+
 # Values in a pickle; each is refused in a .pkl and in a .pth.
 VALUES = {
     "array of objects": call("numpy.ndarray", items(number(1)), OBJECT, data("AAAAAAAA")),
@@ -84,6 +90,15 @@ VALUES = {
         "numpy.ndarray", items(number(9)), FLOAT, data("A")
     ),
     "huge array": call("numpy.ndarray", items(number(HUGE)), FLOAT),
+    "endless list": LAUGHS,
+    "endless size": call("torch.Size", LAUGHS),
+    "endless tuple": call("torch.Size", LAUGHS + b"\x85"),
+    "endless type": call("numpy.dtype", LAUGHS),
+    "endless name": LAUGHS + LAUGHS + b"\x93",
+    "endless key": b"}" + LAUGHS + b"Ns",
+    "endless device": call("torch.device", LAUGHS),
+    "endless shape": EMPTY + state(LAUGHS, FLOAT, b"\x89", data("AAAA")) + b"b",
+    "huge integer": call("torch.Size", items(b"\x8b" + struct.pack("<i", 5000) + b"\x7f" * 5000)),
     "array class": name("numpy.ndarray"),
     "array created without class": name("numpy.ndarray") + items(items(number(3))) + b"\x81",
     "objects over bytes": EMPTY + state(items(number(1)), OBJECT, b"\x89", data("AAAAAAAA")) + b"b",
@@ -246,6 +261,12 @@ TENSORS = {
         *(storage(kind="torch.ComplexFloatStorage", size=2), number(0), items(number(2))),
         *(items(number(1)), b"\x89", b"}", b"}" + text("conj") + b"\x88s"),
     ),
+    "endless offset": call("torch._utils._rebuild_tensor_v2", storage(), LAUGHS, b"))"),
+    "endless stride": call("torch._utils._rebuild_tensor_v2", storage(), b"K\x00)", LAUGHS),
+    "endless reference": tensor([4], [1], store=LAUGHS + b"Q"),
+    "endless key": tensor(
+        [4], [1], store=items(text("storage"), LAUGHS, LAUGHS, LAUGHS, LAUGHS) + b"Q"
+    ),
     "over a number": tensor([4], [1], store=number(4)),
     "over a text": tensor([4], [1], store=text("0")),
     "storage of more elements": tensor([4], [1], store=storage(size=5)),
@@ -360,6 +381,7 @@ def files(folder):
         "view": legacy(legacy_tensor(4, items(text("1"), number(1), number(4))), ["0"]),
         "far view": legacy(legacy_tensor(4, items(text("1"), number(2**60), number(4))), ["0"]),
         "odd view": legacy(legacy_tensor(4, text("x")), ["0"]),
+        "endless magic": b"\x80\x02" + LAUGHS + b".",
         "plain pickle": pickled(b"N"),
         "two pickles": pickled(b"N") * 2,
         "zeros": bytes(1000),

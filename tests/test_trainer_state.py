@@ -42,7 +42,20 @@ def changed(checkpoint, keys, value):
     return result
 
 
+LAUGHS: list = [0]
+for _ in range(20):
+    LAUGHS = [LAUGHS] * 9
+
 BAD = [
+    (("iteration",), LAUGHS, r"trainer\.iteration is a list"),
+    ((*SCHEDULER, "base_lrs"), LAUGHS, "base_lrs is a list"),
+    ((*SCHEDULER, "power"), LAUGHS, "power is a list"),
+    (("hooks", "MetricWindow"), {"loss": LAUGHS}, "MetricWindow.loss holds a list"),
+    ((*GROUP, "lr"), LAUGHS, "has lr a list"),
+    ((*GROUP, "betas"), LAUGHS, "has betas a list"),
+    ((*ENTRY, "step"), LAUGHS, f"step of {WEIGHT} is a list"),
+    ((*ENTRY, "exp_avg"), LAUGHS, f"exp_avg of {WEIGHT} is a list"),
+    (ENTRY, LAUGHS, f"state of {WEIGHT} is no dict"),
     (("iteration",), Remove, r"trainer\.iteration is None; allowed: integers"),
     (("iteration",), -1, r"trainer\.iteration is -1"),
     (("iteration",), 1.5, r"trainer\.iteration is 1\.5"),
@@ -88,7 +101,7 @@ BAD = [
     ((*GROUP, "lr"), float("nan"), "group 0 .* has lr nan; allowed: a finite number"),
     ((*GROUP, "lr"), -1.0, r"has lr -1\.0"),
     ((*GROUP, "lr"), "1", "has lr '1'"),
-    ((*GROUP, "lr"), torch.ones(2), "has lr tensor"),
+    ((*GROUP, "lr"), torch.ones(2), "has lr a Tensor"),
     ((*GROUP, "eps"), Remove, "has no eps: another optimiser than"),
     ((*GROUP, "betas"), 0.9, r"has betas 0\.9; allowed: 2 numbers below 1"),
     ((*GROUP, "betas"), (0.9,), "has betas"),

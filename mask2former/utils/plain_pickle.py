@@ -72,15 +72,25 @@ def _require(condition: bool, problem: str) -> None:
         raise pickle.UnpicklingError(problem)
 
 
+def describe(value: Any) -> str:
+    """A value of a file, for messages. `repr` of nested lists may never end."""
+    scalars = (str, int, float, bool, type(None))
+    if isinstance(value, list | tuple) and all(type(item) in scalars for item in value[:4]):
+        items = ", ".join(map(describe, value[:4])) + (", ..." if len(value) > 4 else "")
+        return f"[{items}]"
+    if type(value) is int and value.bit_length() > 128:
+        return "a huge integer"
+    return f"{value!r:.80}" if type(value) in scalars else f"a {type(value).__name__}"
+
+
 def _is_size(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**48
 
 
 def _require_sizes(values: Any, what: str) -> None:
     is_tuple = isinstance(values, tuple | list)
-    _require(
-        is_tuple and len(values) <= 32 and all(map(_is_size, values)), f"{what} {values!r:.80}"
-    )
+    if not (is_tuple and len(values) <= 32 and all(map(_is_size, values))):
+        raise pickle.UnpicklingError(f"{what} {describe(values)}")
 
 
 def _require_key(key: Any) -> None:
@@ -109,7 +119,7 @@ def _tensor(
     dtype: torch.dtype | None = None,
 ) -> torch.Tensor:
     _require(isinstance(storage, Storage), "a tensor without storage")
-    _require(_is_size(offset), f"a tensor with offset {offset!r:.80}")
+    _require(_is_size(offset), f"a tensor with offset {describe(offset)}")
     _require_sizes(size, "a tensor of size")
     _require_sizes(stride, "a tensor with stride")
     _require(len(size) == len(stride), f"a tensor of size {size} with stride {stride}")
@@ -150,7 +160,7 @@ def _parameter(data: Any, requires_grad: Any, hooks: Any, state: Any = None) -> 
 
 def _tensor_with_attributes(function: Any, kind: Any, args: Any, state: Any) -> torch.Tensor:
     is_tensor = isinstance(function, Constructor) and function.call in (_tensor, _tensor_v3)
-    _require(is_tensor and kind == _TENSOR and type(args) is tuple, "a subclass of Tensor")
+    _require(is_tensor and kind is _TENSOR and type(args) is tuple, "a subclass of Tensor")
     return function.call(*args)
 
 
@@ -212,7 +222,7 @@ def _counter(counts: Any = None) -> Counter:
 
 def _dtype(code: Any, align: Any = False, copy: Any = False) -> np.dtype:
     is_plain = type(code) is str and len(code) < 16 and _DTYPE.fullmatch(code)
-    _require(bool(is_plain), f"NumPy data of type {code!r:.80}; only numbers and text are read")
+    _require(bool(is_plain), f"NumPy data of type {describe(code)}, not numbers or text")
     # A copy, because the byte order may follow.
     return np.dtype(code, copy=True)
 
@@ -231,7 +241,7 @@ def _array_from_buffer(buffer: Any, dtype: Any, shape: Any, order: Any) -> np.nd
 
 
 def _empty_array(kind: Any, shape: Any, code: Any) -> np.ndarray:
-    _require(kind == _ARRAY and shape == (0,), "a subclass of NumPy's array")
+    _require(kind is _ARRAY, "a subclass of NumPy's array")
     return np.empty(0, np.uint8)
 
 
@@ -481,6 +491,7 @@ class PlainUnpickler:
         self._push_name(module, name)
 
     def _push_name(self, module: Any, name: Any) -> None:
+        _require(type(module) is str and type(name) is str, "a name that is no text")
         full_name = f"{module}.{name}"
         value = self._NAMES.get(full_name, self._names.get(full_name))
         _require(value is not None, f"Unsupported global: GLOBAL {full_name[:200]} ")

@@ -179,7 +179,8 @@ class _Legacy:
             raise pickle.UnpicklingError("an unknown byte order")
         result = self._unpickle()
         keys = self._unpickle()
-        if not isinstance(keys, list) or sorted(self._storages) != sorted(map(str, keys)):
+        is_list = isinstance(keys, list) and all(type(key) is str for key in keys)
+        if not is_list or sorted(self._storages) != sorted(keys):
             raise pickle.UnpicklingError("other storages than the file refers to")
         for key in keys:
             memory, dtype = self._storages[key]
