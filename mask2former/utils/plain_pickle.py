@@ -133,7 +133,7 @@ def _tensor(
         limit = max(available, _MAX_EXPANDED)
         _require(num_elements <= limit, f"an expanded tensor of size {tuple(size)}")
     else:
-        offset, stride = 0, (1,) * len(size)
+        offset = 0
         _require(math.prod(n for n in size if n) < 2**48, f"a tensor of size {tuple(size)}")
     tensor = torch.empty(0, dtype=dtype).set_(storage.memory, offset, size, stride)  # type: ignore[call-overload]
     return tensor.requires_grad_() if requires_grad is True else tensor
