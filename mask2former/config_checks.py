@@ -16,7 +16,7 @@ from .modeling.criterion import LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
 from .utils.registry import is_mask_former, registered_names
 
-CHECKPOINTING = ("none", "selective", "blocks")
+CHECKPOINTING = ("none", "selective", "blocks", "auto")
 
 _HEAD = "MaskFormerHead"
 _MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
@@ -53,13 +53,14 @@ def check_config(cfg: CfgNode) -> None:
     """Reject values that nothing reads, that make no sense, or that contradict each other.
 
     All checks run for the meta-architecture `MaskFormer` and its subclasses. Other architectures
-    may give the same keys another meaning, so only the parts they build from this project are
-    checked. Keys of a registered part (mapper, pixel decoder, transformer decoder) are checked if
-    the config names one of this project's.
+    may give the same keys another meaning, so only DETERMINISTIC and the parts they build from this
+    project are checked. Keys of a registered part (mapper, pixel decoder, transformer decoder) are
+    checked if the config names one of this project's.
 
     Raises:
         ValueError: naming the key, its value and the values allowed.
     """
+    _check_deterministic(cfg)
     if is_mask_former(cfg.MODEL.META_ARCHITECTURE):
         _check_input(cfg)
         _check_solver(cfg)
@@ -73,6 +74,26 @@ def check_config(cfg: CfgNode) -> None:
 def _is_subclassed(cfg: CfgNode) -> bool:
     """Whether the config names a subclass, whose project may train with its own trainer."""
     return cfg.MODEL.META_ARCHITECTURE != "MaskFormer"
+
+
+def _check_deterministic(cfg: CfgNode) -> None:
+    # A project with its own copy of `add_maskformer2_config` lacks this key.
+    deterministic = cfg.get("DETERMINISTIC", False)
+    if not isinstance(deterministic, bool):
+        raise _bad_value("DETERMINISTIC", deterministic, "True, False")
+    if not deterministic:
+        return
+    if cfg.CUDNN_BENCHMARK:
+        raise ValueError(
+            "DETERMINISTIC and CUDNN_BENCHMARK are both True, but a benchmark chooses algorithms "
+            "by timing, so that runs differ: set one of them to False."
+        )
+    uses_ape = cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer" and cfg.MODEL.SWIN.APE
+    if uses_ape and not cfg.MODEL.DEVICE.startswith("cpu"):
+        raise ValueError(
+            "DETERMINISTIC and MODEL.SWIN.APE are both True, but torch has no deterministic "
+            "algorithm on a GPU to train the position table: set one of them to False."
+        )
 
 
 def _check_input(cfg: CfgNode) -> None:
@@ -110,6 +131,9 @@ def _check_solver(cfg: CfgNode) -> None:
         _require_one_of(cfg, "SOLVER.OPTIMIZER", ("ADAMW", "SGD"))
     _require_range(cfg, "SOLVER.BACKBONE_MULTIPLIER", low=0)
     _require_range(cfg, "SOLVER.WEIGHT_DECAY_EMBED", low=0)
+    # A project with its own copy of `add_maskformer2_config` lacks the added keys.
+    if "DTYPE" in cfg.SOLVER.AMP:
+        _require_one_of(cfg, "SOLVER.AMP.DTYPE", ("float16", "bfloat16"))
     if cfg.SOLVER.CLIP_GRADIENTS.ENABLED:
         _require_one_of(cfg, "SOLVER.CLIP_GRADIENTS.CLIP_TYPE", ("value", "norm", "full_model"))
 
@@ -288,9 +312,9 @@ def _bad_value(key: str, value: Any, allowed: str) -> ValueError:
 
 
 def get_value(cfg: CfgNode, key: str) -> Any:
-    """The value, or the section, at a dotted key."""
+    """The value, or the section, at a dotted key; the config itself at an empty one."""
     value = cfg
-    for part in key.split("."):
+    for part in key.split(".") if key else ():
         value = value[part]
     return value
 
