@@ -6,15 +6,16 @@ added here have defaults that keep its behaviour.
 """
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+from detectron2.config.compat import guess_version
 from detectron2.projects.deeplab import add_deeplab_config
-from detectron2.utils.file_io import PathManager
 
 from .config_checks import check_config, check_once, get_value, has_key
+from .config_file import read_config_file
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 
@@ -26,7 +27,11 @@ __all__ = [
     "without_added_defaults",
 ]
 
+_logger = logging.getLogger(__name__)
+
 ExtendConfig = Callable[[CfgNode], Any]
+# What merging raises; text that is deeply nested reaches the limits of Python's parser.
+_MERGE_ERRORS = (ValueError, KeyError, AssertionError, MemoryError, RecursionError)
 # Keys that the original release does not have.
 _ADDED_KEYS = (
     "DETERMINISTIC",
@@ -200,6 +205,9 @@ def load_config(
 ) -> CfgNode:
     """Read a config file, apply overrides and check the values.
 
+    Files may come from anybody: unlike Detectron2's `CfgNode.merge_from_file`, reading them never
+    runs code (`config_file.py`).
+
     Besides Detectron2's keys and those above it knows DATASETS.CUSTOM: a list of your own data sets
     (`data/datasets/custom_entries.py`), which are registered. MODEL.SEM_SEG_HEAD.NUM_CLASSES and
     IGNORE_VALUE follow from the first data set of your own in DATASETS.TRAIN and DATASETS.TEST,
@@ -227,29 +235,17 @@ def load_config(
     if extend_config is not None:
         extend_config(cfg)
 
-    if not PathManager.isfile(config_file):
-        raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
-    with PathManager.open(config_file) as file:
-        # Composed, not constructed: only the keys are needed here.
-        root = yaml.compose(file, Loader=yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"Config file {config_file!r} has no KEY: VALUE entries at its top level.")
-    # Configs of the original release compute some values with YAML's Python tags. Detectron2 allows
-    # these by default.
-    loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+    loaded, own_keys, places = read_config_file(config_file)
     known = [key for key, _ in _leaves(cfg)]
     for key, value in _leaves(loaded):
         if not has_key(cfg, key):
-            raise ValueError(_unknown_key(key, known, f"Config file {config_file!r}"))
+            raise ValueError(_unknown_key(key, known, places[key]))
         if isinstance(get_value(cfg, key), CfgNode) and not isinstance(value, dict):
             raise ValueError(
-                f"Config file {config_file!r} sets {key} to {value!r}, but that is a section with "
-                "keys of its own."
+                f"{places[key]} sets {key} to {value!r}, but that is a section with keys of its "
+                "own."
             )
-    try:
-        cfg.merge_from_file(config_file, allow_unsafe=True)
-    except ValueError as error:
-        raise ValueError(f"Config file {config_file!r}: {error}") from error
+    _merge(cfg, loaded, config_file)
 
     if len(opts) % 2:
         raise ValueError(
@@ -260,14 +256,14 @@ def load_config(
             raise ValueError(_unknown_key(key, known, "The command line"))
         try:
             cfg.merge_from_list([key, value])
-        except ValueError as error:
+        except _MERGE_ERRORS as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
     cfg.__dict__[_UNSET] = frozenset(known) - {key for key, _ in _leaves(loaded)} - set(opts[::2])
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
-    follow_own_data(cfg, set(_keys_of_file(root)), set(opts[::2]))
+    follow_own_data(cfg, own_keys, set(opts[::2]))
     check_once(cfg, "config", check_config)
     return cfg
 
@@ -317,17 +313,26 @@ def _unknown_key(key: str, known: list[str], where: str) -> str:
     return f"{where} sets {key!r}, which is not a config key.{hint}"
 
 
-def _keys_of_file(node: yaml.MappingNode, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a composed file, without those of the files it builds on."""
-    for key, value in node.value:
-        if key.value == "<<":  # merges one mapping, or several, into this one
-            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for mapping in merged:
-                yield from _keys_of_file(mapping, prefix)
-            continue
-        yield f"{prefix}{key.value}"
-        if isinstance(value, yaml.MappingNode):
-            yield from _keys_of_file(value, f"{prefix}{key.value}.")
+def _merge(cfg: CfgNode, values: dict[str, Any], config_file: str) -> None:
+    """Merge what a file says, as `CfgNode.merge_from_file` does but without reading it again."""
+    try:
+        loaded = CfgNode(values)
+        version = loaded.get("VERSION")
+        if version is None:
+            version = guess_version(loaded, config_file)
+        if version == cfg.VERSION:
+            cfg.merge_from_other_cfg(loaded)
+            return
+        if version not in range(1, cfg.VERSION):
+            raise ValueError(f"VERSION is {version!r}; allowed: 1 to {cfg.VERSION}.")
+        _logger.warning(f"Config file {config_file!r} is of version {version} and is upgraded.")
+        old = downgrade_config(cfg, to_version=version)
+        old.merge_from_other_cfg(loaded)
+        upgraded = upgrade_config(old)
+        cfg.clear()
+        cfg.update(upgraded)
+    except _MERGE_ERRORS as error:
+        raise ValueError(f"Config file {config_file!r}: {error}") from error
 
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -69,11 +69,21 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
     cfg.freeze()
     # Writes config.yaml, which programs of the original release should be able to read.
-    default_setup(without_added_defaults(cfg), args)
+    default_setup(without_added_defaults(cfg), _loggable(args))
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     if cfg.get("DETERMINISTIC", False):
         use_deterministic_algorithms()
     return cfg
+
+
+def _loggable(args: argparse.Namespace) -> argparse.Namespace:
+    """Leave out a config file that Detectron2 cannot log: it expects the locale's encoding."""
+    try:
+        with open(args.config_file) as file:
+            file.read()
+    except (OSError, UnicodeError):
+        return argparse.Namespace(**(vars(args) | {"config_file": ""}))
+    return args
 
 
 def main(args: argparse.Namespace) -> dict | None:

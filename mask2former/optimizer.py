@@ -15,6 +15,8 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from .optimizer_state import fitting_state, require_structure
+
 _NORMS = (
     nn.BatchNorm1d,
     nn.BatchNorm2d,
@@ -80,16 +82,18 @@ class _Regroup:
     """Converts saved state with one group per parameter to the groups of this optimiser.
 
     A pre-hook of `Optimizer.load_state_dict`. State that already has the groups of the optimiser
-    passes unchanged.
+    passes unchanged. Either must fit the parameters: kernels do not check it.
 
     Args:
-        parameters: all trainable parameters in the original order.
+        names: of all trainable parameters, in the original order.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, names: dict[nn.Parameter, str]) -> None:
+        self._parameters = list(names)
+        self._names = names
 
     def __call__(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        require_structure(state_dict)
         saved_groups, state = state_dict["param_groups"], state_dict["state"]
         is_original = len(saved_groups) == len(self._parameters) != len(optimizer.param_groups)
         if is_original and all(len(group["params"]) == 1 for group in saved_groups):
@@ -105,6 +109,7 @@ class _Regroup:
                     index += 1
                 new_groups.append(new_group)
             saved_groups = new_groups
+        state = fitting_state(optimizer, saved_groups, state, self._names)
         # The kernels depend on this run and its device, not on the saved one.
         ours = {k: v for k, v in optimizer.defaults.items() if k in _IMPLEMENTATION}
         return {"state": state, "param_groups": [group | ours for group in saved_groups]}
@@ -150,7 +155,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         ValueError: SOLVER.OPTIMIZER is unknown.
     """
     solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
-    parameters = [parameter for *_, parameter in _trainable_parameters(model)]
+    names = {
+        parameter: f"{module_name}.{name}".lstrip(".")
+        for module_name, _, name, parameter in _trainable_parameters(model)
+    }
+    parameters = list(names)
     kwargs: dict[str, Any] = {"lr": solver.BASE_LR}
     kwargs["fused"] = all(
         p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters
@@ -177,5 +186,5 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     optimizer._step_supports_amp_scaling = (  # type: ignore[attr-defined]
         kwargs["fused"] and solver.OPTIMIZER == "ADAMW" and takes_scaled
     )
-    optimizer.register_load_state_dict_pre_hook(_Regroup(parameters))
+    optimizer.register_load_state_dict_pre_hook(_Regroup(names))
     return optimizer

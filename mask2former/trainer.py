@@ -46,6 +46,7 @@ from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
+from .trainer_state import check_trainer_state
 from .utils.determinism import use_deterministic_algorithms
 from .utils.seeding import MODEL, seed_all
 
@@ -302,6 +303,7 @@ class Trainer(DefaultTrainer):
         return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_trainer_state(self, state_dict)
         # One per parameter group. Other trainers make more groups than this one; the rates of the
         # scheduler here follow from the config either way.
         base_lrs = list(self.scheduler.base_lrs)

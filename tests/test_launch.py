@@ -6,7 +6,8 @@ from detectron2.engine import default_argument_parser
 from load_script import ROOT, load_script
 
 from mask2former import launch as launch_module
-from mask2former.launch import launch, started_by_torchrun
+from mask2former.config import load_config
+from mask2former.launch import launch, setup, started_by_torchrun
 from mask2former.trainer import Trainer
 
 TORCHRUN = {
@@ -40,6 +41,15 @@ def test_one_process(config_file):
     args = parse("--config-file", config_file)
     launch(seen.append, args)
     assert seen == [args]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_config_in_another_encoding(tmp_path, encoding):
+    path, output = tmp_path / "config.yaml", tmp_path / "größe"
+    text = f"MODEL: {{DEVICE: cpu, META_ARCHITECTURE: Toy}}\nVERSION: 2\nOUTPUT_DIR: {output}\n"
+    path.write_bytes(text.encode(encoding))
+    assert setup(parse("--config-file", str(path))).OUTPUT_DIR == str(output)
+    assert load_config(str(output / "config.yaml")).MODEL.META_ARCHITECTURE == "Toy"
 
 
 def test_torchrun_and_num_gpus_at_once(config_file, monkeypatch):
