@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from .utils.plain_pickle import describe
+from .utils.plain_values import describe
 
 # Entries of a parameter's state that are not shaped like it.
 _STEP = "step"

@@ -7,7 +7,7 @@ from typing import Any
 from detectron2.engine import DefaultTrainer
 from torch.optim.lr_scheduler import LRScheduler
 
-from .utils.plain_pickle import describe
+from .utils.plain_values import describe
 
 # Every version of PyTorch writes these.
 _SCHEDULER_ENTRIES = ("base_lrs", "last_epoch")

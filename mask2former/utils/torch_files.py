@@ -15,7 +15,8 @@ from typing import IO, Any
 
 import torch
 
-from .plain_pickle import Constructor, PlainUnpickler, Storage, StorageType
+from .plain_pickle import PlainUnpickler
+from .plain_values import Constructor, Storage, StorageType
 
 _ZIP_START = b"PK\x03\x04"
 _ZIP_ENCRYPTED = 1
