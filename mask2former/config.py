@@ -1,4 +1,4 @@
-"""Every config key of the project: its default and its meaning. `config_checks.py` has the ranges.
+"""Every config key of the project: its default and its meaning. `config_schema.py` has the ranges.
 
 The keys extend Detectron2's config tree after `detectron2.projects.deeplab.add_deeplab_config`.
 Names and defaults are those of the original release, so its YAML files load unchanged; the few keys
@@ -14,7 +14,8 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from detectron2.utils.file_io import PathManager
 
-from .config_checks import check_config, check_once, get_value, has_key
+from .config_checks import check_config, check_once, check_set_keys
+from .config_schema import check_values, get_value, has_key
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 
@@ -251,11 +252,13 @@ def load_config(
         except ValueError as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
+    check_values(cfg)  # before the first of them is used
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
     follow_own_data(cfg, set(_keys_of_file(root)), set(opts[::2]))
     check_once(cfg, "config", check_config)
+    check_set_keys(cfg, set(_keys_of_file(root)), set(opts[::2]))
     return cfg
 
 
