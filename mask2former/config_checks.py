@@ -108,6 +108,8 @@ def check_config(cfg: CfgNode) -> None:
         _check_test(cfg)
     elif cfg.MODEL.SEM_SEG_HEAD.NAME == MASK_FORMER_HEAD:
         _check_head(cfg)
+    elif cfg.MODEL.SEM_SEG_HEAD.NAME in OUR_HEADS:
+        _check_attention_heads(cfg)
     if cfg.MODEL.SEM_SEG_HEAD.NAME in OUR_HEADS:
         _check_groups(cfg)
 
@@ -128,7 +130,8 @@ def check_set_keys(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> 
     """
     unread = {key for key in unread_keys(cfg) if has_key(cfg, key)}
     freeze_at, defaults = "MODEL.BACKBONE.FREEZE_AT", get_cfg()
-    if cfg.MODEL.BACKBONE.FREEZE_AT <= 0:  # what a backbone that freezes nothing does
+    # Another project's backbone may read it; 0 is what Swin does.
+    if not has_swin(cfg) or cfg.MODEL.BACKBONE.FREEZE_AT <= 0:
         unread.discard(freeze_at)
     if freeze_at in unread & option_keys:
         raise _unread_freeze_at(cfg)
@@ -361,11 +364,7 @@ def _check_head(cfg: CfgNode) -> None:
             head.LOSS_WEIGHT,
             "1.0, because the losses have MODEL.MASK_FORMER.{CLASS,MASK,DICE}_WEIGHT",
         )
-    if mask_former.HIDDEN_DIM % mask_former.NHEADS:
-        raise ValueError(
-            f"MODEL.MASK_FORMER.HIDDEN_DIM is {mask_former.HIDDEN_DIM}; allowed: multiples of "
-            f"MODEL.MASK_FORMER.NHEADS, which is {mask_former.NHEADS}."
-        )
+    _check_attention_heads(cfg)
 
     # Configs of the original release with another NHEADS leave this key at its default, 8.
     num_heads = head.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS
@@ -397,6 +396,21 @@ def _check_test(cfg: CfgNode) -> None:
         raise bad_value("TEST.AUG.MIN_SIZES", cfg.TEST.AUG.MIN_SIZES, "one or more sizes")
 
 
+def _check_attention_heads(cfg: CfgNode) -> None:
+    head, mask_former = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER
+    if mask_former.HIDDEN_DIM % mask_former.NHEADS:
+        raise ValueError(
+            f"MODEL.MASK_FORMER.HIDDEN_DIM is {mask_former.HIDDEN_DIM}; allowed: multiples of "
+            f"MODEL.MASK_FORMER.NHEADS, which is {mask_former.NHEADS}."
+        )
+    has_encoder = head.PIXEL_DECODER_NAME in (MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+    if has_encoder and head.CONVS_DIM % mask_former.NHEADS:
+        raise ValueError(
+            f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {head.CONVS_DIM}; allowed: multiples of "
+            f"MODEL.MASK_FORMER.NHEADS, which is {mask_former.NHEADS}."
+        )
+
+
 def _check_groups(cfg: CfgNode) -> None:
     """The channels of the pixel decoders' GroupNorm."""
     head = cfg.MODEL.SEM_SEG_HEAD
@@ -408,13 +422,8 @@ def _check_groups(cfg: CfgNode) -> None:
 
 
 def _check_msdeformattn(cfg: CfgNode) -> None:
-    head, num_heads = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER.NHEADS
+    head = cfg.MODEL.SEM_SEG_HEAD
     prefix = "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER"
-    if head.CONVS_DIM % num_heads:
-        raise ValueError(
-            f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {head.CONVS_DIM}; allowed: multiples of "
-            f"MODEL.MASK_FORMER.NHEADS, which is {num_heads}."
-        )
     features = head.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES
     unknown = [name for name in features if name not in head.IN_FEATURES]
     if unknown or not features:
@@ -547,6 +556,17 @@ def _check_resnet(cfg: CfgNode) -> None:
             f"{', '.join(map(str, dilations))} with backbone {cfg.MODEL.BACKBONE.NAME!r}"
             + (" and MODEL.RESNETS.RES4_DILATION 2" if dilations == (4,) else ""),
         )
+    if cfg.MODEL.BACKBONE.NAME == "build_resnet_fpn_backbone":
+        _check_fpn(cfg)
+    # The stem of DeepLab halves its channels first.
+    is_deeplab = cfg.MODEL.BACKBONE.NAME == "build_resnet_deeplab_backbone"
+    halves = 2 if is_deeplab and resnet.STEM_TYPE == "deeplab" else 1
+    if resnet.STEM_OUT_CHANNELS % halves:
+        raise bad_value(
+            "MODEL.RESNETS.STEM_OUT_CHANNELS",
+            resnet.STEM_OUT_CHANNELS,
+            "even numbers with MODEL.RESNETS.STEM_TYPE 'deeplab'",
+        )
     width = resnet.NUM_GROUPS * resnet.WIDTH_PER_GROUP
     if any(resnet.DEFORM_ON_PER_STAGE) and width % resnet.DEFORM_NUM_GROUPS:
         raise bad_value(
@@ -555,12 +575,15 @@ def _check_resnet(cfg: CfgNode) -> None:
             f"divisors of MODEL.RESNETS.NUM_GROUPS * MODEL.RESNETS.WIDTH_PER_GROUP, {width}",
         )
     if resnet.NORM == "GN":
-        for key in ("STEM_OUT_CHANNELS", "RES2_OUT_CHANNELS"):
-            if resnet[key] % _GROUPS:
+        for key, groups in (
+            ("STEM_OUT_CHANNELS", halves * _GROUPS),
+            ("RES2_OUT_CHANNELS", _GROUPS),
+        ):
+            if resnet[key] % groups:
                 raise bad_value(
                     f"MODEL.RESNETS.{key}",
                     resnet[key],
-                    f"multiples of {_GROUPS} with MODEL.RESNETS.NORM 'GN'",
+                    f"multiples of {groups} with MODEL.RESNETS.NORM 'GN'",
                 )
         if width % _GROUPS:
             raise bad_value(
@@ -569,3 +592,24 @@ def _check_resnet(cfg: CfgNode) -> None:
                 f"MODEL.RESNETS.NUM_GROUPS * WIDTH_PER_GROUP, which is {width}, must be a multiple "
                 f"of {_GROUPS} with MODEL.RESNETS.NORM 'GN'",
             )
+
+
+def _check_fpn(cfg: CfgNode) -> None:
+    """The levels of Detectron2's FPN, and the size of images that it can add up."""
+    names, stages = list(cfg.MODEL.FPN.IN_FEATURES), list(cfg.MODEL.RESNETS.OUT_FEATURES)
+    first = int(names[0][-1]) if _LEVEL.fullmatch(names[0]) else 0
+    if not set(names) <= set(stages) or names != [f"res{first + i}" for i in range(len(names))]:
+        raise bad_value(
+            "MODEL.FPN.IN_FEATURES",
+            names,
+            f"neighbouring stages in ascending order of MODEL.RESNETS.OUT_FEATURES, {stages}",
+        )
+    if not is_mask_former(cfg.MODEL.META_ARCHITECTURE):
+        return
+    size, stride = cfg.MODEL.MASK_FORMER.SIZE_DIVISIBILITY, 2 ** int(names[-1][-1])
+    if size >= 0 and (size == 0 or size % stride):
+        raise bad_value(
+            "MODEL.MASK_FORMER.SIZE_DIVISIBILITY",
+            size,
+            f"multiples of {stride}, or -1, with backbone {cfg.MODEL.BACKBONE.NAME!r}",
+        )
