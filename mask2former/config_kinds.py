@@ -114,7 +114,7 @@ class Path:
 
 @dataclass(frozen=True)
 class Device:
-    """A device on which a model can run."""
+    """The name of a device."""
 
     allowed = "a device such as 'cuda', 'cuda:1' or 'cpu'"
 
@@ -122,9 +122,10 @@ class Device:
         if not isinstance(value, str):
             return False
         try:
-            return torch.device(value).type != "meta"
+            torch.device(value)
         except RuntimeError:
             return False
+        return True
 
 
 @dataclass(frozen=True)

@@ -120,6 +120,8 @@ def check_device(cfg: CfgNode) -> None:
                 "numbered from 0."
             )
         return
+    if device.type == "meta":
+        raise ValueError("MODEL.DEVICE is 'meta', on which a model can be built but not run.")
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, ImportError) as error:

@@ -319,7 +319,6 @@ def test_wrong_values_in_files(tmp_path, section):
         ("DATASETS.CUSTOM", "None"),
         ("DATASETS.TEST", "('a', 'a')"),
         ("MODEL.DEVICE", "gpu"),
-        ("MODEL.DEVICE", "meta"),
         ("MODEL.PIXEL_STD", "[1, 0, 1]"),
         ("SEED", "4294967295"),
         ("SOLVER.MAX_ITER", "-1"),

@@ -290,6 +290,8 @@ def test_devices_that_the_machine_lacks(toy_file, monkeypatch):
         ValueError, match="MODEL.DEVICE is 'vulkan', which this machine does not have"
     ):
         load_and_check(toy_file, ["MODEL.DEVICE", "vulkan"])
+    with pytest.raises(ValueError, match="'meta', on which a model can be built but not run"):
+        load_and_check(toy_file, ["MODEL.DEVICE", "meta"])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     load_and_check(toy_file, ["MODEL.DEVICE", "cuda:1"])
