@@ -82,10 +82,11 @@ active-project: active-runtime
 	@$(PY) tools/setup_env.py --keep-installed project
 endif
 
-.PHONY: help env quickstart test lint format
+.PHONY: help env quickstart test gpu-check lint format
 help:
 	@echo 'make quickstart  train on the Shapes data, evaluate, write pictures to output/quickstart'
 	@echo 'make test        run the tests'
+	@echo 'make gpu-check   check numbers, memory and speed on a GPU, results in output/gpu_check'
 	@echo 'make lint        check style and types'
 	@echo 'make format      format the code'
 	@echo 'make env         only set up the environment'
@@ -101,6 +102,9 @@ quickstart: $(RUNTIME) $(PROJECT)
 
 test: $(RUNTIME) $(DEV) $(PROJECT)
 	$(PY) -m pytest
+
+gpu-check: $(RUNTIME) $(DEV) $(PROJECT)
+	$(PY) tools/gpu_check.py output/gpu_check
 
 lint: $(RUNTIME) $(DEV)
 	$(PY) -m ruff check .

@@ -30,11 +30,15 @@ __all__ = [
 ExtendConfig = Callable[[CfgNode], Any]
 # Keys that the original release does not have.
 _ADDED_KEYS = (
+    "DETERMINISTIC",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
+    "SOLVER.AMP.DTYPE",
 )
+# Attribute of a config object, not a key: the dotted keys that nobody has set.
+_UNSET = "_mask2former_unset_keys"
 
 
 def add_maskformer2_config(cfg: CfgNode) -> None:
@@ -173,13 +177,21 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # numbers, see mask2former/fast); False: run every part as written.
     cfg.MODEL.FAST = True
     # Activation checkpointing in training: "none", "selective" (the large intermediate tensors of
-    # single operations) or "blocks" (whole layers; least memory, most time).
-    cfg.MODEL.CHECKPOINTING = "selective"
+    # single operations), "blocks" (whole layers; least memory, most time) or "auto": selective, and
+    # on a GPU none after the first iterations if memory is ample (fast/checkpointing.py).
+    cfg.MODEL.CHECKPOINTING = "auto"
     # Losses in addition to class, mask and dice: a list of [name, weight], with names registered
     # in LOSS_REGISTRY (modeling/criterion.py).
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = []
     # Registered name of the matcher (MATCHER_REGISTRY in modeling/matcher.py).
     cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
+    # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
+    # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
+    # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
+    cfg.DETERMINISTIC = False
+    # What SOLVER.AMP.ENABLED computes in: "float16", as the original release, with scaled
+    # gradients, or "bfloat16", which needs none.
+    cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def load_config(
@@ -252,6 +264,7 @@ def load_config(
         except ValueError as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
+    cfg.__dict__[_UNSET] = frozenset(known) - {key for key, _ in _leaves(loaded)} - set(opts[::2])
     check_values(cfg)  # before the first of them is used
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
@@ -260,6 +273,14 @@ def load_config(
     check_once(cfg, "config", check_config)
     check_set_keys(cfg, set(_keys_of_file(root)), set(opts[::2]))
     return cfg
+
+
+def is_unset(cfg: CfgNode, key: str) -> bool:
+    """Whether `load_config` made this config, or what it was cloned from, without this key.
+
+    Neither a config file nor an override sets the key then, and its default is nobody's choice.
+    """
+    return key in cfg.__dict__.get(_UNSET, ())
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:

@@ -40,7 +40,7 @@ from .utils.registry import is_mask_former, look_up, registered_names
 
 _logger = logging.getLogger(__name__)
 
-CHECKPOINTING = ("none", "selective", "blocks")
+CHECKPOINTING = ("none", "selective", "blocks", "auto")
 
 _MULTI_SCALE = "multi_scale_pixel_decoder"
 # The criterion's own losses, by their names in `SetCriterion.losses` and in the logs.
@@ -95,6 +95,7 @@ def check_config(cfg: CfgNode) -> None:
         ValueError: naming the key, its value and the values allowed.
     """
     check_values(cfg)
+    _check_deterministic(cfg)
     if has_resnet(cfg):
         _check_resnet(cfg)
     if has_swin(cfg):
@@ -147,6 +148,23 @@ def check_set_keys(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> 
         _logger.warning(
             f"Set but not read with these parts: {', '.join(ignored)}. They have no effect on "
             "training or inference."
+        )
+
+
+def _check_deterministic(cfg: CfgNode) -> None:
+    # A project with its own copy of `add_maskformer2_config` lacks this key.
+    if not cfg.get("DETERMINISTIC", False):
+        return
+    if cfg.CUDNN_BENCHMARK:
+        raise ValueError(
+            "DETERMINISTIC and CUDNN_BENCHMARK are both True, but a benchmark chooses algorithms "
+            "by timing, so that runs differ: set one of them to False."
+        )
+    uses_ape = cfg.MODEL.BACKBONE.NAME == "D2SwinTransformer" and cfg.MODEL.SWIN.APE
+    if uses_ape and not cfg.MODEL.DEVICE.startswith("cpu"):
+        raise ValueError(
+            "DETERMINISTIC and MODEL.SWIN.APE are both True, but torch has no deterministic "
+            "algorithm on a GPU to train the position table: set one of them to False."
         )
 
 

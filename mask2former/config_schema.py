@@ -57,9 +57,9 @@ _Condition = Callable[[CfgNode], bool]
 
 
 def get_value(cfg: CfgNode, key: str) -> Any:
-    """The value, or the section, at a dotted key."""
+    """The value, or the section, at a dotted key; the config itself at an empty one."""
     value = cfg
-    for part in key.split("."):
+    for part in key.split(".") if key else ():
         value = value[part]
     return value
 
@@ -218,6 +218,7 @@ GROUPS = (
             "OUTPUT_DIR": Path(),
             "SEED": _SEED,
             "CUDNN_BENCHMARK": Flag(),
+            "DETERMINISTIC": Flag(),
             "DATASETS.TRAIN": _NAMES,
             "DATASETS.TEST": _NAMES,
             "DATASETS.CUSTOM": ListOf(Anything()),
@@ -373,6 +374,7 @@ GROUPS = (
             "DATASETS.TEST": ListOf(Text(), distinct=True),
             "SOLVER.BACKBONE_MULTIPLIER": Number(0, 1000),
             "SOLVER.WEIGHT_DECAY_EMBED": _DECAY,
+            "SOLVER.AMP.DTYPE": OneOf("float16", "bfloat16"),
             "INPUT.FORMAT": OneOf("RGB", "BGR"),
             "INPUT.MIN_SIZE_TEST": _SIZE_OR_NONE,
             "INPUT.MAX_SIZE_TEST": Whole(1),

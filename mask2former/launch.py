@@ -22,6 +22,7 @@ from .checkpoint import Mask2FormerCheckpointer
 from .config import ExtendConfig, register_custom_datasets, without_added_defaults
 from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
+from .utils.determinism import use_deterministic_algorithms
 from .utils.memory import keep_freed_memory
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -70,6 +71,8 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
     # Writes config.yaml, which programs of the original release should be able to read.
     default_setup(without_added_defaults(cfg), args)
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    if cfg.get("DETERMINISTIC", False):
+        use_deterministic_algorithms()
     return cfg
 
 

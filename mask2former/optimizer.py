@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import maybe_add_gradient_clipping
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
 _NORMS = (
@@ -116,12 +116,24 @@ def _clipping_full_model(
     """A subclass whose `step` first clips the norm of all gradients together to `max_norm`."""
 
     class FullModelGradientClippingOptimizer(optimizer_type):  # type: ignore[valid-type, misc]
+        grad_scale: Tensor | None
+
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            parameters = itertools.chain(*(group["params"] for group in self.param_groups))
+            parameters = list(itertools.chain(*(group["params"] for group in self.param_groups)))
+            if getattr(self, "grad_scale", None) is not None:
+                _unscale(parameters, self.grad_scale)
+                self.grad_scale = None
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
             return super().step(closure)
 
     return FullModelGradientClippingOptimizer
+
+
+def _unscale(parameters: list[nn.Parameter], scale: Tensor) -> None:
+    """Divide gradients by a scale, as `GradScaler.unscale_` does."""
+    inverse = scale.double().reciprocal().float()
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(grads, inverse)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -151,14 +163,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; allowed: ADAMW, SGD.")
 
+    takes_scaled = not clip.ENABLED or clip.CLIP_TYPE == "full_model"
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         if clip.CLIP_VALUE > 0:
             optimizer_type = _clipping_full_model(optimizer_type, clip.CLIP_VALUE, clip.NORM_TYPE)
     else:
         optimizer_type = maybe_add_gradient_clipping(cfg, optimizer_type)
     optimizer = optimizer_type(parameter_groups(cfg, model), **kwargs)
-    # Otherwise the gradient scaler of mixed precision would leave unscaling to the fused kernel,
-    # and `step` would clip scaled gradients.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
+    # Whether `step` takes scaled gradients of mixed precision, so that the gradient scaler need not
+    # wait for the device to learn whether they are finite: the fused kernel skips the update if
+    # not. The clipping of Detectron2 does not know of scales, and after a first step that is
+    # skipped fused SGD would read momentum that is not initialised.
+    optimizer._step_supports_amp_scaling = (  # type: ignore[attr-defined]
+        kwargs["fused"] and solver.OPTIMIZER == "ADAMW" and takes_scaled
+    )
     optimizer.register_load_state_dict_pre_hook(_Regroup(parameters))
     return optimizer

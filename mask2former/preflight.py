@@ -130,6 +130,25 @@ def check_device(cfg: CfgNode) -> None:
         ) from error
 
 
+def check_precision(cfg: CfgNode) -> None:
+    """Check that the GPU computes in the precision of training.
+
+    Not part of `check_run`: it takes memory of the GPU, in the process that trains only.
+
+    Raises:
+        ValueError: SOLVER.AMP asks for bfloat16, which the GPU only emulates.
+    """
+    amp = cfg.SOLVER.AMP
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    if not (amp.ENABLED and on_gpu and amp.get("DTYPE") == "bfloat16"):
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE is 'bfloat16', which {torch.cuda.get_device_name()} does not "
+            "compute in; set it to 'float16'."
+        )
+
+
 def check_evaluator_types(cfg: CfgNode) -> None:
     """Check that something can be evaluated on each of DATASETS.TEST.
 

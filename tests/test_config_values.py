@@ -234,7 +234,7 @@ def wrong_values(default):
 def outcome(cfg, key, value):
     """The error that checking the config raises after setting the key, or None."""
     section, _, name = key.rpartition(".")
-    node = get_value(cfg, section) if section else cfg
+    node = get_value(cfg, section)
     before = node[name]
     node[name] = value
     try:

@@ -108,6 +108,17 @@ def test_programs_keep_freed_memory_on_a_cpu(config_file, monkeypatch, tmp_path,
     assert calls == expected
 
 
+@pytest.mark.parametrize(("value", "expected"), [("True", ["set up", "on"]), ("False", ["set up"])])
+def test_setup_turns_deterministic_mode_on(config_file, monkeypatch, value, expected):
+    """After Detectron2's set-up, which sets cudnn.benchmark."""
+    calls = []
+    monkeypatch.setattr(launch_module, "default_setup", lambda *args: calls.append("set up"))
+    monkeypatch.setattr(launch_module, "setup_logger", lambda **kwargs: None)
+    monkeypatch.setattr(launch_module, "use_deterministic_algorithms", lambda: calls.append("on"))
+    launch_module.setup(parse("--config-file", config_file, "DETERMINISTIC", value))
+    assert calls == expected
+
+
 def test_demo_keeps_freed_memory_on_a_cpu(monkeypatch, tmp_path):
     demo, calls = load_script("tools/demo.py"), []
 
