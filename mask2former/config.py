@@ -1,4 +1,4 @@
-"""Every config key of the project: its default and its meaning. `config_checks.py` has the ranges.
+"""Every config key of the project: its default and its meaning. `config_schema.py` has the ranges.
 
 The keys extend Detectron2's config tree after `detectron2.projects.deeplab.add_deeplab_config`.
 Names and defaults are those of the original release, so its YAML files load unchanged; the few keys
@@ -14,8 +14,9 @@ from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.projects.deeplab import add_deeplab_config
 
-from .config_checks import check_config, check_once, get_value, has_key
+from .config_checks import check_config, check_once, check_set_keys
 from .config_file import read_config_file
+from .config_schema import check_values, get_value, has_key
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 
@@ -31,7 +32,7 @@ _logger = logging.getLogger(__name__)
 
 ExtendConfig = Callable[[CfgNode], Any]
 # What merging raises; text that is deeply nested reaches the limits of Python's parser.
-_MERGE_ERRORS = (ValueError, KeyError, AssertionError, MemoryError, RecursionError)
+_MERGE_ERRORS = (ValueError, TypeError, KeyError, AssertionError, MemoryError, RecursionError)
 # Keys that the original release does not have.
 _ADDED_KEYS = (
     "DETERMINISTIC",
@@ -260,11 +261,13 @@ def load_config(
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
     cfg.__dict__[_UNSET] = frozenset(known) - {key for key, _ in _leaves(loaded)} - set(opts[::2])
+    check_values(cfg)  # before the first of them is used
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
     follow_own_data(cfg, own_keys, set(opts[::2]))
     check_once(cfg, "config", check_config)
+    check_set_keys(cfg, own_keys, set(opts[::2]))
     return cfg
 
 
