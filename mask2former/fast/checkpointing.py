@@ -4,7 +4,7 @@ The policy is the config key MODEL.CHECKPOINTING, applied to a built model from 
 
 none        save all activations.
 selective   recompute what is large and cheap: everything in the pixel decoder but convolutions and
-            the sampling op, folded weights of convolutions, point losses.
+            the sampling op, folded weights of convolutions on a CPU, point losses.
 blocks      in addition whole layers of the pixel decoder's encoder, cross-attention layers of the
             decoder, and blocks of Swin.
 auto        selective; on a GPU the trainer changes it to none when it has seen how much memory the
