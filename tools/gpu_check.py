@@ -41,6 +41,8 @@ MAX_SECONDS = 580
 PYTHON = (sys.executable, "-W", "ignore")
 STEPS_FOLDER = ROOT / "tools/gpu_steps"
 LIBRARY = ROOT / "mask2former/_C.abi3.so"
+# The other variant of the op's backward, see backward.cuh; compare with the steps without it.
+SHARED_BACKWARD = {"MASK2FORMER_BACKWARD": "shared"}
 # Our contender in whole models.
 OURS = "mask2former"
 
@@ -64,6 +66,11 @@ def program(name: str, run: Run, *arguments: str | Path) -> list[str | Path]:
     """A command of gpu_steps: NAME.py FOLDER --device DEVICE ..."""
     path = STEPS_FOLDER / f"{name}.py"
     return [*PYTHON, path, run.folder(name), "--device", run.device, *arguments]
+
+
+def cases(run: Run) -> list[str | Path]:
+    chosen = ("-k", "mask2former and cpu") if run.dry else ("-m", "gpu")
+    return pytest("tests/ops/test_device.py", *chosen)
 
 
 def pytest(*arguments: str | Path) -> list[str | Path]:
@@ -162,27 +169,23 @@ STEPS = (
         lambda run: [*PYTHON, "-m", "mask2former.ops"],
         headline=read_self_test,
     ),
-    Step(
-        "cases",
-        100,
-        lambda run: pytest(
-            "tests/ops/test_device.py",
-            *("-k", "mask2former and cpu") if run.dry else ("-m", "gpu"),
-        ),
-        headline=read_pytest,
-    ),
+    Step("cases", 100, cases, headline=read_pytest),
     *(
         Step(
-            tool,
+            name,
             75,
-            lambda run, tool=tool: sanitizer(tool, run),
+            lambda run, name=name: sanitizer(name.partition("-")[0], run),
             needs_tool("compute-sanitizer"),
             read_sanitizer,
             skip_pattern="Device not supported",
             # Otherwise freed blocks stay valid, and accesses between blocks pass.
-            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"} | environment,
         )
-        for tool in ("memcheck", "racecheck")
+        for name, environment in (
+            ("memcheck", {}),
+            ("racecheck", {}),
+            ("racecheck-shared", SHARED_BACKWARD),
+        )
     ),
     Step(
         "tests",
@@ -196,6 +199,22 @@ STEPS = (
         120,
         op_command,
         headline=read_benchmark("op", "fused", ("forward", "backward")),
+    ),
+    Step("cases-shared", 60, cases, headline=read_pytest, environment=SHARED_BACKWARD),
+    Step(
+        "op-shared",
+        40,
+        lambda run: benchmark(
+            "op",
+            run,
+            "op-shared",
+            "--sizes 1024x1024 --batches 1,8 --dtypes fp32,bf16 --rounds 5 --passes backward "
+            "--max-seconds 3 --backends fused,classic --baseline classic",
+            "--sizes 64x64 --batches 1 --dtypes fp32 --rounds 1 --passes backward --threads 1 "
+            "--backends fused,classic --baseline classic",
+        ),
+        headline=read_benchmark("op", "fused", ("backward",)),
+        environment=SHARED_BACKWARD,
     ),
     Step(
         "ncu",

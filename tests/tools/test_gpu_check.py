@@ -17,8 +17,8 @@ runner, headlines = sys.modules["runner"], sys.modules["headlines"]
 benchmark = load_script("tools/benchmark")
 
 STEPS = (
-    *("versions", "self-test", "cases", "memcheck", "racecheck", "tests", "op", "ncu", "model"),
-    *("train", "train-16", "trainer", "attention"),
+    *("versions", "self-test", "cases", "memcheck", "racecheck", "racecheck-shared", "tests", "op"),
+    *("cases-shared", "op-shared", "ncu", "model", "train", "train-16", "trainer", "attention"),
 )
 
 
@@ -203,10 +203,11 @@ def test_options_of_the_programs(is_dry, tmp_path, monkeypatch):
             assert options.output == tmp_path / step.name
             assert options.devices == [run.device]
     if not is_dry:
-        for tools, missing in (({"ncu"}, {"memcheck", "racecheck"}), (set(), {"ncu"})):
+        sanitizers = {"memcheck", "racecheck", "racecheck-shared"}
+        for tools, missing in (({"ncu"}, sanitizers), (set(), {"ncu"})):
             monkeypatch.setattr(tool, "find_tool", lambda name, tools=tools: name in tools)
             reasons = {step.name for step in tool.STEPS if step.why_not(run)}
-            assert missing <= reasons <= {"memcheck", "racecheck", "ncu"}
+            assert missing <= reasons <= {*sanitizers, "ncu"}
 
 
 # One step of each kind. Tests of their own run the programs of the others.
