@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mask2former.config import load_config
 from mask2former.data.check.images import ItemChecker, ItemReport
-from mask2former.data.check.index import Finding, Index, build_index, find_unlisted
+from mask2former.data.check.index import Index, build_index, find_unlisted
 from mask2former.data.check.report import (
     choose_examples,
     draw_examples,
@@ -32,6 +32,7 @@ from mask2former.data.check.report import (
     write_reports,
 )
 from mask2former.data.class_counts import check_class_counts
+from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
 
 # Findings printed per data set; the report has all.
@@ -141,7 +142,7 @@ def main(argv: list[str] | None = None) -> None:
         in_folders: list[Finding] = [
             f for f in unlisted if os.path.dirname(f.file) in map(os.path.normpath, index.folders)
         ]
-        index.warnings += in_folders
+        index.warnings.extend(in_folders)
         reports = check_items(index, args.workers)
         summary = summarise(index, reports)
         summaries[index.name] = summary
