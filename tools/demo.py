@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
+from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
 from mask2former.utils.files import atomic_write
@@ -144,8 +144,8 @@ def draw_all(
     failed = {}
     for path, tasks in tqdm(tasks_by_image.items(), desc="images", unit="image"):
         try:
-            bgr = read_image(str(path), format="BGR")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            bgr = read_image(str(path), "BGR")
+        except (OSError, ValueError) as error:
             failed[path] = str(error)
             continue
         outputs = predictor(bgr)

@@ -9,6 +9,7 @@ the samples of each worker separately, as in Detectron2).
     Detectron2's sampler (seed) → index at each position → batches of `Draw` → mapper → samples
 """
 
+import copy
 import difflib
 import itertools
 import random
@@ -16,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -24,24 +26,24 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    detection_utils,
 )
+from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.serialize import PicklableWrapper
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..utils.seeding import DATA, SAMPLER, isolated_rng
+from .augmentations import ResizeShortestEdge
 from .datasets.checks import check_builtin
+from .formats.images import read_header, read_image
 
 Mapper = Callable[[dict], dict | None]
 
 # How many samples in a row a mapper may reject (return None) before it is an error.
 _MAX_REJECTIONS = 100
-
-_EXIF_ORIENTATION = 0x0112
 
 
 class Draw(NamedTuple):
@@ -161,11 +163,7 @@ class _AspectRatios:
 
 
 def _image_is_wide(file_name: str) -> bool:
-    with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-        width, height = image.size
-        # Detectron2 applies the EXIF orientation on loading; 5 to 8 swap width and height.
-        if image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8):
-            width, height = height, width
+    height, width = read_header(file_name).size
     return width > height
 
 
@@ -199,15 +197,22 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
         check_builtin(name)
     try:
         yield
-    except AssertionError as error:
-        keys = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root")
-        places = [
-            f"{name}: " + (", ".join(f"{k}={v}" for k in keys if (v := meta.get(k))) or "no paths")
-            for name, meta in ((name, MetadataCatalog.get(name)) for name in names)
-        ]
+    except AssertionError as original:
+        error = str(original)
+        if "No valid data" in error:
+            error += " No image has an object in 'annotations', crowds apart."
         raise ValueError(
-            f"Data set {', '.join(names)} cannot be used: {error} (looked for {'; '.join(places)})"
-        ) from error
+            f"Data set {', '.join(names)} cannot be used: {error} (looked for {_places(names)})"
+        ) from original
+
+
+def _places(names: Sequence[str]) -> str:
+    keys = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root")
+    places = [
+        f"{name}: " + (", ".join(f"{k}={v}" for k in keys if (v := meta.get(k))) or "no paths")
+        for name, meta in ((name, MetadataCatalog.get(name)) for name in names)
+    ]
+    return "; ".join(places)
 
 
 def _load(cfg: CfgNode, mapper: Mapper, seed: int, dataset: Any = None) -> dict:
@@ -234,8 +239,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         A loader of lists of samples; its `batch_sampler` is a `ResumableBatchSampler`.
 
     Raises:
-        ValueError: no data set is given, one is unknown, empty or not indexable, or the batch
-            size is not a multiple of the number of workers.
+        ValueError: no data set is given, one is unknown, empty or not indexable, none has anything
+            to learn, or the batch size is not a multiple of the number of workers.
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name at least one data set to train on.")
@@ -248,6 +253,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             f"Data set {cfg.DATASETS.TRAIN} is an IterableDataset, which cannot be resumed; "
             "register a list of dicts, or override Trainer.build_train_loader."
         )
+    if isinstance(records, list):
+        _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []
     if isinstance(records, list):
@@ -270,6 +277,22 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
     )
 
 
+def _check_targets(names: Sequence[str], records: Iterable[dict]) -> None:
+    """Check that training data has an object or segment that is no crowd.
+
+    Raises:
+        ValueError: it has none, so that a model would learn to predict nothing.
+    """
+    for record in records:
+        objects = record.get("annotations", record.get("segments_info"))
+        if objects is None or any(not one.get("iscrowd", 0) for one in objects):
+            return
+    raise ValueError(
+        f"Data set {', '.join(names)} has nothing to train on: no image has an object or segment "
+        f"in 'annotations', crowds apart ({_places(names)}). Is it the JSON of a test split?"
+    )
+
+
 def check_batch_size(cfg: CfgNode, num_workers: int | None = None) -> None:
     """Check that the total batch can be split evenly between the workers.
 
@@ -285,21 +308,37 @@ def check_batch_size(cfg: CfgNode, num_workers: int | None = None) -> None:
 
 
 class InferenceMapper(DatasetMapper):
-    """Detectron2's mapper for inference, with an error that names an unreadable image."""
+    """Detectron2's mapper for inference, reading images as in training."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg, is_train=False)
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = False) -> dict[str, Any]:
+        sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        return super().from_config(cfg, is_train) | {
+            "augmentations": [ResizeShortestEdge(*sizes, "choice")]
+        }
+
     def __call__(self, dataset_dict: dict) -> dict:
-        try:
-            return super().__call__(dataset_dict)
-        except OSError as error:
-            # Errors of the operating system name the file, those of PIL do not.
-            if error.filename is not None:
-                raise
-            raise ValueError(
-                f"{dataset_dict['file_name']} or its label map cannot be read as an image: {error}"
-            ) from error
+        """
+        Raises:
+            FileNotFoundError: the image or its label map does not exist.
+            ValueError: one of them cannot be read, or the image has another size than the record.
+        """
+        sample = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
+        image = read_image(sample["file_name"], self.image_format)
+        detection_utils.check_image_size(sample, image)
+        file = sample.pop("sem_seg_file_name", None)
+        labels = None if file is None else read_image(file)
+        if labels is not None and labels.dtype != np.uint8:
+            labels = labels.astype(np.float64)  # which Detectron2 can resize
+        augmented = T.AugInput(image, sem_seg=labels)
+        self.augmentations(augmented)
+        sample["image"] = torch.as_tensor(augmented.image.transpose(2, 0, 1).copy())
+        if labels is not None:
+            sample["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        return sample
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

@@ -281,7 +281,7 @@ def test_test_loader(register, tmp_path):
 
     whole = (tmp_path / "b.png").read_bytes()
     (tmp_path / "b.png").write_bytes(whole[: len(whole) // 2])
-    with pytest.raises(ValueError, match=r"b\.png .* cannot be read as an image: .*truncated"):
+    with pytest.raises(ValueError, match=r"b\.png cannot be read as an image: .*truncated"):
         list(loader)
     (tmp_path / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.png"):

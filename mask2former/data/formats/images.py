@@ -11,8 +11,10 @@
 h w pixels of the image as shown.
 """
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import NamedTuple
 
 import numpy as np
@@ -77,9 +79,16 @@ def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
     with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
         stored = Image.open(stream)
         image = detection_utils._apply_exif_orientation(stored)
+        if image is not stored:
+            _log_orientation(stored.getexif()[_EXIF_ORIENTATION])
         if image_format is not None:
             image = _as_eight_bits(image, stored.format)
         return detection_utils.convert_PIL_to_numpy(image, image_format)
+
+
+@cache
+def _log_orientation(orientation: int) -> None:
+    logging.getLogger(__name__).warning(f"In some images {orientation_warning(orientation)}.")
 
 
 def _as_eight_bits(image: Image.Image, file_format: str | None) -> Image.Image:
@@ -138,8 +147,8 @@ def read_panoptic_png(file_name: str) -> np.ndarray:
 def orientation_warning(orientation: int) -> str:
     """What to know about an image with an EXIF orientation."""
     return (
-        f"the EXIF orientation {orientation} turns or mirrors the image, here and in training, "
-        "evaluation and demo; its annotations must be drawn on the turned image. If they are not, "
+        f"the EXIF orientation {orientation} turns or mirrors the image, in training, evaluation, "
+        "check and demo; its annotations must be drawn on the turned image. If they are not, "
         "save the image without the orientation"
     )
 
