@@ -38,6 +38,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 from ..utils.seeding import DATA, SAMPLER, isolated_rng
 from .augmentations import ResizeShortestEdge
 from .datasets.checks import check_builtin
+from .formats.findings import NOTHING_TO_TRAIN_ON
 from .formats.images import read_header, read_image
 
 Mapper = Callable[[dict], dict | None]
@@ -200,7 +201,7 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
     except AssertionError as original:
         error = str(original)
         if "No valid data" in error:
-            error += " No image has an object in 'annotations', crowds apart."
+            error += f" The data {NOTHING_TO_TRAIN_ON}"
         raise ValueError(
             f"Data set {', '.join(names)} cannot be used: {error} (looked for {_places(names)})"
         ) from original
@@ -288,8 +289,7 @@ def _check_targets(names: Sequence[str], records: Iterable[dict]) -> None:
         if objects is None or any(not one.get("iscrowd", 0) for one in objects):
             return
     raise ValueError(
-        f"Data set {', '.join(names)} has nothing to train on: no image has an object or segment "
-        f"in 'annotations', crowds apart ({_places(names)}). Is it the JSON of a test split?"
+        f"Data set {', '.join(names)} {NOTHING_TO_TRAIN_ON} (looked for {_places(names)})"
     )
 
 

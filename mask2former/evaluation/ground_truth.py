@@ -14,7 +14,7 @@ from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
 from ..data.evaluator_types import builders_of
-from ..data.formats.coco_instances import no_annotations, read_instances
+from ..data.formats.coco_instances import read_instances
 from ..data.formats.coco_panoptic import Panoptic, read_panoptic
 from ..data.formats.findings import Findings
 from ..data.formats.images import Header, is_panoptic_mode, read_header, wrong_panoptic_mode
@@ -111,7 +111,13 @@ def read_coco(json_file: str, image_root: str = "", name: str | None = None) -> 
     data = read_instances(file, image_root, findings, needs_files=False)
     findings.raise_first(name)
     if not data.has_annotations:
-        logging.getLogger(__name__).warning(f"{json_file} {no_annotations()}")
+        logging.getLogger(__name__).warning(
+            f"{json_file} has no list 'annotations': its images are predicted, but not evaluated."
+        )
+    elif not any(data.annotations.values()):
+        logging.getLogger(__name__).warning(
+            f"{json_file} has no annotation: there is nothing to compare predictions with."
+        )
     return data.as_coco()
 
 

@@ -72,7 +72,9 @@ class ItemChecker:
             turned = self._check_orientation(item, report)
             if item.size is not None and report.size != tuple(item.size):
                 why = f"is {_by(report.size)} pixels, but the annotation says {_by(item.size)}"
-                report.problems.append(Finding(item.file_name, item.image_id, why + turned))
+                # Panoptic training takes the size from the image.
+                findings = report.warnings if item.annotations is None else report.problems
+                findings.append(Finding(item.file_name, item.image_id, why + turned))
         # Check the annotations even if the image is broken.
         size = report.size or item.size
         if item.annotations is not None and size is not None:

@@ -16,9 +16,9 @@ from ..datasets.checks import check_builtin
 from ..datasets.loading import read_registered_instances
 from ..datasets.register_ade20k_panoptic import allows_repeated_ids
 from ..evaluator_types import EVALUATOR_TYPES
-from ..formats.coco_instances import no_annotations, raw_annotations
+from ..formats.coco_instances import raw_annotations
 from ..formats.coco_panoptic import Panoptic, read_panoptic
-from ..formats.findings import Finding, Findings
+from ..formats.findings import NOTHING_TO_TRAIN_ON, Finding, Findings
 from ..formats.semantic_folders import IMAGE_EXTENSIONS, read_semantic_folders
 
 
@@ -86,11 +86,12 @@ class Index:
         self.findings.warn(file, id, why)
 
 
-def build_index(name: str) -> Index:
+def build_index(name: str, for_training: bool = True) -> Index:
     """Index a registered data set.
 
     Args:
         name: of the data set.
+        for_training: whether it is a problem if it has nothing to train on.
 
     Returns:
         Its index; all mistakes are in `problems`.
@@ -116,7 +117,16 @@ def build_index(name: str) -> Index:
         _index_loaded(index, metadata)
     if not index.items and not index.problems:
         index.problem(name, None, "the data set has no images")
+    elif not index.problems and not any(map(_has_target, index.items)):
+        report = index.problem if for_training else index.warn
+        file = metadata.get("panoptic_json") or metadata.get("json_file") or name
+        report(file, None, NOTHING_TO_TRAIN_ON)
     return index
+
+
+def _has_target(item: Item) -> bool:
+    objects = item.segments_info if item.pan_seg_file_name is not None else item.annotations
+    return objects is None or any(not one.get("iscrowd", 0) for one in objects)
 
 
 def _existing_folder(index: Index, folder: str, what: str) -> bool:
@@ -148,8 +158,6 @@ def _index_instances(index: Index, metadata: Metadata) -> None:
     index.classes = index.classes or list(metadata.thing_classes)
     index.contiguous_ids = dict(metadata.thing_dataset_id_to_contiguous_id)
     index.thing_ids = set(index.contiguous_ids.values())
-    if not data.has_annotations:
-        index.problem(data.file, None, no_annotations())
     index.items = [
         Item(
             data.path(image),

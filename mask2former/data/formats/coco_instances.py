@@ -478,14 +478,6 @@ def _compressed(shape: Any, size: tuple[int, int]) -> Any:
     return mask_util.frPyObjects(shape, *size) if isinstance(shape["counts"], list) else shape
 
 
-def no_annotations() -> str:
-    """What is wrong with a JSON that has no annotations, if it is for more than prediction."""
-    return (
-        "has no list 'annotations': nothing to train on or to compare predictions with; is it the "
-        "JSON of a test split?"
-    )
-
-
 def raw_annotations(data: Instances, image: Image) -> Iterator[dict[str, Any]]:
     """The annotations of an image as records, but with `id` and the category id of the data set."""
     for annotation in data.annotations[image.id]:

@@ -7,6 +7,11 @@ from typing import Any, NamedTuple
 # Warnings logged per data set; `tools/check_dataset.py` reports all.
 _NUM_LOGGED = 10
 
+NOTHING_TO_TRAIN_ON = (
+    "has nothing to train on: no image has an object or segment in 'annotations', crowds apart; is "
+    "it the JSON of a test split?"
+)
+
 
 class Finding(NamedTuple):
     """A problem or a warning.

@@ -115,7 +115,9 @@ def read_header(file_name: str) -> Header:
         Image.open(stream) as image,
     ):
         width, height = image.size
-        orientation = image.getexif().get(_EXIF_ORIENTATION, 1)
+        # For a PNG that says nothing before its pixels, Pillow would decode all of them.
+        is_unknown = image.format == "PNG" and "exif" not in image.info
+        orientation = 1 if is_unknown else image.getexif().get(_EXIF_ORIENTATION, 1)
         # 5 to 8 swap width and height; values that are not defined have no effect.
         if orientation in (5, 6, 7, 8):
             width, height = height, width

@@ -73,6 +73,9 @@ def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
             content = msgspec.json.decode(data)
         except msgspec.DecodeError:
             content = json.loads(data)  # reads NaN, and its errors say the line
+            if b"\\ud" in data.lower():
+                # Half a character, which no file name or message can hold.
+                json.dumps(content, ensure_ascii=False).encode()
         if isinstance(content, dict):
             return _named_format(file, content, findings)
         why = f"is {_named(content)}; COCO JSON is an object with lists such as 'images'"
@@ -105,7 +108,7 @@ def decode_value(section: Section) -> Any:
         return section
     try:
         return msgspec.json.decode(section)
-    except msgspec.DecodeError:
+    except ValueError:
         return json.loads(bytes(section))
 
 
@@ -134,7 +137,7 @@ def decode_list(
     if isinstance(section, msgspec.Raw):
         try:
             return msgspec.json.decode(section, type=list[kind])  # type: ignore[valid-type]
-        except (msgspec.DecodeError, RecursionError):
+        except (ValueError, RecursionError):
             pass
     try:
         entries = decode_value(section)
