@@ -5,6 +5,7 @@ read_coco, read_panoptic        in the evaluators
 """
 
 import logging
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -13,12 +14,14 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
+from ..data.datasets.loading import check_png
 from ..data.evaluator_types import builders_of
 from ..data.formats.coco_instances import read_instances
 from ..data.formats.coco_panoptic import Panoptic, read_panoptic
 from ..data.formats.findings import Findings
 from ..data.formats.images import Header, is_panoptic_mode, read_header, wrong_panoptic_mode
 from ..data.loader import explained_dataset_errors
+from .semantic_evaluation import LabelReader
 
 # Evaluator types whose instances are those of the COCO `json_file`, and whose panoptic annotations
 # those of `panoptic_json`.
@@ -31,12 +34,14 @@ _COCO_INSTANCES = (
 _COCO_PANOPTIC = (*_COCO_INSTANCES[1:], "cityscapes_panoptic_seg")
 # Modes of more than one channel.
 _COLOURS = ("RGB", "RGBA", "LA", "PA", "La", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
+# Images whose pixels are checked before a run.
+_NUM_SAMPLES = 16
 # Threads that read the headers of image files.
 _NUM_THREADS = 8
 
 
 def check_ground_truth(cfg: CfgNode, dataset_name: str) -> None:
-    """Read the ground truth of a test set as its evaluators will, but no pixels.
+    """Read the ground truth of a test set as its evaluators will, but few pixels.
 
     Args:
         cfg: reads MODEL.MASK_FORMER.TEST.
@@ -61,6 +66,22 @@ def check_ground_truth(cfg: CfgNode, dataset_name: str) -> None:
             for problem in pool.map(_file_problem, records):
                 if problem is not None:
                     raise ValueError(f"Data set {dataset_name!r} cannot be evaluated: {problem}.")
+        if metadata.evaluator_type in ("sem_seg", *_COCO_INSTANCES):
+            _check_samples(records, metadata, tasks)
+
+
+def _check_samples(records: list[dict[str, Any]], metadata: Metadata, tasks: Iterable[str]) -> None:
+    """Check the values of a few label maps and panoptic PNGs, spread over the data set.
+
+    Raises:
+        ValueError: one has labels or segments that the data set does not list.
+    """
+    for record in records[:: max(1, len(records) // _NUM_SAMPLES)][:_NUM_SAMPLES]:
+        if "PANOPTIC_ON" in tasks and PathManager.isfile(record.get("pan_seg_file_name", "")):
+            check_png(record, metadata.panoptic_json)
+        label_map = record.get("sem_seg_file_name", "")
+        if "SEMANTIC_ON" in tasks and PathManager.isfile(label_map):
+            LabelReader(metadata)(label_map)
 
 
 def _file_problem(record: dict[str, Any]) -> str | None:

@@ -150,13 +150,13 @@ def _index_instances(index: Index, metadata: Metadata) -> None:
     if ids is not None and classes is not None and len(ids) != len(classes):
         why = f"the metadata has {len(classes)} class names, but ids of {len(ids)} categories"
         index.problem(index.name, None, why)
-    data = read_registered_instances(
+    data, index.contiguous_ids = read_registered_instances(
         metadata.json_file, metadata.image_root, metadata, index.findings
     )
     if data is None:
         return
-    index.classes = index.classes or list(metadata.thing_classes)
-    index.contiguous_ids = dict(metadata.thing_dataset_id_to_contiguous_id)
+    names = {category.id: category.name for category in data.categories}
+    index.classes = index.classes or [names.get(key, str(key)) for key in index.contiguous_ids]
     index.thing_ids = set(index.contiguous_ids.values())
     index.items = [
         Item(

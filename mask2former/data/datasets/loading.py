@@ -173,7 +173,7 @@ def load_instances(
     Args:
         json_file: the JSON.
         image_root: folder of the images.
-        name: of the data set. If its metadata has no classes yet, they are set.
+        name: of the data set. Classes that its metadata lacks are set.
         hint: how to get the data, for errors; None for your own data.
 
     Raises:
@@ -185,7 +185,7 @@ def load_instances(
         require_file(json_file, "Instance JSON", hint)
         list_folder(image_root, "images", hint)
     metadata, findings = MetadataCatalog.get(name), Findings()
-    data = read_registered_instances(json_file, image_root, metadata, findings)
+    data, contiguous_ids = read_registered_instances(json_file, image_root, metadata, findings)
     where = "" if hint is None else where_to_look(hint)
     findings.raise_first(name if hint is None else None, where)
     files = [data.path(image) for image in data.images]
@@ -196,36 +196,39 @@ def load_instances(
             f"missing.{where or f' {json_file} lists them.'}"
         )
     findings.log(name)
-    return data.records(metadata.thing_dataset_id_to_contiguous_id)
+    if metadata.get("thing_classes") is None:
+        names = {category.id: category.name for category in data.categories}
+        metadata.thing_classes = [names[category_id] for category_id in contiguous_ids]
+    if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+        metadata.thing_dataset_id_to_contiguous_id = contiguous_ids
+    return data.records(contiguous_ids)
 
 
 def read_registered_instances(
     json_file: str, image_root: str, metadata: Metadata, findings: Findings
-) -> Instances | None:
+) -> tuple[Instances | None, dict[int | str, int]]:
     """Read a COCO instance JSON and compare its categories with the metadata of the data set.
 
     Args:
         json_file, image_root, findings: see `read_instances`.
-        metadata: of the data set. If it has no classes yet, they are set.
+        metadata: of the data set, possibly without classes.
+
+    Returns:
+        What `read_instances` does, and the contiguous id of each category id: those of the
+        metadata, else in the order of the ids.
     """
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
     data = read_instances(json_file, image_root, findings, contiguous_ids=ids)
     if data is None:
-        return None
-    if ids is None:
-        ordered = sorted(data.categories, key=lambda category: category.id)
-        metadata.thing_classes = [category.name for category in ordered]
-        metadata.thing_dataset_id_to_contiguous_id = {c.id: i for i, c in enumerate(ordered)}
-    else:
-        compare_categories(
-            data.categories,
-            json_file,
-            dict(ids),
-            metadata.thing_classes,
-            findings.problem,
-            findings,
-        )
-    return data
+        return None, dict(ids or {})
+    registered = ids is not None
+    ids = dict(ids) if registered else {key: i for i, key in enumerate(data.category_ids())}
+    classes = metadata.get("thing_classes")
+    if classes is not None:
+        # Without registered ids, as in LVIS, names may be other synonyms.
+        report = findings.problem if registered else findings.warn
+        compare_categories(data.categories, json_file, ids, classes, report, findings)
+    return data, ids
 
 
 def compare_categories(
@@ -388,7 +391,7 @@ def with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
     return segment | {"category_id": contiguous_id, "isthing": is_thing}
 
 
-def check_png(record: dict, json_file: str, where_to_look: str) -> None:
+def check_png(record: dict, json_file: str, where_to_look: str = "") -> None:
     """Check that one PNG matches the JSON; mappers check every PNG they load."""
     png = record["pan_seg_file_name"]
     known = {0} | {segment["id"] for segment in record["segments_info"]}

@@ -332,7 +332,10 @@ def _class_list(name: str, classes: Sequence[str] | str) -> list[str]:
     origin = "classes"
     if isinstance(classes, str):
         origin = _file(name, classes, "class list")
-        classes = [line.strip() for line in Path(origin).read_text().rstrip().splitlines()]
+        classes = [
+            line.strip()
+            for line in Path(origin).read_text(encoding="utf-8-sig").rstrip().splitlines()
+        ]
     names = list(classes)
     wrong = [i for i, value in enumerate(names) if not isinstance(value, str) or not value]
     if wrong:

@@ -433,17 +433,17 @@ def _record(annotation: Annotation, contiguous_ids: Mapping[Id, int]) -> dict[st
         record["iscrowd"] = int(annotation.iscrowd or 0)
     if annotation.bbox is not UNSET:
         record["bbox"] = annotation.bbox
+    if annotation.keypoints:
+        # Pixel indices become coordinates; every third number is the visibility.
+        record["keypoints"] = [
+            value if i % 3 == 2 else value + 0.5 for i, value in enumerate(annotation.keypoints)
+        ]
     record["category_id"] = contiguous_ids[annotation.category_id]
     shape = _plain(annotation.segmentation)
     if isinstance(shape, dict):
         if isinstance(shape["counts"], list):
             shape = mask_util.frPyObjects(shape, *shape["size"])
     record["segmentation"] = shape
-    if annotation.keypoints:
-        # Pixel indices become coordinates; every third number is the visibility.
-        record["keypoints"] = [
-            value if i % 3 == 2 else value + 0.5 for i, value in enumerate(annotation.keypoints)
-        ]
     record["bbox_mode"] = BoxMode.XYWH_ABS
     return record
 

@@ -23,6 +23,7 @@ from detectron2.utils.file_io import PathManager
 from PIL import Image
 
 _EXIF_ORIENTATION = 0x0112
+_TIFF_SIZE_TAGS = (256, 257)  # width, height
 # Formats whose integers of mode "I" have 16 bits.
 _SIXTEEN_BIT_FORMATS = ("PNG", "PPM")
 # What a panoptic PNG may be; the colours of others are not ids.
@@ -78,9 +79,13 @@ def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
     """
     with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
         stored = Image.open(stream)
+        orientation = stored.getexif().get(_EXIF_ORIENTATION, 1)
+        if orientation in range(2, 9):
+            _log_orientation(orientation)
+        if stored.format == "TIFF":
+            # Pillow 10 and later turn TIFFs when they decode them, and drop the orientation.
+            stored.load()
         image = detection_utils._apply_exif_orientation(stored)
-        if image is not stored:
-            _log_orientation(stored.getexif()[_EXIF_ORIENTATION])
         if image_format is not None:
             image = _as_eight_bits(image, stored.format)
         return detection_utils.convert_PIL_to_numpy(image, image_format)
@@ -115,6 +120,9 @@ def read_header(file_name: str) -> Header:
         Image.open(stream) as image,
     ):
         width, height = image.size
+        if image.format == "TIFF":
+            # Depending on its version, Pillow turns the size of a TIFF, too.
+            width, height = (image.tag_v2[tag] for tag in _TIFF_SIZE_TAGS)
         # For a PNG that says nothing before its pixels, Pillow would decode all of them.
         is_unknown = image.format == "PNG" and "exif" not in image.info
         orientation = 1 if is_unknown else image.getexif().get(_EXIF_ORIENTATION, 1)
