@@ -137,7 +137,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def draw_all(
     predictor: Predictor, planned: dict[tuple[Path, str], Path], confidence_threshold: float
 ) -> dict[Path, str]:
-    """Writes all drawings; returns the images that could not be read, with the reason."""
+    """Writes all drawings; returns the images that could not be drawn, with the reason."""
     tasks_by_image: dict[Path, list[str]] = {}
     for image, task in planned:
         tasks_by_image.setdefault(image, []).append(task)
@@ -148,7 +148,12 @@ def draw_all(
         except (OSError, ValueError) as error:
             failed[path] = str(error)
             continue
-        outputs = predictor(bgr)
+        try:
+            outputs = predictor(bgr)
+        # Such as too little memory for this image; the others may fit.
+        except (RuntimeError, ValueError) as error:
+            failed[path] = str(error)
+            continue
         for task in tasks:
             drawing = draw_prediction(
                 bgr[:, :, ::-1],
@@ -180,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {len(written)} drawings to {args.output}")
     if failed:
         lines = "".join(f"\n  {path}: {reason}" for path, reason in failed.items())
-        sys.exit(f"error: {len(failed)} images could not be read:{lines}")
+        sys.exit(f"error: {len(failed)} images could not be drawn:{lines}")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ class SeededSamples(Dataset):
         index = draw.record
         with isolated_rng(draw.seed, DATA, draw.position):
             for _ in range(_MAX_REJECTIONS):
-                sample = self._mapper(self._records[index])
+                record = self._records[index]
+                with _named_record(record):
+                    sample = self._mapper(record)
                 if sample is not None:
                     return sample
                 index = random.randrange(len(self))
@@ -82,6 +84,18 @@ class SeededSamples(Dataset):
             f"The dataset mapper returned None for {_MAX_REJECTIONS} samples in a row, from "
             f"{self._records[draw.record].get('file_name', draw.record)}."
         )
+
+
+@contextmanager
+def _named_record(record: dict) -> Iterator[None]:
+    """Add the image to errors that name no file of the record."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        files = [value for value in record.values() if isinstance(value, str)]
+        if not files or any(file in str(error) for file in files):
+            raise
+        raise ValueError(f"{record.get('file_name', files[0])}: {error}") from error
 
 
 class ResumableBatchSampler(Sampler):
