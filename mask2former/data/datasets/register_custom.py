@@ -213,8 +213,9 @@ def register_semantic(
         label_root: folder of one-channel PNGs whose values index ``classes``.
         classes: names in the order of the labels, or a text file with one name per line.
         ignore_label: label of pixels that are ignored in training and evaluation.
-        image_ext: file name extension of the images.
-        label_ext: file name extension of the labels.
+        image_ext: file name extension of the images; images of other formats are read too, where
+            no image with this extension has the same name.
+        label_ext: file name extension of the labels, likewise.
 
     Raises:
         FileNotFoundError: a folder or the class file does not exist.

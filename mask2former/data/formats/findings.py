@@ -27,6 +27,10 @@ class Finding(NamedTuple):
     why: str
 
 
+# Warnings that this process has logged.
+_logged: set[Finding] = set()
+
+
 @dataclass
 class Findings:
     """What a reader found.
@@ -78,10 +82,12 @@ class Findings:
         raise (FileNotFoundError if first in self._missing else ValueError)(text + hint)
 
     def log(self, name: str | None = None) -> None:
-        """Log the warnings, the first ten in full."""
+        """Log the warnings, the first ten in full, and each once, however often a file is read."""
         logger = logging.getLogger(__name__)
-        for file, id, why in self.warnings[:_NUM_LOGGED]:
+        new = [warning for warning in self.warnings if warning not in _logged]
+        _logged.update(new)
+        for file, id, why in new[:_NUM_LOGGED]:
             logger.warning(f"{file}{'' if id is None else f', {id}'}: {why}")
-        if len(self.warnings) > _NUM_LOGGED:
+        if len(new) > _NUM_LOGGED:
             command = f"; `tools/check_dataset.py {name}` lists all" if name else ""
-            logger.warning(f"... and {len(self.warnings) - _NUM_LOGGED} more warnings{command}")
+            logger.warning(f"... and {len(new) - _NUM_LOGGED} more warnings{command}")

@@ -8,6 +8,7 @@ and left to the checks.
 
 import gc
 import json
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -23,12 +24,15 @@ T = TypeVar("T")
 Section = Any
 
 # Keys of other annotation formats → their name.
+_VIA = "a project of the VGG Image Annotator (VIA)"
 _OTHER_FORMATS = (
-    ({"_via_img_metadata"}, "a project of the VGG Image Annotator (VIA)"),
+    ({"_via_img_metadata"}, _VIA),
     ({"shapes", "imagePath"}, "a file of LabelMe, which holds one image"),
     ({"type", "features"}, "GeoJSON"),
 )
 _EXPORT = "export or convert it as COCO JSON"
+# Class, and a box or polygon in fractions of the image.
+_YOLO_LINE = re.compile(rb"\s*\d+( +[-+.\deE]+){4,}\s*(\n|$)")
 
 
 @contextmanager
@@ -79,9 +83,15 @@ def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
         if isinstance(content, dict):
             return _named_format(file, content, findings)
         why = f"is {_named(content)}; COCO JSON is an object with lists such as 'images'"
+        first = content[0] if isinstance(content, list) and content else None
+        if isinstance(first, dict) and {"image_id", "score"} <= first.keys():
+            why = "is a list of predictions (COCO results), not ground truth"
         findings.problem(file, None, why)
     except (ValueError, RecursionError) as error:
-        findings.problem(file, None, f"is not valid JSON: {error or type(error).__name__}")
+        why = f"is not valid JSON: {error or type(error).__name__}"
+        if _YOLO_LINE.match(data):
+            why = f"is a label file of YOLO, which has one for each image; {_EXPORT}"
+        findings.problem(file, None, why)
     return None
 
 
@@ -91,10 +101,14 @@ def _named_format(
     """The content, unless it is in another format, which becomes a problem."""
     if "annotations" in content or "images" in content:
         return content
-    for keys, name in _OTHER_FORMATS:
-        if keys <= content.keys():
-            findings.problem(file, None, f"is {name}, not COCO JSON; {_EXPORT}")
-            return None
+    names = [name for keys, name in _OTHER_FORMATS if keys <= content.keys()]
+    # An older VIA file is an object of images.
+    value = next(iter(content.values()), None)
+    first = bytes(value) if isinstance(value, msgspec.Raw) else b""
+    if names or (b'"regions"' in first and b'"filename"' in first):
+        name = names[0] if names else _VIA
+        findings.problem(file, None, f"is {name}, not COCO JSON; {_EXPORT}")
+        return None
     return content
 
 

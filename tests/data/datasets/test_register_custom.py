@@ -165,6 +165,10 @@ def test_blank_line_in_a_class_list(tmp_path):
             "1: a category has no 'name'",
         ),
         ('{"_via_img_metadata": {}}', "is a project of the VGG Image Annotator"),
+        ('{"a.jpg9": {"filename": "a.jpg", "regions": []}}', "is a project of the VGG Image Ann"),
+        ('{"shapes": [], "imagePath": "a.jpg"}', "is a file of LabelMe"),
+        ("0 0.5 0.5 0.25 0.25\n1 0.1 0.1 0.2 0.2\n", "is a label file of YOLO"),
+        ('[{"image_id": 1, "score": 0.5}]', "is a list of predictions"),
         ('{"categories": [{"id": 1}]}', "has no 'name'"),
         ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "id 1 occurs more"),
         (
