@@ -359,7 +359,7 @@ def _check_masks(data: Instances, findings: Findings) -> None:
             if tuple(shape.size) != size:
                 problem(
                     annotation,
-                    f"an RLE, has (height, width) {tuple(shape.size)}, but its image {size}",
+                    f"has an RLE of (height, width) {tuple(shape.size)}, but its image has {size}",
                 )
             else:
                 rles.append((annotation, shape))
