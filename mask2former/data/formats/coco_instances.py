@@ -16,7 +16,7 @@ Polygons may end a little outside the image. The farthest accepted is one image 
 """
 
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Annotated, Any, Literal
@@ -346,44 +346,30 @@ def _check_masks(data: Instances, findings: Findings) -> None:
     polygon_owners: list[Annotation] = []
     rles: list[tuple[Annotation, Rle]] = []
     for annotation in chain.from_iterable(data.annotations.values()):
-        shape = annotation.segmentation
-        numbers = [] if annotation.area is None else [annotation.area]
-        if annotation.bbox is not UNSET:
-            numbers += annotation.bbox
-        if not _are_finite(numbers):
-            problem(annotation, "bbox or area is not a finite number")
-        elif annotation.area is not None and annotation.area < 0:
-            problem(annotation, f"has area {annotation.area}")
-        if isinstance(shape, Rle):
-            size = sizes[annotation.image_id]
-            if tuple(shape.size) != size:
-                problem(
-                    annotation,
-                    f"has an RLE of (height, width) {tuple(shape.size)}, but its image has {size}",
-                )
-            else:
-                rles.append((annotation, shape))
-            continue
-        if not shape:
-            why = "has no segmentation; it must be a list of polygons or an RLE"
+        shape, size = annotation.segmentation, sizes[annotation.image_id]
+        why = _number_problem(annotation)
+        if why is not None:
             problem(annotation, why)
-            continue
-        kept = [p for p in shape if len(p) >= 6 and len(p) % 2 == 0]
-        if len(kept) < len(shape):
-            lengths = [len(p) for p in shape if len(p) < 6 or len(p) % 2]
-            why = (
-                f"has a polygon of {lengths[0]} coordinates; a polygon is x1, y1, x2, y2, ... of "
-                "at least 3 points"
-            )
-            if len(lengths) == len(shape):
-                boxes = "; a box is no polygon" if lengths[0] == 4 else ""
-                problem(annotation, why + boxes)
+        if isinstance(shape, Rle):
+            if tuple(shape.size) == size:
+                rles.append((annotation, shape))
                 continue
-            where = f"annotation {annotation.id}"
-            findings.warn(paths[annotation.image_id], where, f"{why}. That part is left out")
-            annotation.segmentation = kept
-        polygons += kept
-        polygon_owners += [annotation] * len(kept)
+            why = f"has an RLE of (height, width) {tuple(shape.size)}, but its image has {size}"
+            problem(annotation, why)
+        elif not shape:
+            problem(annotation, "has no segmentation; it must be a list of polygons or an RLE")
+        else:
+            kept = [polygon for polygon in shape if _is_polygon(polygon)]
+            if len(kept) < len(shape):
+                why = _wrong_length(next(p for p in shape if not _is_polygon(p)))
+                if not kept:
+                    problem(annotation, why)
+                    continue
+                where = f"annotation {annotation.id}"
+                findings.warn(paths[annotation.image_id], where, f"{why}. That part is left out")
+                annotation.segmentation = kept
+            polygons += kept
+            polygon_owners += [annotation] * len(kept)
 
     _check_polygons(polygons, polygon_owners, sizes, paths, problem, findings)
     reasons = rle_problems(
@@ -397,7 +383,38 @@ def _check_masks(data: Instances, findings: Findings) -> None:
             data.annotations[image_id] = [a for a in listed if id(a) not in bad]
 
 
-def _check_polygons(polygons, owners, sizes, paths, problem, findings: Findings) -> None:
+def _number_problem(annotation: Annotation) -> str | None:
+    numbers = [] if annotation.area is None else [annotation.area]
+    if annotation.bbox is not UNSET:
+        numbers += annotation.bbox
+    # NaN compares false.
+    if not all(-_MAX_NUMBER < number < _MAX_NUMBER for number in numbers):
+        return "has a bbox or area that is not a finite number"
+    if annotation.area is not None and annotation.area < 0:
+        return f"has area {annotation.area}"
+    return None
+
+
+def _is_polygon(numbers: Sequence[Number]) -> bool:
+    return len(numbers) >= 6 and len(numbers) % 2 == 0
+
+
+def _wrong_length(numbers: Sequence[Number]) -> str:
+    return (
+        f"has a polygon of {len(numbers)} coordinates; a polygon is x1, y1, x2, y2, ... of at "
+        f"least 3 points{', not a box' if len(numbers) == 4 else ''}"
+    )
+
+
+def _check_polygons(
+    polygons: list[list[Number]],
+    owners: list[Annotation],
+    sizes: Mapping[Id, tuple[int, int]],
+    paths: Mapping[Id, str],
+    problem: Callable[[Annotation, str], None],
+    findings: Findings,
+) -> None:
+    """Check the coordinates of polygons, one owner each."""
     if not polygons:
         return
     extents = polygon_extents(polygons)
@@ -416,11 +433,6 @@ def _check_polygons(polygons, owners, sizes, paths, problem, findings: Findings)
             problem(owner, f"{beyond}, by more than its longest side; correct the coordinates")
         else:
             findings.warn(paths[owner.image_id], f"annotation {owner.id}", beyond)
-
-
-def _are_finite(numbers: Iterable[Number]) -> bool:
-    # NaN compares false.
-    return all(-_MAX_NUMBER < number < _MAX_NUMBER for number in numbers)
 
 
 # ---- what programs need ----

@@ -122,7 +122,10 @@ def test_parts_that_are_left_out_are_said(tmp_path, caplog):
             {"bbox": [0, 0, 4, None]},
             r"10: \$\.annotations\[0\]\.bbox\[3\]: expected 'int \| float'",
         ),
-        ({"segmentation": [[0, 0, 4, 8]]}, "annotation 10: has a polygon of 4 .* a box is no poly"),
+        (
+            {"segmentation": [[0, 0, 4, 8]]},
+            "annotation 10: has a polygon of 4 .* 3 points, not a box",
+        ),
         ({"segmentation": [[0, 0, 30, 0, 4, 4]]}, "x 0 to 30, .* by more than its longest side"),
         ({"segmentation": None}, "annotation 10: has no segmentation"),
         ({"area": -1}, "annotation 10: has area -1"),
