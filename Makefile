@@ -4,8 +4,10 @@
 # VENV    the environment to create and use. Empty (`make test VENV=`): use the active Python
 #         environment; only missing packages are installed, no installed one changes version.
 # PYTHON  the interpreter to create it with, or the active one if VENV is empty.
+# JOBS    processes that share the test files, each with one thread.
 VENV ?= .venv
 PYTHON ?= python3
+JOBS ?= 2
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
@@ -82,10 +84,11 @@ active-project: active-runtime
 	@$(PY) tools/setup_env.py --keep-installed project
 endif
 
-.PHONY: help env quickstart test lint format
+.PHONY: help env quickstart test gpu-check lint format
 help:
 	@echo 'make quickstart  train on the Shapes data, evaluate, write pictures to output/quickstart'
 	@echo 'make test        run the tests'
+	@echo 'make gpu-check   check numbers, memory and speed on a GPU, results in output/gpu_check'
 	@echo 'make lint        check style and types'
 	@echo 'make format      format the code'
 	@echo 'make env         only set up the environment'
@@ -100,7 +103,10 @@ quickstart: $(RUNTIME) $(PROJECT)
 	$(PY) tools/quickstart.py
 
 test: $(RUNTIME) $(DEV) $(PROJECT)
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
+
+gpu-check: $(RUNTIME) $(DEV) $(PROJECT)
+	$(PY) tools/gpu_check.py output/gpu_check
 
 lint: $(RUNTIME) $(DEV)
 	$(PY) -m ruff check .

@@ -1,4 +1,4 @@
-"""Every config key of the project: its default and its meaning. `config_checks.py` has the ranges.
+"""Every config key of the project: its default and its meaning. `config_schema.py` has the ranges.
 
 The keys extend Detectron2's config tree after `detectron2.projects.deeplab.add_deeplab_config`.
 Names and defaults are those of the original release, so its YAML files load unchanged; the few keys
@@ -6,15 +6,17 @@ added here have defaults that keep its behaviour.
 """
 
 import difflib
+import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import yaml
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+from detectron2.config.compat import guess_version
 from detectron2.projects.deeplab import add_deeplab_config
-from detectron2.utils.file_io import PathManager
 
-from .config_checks import check_config, check_once, get_value, has_key
+from .config_checks import check_config, check_once, check_set_keys
+from .config_file import read_config_file
+from .config_schema import check_values, get_value, has_key
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 
@@ -26,14 +28,22 @@ __all__ = [
     "without_added_defaults",
 ]
 
+_logger = logging.getLogger(__name__)
+
 ExtendConfig = Callable[[CfgNode], Any]
+# What merging raises; text that is deeply nested reaches the limits of Python's parser.
+_MERGE_ERRORS = (ValueError, TypeError, KeyError, AssertionError, MemoryError, RecursionError)
 # Keys that the original release does not have.
 _ADDED_KEYS = (
+    "DETERMINISTIC",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
+    "SOLVER.AMP.DTYPE",
 )
+# Attribute of a config object, not a key: the dotted keys that nobody has set.
+_UNSET = "_mask2former_unset_keys"
 
 
 def add_maskformer2_config(cfg: CfgNode) -> None:
@@ -172,13 +182,21 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # numbers, see mask2former/fast); False: run every part as written.
     cfg.MODEL.FAST = True
     # Activation checkpointing in training: "none", "selective" (the large intermediate tensors of
-    # single operations) or "blocks" (whole layers; least memory, most time).
-    cfg.MODEL.CHECKPOINTING = "selective"
+    # single operations), "blocks" (whole layers; least memory, most time) or "auto": selective, and
+    # on a GPU none after the first iterations if memory is ample (fast/checkpointing.py).
+    cfg.MODEL.CHECKPOINTING = "auto"
     # Losses in addition to class, mask and dice: a list of [name, weight], with names registered
     # in LOSS_REGISTRY (modeling/criterion.py).
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = []
     # Registered name of the matcher (MATCHER_REGISTRY in modeling/matcher.py).
     cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
+    # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
+    # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
+    # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
+    cfg.DETERMINISTIC = False
+    # What SOLVER.AMP.ENABLED computes in: "float16", as the original release, with scaled
+    # gradients, or "bfloat16", which needs none.
+    cfg.SOLVER.AMP.DTYPE = "float16"
 
 
 def load_config(
@@ -187,6 +205,9 @@ def load_config(
     extend_config: ExtendConfig | None = None,
 ) -> CfgNode:
     """Read a config file, apply overrides and check the values.
+
+    Files may come from anybody: unlike Detectron2's `CfgNode.merge_from_file`, reading them never
+    runs code (`config_file.py`).
 
     Besides Detectron2's keys and those above it knows DATASETS.CUSTOM: a list of your own data sets
     (`data/datasets/custom_entries.py`), which are registered. MODEL.SEM_SEG_HEAD.NUM_CLASSES and
@@ -215,29 +236,17 @@ def load_config(
     if extend_config is not None:
         extend_config(cfg)
 
-    if not PathManager.isfile(config_file):
-        raise FileNotFoundError(f"Config file {config_file!r} does not exist.")
-    with PathManager.open(config_file) as file:
-        # Composed, not constructed: only the keys are needed here.
-        root = yaml.compose(file, Loader=yaml.SafeLoader)
-    if not isinstance(root, yaml.MappingNode):
-        raise ValueError(f"Config file {config_file!r} has no KEY: VALUE entries at its top level.")
-    # Configs of the original release compute some values with YAML's Python tags. Detectron2 allows
-    # these by default.
-    loaded = CfgNode.load_yaml_with_base(config_file, allow_unsafe=True)
+    loaded, own_keys, places = read_config_file(config_file)
     known = [key for key, _ in _leaves(cfg)]
     for key, value in _leaves(loaded):
         if not has_key(cfg, key):
-            raise ValueError(_unknown_key(key, known, f"Config file {config_file!r}"))
+            raise ValueError(_unknown_key(key, known, places[key]))
         if isinstance(get_value(cfg, key), CfgNode) and not isinstance(value, dict):
             raise ValueError(
-                f"Config file {config_file!r} sets {key} to {value!r}, but that is a section with "
-                "keys of its own."
+                f"{places[key]} sets {key} to {value!r}, but that is a section with keys of its "
+                "own."
             )
-    try:
-        cfg.merge_from_file(config_file, allow_unsafe=True)
-    except ValueError as error:
-        raise ValueError(f"Config file {config_file!r}: {error}") from error
+    _merge(cfg, loaded, config_file)
 
     if len(opts) % 2:
         raise ValueError(
@@ -248,15 +257,26 @@ def load_config(
             raise ValueError(_unknown_key(key, known, "The command line"))
         try:
             cfg.merge_from_list([key, value])
-        except ValueError as error:
+        except _MERGE_ERRORS as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
 
+    cfg.__dict__[_UNSET] = frozenset(known) - {key for key, _ in _leaves(loaded)} - set(opts[::2])
+    check_values(cfg)  # before the first of them is used
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
-    follow_own_data(cfg, set(_keys_of_file(root)), set(opts[::2]))
+    follow_own_data(cfg, own_keys, set(opts[::2]))
     check_once(cfg, "config", check_config)
+    check_set_keys(cfg, own_keys, set(opts[::2]))
     return cfg
+
+
+def is_unset(cfg: CfgNode, key: str) -> bool:
+    """Whether `load_config` made this config, or what it was cloned from, without this key.
+
+    Neither a config file nor an override sets the key then, and its default is nobody's choice.
+    """
+    return key in cfg.__dict__.get(_UNSET, ())
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:
@@ -296,17 +316,26 @@ def _unknown_key(key: str, known: list[str], where: str) -> str:
     return f"{where} sets {key!r}, which is not a config key.{hint}"
 
 
-def _keys_of_file(node: yaml.MappingNode, prefix: str = "") -> Iterator[str]:
-    """Yield the dotted keys of a composed file, without those of the files it builds on."""
-    for key, value in node.value:
-        if key.value == "<<":  # merges one mapping, or several, into this one
-            merged = value.value if isinstance(value, yaml.SequenceNode) else [value]
-            for mapping in merged:
-                yield from _keys_of_file(mapping, prefix)
-            continue
-        yield f"{prefix}{key.value}"
-        if isinstance(value, yaml.MappingNode):
-            yield from _keys_of_file(value, f"{prefix}{key.value}.")
+def _merge(cfg: CfgNode, values: dict[str, Any], config_file: str) -> None:
+    """Merge what a file says, as `CfgNode.merge_from_file` does but without reading it again."""
+    try:
+        loaded = CfgNode(values)
+        version = loaded.get("VERSION")
+        if version is None:
+            version = guess_version(loaded, config_file)
+        if version == cfg.VERSION:
+            cfg.merge_from_other_cfg(loaded)
+            return
+        if version not in range(1, cfg.VERSION):
+            raise ValueError(f"VERSION is {version!r}; allowed: 1 to {cfg.VERSION}.")
+        _logger.warning(f"Config file {config_file!r} is of version {version} and is upgraded.")
+        old = downgrade_config(cfg, to_version=version)
+        old.merge_from_other_cfg(loaded)
+        upgraded = upgrade_config(old)
+        cfg.clear()
+        cfg.update(upgraded)
+    except _MERGE_ERRORS as error:
+        raise ValueError(f"Config file {config_file!r}: {error}") from error
 
 
 def _leaves(node: dict, prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -22,6 +22,7 @@ from .checkpoint import Mask2FormerCheckpointer
 from .config import ExtendConfig, register_custom_datasets, without_added_defaults
 from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
+from .utils.determinism import use_deterministic_algorithms
 from .utils.memory import keep_freed_memory
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
@@ -68,9 +69,21 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
     cfg.freeze()
     # Writes config.yaml, which programs of the original release should be able to read.
-    default_setup(without_added_defaults(cfg), args)
+    default_setup(without_added_defaults(cfg), _loggable(args))
     setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    if cfg.get("DETERMINISTIC", False):
+        use_deterministic_algorithms()
     return cfg
+
+
+def _loggable(args: argparse.Namespace) -> argparse.Namespace:
+    """Leave out a config file that Detectron2 cannot log: it expects the locale's encoding."""
+    try:
+        with open(args.config_file) as file:
+            file.read()
+    except (OSError, UnicodeError):
+        return argparse.Namespace(**(vars(args) | {"config_file": ""}))
+    return args
 
 
 def main(args: argparse.Namespace) -> dict | None:

@@ -16,6 +16,7 @@ from detectron2.structures import ImageList, Instances
 from detectron2.utils.memory import retry_if_cuda_oom
 from torch import Tensor, nn
 
+from .data.packed_masks import upload
 from .fast.setup import apply_config, follow_parts
 from .modeling.criterion import SetCriterion
 from .modeling.matcher import MATCHER_REGISTRY
@@ -174,7 +175,7 @@ class MaskFormer(nn.Module):
             turned on, `sem_seg` (K, H, W) scores, `panoptic_seg` a pair of (H, W) int32 ids and
             segment dicts, `instances` as `instance_inference` returns them.
         """
-        images = [x["image"].to(self.device) for x in batched_inputs]
+        images = [upload(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
         images = ImageList.from_tensors(images, self.size_divisibility)
 
@@ -186,8 +187,9 @@ class MaskFormer(nn.Module):
                     "record has no annotation, or INPUT.DATASET_MAPPER_NAME names a mapper that "
                     "does not make targets"
                 )
+            # Before the network, which a blocking copy would otherwise wait for.
+            instances = [upload(x["instances"], self.device) for x in batched_inputs]
             outputs = self.forward_network(images.tensor)
-            instances = [x["instances"].to(self.device) for x in batched_inputs]
             targets = self.prepare_targets(instances, images)
             weight_dict = self.criterion.weight_dict
             # Without deep supervision no loss of an earlier layer ("loss_ce_0", …) has a weight.

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from detectron2.config import CfgNode
 from detectron2.solver.build import maybe_add_gradient_clipping
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
+
+from .optimizer_state import fitting_state, require_structure
 
 _NORMS = (
     nn.BatchNorm1d,
@@ -80,16 +82,18 @@ class _Regroup:
     """Converts saved state with one group per parameter to the groups of this optimiser.
 
     A pre-hook of `Optimizer.load_state_dict`. State that already has the groups of the optimiser
-    passes unchanged.
+    passes unchanged. Either must fit the parameters: kernels do not check it.
 
     Args:
-        parameters: all trainable parameters in the original order.
+        names: of all trainable parameters, in the original order.
     """
 
-    def __init__(self, parameters: list[nn.Parameter]) -> None:
-        self._parameters = parameters
+    def __init__(self, names: dict[nn.Parameter, str]) -> None:
+        self._parameters = list(names)
+        self._names = names
 
     def __call__(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        require_structure(state_dict)
         saved_groups, state = state_dict["param_groups"], state_dict["state"]
         is_original = len(saved_groups) == len(self._parameters) != len(optimizer.param_groups)
         if is_original and all(len(group["params"]) == 1 for group in saved_groups):
@@ -105,6 +109,7 @@ class _Regroup:
                     index += 1
                 new_groups.append(new_group)
             saved_groups = new_groups
+        state = fitting_state(optimizer, saved_groups, state, self._names)
         # The kernels depend on this run and its device, not on the saved one.
         ours = {k: v for k, v in optimizer.defaults.items() if k in _IMPLEMENTATION}
         return {"state": state, "param_groups": [group | ours for group in saved_groups]}
@@ -116,12 +121,24 @@ def _clipping_full_model(
     """A subclass whose `step` first clips the norm of all gradients together to `max_norm`."""
 
     class FullModelGradientClippingOptimizer(optimizer_type):  # type: ignore[valid-type, misc]
+        grad_scale: Tensor | None
+
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
-            parameters = itertools.chain(*(group["params"] for group in self.param_groups))
+            parameters = list(itertools.chain(*(group["params"] for group in self.param_groups)))
+            if getattr(self, "grad_scale", None) is not None:
+                _unscale(parameters, self.grad_scale)
+                self.grad_scale = None
             torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
             return super().step(closure)
 
     return FullModelGradientClippingOptimizer
+
+
+def _unscale(parameters: list[nn.Parameter], scale: Tensor) -> None:
+    """Divide gradients by a scale, as `GradScaler.unscale_` does."""
+    inverse = scale.double().reciprocal().float()
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    torch._foreach_mul_(grads, inverse)
 
 
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
@@ -138,7 +155,11 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         ValueError: SOLVER.OPTIMIZER is unknown.
     """
     solver, clip = cfg.SOLVER, cfg.SOLVER.CLIP_GRADIENTS
-    parameters = [parameter for *_, parameter in _trainable_parameters(model)]
+    names = {
+        parameter: f"{module_name}.{name}".lstrip(".")
+        for module_name, _, name, parameter in _trainable_parameters(model)
+    }
+    parameters = list(names)
     kwargs: dict[str, Any] = {"lr": solver.BASE_LR}
     kwargs["fused"] = all(
         p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters
@@ -151,14 +172,19 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     else:
         raise ValueError(f"SOLVER.OPTIMIZER is {solver.OPTIMIZER!r}; allowed: ADAMW, SGD.")
 
+    takes_scaled = not clip.ENABLED or clip.CLIP_TYPE == "full_model"
     if clip.ENABLED and clip.CLIP_TYPE == "full_model":
         if clip.CLIP_VALUE > 0:
             optimizer_type = _clipping_full_model(optimizer_type, clip.CLIP_VALUE, clip.NORM_TYPE)
     else:
         optimizer_type = maybe_add_gradient_clipping(cfg, optimizer_type)
     optimizer = optimizer_type(parameter_groups(cfg, model), **kwargs)
-    # Otherwise the gradient scaler of mixed precision would leave unscaling to the fused kernel,
-    # and `step` would clip scaled gradients.
-    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]
-    optimizer.register_load_state_dict_pre_hook(_Regroup(parameters))
+    # Whether `step` takes scaled gradients of mixed precision, so that the gradient scaler need not
+    # wait for the device to learn whether they are finite: the fused kernel skips the update if
+    # not. The clipping of Detectron2 does not know of scales, and after a first step that is
+    # skipped fused SGD would read momentum that is not initialised.
+    optimizer._step_supports_amp_scaling = (  # type: ignore[attr-defined]
+        kwargs["fused"] and solver.OPTIMIZER == "ADAMW" and takes_scaled
+    )
+    optimizer.register_load_state_dict_pre_hook(_Regroup(names))
     return optimizer

@@ -17,7 +17,7 @@ from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
 from .config import ExtendConfig, load_config
-from .config_checks import check_config, check_once
+from .config_checks import check_config, check_once, check_parts, check_training
 from .data.class_counts import check_class_counts
 from .data.evaluator_types import builders_of
 from .data.loader import check_batch_size, check_dataset_names
@@ -77,6 +77,11 @@ def check_run(
         num_workers = comm.get_world_size()
     check_once(cfg, "config", check_config)
     check_once(cfg, "device", check_device)
+    if purpose != "unknown":  # the program may still register parts
+        check_once(cfg, "parts", check_parts)
+    if purpose == "train":
+        name = f"training {num_workers}"
+        check_once(cfg, name, lambda cfg: check_training(cfg, num_workers))
     needed = {
         # Test sets too: otherwise a wrong name would be noticed when training has ended.
         "train": (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST),
@@ -104,12 +109,48 @@ def check_device(cfg: CfgNode) -> None:
     """Check that the device exists on this machine.
 
     Raises:
-        ValueError: MODEL.DEVICE asks for a GPU and the machine has no usable one.
+        ValueError: MODEL.DEVICE asks for a device that the machine does not have.
     """
-    if torch.device(cfg.MODEL.DEVICE).type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(cfg.MODEL.DEVICE)
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has no usable CUDA GPU; add "
             "`MODEL.DEVICE cpu` to the command to run on the CPU."
+        )
+    if device.type == "cuda":
+        count = torch.cuda.device_count()
+        if device.index is not None and device.index >= count:
+            raise ValueError(
+                f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, but this machine has {count} CUDA GPU(s), "
+                "numbered from 0."
+            )
+        return
+    if device.type == "meta":
+        raise ValueError("MODEL.DEVICE is 'meta', on which a model can be built but not run.")
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise ValueError(
+            f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r}, which this machine does not have: {error}"
+        ) from error
+
+
+def check_precision(cfg: CfgNode) -> None:
+    """Check that the GPU computes in the precision of training.
+
+    Not part of `check_run`: it takes memory of the GPU, in the process that trains only.
+
+    Raises:
+        ValueError: SOLVER.AMP asks for bfloat16, which the GPU only emulates.
+    """
+    amp = cfg.SOLVER.AMP
+    on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+    if not (amp.ENABLED and on_gpu and amp.get("DTYPE") == "bfloat16"):
+        return
+    if not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ValueError(
+            f"SOLVER.AMP.DTYPE is 'bfloat16', which {torch.cuda.get_device_name()} does not "
+            "compute in; set it to 'float16'."
         )
 
 

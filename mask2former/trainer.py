@@ -1,11 +1,12 @@
-"""The trainer: Detectron2's `DefaultTrainer` with Mask2Former's parts and exact resuming.
+"""The trainer: Detectron2's `DefaultTrainer` with Mask2Former's parts and repeatable resuming.
 
     build_train_loader → build_model → build_optimizer, build_lr_scheduler → hooks → test
 
-A run that is killed and resumed gives the same losses as one that never stopped, because no random
-state is carried from one iteration to the next: the order and augmentation of samples depend on the
-run's seed and their position (`data/loader.py`), and the model's random numbers on the seed, the
-iteration and the rank.
+A run that is killed and resumed continues with the samples and random numbers of one that never
+stopped, because no random state is carried from one iteration to the next: the order and
+augmentation of samples depend on the run's seed and their position (`data/loader.py`), and the
+model's random numbers on the seed, the iteration and the rank. On a CPU the losses are then the
+same; on a GPU only with DETERMINISTIC, since gradients are otherwise added in any order.
 """
 
 import logging
@@ -16,7 +17,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
-from detectron2.engine import AMPTrainer, DefaultTrainer, SimpleTrainer, TrainerBase
+from detectron2.engine import DefaultTrainer, TrainerBase, hooks
 from detectron2.engine.defaults import create_ddp_model
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
@@ -29,13 +30,24 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .checkpoint import Mask2FormerCheckpointer
+from .config import is_unset
 from .data.dataset_mappers import build_mapper
-from .data.loader import ResumableBatchSampler, build_test_loader, build_train_loader
+from .data.loader import (
+    ResumableBatchSampler,
+    build_test_loader,
+    build_train_loader,
+    has_fixed_size,
+)
 from .evaluation import build_evaluator, write_results
+from .fast.checkpointing import has_room, set_checkpointing
 from .fast.setup import apply_config
+from .maskformer_model import MaskFormer
 from .optimizer import build_optimizer
-from .preflight import check_run
+from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
+from .train_step import DelayedMetrics, MixedPrecisionStep, Step
+from .trainer_state import check_trainer_state
+from .utils.determinism import use_deterministic_algorithms
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -79,6 +91,59 @@ class MetricWindow(HookBase):
                 self.trainer.storage.histories()[name].update(value, iteration)
 
 
+class AmpleMemory(HookBase):
+    """Turns activation checkpointing off if a GPU has the memory (MODEL.CHECKPOINTING "auto")."""
+
+    _NUM_ITERATIONS = 20
+
+    def __init__(self) -> None:
+        self._peak = 0
+
+    def after_step(self) -> None:
+        num_done = self.trainer.iter - self.trainer.start_iter + 1
+        if num_done > self._NUM_ITERATIONS:
+            return
+        peak, available = self._memory()
+        # Other hooks may reset torch's maximum.
+        self._peak = max(self._peak, peak)
+        # All ranks decide alike, because the slowest sets the pace.
+        if num_done == self._NUM_ITERATIONS and all(
+            comm.all_gather(has_room(self._peak, available))
+        ):
+            set_checkpointing(self.trainer.model, "none")
+            _logger.info(
+                f"Activation checkpointing is off from here on: training took at most "
+                f"{self._peak / 2**30:.1f} of {available / 2**30:.1f} GiB. "
+                "MODEL.CHECKPOINTING selective keeps it on."
+            )
+
+    @staticmethod
+    def _memory() -> tuple[int, int]:
+        """Bytes allocated at most so far, and bytes that this process could allocate in all."""
+        free, _ = torch.cuda.mem_get_info()
+        return torch.cuda.max_memory_allocated(), free + torch.cuda.memory_reserved()
+
+
+# Hooks that do not read the losses, or only after every so many iterations: the attribute says how
+# many. All others may read them any time.
+_PERIODS: dict[type[HookBase], str | None] = {
+    hooks.IterationTimer: None,
+    hooks.LRScheduler: None,
+    hooks.TorchMemoryStats: None,
+    hooks.TorchProfiler: None,
+    hooks.PreciseBN: None,
+    hooks.PeriodicCheckpointer: "period",
+    hooks.BestCheckpointer: "_period",
+    hooks.EvalHook: "_period",
+    hooks.PeriodicWriter: "_period",
+    IterationSeed: None,
+    MetricWindow: None,
+    AmpleMemory: None,
+}
+# Methods of a trainer that may read the losses if a subclass overrides them.
+_STEPS = ("run_step", "before_step", "after_step", "after_backward")
+
+
 class Trainer(DefaultTrainer):
     """Trains and evaluates what a config describes.
 
@@ -86,11 +151,13 @@ class Trainer(DefaultTrainer):
         seed: of the run: the config's SEED, or drawn once, logged and saved in checkpoints.
     """
 
-    def __init__(self, cfg: CfgNode) -> None:
+    def __init__(self, cfg: CfgNode, *, delay_metrics: bool | None = None) -> None:
         """
         Args:
             cfg: the config, see `mask2former.config.load_config`. Checks that it has not passed yet
                 run here.
+            delay_metrics: write losses one iteration late if nothing reads them earlier, see
+                `train_step.py`; default: if MODEL.DEVICE is a GPU.
 
         Raises:
             ValueError: the config does not fit the data sets, the device or the number of
@@ -103,6 +170,9 @@ class Trainer(DefaultTrainer):
             setup_logger()
             setup_logger(name="mask2former")
         check_run(cfg, "train", own_evaluators=has_own_evaluators(type(self)))
+        if cfg.get("DETERMINISTIC", False):
+            use_deterministic_algorithms()
+        check_precision(cfg)
         cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0
@@ -115,16 +185,16 @@ class Trainer(DefaultTrainer):
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        self._delays_metrics = on_gpu if delay_metrics is None else delay_metrics
         if comm.get_world_size() > 1:
-            device_ids = [comm.get_local_rank()] if on_gpu else None
-            model = create_ddp_model(model, broadcast_buffers=False, device_ids=device_ids)
-        if cfg.SOLVER.AMP.ENABLED and not on_gpu:
-            _logger.warning(
-                f"SOLVER.AMP.ENABLED is ignored on MODEL.DEVICE {cfg.MODEL.DEVICE}: mixed "
-                "precision training needs a CUDA GPU. Training in float32."
+            model = create_ddp_model(
+                model,
+                broadcast_buffers=False,
+                device_ids=[comm.get_local_rank()] if on_gpu and needs_uploads(model) else None,
+                gradient_as_bucket_view=True,
             )
-        trainer_type = AMPTrainer if cfg.SOLVER.AMP.ENABLED and on_gpu else SimpleTrainer
-        self._trainer = trainer_type(model, data_loader, optimizer)
+        self._trainer = self._build_step(cfg, model, data_loader, optimizer)
+        self._trainer.cudnn_benchmark = on_gpu and chooses_cudnn_benchmark(cfg, data_loader)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Mask2FormerCheckpointer(
             model, cfg.OUTPUT_DIR, partial_init=True, trainer=weakref.proxy(self)
@@ -142,8 +212,79 @@ class Trainer(DefaultTrainer):
             f"seed {self.seed}"
         )
 
+    @staticmethod
+    def _build_step(
+        cfg: CfgNode, model: nn.Module, data_loader: DataLoader, optimizer: Optimizer
+    ) -> DelayedMetrics:
+        on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
+        if cfg.SOLVER.AMP.ENABLED and on_gpu:
+            # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+            dtype = getattr(torch, cfg.SOLVER.AMP.get("DTYPE", "float16"))
+            step: DelayedMetrics = MixedPrecisionStep(model, data_loader, optimizer, dtype=dtype)
+        else:
+            step = Step(model, data_loader, optimizer)
+        if cfg.SOLVER.AMP.ENABLED and not on_gpu:
+            _logger.warning(
+                f"SOLVER.AMP.ENABLED is ignored on MODEL.DEVICE {cfg.MODEL.DEVICE}: mixed "
+                "precision training needs a CUDA GPU. Training in float32."
+            )
+        return step
+
     def build_hooks(self) -> list[HookBase | None]:
-        return [*super().build_hooks(), IterationSeed(), MetricWindow()]
+        on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
+        chooses = on_gpu and self.cfg.MODEL.get("CHECKPOINTING") == "auto"
+        return [
+            *super().build_hooks(),
+            IterationSeed(),
+            MetricWindow(),
+            AmpleMemory() if chooses else None,
+        ]
+
+    def before_train(self) -> None:
+        super().before_train()
+        # A subclass may make its own step.
+        delays = getattr(self, "_delays_metrics", False)
+        if delays and isinstance(self._trainer, DelayedMetrics):
+            readers, periods = self._readers_of_losses()
+            if readers:
+                _logger.info(f"Losses are written at once, because they may be read by {readers}")
+            else:
+                max_iter = self.max_iter
+                self._trainer.delay_metrics(
+                    lambda iteration: (
+                        iteration + 1 >= max_iter
+                        or any((iteration + 1) % period == 0 for period in periods)
+                    )
+                )
+
+    def _readers_of_losses(self) -> tuple[list[str], set[int]]:
+        """What may read the losses in every iteration, and periods in which losses are read.
+
+        The same on all ranks, though only the first has a writer and a checkpointer.
+        """
+        readers = {type(hook).__qualname__ for hook in self._hooks if type(hook) not in _PERIODS}
+        for name in _STEPS:
+            overridden = getattr(type(self), name) is not getattr(Trainer, name)
+            if overridden or name in self.__dict__:
+                readers.add(f"{type(self).__qualname__}.{name}")
+        attributes = ((hook, _PERIODS.get(type(hook))) for hook in self._hooks)
+        periods = {getattr(hook, name) for hook, name in attributes if name is not None}
+        ranks = comm.all_gather((readers, periods))
+        all_readers = set().union(*(readers for readers, _ in ranks))
+        all_periods = set().union(*(periods for _, periods in ranks))
+        return sorted(all_readers), {period for period in all_periods if period > 0}
+
+    def _flush(self) -> None:
+        """Write delayed losses where the other ranks need not take part."""
+        # They may be anywhere after an error, and only the first rank saves checkpoints.
+        if comm.get_world_size() == 1 and isinstance(self._trainer, DelayedMetrics):
+            self._trainer.flush()
+
+    def after_train(self) -> None:
+        try:
+            self._flush()
+        finally:
+            super().after_train()
 
     def train(self) -> OrderedDict | None:
         """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does."""
@@ -158,9 +299,11 @@ class Trainer(DefaultTrainer):
         return super().train()
 
     def state_dict(self) -> dict[str, Any]:
+        self._flush()
         return super().state_dict() | {"seed": self.seed}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        check_trainer_state(self, state_dict)
         # One per parameter group. Other trainers make more groups than this one; the rates of the
         # scheduler here follow from the config either way.
         base_lrs = list(self.scheduler.base_lrs)
@@ -271,6 +414,28 @@ class Trainer(DefaultTrainer):
             ) from error
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def needs_uploads(model: nn.Module) -> bool:
+    """Whether a model may rely on DDP to move its inputs to the GPU.
+
+    DDP then copies all tensors of a sample, and waits for them. `MaskFormer.forward` uploads what
+    it needs, without waiting; that of another project may not.
+    """
+    return type(model).forward is not MaskFormer.forward
+
+
+def chooses_cudnn_benchmark(cfg: CfgNode, data_loader: Any) -> bool:
+    """Whether cuDNN should time its algorithms in training though nobody has set CUDNN_BENCHMARK.
+
+    It does so for each new size of images, which pays if there is one only; and what it chooses may
+    differ between runs.
+    """
+    return (
+        is_unset(cfg, "CUDNN_BENCHMARK")
+        and not torch.are_deterministic_algorithms_enabled()
+        and has_fixed_size(cfg, data_loader)
+    )
 
 
 _OWN_METHODS = {name: getattr(Trainer, name).__func__ for name in ("build_evaluator", "test")}

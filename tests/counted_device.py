@@ -5,26 +5,32 @@ them. A process can register one such device and never removes it; hence the pro
 
     python counted_device.py CONFIG.yaml
 
-It prints JSON: the syncs and uploads in a training forward of the config's model and in its
-inference, each with its operator and calling functions, and the counts for known code.
+It prints JSON: the number of operator calls, and the syncs and uploads, each with its operator and
+calling functions, in a training forward of the config's model, in a whole training step, and in
+inference; and the counts for known code.
 """
 
+import itertools
 import json
 import sys
 import traceback
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import build_model
 from detectron2.projects.deeplab import add_deeplab_config
-from detectron2.structures import Instances
+from detectron2.structures import Boxes, Instances
+from detectron2.utils.events import EventStorage
 from torch import Tensor
 from torch.utils import backend_registration
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 from torch.utils._pytree import tree_iter, tree_map_only
 
 from mask2former import add_maskformer2_config
+from mask2former.optimizer import build_optimizer
+from mask2former.train_step import Step
 
 NAME = "counted"
 # Operators whose results are values or sizes that the host needs.
@@ -56,17 +62,24 @@ class CountedTensor(Tensor):
     def tolist(self) -> list:
         return self.cpu().tolist()
 
+    def data_ptr(self) -> int:
+        return self.inner.data_ptr()
+
 
 class Counter(TorchDispatchMode):
     """Runs the device's operators on the CPU, and records where a GPU would sync the host.
 
+    Copies that are `non_blocking` count neither as syncs nor as uploads.
+
     Attributes:
+        operators: number of operators called, views included.
         syncs: reads of values by the host.
         uploads: blocking copies to the device.
     """
 
     def __init__(self) -> None:
         super().__init__()
+        self.operators = 0
         self.syncs: list[str] = []
         self.uploads: list[str] = []
 
@@ -94,14 +107,16 @@ class Counter(TorchDispatchMode):
         to_device = target is not None and torch.device(target).type == NAME
         if not (on_device or to_device):
             return function(*args, **kwargs)
+        self.operators += 1
         to_host = target is not None and not to_device
+        blocking = not kwargs.get("non_blocking")
         name = function.overloadpacket.__name__
         mask = name in INDEXING and any(
             x is not None and x.dtype in (torch.bool, torch.uint8) for x in args[1]
         )
-        if to_host or name in READS or mask:
+        if (to_host and blocking) or name in READS or mask:
             self.syncs.append(self._place(name))
-        elif from_host and not kwargs.get("non_blocking"):
+        elif from_host and blocking:
             self.uploads.append(self._place(name))
 
         if to_device:
@@ -122,7 +137,22 @@ class Counter(TorchDispatchMode):
         return f"{name}: " + " < ".join(f"{x.name}:{x.lineno}" for x in reversed(ours[-3:]))
 
 
+class _Event:
+    """Stands for `torch.cuda.Event`; everything queued has already happened."""
+
+    def record(self, stream: Any = None) -> None:
+        pass
+
+    def synchronize(self) -> None:
+        pass
+
+
 class _Backend(backend_registration._DummyBackendModule):
+    Event = _Event
+
+    def current_stream(self, device: Any = None) -> None:
+        return None
+
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
 
@@ -138,56 +168,80 @@ def known_code() -> dict[str, int]:
         (x + 1).view(-1)[1:].mul_(2)
         x[torch.tensor([0, 2])]
         torch.ones(3).to(NAME, non_blocking=True)
+        x.to("cpu", non_blocking=True)
     return {"syncs": len(counter.syncs), "uploads": len(counter.uploads)}
 
 
-def make_inputs(num_classes: int, device: str) -> list[dict[str, Any]]:
-    """Three images of different sizes, one without objects, on the device."""
+def make_inputs(num_classes: int) -> list[dict[str, Any]]:
+    """Three images of different sizes on the host, one without objects, one with boxes."""
     inputs = []
     for size, count in (((64, 96), 3), ((50, 70), 1), ((64, 64), 0)):
         instances = Instances(size)
-        instances.gt_classes = (torch.arange(count) % num_classes).to(device)
-        instances.gt_masks = (torch.rand(count, *size) > 0.5).to(device)
-        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8).to(device)
+        instances.gt_classes = torch.arange(count) % num_classes
+        instances.gt_masks = torch.rand(count, *size) > 0.5
+        if count == 3:
+            instances.gt_boxes = Boxes(torch.rand(count, 4))
+        image = torch.randint(0, 256, (3, *size), dtype=torch.uint8)
         inputs.append({"image": image, "instances": instances})
     return inputs
 
 
-def count_forwards(cfg: CfgNode) -> dict[str, dict[str, list[str]]]:
-    """Syncs and uploads of the second training forward and the second inference.
+def count(cfg: CfgNode) -> dict[str, dict[str, Any]]:
+    """Counts of the second training forward, the third training step and the second inference.
 
-    The first ones fill caches.
+    The first ones fill caches, and a step writes the losses of the one before it.
     """
     torch.__future__.set_overwrite_module_params_on_conversion(True)
     model = build_model(cfg)
     model.metadata.thing_dataset_id_to_contiguous_id = {1: 0}
+    inputs = make_inputs(model.sem_seg_head.num_classes)
     with Counter():
         model.to(NAME)
-        inputs = make_inputs(model.sem_seg_head.num_classes, NAME)
         model(inputs)
     with Counter() as training:
         losses = model(inputs)
     assert all(x.device.type == NAME and torch.isfinite(x.inner) for x in losses.values())
+    counters = {"training": training, "step": count_step(cfg, model, inputs)}
     model.eval()
     with torch.no_grad():
         with Counter():
             model(inputs)
-        with Counter() as inference:
+        with Counter() as counters["inference"]:
             outputs = model(inputs)
     for output in outputs:
         tensors = output["sem_seg"], output["panoptic_seg"][0], output["instances"].pred_masks
         assert all(x.device.type == NAME for x in tensors)
-    counters = {"training": training, "inference": inference}
-    return {k: {"syncs": x.syncs, "uploads": x.uploads} for k, x in counters.items()}
+    return {
+        name: {"operators": x.operators, "syncs": x.syncs, "uploads": x.uploads}
+        for name, x in counters.items()
+    }
+
+
+def count_step(cfg: CfgNode, model: torch.nn.Module, inputs: list[dict[str, Any]]) -> Counter:
+    """Counts of a training step: forward, backward, clipping, optimiser, logging."""
+    with Counter():
+        optimizer = build_optimizer(cfg, model)
+    step = Step(model, itertools.repeat(inputs), optimizer)
+    step.delay_metrics(lambda iteration: False)
+    with EventStorage() as storage:
+        for step.iter in range(3):
+            storage.iter = step.iter
+            with Counter() as counter:
+                step.run_step()
+        assert storage.latest()["total_loss"][1] == 1
+    return counter
 
 
 def main() -> None:
     backend_registration._setup_privateuseone_for_python_backend(NAME, _Backend())
+    # In a process group the number of masks is averaged.
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     cfg = get_cfg()
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)
     cfg.merge_from_file(sys.argv[1])
-    print(json.dumps({"known": known_code(), **count_forwards(cfg)}))
+    print(json.dumps({"known": known_code(), **count(cfg)}))
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import os
 import pickle
+import sys
 
 import numpy as np
 import pytest
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from safetensors.torch import save_file
 from torch import nn
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
@@ -202,3 +204,140 @@ def test_saved_files_load_in_detectron2(tmp_path):
     extra = DetectionCheckpointer(target, str(tmp_path)).resume_or_load("", resume=True)
     assert equal(source, target)
     assert extra["iteration"] == 3
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("name", ["sem_seg_head.proj.weight", "backbone.norm.running_var"])
+@pytest.mark.parametrize("file", ["model.pth", "model.pkl"])
+def test_weights_that_are_not_finite(tmp_path, value, name, file):
+    weights = numpy_weights(Model())
+    weights[name] = weights[name].copy()
+    weights[name].flat[1] = value
+    path = write(tmp_path / file, {"model": weights, "__author__": "x"})
+    for load in (start_training, lambda model, path: Mask2FormerCheckpointer(model).load(path)):
+        with pytest.raises(ValueError, match=rf"{file}: 1 of its weights hold NaN .*\({name}\)"):
+            load(Model(), path)
+
+
+def test_masks_of_a_model_may_be_infinite(tmp_path):
+    def masked():
+        model = Model()
+        model.register_buffer("mask", torch.tensor([0, -float("inf")]))
+        return model
+
+    weights = masked().state_dict()
+    Mask2FormerCheckpointer(masked()).load(write(tmp_path / "model.pth", weights))
+    weights["mask"][0] = float("nan")
+    with pytest.raises(ValueError, match=r"1 of its weights hold NaN .*\(mask\)"):
+        Mask2FormerCheckpointer(masked()).load(write(tmp_path / "model.pth", weights))
+
+
+@pytest.mark.parametrize("dtype", [torch.int64, torch.uint8, torch.bool, torch.complex64])
+@pytest.mark.parametrize("matching", [False, True])
+def test_weights_of_another_kind(tmp_path, dtype, matching):
+    source = Model()
+    weights = source.backbone.state_dict() if matching else source.state_dict()
+    name = "stem.weight" if matching else "backbone.stem.weight"
+    weights[name] = weights[name].to(dtype)
+    path = write(tmp_path / "model.pth", weights)
+    query = "?matching_heuristics=True" if matching else ""
+    with pytest.raises(
+        ValueError, match=rf"model\.pth\S*: {name} holds {dtype}, but the model need"
+    ):
+        start_training(Model(), path + query)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_weights_of_another_precision(tmp_path, dtype):
+    source, target = Model(), Model()
+    weights = {
+        name: value.to(dtype) if value.is_floating_point() else value
+        for name, value in source.state_dict().items()
+    }
+    Mask2FormerCheckpointer(target).load(write(tmp_path / "model.pth", weights))
+    assert torch.equal(target.backbone.stem.weight, weights["backbone.stem.weight"].float())
+
+
+def test_safetensors(tmp_path):
+    source, target = Model(), Model()
+    path = str(tmp_path / "model.safetensors")
+    save_file(source.state_dict(), path, metadata={"format": "pt"})
+    Mask2FormerCheckpointer(target).load(path)
+    assert equal(source, target)
+
+    # Under any name, of a wrapped model, and with name matching.
+    os.rename(path, tmp_path / "model.bin")
+    start_training(target, str(tmp_path / "model.bin"))
+    save_file({f"module.{k}": v for k, v in source.state_dict().items()}, path)
+    target = Model()
+    Mask2FormerCheckpointer(target).load(path)
+    assert equal(source, target)
+    save_file(source.backbone.state_dict(), path)
+    target = Model()
+    start_training(target, f"{path}?matching_heuristics=True")
+    assert equal(source, target, "backbone")
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors\S* does not fit the model.*5 missing"
+    ):
+        Mask2FormerCheckpointer(target).load(f"{path}?matching_heuristics=True")
+
+
+def test_safetensors_of_transformers(tmp_path):
+    path = str(tmp_path / "model.safetensors")
+    save_file({"class_predictor.bias": torch.zeros(4)}, path)
+    with pytest.raises(
+        ValueError, match=r"model\.safetensors .* those of the transformers package"
+    ):
+        start_training(Model(), path)
+
+
+def test_safetensors_without_its_package(tmp_path, monkeypatch):
+    path = str(tmp_path / "model.safetensors")
+    save_file(Model().state_dict(), path)
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    with pytest.raises(ValueError, match=r"model\.safetensors is a sa.*`pip install safetensors`"):
+        Mask2FormerCheckpointer(Model()).load(path)
+
+
+def test_unknown_query(tmp_path):
+    path = write(tmp_path / "model.pth", Model().state_dict())
+    with pytest.raises(ValueError, match=r"model\.pth\?a=1: nothing reads a"):
+        Mask2FormerCheckpointer(Model()).load(f"{path}?a=1")
+
+
+def test_state_of_another_object(tmp_path):
+    """Whatever it raises, the file is named."""
+
+    class Other:
+        def state_dict(self):
+            return {}
+
+        def load_state_dict(self, state):
+            return state["a"] + 1
+
+    checkpointer = Mask2FormerCheckpointer(Model(), str(tmp_path), other=Other())
+    checkpointer.save("model")
+    with pytest.raises(ValueError, match=r"model\.pth: the state of training .* has no entry 'a'"):
+        checkpointer.load(str(tmp_path / "model.pth"))
+
+
+@pytest.mark.parametrize("file", ["odd.pth", "odd.pkl"])
+def test_odd_structures(tmp_path, file):
+    """All are refused, with the file's name."""
+    weights = numpy_weights(Model())
+    caffe2, matching = {"__author__": "Caffe2"}, {"__author__": "x", "matching_heuristics": True}
+    for data in [
+        *(3, None, "text", [], (), {}, {1: 2}, {"model": 3}, {"model": []}, {"model": {}}),
+        *({"blobs": 3}, {"blobs": {1: weights}}, {"blobs": {"a": None}}, {"blobs": {}}),
+        *({"model": {1: weights["criterion.empty_weight"]}}, {"model": {"": np.ones(2)}}),
+        *({"model": value} | matching for value in ({}, 3, {"": np.ones(2)}, {"weight": None})),
+        *({"model": {"w": np.array(value)}} | matching for value in ("text", b"bytes", "")),
+        *({"model": {"w": np.ones(2)}} | matching, {"model": {"weight": np.ones(())}} | matching),
+        {"model": {"cls_score_w": np.ones(())}} | matching | caffe2,
+        {"model": {"bbox_pred_w": np.ones(())}} | matching | caffe2,
+        {"model": {name: np.ones(()) for name in weights}} | matching,
+        {"model": {"stem.bias": np.ones(4), "bias": np.ones(4)}} | matching | {"__author__": 3},
+    ]:
+        path = write(tmp_path / file, data)
+        with pytest.raises(ValueError, match=rf"Checkpoint \S*{file}"):
+            Mask2FormerCheckpointer(Model()).load(path)

@@ -55,10 +55,12 @@ PAPER_FIGURES = {
 }
 # Keys that the original release does not have.
 ADDED = {
+    "DETERMINISTIC": False,
     "MODEL.FAST": True,
-    "MODEL.CHECKPOINTING": "selective",
+    "MODEL.CHECKPOINTING": "auto",
     "MODEL.MASK_FORMER.EXTRA_LOSSES": [],
     "MODEL.MASK_FORMER.MATCHER_NAME": "HungarianMatcher",
+    "SOLVER.AMP.DTYPE": "float16",
 }
 LVIS = "lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
 
@@ -265,7 +267,8 @@ REJECTED = [
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 100, "multiples of MODEL.MASK_FORMER.NHEADS"),
     ("MODEL.SEM_SEG_HEAD.CONVS_DIM", 48, "multiples of 32"),
     ("MODEL.SEM_SEG_HEAD.LOSS_WEIGHT", 2.0, "allowed: 1.0, because"),
-    ("MODEL.CHECKPOINTING", "all", "'none', 'selective', 'blocks'"),
+    ("MODEL.CHECKPOINTING", "all", "'none', 'selective', 'blocks', 'auto'"),
+    ("SOLVER.AMP.DTYPE", "half", "'float16', 'bfloat16'"),
     ("MODEL.MASK_FORMER.MATCHER_NAME", "Greedy", "'HungarianMatcher'"),
     ("INPUT.COLOR_AUG_SSD", True, "mapper 'coco_panoptic_lsj' ignores it"),
     ("INPUT.SIZE_DIVISIBILITY", 512, "mapper 'coco_panoptic_lsj' ignores it"),
@@ -340,6 +343,27 @@ def test_added_keys(cfg, registries):
         section, _, name = key.rpartition(".")
         del get_value(cfg, section)[name]
     check_config(cfg)
+
+
+@pytest.mark.parametrize("architecture", ["MaskFormer", "SemanticSegmentor"])
+def test_deterministic_mode_is_checked(cfg, architecture):
+    """For every architecture, since the trainer reads the key for every one."""
+    cfg.MODEL.META_ARCHITECTURE = architecture
+    cfg.DETERMINISTIC = 1
+    with pytest.raises(ValueError, match="DETERMINISTIC is 1; allowed: True, False"):
+        check_config(cfg)
+    cfg.DETERMINISTIC = True
+    check_config(cfg)
+    cfg.CUDNN_BENCHMARK = True
+    with pytest.raises(ValueError, match="DETERMINISTIC and CUDNN_BENCHMARK are both True"):
+        check_config(cfg)
+    cfg.CUDNN_BENCHMARK = False
+    cfg.MODEL.BACKBONE.NAME, cfg.MODEL.SWIN.APE = "D2SwinTransformer", True
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg)
+    cfg.MODEL.DEVICE = "cuda"
+    with pytest.raises(ValueError, match=r"DETERMINISTIC and MODEL\.SWIN\.APE are both True"):
+        check_config(cfg)
 
 
 def test_registered_mappers_are_accepted(cfg, registries):

@@ -6,7 +6,8 @@ from detectron2.engine import default_argument_parser
 from load_script import ROOT, load_script
 
 from mask2former import launch as launch_module
-from mask2former.launch import launch, started_by_torchrun
+from mask2former.config import load_config
+from mask2former.launch import launch, setup, started_by_torchrun
 from mask2former.trainer import Trainer
 
 TORCHRUN = {
@@ -40,6 +41,15 @@ def test_one_process(config_file):
     args = parse("--config-file", config_file)
     launch(seen.append, args)
     assert seen == [args]
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-8-sig"])
+def test_config_in_another_encoding(tmp_path, encoding):
+    path, output = tmp_path / "config.yaml", tmp_path / "größe"
+    text = f"MODEL: {{DEVICE: cpu, META_ARCHITECTURE: Toy}}\nVERSION: 2\nOUTPUT_DIR: {output}\n"
+    path.write_bytes(text.encode(encoding))
+    assert setup(parse("--config-file", str(path))).OUTPUT_DIR == str(output)
+    assert load_config(str(output / "config.yaml")).MODEL.META_ARCHITECTURE == "Toy"
 
 
 def test_torchrun_and_num_gpus_at_once(config_file, monkeypatch):
@@ -105,6 +115,17 @@ def test_programs_keep_freed_memory_on_a_cpu(config_file, monkeypatch, tmp_path,
     monkeypatch.setattr(launch_module, "Trainer", Toy)
     with pytest.raises(Stop):
         launch_module.main(parse("--config-file", config_file, "MODEL.DEVICE", device))
+    assert calls == expected
+
+
+@pytest.mark.parametrize(("value", "expected"), [("True", ["set up", "on"]), ("False", ["set up"])])
+def test_setup_turns_deterministic_mode_on(config_file, monkeypatch, value, expected):
+    """After Detectron2's set-up, which sets cudnn.benchmark."""
+    calls = []
+    monkeypatch.setattr(launch_module, "default_setup", lambda *args: calls.append("set up"))
+    monkeypatch.setattr(launch_module, "setup_logger", lambda **kwargs: None)
+    monkeypatch.setattr(launch_module, "use_deterministic_algorithms", lambda: calls.append("on"))
+    launch_module.setup(parse("--config-file", config_file, "DETERMINISTIC", value))
     assert calls == expected
 
 

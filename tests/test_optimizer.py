@@ -5,6 +5,7 @@ import torch
 from detectron2.config import get_cfg
 from detectron2.projects.deeplab import add_deeplab_config
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask2former import add_maskformer2_config
 from mask2former.optimizer import build_optimizer
@@ -143,6 +144,71 @@ def test_gradients_are_unscaled_before_clipping(cfg):
     scaler.scale(0.3 * model[0][0] + 0.4 * model[0][1]).backward()
     scaler.step(optimizer)
     assert model[0].tolist() == pytest.approx([-0.3, -0.4], abs=1e-5)
+
+
+class Reads(TorchDispatchMode):
+    """How often the host reads a value, as it must wait for a GPU to do."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **(kwargs or {}))
+
+
+def train_scaled(cfg, in_kernel):
+    """Parameters and state after five steps in mixed precision, the first and third overflow."""
+    torch.manual_seed(0)
+    model = Model()
+    optimizer = build_optimizer(cfg, model)
+    if not in_kernel:
+        optimizer._step_supports_amp_scaling = False
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    reads = []
+    for step in range(5):
+        optimizer.zero_grad()
+        factor = float("inf") if step in (0, 2) else step + 1.0
+        loss = sum((p * torch.randn_like(p)).sum() for p in model.parameters() if p.requires_grad)
+        scaler.scale(loss * factor).backward()
+        with Reads() as counter:
+            scaler.step(optimizer)
+            scaler.update()
+        reads.append(counter.count)
+    return list(model.parameters()), optimizer.state_dict()["state"], reads
+
+
+@pytest.mark.parametrize("clip", ["full_model", None])
+def test_scaled_gradients_are_taken_without_a_host_sync(cfg, clip):
+    """The numbers are those of unscaling before the step and skipping it."""
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = clip is not None
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip or "value"
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_VALUE = 1.0
+    parameters, state, reads = train_scaled(cfg, in_kernel=True)
+    expected, expected_state, expected_reads = train_scaled(cfg, in_kernel=False)
+    assert reads == [0] * 5 and min(expected_reads) > 0
+    for parameter, other in zip(parameters, expected, strict=True):
+        assert torch.isfinite(parameter).all() and torch.equal(parameter, other)
+    assert state.keys() == expected_state.keys()
+    for index, values in state.items():
+        for name, value in values.items():
+            assert torch.equal(value, expected_state[index][name]), name
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "clip", "supports"),
+    [
+        ("ADAMW", "full_model", True),
+        ("ADAMW", "value", False),
+        ("ADAMW", "norm", False),
+        ("SGD", "full_model", False),
+    ],
+)
+def test_who_takes_scaled_gradients(cfg, optimizer, clip, supports):
+    """Not the clipping of Detectron2, nor SGD, whose first step would read momentum of nobody."""
+    cfg.SOLVER.OPTIMIZER = optimizer
+    cfg.SOLVER.CLIP_GRADIENTS.ENABLED = True
+    cfg.SOLVER.CLIP_GRADIENTS.CLIP_TYPE = clip
+    assert build_optimizer(cfg, Model())._step_supports_amp_scaling == supports
 
 
 def test_types(cfg):

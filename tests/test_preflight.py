@@ -288,3 +288,17 @@ DATASETS:
     assert program.returncode == 0, program.stderr[-3000:]
     for rank in (0, 1):
         assert json.loads((tmp_path / f"rank{rank}.json").read_text()) == [2, 3]
+
+
+def test_devices_that_the_machine_lacks(toy_file, monkeypatch):
+    with pytest.raises(
+        ValueError, match="MODEL.DEVICE is 'vulkan', which this machine does not have"
+    ):
+        load_and_check(toy_file, ["MODEL.DEVICE", "vulkan"])
+    with pytest.raises(ValueError, match="'meta', on which a model can be built but not run"):
+        load_and_check(toy_file, ["MODEL.DEVICE", "meta"])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    load_and_check(toy_file, ["MODEL.DEVICE", "cuda:1"])
+    with pytest.raises(ValueError, match=r"'cuda:2', but this machine has 2 CUDA GPU\(s\)"):
+        load_and_check(toy_file, ["MODEL.DEVICE", "cuda:2"])

@@ -1,5 +1,6 @@
 """Training: exact resuming, several processes, and the checks before a run."""
 
+import itertools
 import json
 import logging
 import os
@@ -7,17 +8,27 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import toy_training as toy
 from detectron2.data import MetadataCatalog, build_detection_train_loader
+from detectron2.engine import AMPTrainer
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
+from detectron2.utils.events import EventStorage
+from torch import nn
 
+from mask2former import MaskFormer
+from mask2former.config import load_config
+from mask2former.data.dataset_mappers import COCOPanopticNewBaselineDatasetMapper, build_mapper
+from mask2former.data.loader import SeededSamples, has_fixed_size
 from mask2former.evaluation import write_results
-from mask2former.trainer import Trainer
+from mask2former.preflight import check_precision
+from mask2former.train_step import MixedPrecisionStep, Step
+from mask2former.trainer import AmpleMemory, Trainer, chooses_cudnn_benchmark, needs_uploads
 
 TOY = Path(__file__).parent / "toy_training.py"
 # Metrics that depend on the clock.
@@ -222,8 +233,8 @@ def test_mixed_precision_on_a_cpu(tmp_path, caplog):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="mixed precision needs a CUDA GPU")
 def test_resume_is_exact_in_mixed_precision(tmp_path):
+    """The toy model has no operator that adds in any order on a GPU."""
     options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "SEED", "3")
     run(tmp_path / "whole", *options)
     run(tmp_path / "resumed", *options, stop_before=27)
@@ -304,3 +315,435 @@ def test_empty_test_set(tmp_path):
     finally:
         toy.DatasetCatalog.remove("toy_empty")
         MetadataCatalog.remove("toy_empty")
+
+
+# ---- losses written one iteration late ----
+
+
+class QuietTrainer(toy.ToyTrainer):
+    """Without the hook that reads the losses of every iteration; evaluates."""
+
+    def build_hooks(self):
+        return [hook for hook in super().build_hooks() if type(hook) is not toy.WriteLosses]
+
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return [[toy.augment(record)] for record in toy.load_toy_dataset()]
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        return CountImages()
+
+
+EVALUATES = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "12", "SEED", "3")
+
+
+def run_quietly(output_dir, *options, delay, resume=False, hooks=()):
+    torch.manual_seed(0)
+    trainer = QuietTrainer(toy.toy_config(output_dir, *options), delay_metrics=delay)
+    trainer.resume_or_load(resume=resume)
+    trainer.register_hooks(list(hooks))
+    trainer.train()
+    return trainer
+
+
+def count_late(monkeypatch):
+    """Iterations whose losses were written in a later one."""
+    late = []
+    write = Step._write_now
+
+    def write_now(self, losses, metrics, data_time, prefix, iteration):
+        if iteration != self.iter:
+            late.append(iteration)
+        write(self, losses, metrics, data_time, prefix, iteration)
+
+    monkeypatch.setattr(Step, "_write_now", write_now)
+    return late
+
+
+def test_delayed_losses_change_no_row(tmp_path, monkeypatch):
+    """Rows, values saved in checkpoints, and all values in the storage at the end."""
+    late = count_late(monkeypatch)
+    at_once = run_quietly(tmp_path / "at once", *EVALUATES, delay=False)
+    assert late == []
+    delayed = run_quietly(tmp_path / "delayed", *EVALUATES, delay=True)
+    # A checkpoint every 15, an evaluation every 12, a row every 20 iterations, and the last one.
+    read = {14, 29, 44, 11, 23, 35, 19, 39}
+    assert late == [i for i in range(45) if i not in read]
+    rows = metrics(tmp_path / "at once")
+    assert metrics(tmp_path / "delayed") == rows and {19, 39, 44} <= rows.keys()
+    for name, history in at_once.storage.histories().items():
+        if name not in TIMES:
+            values = delayed.storage.histories()[name].values()
+            assert str(values) == str(history.values()), name  # NaN is not equal to NaN
+    for number in ("0000014", "0000029", "final"):
+        windows = [
+            torch.load(tmp_path / run / f"model_{number}.pth", weights_only=True)["trainer"][
+                "hooks"
+            ]
+            for run in ("at once", "delayed")
+        ]
+        expected, actual = (
+            {k: v for k, v in w["MetricWindow"].items() if k not in TIMES} for w in windows
+        )
+        assert actual == expected and len(expected["total_loss"]) > 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="losses are delayed on a CUDA GPU")
+@pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
+def test_delayed_losses_on_a_gpu(tmp_path, precision):
+    options = (*EVALUATES, "MODEL.DEVICE", "cuda")
+    if precision != "float32":
+        options += ("SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", precision)
+    run_quietly(tmp_path / "at once", *options, delay=False)
+    run_quietly(tmp_path / "delayed", *options, delay=None)
+    rows = metrics(tmp_path / "at once")
+    assert metrics(tmp_path / "delayed") == rows
+    assert ("[metric]grad_scaler" in rows[19]) == (precision == "float16")
+
+
+@pytest.mark.parametrize("stop", [16, 27, 30])
+def test_interrupted_with_delayed_losses(tmp_path, stop):
+    """The row written on interrupt has the last losses; the resumed run is exact."""
+    for name, delay in (("at once", False), ("delayed", True)):
+        with pytest.raises(KeyboardInterrupt):
+            run_quietly(tmp_path / name, *EVALUATES, delay=delay, hooks=[IdleStop(stop)])
+    assert metrics(tmp_path / "delayed") == metrics(tmp_path / "at once")
+    assert stop - 1 in metrics(tmp_path / "delayed")
+    run_quietly(tmp_path / "delayed", *EVALUATES, delay=True, resume=True)
+    run_quietly(tmp_path / "whole", *EVALUATES, delay=False)
+    rows = metrics(tmp_path / "whole")
+    assert {i: row for i, row in metrics(tmp_path / "delayed").items() if i in rows} == rows
+
+
+class IdleStop(Stop):
+    """Known to read no losses."""
+
+
+@pytest.fixture(autouse=True)
+def idle_hook(monkeypatch):
+    monkeypatch.setitem(sys.modules["mask2former.trainer"]._PERIODS, IdleStop, None)
+
+
+@pytest.mark.parametrize("bad", [2, 3])
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_loss_that_is_not_finite(tmp_path, monkeypatch, bad, fails, value):
+    """The error names its iteration, even if the next one fails, and comes before a checkpoint."""
+    forward = toy.ToyArchitecture.forward
+    iteration = itertools.count()
+
+    def broken(self, batch):
+        i = next(iteration)
+        if fails and i > bad:
+            raise ValueError("cost matrix is not finite")
+        losses = forward(self, batch)
+        return {name: loss * value if i == bad else loss for name, loss in losses.items()}
+
+    monkeypatch.setattr(toy.ToyArchitecture, "forward", broken)
+    options = ("SOLVER.CHECKPOINT_PERIOD", "4", "SOLVER.MAX_ITER", "8")
+    with pytest.raises(FloatingPointError, match=f"NaN at iteration={bad}!\nloss_dict = .*mean"):
+        run_quietly(tmp_path, *options, delay=True)
+    assert not list(tmp_path.glob("*.pth"))
+    # Iteration 3 is read by the checkpoint, and so written at once.
+    assert next(iteration) == 4
+
+
+def test_an_error_after_finite_losses_stays(tmp_path, monkeypatch):
+    forward = toy.ToyArchitecture.forward
+    for delay in (False, True):
+        iteration = itertools.count()
+
+        def broken(self, batch, iteration=iteration):
+            if next(iteration) == 3:
+                raise RuntimeError("out of memory")
+            return forward(self, batch)
+
+        monkeypatch.setattr(toy.ToyArchitecture, "forward", broken)
+        options = ("SOLVER.MAX_ITER", "8", "SEED", "1")
+        with pytest.raises(RuntimeError, match="^out of memory$"):
+            run_quietly(tmp_path / str(delay), *options, delay=delay)
+    assert "total_loss" in metrics(tmp_path / "True")[2]
+    assert metrics(tmp_path / "True") == metrics(tmp_path / "False")
+
+
+class ReadsLosses(HookBase):
+    def __init__(self):
+        self.seen = []
+
+    def after_step(self):
+        value, iteration = self.trainer.storage.latest()["total_loss"]
+        self.seen.append(iteration)
+
+
+def test_losses_are_written_at_once_for_other_hooks(tmp_path, caplog):
+    hook = ReadsLosses()
+    run_quietly(tmp_path, "SOLVER.MAX_ITER", "5", delay=True, hooks=[hook])
+    assert hook.seen == list(range(5))
+    assert "Losses are written at once, because they may be read by ['ReadsLosses']" in caplog.text
+
+
+def test_losses_are_written_at_once_for_overridden_steps(tmp_path, monkeypatch, caplog):
+    late = count_late(monkeypatch)
+
+    class Own(QuietTrainer):
+        def after_step(self):
+            super().after_step()
+            assert self.storage.latest()["total_loss"][1] == self.iter
+
+    trainer = Own(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "5"), delay_metrics=True)
+    trainer.train()
+    assert late == [] and "Own.after_step" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "losses",
+    [
+        {"loss_a": torch.ones(1), "loss_b": torch.ones(())},
+        {"loss_a": torch.ones((), dtype=torch.int64)},
+    ],
+)
+def test_losses_that_cannot_be_copied_together(losses):
+    step = Step(nn.Linear(1, 1), [], None)
+    step.delay_metrics(lambda iteration: False)
+    written = []
+    step._write_now = lambda losses, *rest: written.append(losses)
+    step._write_metrics(losses, 0.0)
+    assert written == [losses]
+
+
+class Scaled(Step):
+    """Writes a scale on the device, as steps in float16 do."""
+
+    scale = 1.0
+
+    def _device_metrics(self):
+        self.scale *= 2
+        return {"[metric]grad_scaler": torch.tensor(self.scale)}
+
+
+@pytest.mark.parametrize("delay", [False, True])
+def test_metrics_on_the_device(delay):
+    step = Scaled(nn.Linear(1, 1), [], None)
+    if delay:
+        step.delay_metrics(lambda iteration: False)
+    with EventStorage() as storage:
+        for step.iter in range(3):
+            storage.iter = step.iter
+            step._write_metrics({"loss_a": torch.tensor(1.5)}, 0.0)
+        assert len(storage.history("total_loss").values()) == 3 - delay
+        step.flush()
+    scales = [(2.0, 0), (4.0, 1), (8.0, 2)]
+    assert storage.history("[metric]grad_scaler").values() == scales
+    assert storage.history("total_loss").values() == [(1.5, i) for i in range(3)]
+
+
+def test_two_processes_write_the_same_rows_late(tmp_path):
+    options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "23")
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    for name in ("delayed", "at-once"):
+        both = start_program(f"--{name}", tmp_path / name, *options, launcher=launcher)
+        assert both.returncode == 0, both.stderr
+    rows = metrics(tmp_path / "at-once")
+    assert list(rows) == [19, 22]
+    assert metrics(tmp_path / "delayed") == rows
+
+
+# ---- precision, memory, cuDNN ----
+
+
+NO_GPU = pytest.mark.filterwarnings("ignore:torch.cuda.amp.GradScaler is enabled:UserWarning")
+
+
+@NO_GPU
+def test_precision_of_a_step(tmp_path):
+    cfg = toy.toy_config(tmp_path, "MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True")
+    model = nn.Linear(1, 1)
+    for name, dtype in (("float16", torch.float16), ("bfloat16", torch.bfloat16)):
+        cfg.SOLVER.AMP.DTYPE = name
+        step = Trainer._build_step(cfg, model, [], torch.optim.SGD(model.parameters()))
+        assert isinstance(step, AMPTrainer) and step.precision == dtype
+    assert not step.grad_scaler.is_enabled()
+    del cfg.SOLVER.AMP["DTYPE"]  # as in configs of other projects
+    assert Trainer._build_step(cfg, model, [], None).precision == torch.float16
+    cfg.SOLVER.AMP.ENABLED = False
+    assert type(Trainer._build_step(cfg, model, [], None)) is Step
+
+
+@NO_GPU
+def test_resume_in_another_precision(tmp_path):
+    """A checkpoint has the scale of float16, none of bfloat16, and no entry of float32."""
+    model = nn.Linear(1, 1)
+
+    def build(dtype, init_scale=1.0):
+        optimizer = torch.optim.SGD(model.parameters())
+        step = MixedPrecisionStep(model, [], optimizer, dtype=dtype)
+        enabled = dtype == torch.float16
+        step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=init_scale, enabled=enabled)
+        return step
+
+    half, brain = build(torch.float16, 512.0), build(torch.bfloat16)
+    single = Step(model, [], torch.optim.SGD(model.parameters()))
+    for source, scale in ((half, 512.0), (brain, 8.0), (single, 8.0)):
+        resumed = build(torch.float16, 8.0)
+        resumed.load_state_dict(source.state_dict())
+        assert resumed.grad_scaler.get_scale() == scale
+        build(torch.bfloat16).load_state_dict(source.state_dict())
+        single.load_state_dict(source.state_dict())
+
+
+def test_bfloat16_on_a_gpu_without_it(tmp_path, monkeypatch):
+    cfg = toy.toy_config(tmp_path, "SOLVER.AMP.ENABLED", "True", "SOLVER.AMP.DTYPE", "bfloat16")
+    check_precision(cfg)  # ignored on a CPU
+    cfg.MODEL.DEVICE = "cuda"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "Old")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: False)
+    with pytest.raises(ValueError, match="DTYPE is 'bfloat16', which Old does not compute in"):
+        check_precision(cfg)
+    cfg.SOLVER.AMP.DTYPE = "float16"
+    check_precision(cfg)
+
+
+@pytest.mark.parametrize(
+    ("peaks", "others", "turns_off"),
+    [
+        ([10, 30, 20], True, True),
+        ([10, 90, 20], True, False),  # the largest counts, also if another hook has reset it
+        ([10, 30, 20], False, False),  # another rank has no room
+    ],
+)
+def test_checkpointing_is_turned_off_if_memory_is_ample(
+    tmp_path, monkeypatch, caplog, peaks, others, turns_off
+):
+    monkeypatch.setattr(AmpleMemory, "_NUM_ITERATIONS", 3)
+    memory = iter(peaks)
+    monkeypatch.setattr(AmpleMemory, "_memory", staticmethod(lambda: (next(memory), 100)))
+    monkeypatch.setattr(
+        "mask2former.trainer.comm",
+        SimpleNamespace(**vars(comm) | {"all_gather": lambda x: [x, others]}),
+    )
+    policies = []
+    monkeypatch.setattr(
+        "mask2former.trainer.set_checkpointing", lambda model, policy: policies.append(policy)
+    )
+    trainer = QuietTrainer(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "5"))
+    trainer.register_hooks([AmpleMemory()])
+    trainer.train()
+    assert policies == ["none"] * turns_off
+    assert ("Activation checkpointing is off" in caplog.text) == turns_off
+
+
+def test_checkpointing_is_chosen_on_a_gpu_only(tmp_path):
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path))
+    for device, policy, chooses in (
+        ("cpu", "auto", False),
+        ("cuda", "auto", True),
+        ("cuda", "selective", False),
+    ):
+        trainer.cfg = toy.toy_config(
+            tmp_path, "MODEL.DEVICE", device, "MODEL.CHECKPOINTING", policy
+        )
+        hooks = trainer.build_hooks()
+        assert any(isinstance(hook, AmpleMemory) for hook in hooks) == chooses
+
+
+def test_models_that_upload_their_inputs():
+    class Other(MaskFormer):
+        pass
+
+    class Own(MaskFormer):
+        def forward(self, batched_inputs):
+            return {}
+
+    models = [MaskFormer, Other, Own, toy.ToyArchitecture]
+    assert [needs_uploads(kind.__new__(kind)) for kind in models] == [False, False, True, True]
+
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+FIXED_SIZE = {
+    "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml": True,
+    "coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml": True,
+    "ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml": True,
+    "ade20k/panoptic-segmentation/maskformer2_R50_bs16_160k.yaml": True,
+    "cityscapes/instance-segmentation/maskformer2_R50_bs16_90k.yaml": True,
+    "mapillary-vistas/panoptic-segmentation/maskformer_R50_bs16_300k.yaml": True,
+}
+
+
+def with_mapper(mapper):
+    return SimpleNamespace(dataset=SeededSamples([], mapper))
+
+
+@pytest.mark.parametrize("path", FIXED_SIZE)
+def test_recipes_have_images_of_one_size(path):
+    cfg = load_config(str(CONFIGS / path))
+    loader = with_mapper(build_mapper(cfg))
+    assert has_fixed_size(cfg, loader) and chooses_cudnn_benchmark(cfg, loader)
+
+
+def test_images_of_many_sizes(monkeypatch):
+    cfg = load_config(
+        str(CONFIGS / "cityscapes/instance-segmentation/maskformer2_R50_bs16_90k.yaml")
+    )
+    loader = with_mapper(build_mapper(cfg))
+    assert has_fixed_size(cfg, loader)
+    for key, value in (
+        ("INPUT.CROP.ENABLED", False),
+        ("INPUT.CROP.TYPE", "relative"),
+        ("INPUT.CROP.SIZE", [520, 1024]),
+        ("INPUT.MIN_SIZE_TRAIN", (400, 800)),
+        ("INPUT.MAX_SIZE_TRAIN", 1000),
+        ("DATASETS.TRAIN", ("cityscapes_fine_instance_seg_train", "another")),
+    ):
+        other = cfg.clone()
+        other.merge_from_list([key, value])
+        assert not has_fixed_size(other, loader), key
+
+    class Own(COCOPanopticNewBaselineDatasetMapper):
+        pass
+
+    coco = load_config(str(CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"))
+    assert not has_fixed_size(coco, with_mapper(Own(coco)))
+    mapper = build_mapper(coco)
+    mapper.tfm_gens = mapper.tfm_gens[:-1]
+    assert not has_fixed_size(coco, with_mapper(mapper))
+    assert not has_fixed_size(coco, [])
+
+
+def test_cudnn_benchmark_of_the_user_stays(tmp_path):
+    path = str(CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml")
+    cfg = load_config(path)
+    loader = with_mapper(build_mapper(cfg))
+    assert chooses_cudnn_benchmark(cfg.clone(), loader)
+    assert not chooses_cudnn_benchmark(load_config(path, ["CUDNN_BENCHMARK", "False"]), loader)
+    (tmp_path / "config.yaml").write_text(f"_BASE_: {path}\nCUDNN_BENCHMARK: False\n")
+    (tmp_path / "derived.yaml").write_text("_BASE_: config.yaml\n")
+    derived = load_config(str(tmp_path / "derived.yaml"))
+    assert not chooses_cudnn_benchmark(derived, loader)
+    # Of a config made in another way nobody knows.
+    assert not chooses_cudnn_benchmark(toy.toy_config(tmp_path), loader)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert not chooses_cudnn_benchmark(cfg, loader)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+def test_cudnn_times_algorithms_in_steps_only(tmp_path, monkeypatch):
+    """Not in evaluation, whose images have many sizes."""
+    seen = []
+    forward = toy.ToyArchitecture.forward
+
+    def record(self, batch):
+        seen.append((self.training, torch.backends.cudnn.benchmark))
+        return forward(self, batch)
+
+    monkeypatch.setattr(toy.ToyArchitecture, "forward", record)
+    options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "1", "SOLVER.MAX_ITER", "2")
+    trainer = QuietTrainer(toy.toy_config(tmp_path, *options))
+    assert not trainer._trainer.cudnn_benchmark  # on a CPU
+    trainer._trainer.cudnn_benchmark = True
+    trainer.train()
+    assert set(seen) == {(True, True), (False, False)}
+    assert not torch.backends.cudnn.benchmark

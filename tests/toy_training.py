@@ -1,9 +1,11 @@
 """A training job with steps of milliseconds, for tests; also a program.
 
-    python toy_training.py [--resume] [--kill-at ITERATION] OUTPUT_DIR [KEY VALUE ...]
+    python toy_training.py [--resume] [--kill-at ITERATION] [--delayed | --at-once] OUTPUT_DIR
+        [KEY VALUE ...]
 
 Its model and its mapper use random numbers in each step, from all three generators. Every step's
-losses are appended to OUTPUT_DIR/losses.txt in full precision.
+losses are appended to OUTPUT_DIR/losses.txt in full precision, except with --delayed and --at-once,
+which say when they are written to metrics.json.
 """
 
 import argparse
@@ -143,7 +145,9 @@ def read_losses(output_dir: str | Path) -> dict[int, str]:
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    trainer = ToyTrainer(toy_config(args.output_dir, *args.opts))
+    trainer = ToyTrainer(toy_config(args.output_dir, *args.opts), delay_metrics=args.delayed)
+    if args.delayed is not None:
+        trainer._hooks = [hook for hook in trainer._hooks if type(hook) is not WriteLosses]
     trainer.resume_or_load(resume=args.resume)
     if args.kill_at is not None:
         trainer.register_hooks([KillWhileSaving(args.kill_at)])
@@ -155,6 +159,8 @@ if __name__ == "__main__":
     parser.add_argument("output_dir")
     parser.add_argument("--resume", action="store_true")
     parser.add_argument("--kill-at", type=int)
+    parser.add_argument("--delayed", action="store_true", default=None)
+    parser.add_argument("--at-once", action="store_false", dest="delayed")
     parser.add_argument("opts", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if started_by_torchrun():

@@ -19,7 +19,13 @@ from typing import Any
 
 from torch import Tensor
 
-from mask2former.utils.files import atomic_write, explained_read_errors, load_torch
+from mask2former.utils.files import (
+    atomic_write,
+    checkpoint_format,
+    explained_read_errors,
+    load_safetensors,
+    load_torch,
+)
 
 _NAMES = {"torchvision": "a ResNet of torchvision", "swin": "an official Swin Transformer"}
 # Keys that each kind of file must have, and patterns of all keys that it may have.
@@ -129,7 +135,7 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
     """Convert a file, writing the output atomically.
 
     Args:
-        source: file written by `torch.save`.
+        source: file written by `torch.save`, or a safetensors file.
         target: the `.pkl` to write; an existing file is replaced.
 
     Returns:
@@ -148,9 +154,13 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
     if Path(source).suffix == ".pkl":
         raise ValueError(f"{source} is a .pkl, which is already in Detectron2's format.")
     with explained_read_errors(source):
-        data = load_torch(source)
+        is_safe = checkpoint_format(source) == "safetensors"
+        data = load_safetensors(source) if is_safe else load_torch(source)
     kind, weights = identify(data, source)
     converted, left_out = (convert_resnet if kind == "torchvision" else convert_swin)(weights)
+    bad = [name for name, value in converted.items() if not value.isfinite().all()]
+    if bad:
+        raise ValueError(f"{source} holds NaN or infinite values, in {', '.join(bad[:5])}.")
     result = {
         "model": {name: value.detach().numpy() for name, value in converted.items()},
         "__author__": "torchvision" if kind == "torchvision" else "third_party",

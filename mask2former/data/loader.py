@@ -31,15 +31,24 @@ from detectron2.data import (
 from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
+from detectron2.data.transforms import FixedSizeCrop
 from detectron2.utils import comm
 from detectron2.utils.serialize import PicklableWrapper
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..utils.seeding import DATA, SAMPLER, isolated_rng
 from .augmentations import ResizeShortestEdge
+from .dataset_mappers import (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
+)
 from .datasets.checks import check_builtin
 from .formats.findings import NOTHING_TO_TRAIN_ON
 from .formats.images import read_header, read_image
+from .packed_masks import pin
 
 Mapper = Callable[[dict], dict | None]
 
@@ -64,6 +73,10 @@ class SeededSamples(Dataset):
 
     def __len__(self) -> int:
         return len(self._records)
+
+    @property
+    def mapper(self) -> Mapper:
+        return self._mapper._obj
 
     def __getitem__(self, draw: Draw) -> dict:
         """Load and augment; a sample that the mapper rejects is replaced by a random one.
@@ -96,6 +109,27 @@ def _named_record(record: dict) -> Iterator[None]:
         if not files or any(file in str(error) for file in files):
             raise
         raise ValueError(f"{record.get('file_name', files[0])}: {error}") from error
+
+
+class _Batch:
+    """A batch on its way to the thread that pins memory, which calls `pin_memory`.
+
+    Pins what a model uploads. torch would pin every tensor of a sample.
+    """
+
+    def __init__(self, samples: list) -> None:
+        self._samples = samples
+
+    def pin_memory(self) -> list:
+        return [
+            self._pin(sample) if isinstance(sample, dict) else sample for sample in self._samples
+        ]
+
+    @staticmethod
+    def _pin(sample: dict) -> dict:
+        pinned = copy.copy(sample)
+        pinned.update((key, pin(sample[key])) for key in ("image", "instances") if key in sample)
+        return pinned
 
 
 class ResumableBatchSampler(Sampler):
@@ -251,7 +285,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         mapper: maps a record of the data set to a training sample, or to None to skip it.
 
     Returns:
-        A loader of lists of samples; its `batch_sampler` is a `ResumableBatchSampler`.
+        A loader of lists of samples; its `batch_sampler` is a `ResumableBatchSampler`. If the model
+        trains on a GPU, images and targets are in pinned memory.
 
     Raises:
         ValueError: no data set is given, one is unknown, empty or not indexable, none has anything
@@ -282,11 +317,14 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         reseed=lambda seed: _load(cfg, mapper, seed, records)["sampler"],
         is_wide=_AspectRatios(wide, records).is_wide if grouping else None,
     )
+    # Otherwise no memory can be pinned, and batches would stay `_Batch`.
+    pins = torch.device(cfg.MODEL.DEVICE).type == "cuda" and torch.cuda.is_available()
     return DataLoader(
         SeededSamples(records, mapper),
         batch_sampler=batch_sampler,
         num_workers=loaded["num_workers"],
-        collate_fn=trivial_batch_collator,
+        collate_fn=_Batch if pins else trivial_batch_collator,
+        pin_memory=pins,
         # With its own generator, creating the iterator does not draw from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
@@ -304,6 +342,41 @@ def _check_targets(names: Sequence[str], records: Iterable[dict]) -> None:
             return
     raise ValueError(
         f"Data set {', '.join(names)} {NOTHING_TO_TRAIN_ON} (looked for {_places(names)})"
+    )
+
+
+def has_fixed_size(cfg: CfgNode, loader: Any) -> bool:
+    """Whether all training images have one size, as far as the config and the mapper tell.
+
+    Args:
+        cfg: the config.
+        loader: of training.
+    """
+    samples = getattr(loader, "dataset", None)
+    mapper: Any = samples.mapper if isinstance(samples, SeededSamples) else None
+    if type(mapper) in (COCOInstanceNewBaselineDatasetMapper, COCOPanopticNewBaselineDatasetMapper):
+        last = mapper.tfm_gens[-1]
+        return type(last) is FixedSizeCrop and last.pad
+    if type(mapper) in (
+        MaskFormerInstanceDatasetMapper,
+        MaskFormerPanopticDatasetMapper,
+        MaskFormerSemanticDatasetMapper,
+    ):
+        return mapper.size_divisibility > 0 or _crops_fit_cityscapes(cfg)
+    return False
+
+
+def _crops_fit_cityscapes(cfg: CfgNode) -> bool:
+    """Whether training crops have a fixed size because all images are of Cityscapes, 1024x2048."""
+    crop, sizes = cfg.INPUT.CROP, cfg.INPUT.MIN_SIZE_TRAIN
+    smallest = min(sizes if isinstance(sizes, tuple | list) else [sizes])
+    height = min(smallest, cfg.INPUT.MAX_SIZE_TRAIN // 2)
+    return (
+        all(name.startswith("cityscapes_fine_") for name in cfg.DATASETS.TRAIN)
+        and crop.ENABLED
+        and crop.TYPE == "absolute"
+        and crop.SIZE[0] <= height
+        and crop.SIZE[1] <= 2 * height
     )
 
 

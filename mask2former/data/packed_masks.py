@@ -1,4 +1,4 @@
-"""Compact masks for the transfer from loader workers to the device.
+"""Compact masks for the transfer from loader workers to the device, and that transfer.
 
 N boolean masks of H x W are large (20 targets of 1024 x 1024 pixels: 20 MB) and slow to make and
 transfer. Mappers store `PackedMasks` in a `TargetInstances` instead. Reading its `gt_masks`
@@ -10,7 +10,7 @@ Shape letters: N masks, P planes, H W pixels.
 from typing import Any
 
 import torch
-from detectron2.structures import Instances
+from detectron2.structures import BitMasks, Boxes, Instances
 from torch import Tensor
 
 # 0 is background, and Detectron2's crops pad with 255.
@@ -52,6 +52,11 @@ class PackedMasks:
         planes = self.planes.to(*args, **kwargs)
         if planes.dtype != torch.uint8:
             return self.expand().to(*args, **kwargs)
+        return PackedMasks(planes, self.num_masks, overlapping=self.overlapping)
+
+    def pin_memory(self) -> "PackedMasks":
+        """A copy in pinned memory."""
+        planes = self.planes.pin_memory()
         return PackedMasks(planes, self.num_masks, overlapping=self.overlapping)
 
     def __getitem__(self, item: Any) -> Tensor:
@@ -100,5 +105,58 @@ class TargetInstances(Instances):
         """Like Detectron2's; packed masks stay packed."""
         moved = TargetInstances(self._image_size)
         for name, value in self._fields.items():
-            moved.set(name, value.to(*args, **kwargs) if hasattr(value, "to") else value)
+            moved.set(name, _move(value, *args, **kwargs))
         return moved
+
+    def pin_memory(self) -> "TargetInstances":
+        """A copy in pinned memory, from which `upload` does not block; masks stay packed."""
+        pinned = TargetInstances(self._image_size)
+        for name, value in self._fields.items():
+            pinned.set(name, pin(value))
+        return pinned
+
+
+def pin(value: Any) -> Any:
+    """A copy in pinned memory of tensors on the CPU, boxes and instances; others as they are."""
+    if isinstance(value, Boxes):
+        return Boxes(pin(value.tensor))
+    if isinstance(value, Tensor):
+        return value.pin_memory() if value.is_cpu else value
+    return value.pin_memory() if isinstance(value, PackedMasks | TargetInstances) else value
+
+
+def upload(value: Any, device: torch.device) -> Any:
+    """`value.to(device)` that does not block if the values lie in pinned memory.
+
+    Args:
+        value: a tensor or instances. Instances with a `to` of their own are moved by that.
+        device: to move to. A copy to the CPU blocks, or the host could read before it is done.
+    """
+    if device.type == "cpu":
+        return value.to(device)
+    method = getattr(type(value), "to", None)
+    if method in _TAKE_NON_BLOCKING:
+        return value.to(device, non_blocking=True)
+    if method is Instances.to:
+        moved = Instances(value.image_size)
+        for name, field in value.get_fields().items():
+            moved.set(name, _move(field, device, non_blocking=True))
+        return moved
+    return value.to(device)
+
+
+def _move(field: Any, *args: Any, **kwargs: Any) -> Any:
+    """`field.to(*args, **kwargs)` of a field of instances, if it can be moved.
+
+    Detectron2's boxes and other types of fields may take nothing but a device.
+    """
+    if type(field) is Boxes:
+        return Boxes(field.tensor.to(*args, **kwargs)) if kwargs else field.to(*args)
+    if not hasattr(field, "to"):
+        return field
+    if type(field).to not in _TAKE_NON_BLOCKING:
+        kwargs = {name: value for name, value in kwargs.items() if name != "non_blocking"}
+    return field.to(*args, **kwargs)
+
+
+_TAKE_NON_BLOCKING = (Tensor.to, PackedMasks.to, TargetInstances.to, BitMasks.to)

@@ -7,11 +7,20 @@ Shape letters: B batch, C channels, M heads, T length of a target sequence (quer
 memory sequence (pixels of a scale).
 """
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..modeling.layers import CrossAttentionLayer, SelfAttentionLayer
+from .frozen_norm import product_dtype
+
+# The memory-efficient backend copies masks whose rows do not start at a multiple of some elements:
+# 8 on CUDA, up to 16 elsewhere.
+ROW_ALIGNMENT = 16
 
 
 def self_attention(
@@ -76,22 +85,46 @@ def attend(
     Returns:
         (T, B, C).
     """
-    num_heads = attention.num_heads
-    weights = attention.in_proj_weight.chunk(3)
-    biases = attention.in_proj_bias.chunk(3)
+    num_heads, channels = attention.num_heads, query.shape[2]
+    inputs, num_projections = [query, key, value], [1, 1, 1]
+    if query is key and not query.is_cpu:
+        # One product instead of two: fewer kernels to launch.
+        inputs, num_projections = [query, value], [2, 1]
+    lengths = [n * channels for n in num_projections]
+    # Autocast would cast each part on its own.
+    dtype = product_dtype(attention.in_proj_weight)
+    weights = attention.in_proj_weight.to(dtype).split(lengths)
+    biases = attention.in_proj_bias.to(dtype).split(lengths)
 
-    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-        x = F.linear(x, weight, bias)
-        return x.unflatten(2, (num_heads, -1)).permute(1, 2, 0, 3)  # (B, M, T or S, C/M)
+    def project(x: Tensor, weight: Tensor, bias: Tensor) -> Sequence[Tensor]:
+        x = F.linear(x, weight, bias).unflatten(2, (-1, channels // num_heads))
+        x = x.permute(1, 2, 0, 3)  # (B, n·M, T or S, C/M)
+        return (x,) if x.shape[1] == num_heads else x.split(num_heads, 1)
 
-    q, k, v = (project(*args) for args in zip((query, key, value), weights, biases, strict=True))
+    projected = (project(*args) for args in zip(inputs, weights, biases, strict=True))
+    q, k, v = (x for parts in projected for x in parts)
     mask = _blocked_to_allowed(attn_mask, key_padding_mask, query.shape[1], num_heads)
     if mask is not None and mask.dtype != torch.bool:
         mask = mask.to(q.dtype)
     dropout = attention.dropout if attention.training else 0.0
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
+    with nullcontext() if mask is None else masked_backend(q):
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout)
     out_proj = attention.out_proj
     return F.linear(out.permute(2, 0, 1, 3).flatten(2), out_proj.weight, out_proj.bias)
+
+
+def masked_backend(query: Tensor) -> AbstractContextManager:
+    """Where scaled_dot_product_attention with a mask takes the memory-efficient backend.
+
+    Flash attention takes no mask, and the gradients of cuDNN's may be NaN for a sequence length
+    that is an odd multiple of 64 (pytorch/pytorch#196678). Whoever disabled the memory-efficient
+    backend keeps his choice.
+    """
+    if query.is_cpu:
+        return nullcontext()
+    if not torch.compiler.is_compiling() and not torch.backends.cuda.mem_efficient_sdp_enabled():
+        return nullcontext()
+    return sdpa_kernel([SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH])
 
 
 def _blocked_to_allowed(

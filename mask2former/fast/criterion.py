@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from detectron2.projects.point_rend.point_features import point_sample
 from torch import Tensor
 
-from ..modeling.criterion import SetCriterion
+from ..modeling.criterion import SetCriterion, begin_average_num_masks
+from ..modeling.layers.point_sampling import point_sample
 from ..modeling.mask_losses import (
     batch_dice_loss,
     batch_sigmoid_ce_loss,
@@ -26,13 +26,14 @@ from ..modeling.mask_losses import (
 )
 from ..modeling.matcher import HungarianMatcher, Indices, Targets, assign
 from ..utils.misc import nested_tensor_from_tensor_list
-from ..utils.twins import runs_fast, why_hooked
+from ..utils.twins import runs_fast, why_hooked, why_touched
 from .checkpointing import checkpointed
 from .mask_factors import LayeredMasks, MaskFactors
 from .point_sampling import BilinearSampler, TargetMasks, max_elements, sample_uncertain_points
 
 # Candidate points per chunk: the largest temporaries, which on a CPU should fit the cache.
 _MAX_CANDIDATES = {"cpu": 2**20, "cuda": 2**24}
+_AVERAGE_NUM_MASKS = SetCriterion.average_num_masks
 
 
 def match(matcher: HungarianMatcher, outputs: dict[str, Any], targets: Targets) -> Indices:
@@ -124,6 +125,10 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
     if len(targets) != len(outputs["pred_logits"]):
         raise ValueError(f"{len(targets)} targets for {len(outputs['pred_logits'])} images")
     layers = [outputs, *outputs.get("aux_outputs", [])]
+    device = outputs["pred_logits"].device
+    # Begun before matching, whose host sync then serves both.
+    replaced = why_touched(criterion, SetCriterion, {"average_num_masks": _AVERAGE_NUM_MASKS})
+    average = None if replaced else begin_average_num_masks(targets, device)
     matcher = criterion.matcher
     if runs_fast(matcher) and why_hooked(matcher) is None:
         indices = match_layers(matcher, layers, targets)
@@ -133,8 +138,7 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
             layers[0] = {**layers[0], "aux_outputs": layers[1:]}
         indices = [matcher(layer, targets) for layer in layers]
 
-    device = outputs["pred_logits"].device
-    num_masks = criterion.average_num_masks(targets, device)
+    num_masks = average() if average else criterion.average_num_masks(targets, device)
     pairs = MatchedPairs(indices, targets, outputs["pred_logits"].shape[1], device)
     per_loss = []
     for loss in criterion.losses:

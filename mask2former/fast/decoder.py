@@ -4,6 +4,9 @@ Mask logits are ⟨embedding, feature⟩ and resizing is linear, so the attentio
 computed from features resized once per scale instead of masks resized once per layer. Full-size
 masks stay factors (`mask_factors.py`); the public `forward` multiplies them out.
 
+Off the CPU the mask is added to the attention logits, and its rows are padded in memory, as fused
+kernels read it; otherwise scaled_dot_product_attention converts it in each layer.
+
 Shape letters: B batch, Q queries, C hidden channels, M heads, K classes, L = H·W locations of a
 scale.
 """
@@ -17,7 +20,9 @@ from torch import Tensor
 from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
 )
+from ..utils.shape_cache import cached_by_shape
 from ..utils.twins import runs_fast, why_hooked
+from .attention import ROW_ALIGNMENT
 from .mask_factors import MaskFactors
 
 
@@ -54,20 +59,25 @@ def decode_to_factors(
     resized: dict[int, Tensor] = {}
     predictions = []
     for i in range(decoder.num_layers + 1):
-        decoder_output = decoder.decoder_norm(output).transpose(0, 1)  # (B, Q, C)
+        decoder_output = decoder.decoder_norm(output).transpose(0, 1)
+        decoder_output = decoder_output.contiguous()  # (B, Q, C); both heads would copy it
         logits, embed = decoder.class_embed(decoder_output), decoder.mask_embed(decoder_output)
         predictions.append({"pred_logits": logits, "pred_masks": MaskFactors(embed, mask_features)})
         if i == decoder.num_layers:
             break
         level = i % decoder.num_feature_levels
+        cross_attention = decoder.transformer_cross_attention_layers[i]
+        takes_one_mask = runs_fast(cross_attention) and why_hooked(cross_attention) is None
+        length = sizes[level][0] * sizes[level][1]
         with torch.no_grad():
             if level not in resized:
-                resized[level] = _resize(mask_features, sizes[level]).flatten(2)
-            # Block where sigmoid(mask) < 0.5, unless that would block every location: (B, Q, L)
-            attn_mask = embed @ resized[level] < 0
-            attn_mask = (attn_mask & ~attn_mask.all(-1, keepdim=True)).unsqueeze(1)
-        cross_attention = decoder.transformer_cross_attention_layers[i]
-        if not runs_fast(cross_attention) or why_hooked(cross_attention) is not None:
+                resized[level] = _pad_rows(_resize(mask_features, sizes[level]).flatten(2))
+            mask_logits = embed @ resized[level]  # (B, Q, L and padding)
+            if takes_one_mask and not mask_logits.is_cpu:
+                attn_mask = _added_mask(mask_logits, length).unsqueeze(1)
+            else:
+                attn_mask = _blocked(mask_logits[..., :length]).unsqueeze(1)
+        if not takes_one_mask:
             attn_mask = attn_mask.repeat(1, decoder.num_heads, 1, 1).flatten(0, 1)
         output = cross_attention(
             output,
@@ -82,6 +92,42 @@ def decode_to_factors(
         )
         output = decoder.transformer_ffn_layers[i](output)
     return predictions
+
+
+def _blocked(mask_logits: Tensor) -> Tensor:
+    """Where sigmoid(mask) < 0.5, unless that would block every location: (B, Q, L) bool."""
+    blocked = mask_logits < 0
+    return blocked & ~blocked.all(-1, keepdim=True)
+
+
+@cached_by_shape(maxsize=4)
+def _mask_values(dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What an added mask has where attention is allowed and where it is blocked."""
+    allowed = torch.zeros((), dtype=dtype, device=device)
+    return allowed, torch.full_like(allowed, float("-inf"))
+
+
+def _added_mask(mask_logits: Tensor, length: int) -> Tensor:
+    """`_blocked` as a mask that is added: 0, and -inf where attention is blocked.
+
+    Args:
+        mask_logits: (B, Q, L and padding).
+        length: L.
+
+    Returns:
+        (B, Q, L), a part of rows as long as those of the logits.
+    """
+    allowed, blocked = _mask_values(mask_logits.dtype, mask_logits.device)
+    all_blocked = mask_logits[..., :length].amax(-1, keepdim=True) < 0
+    # Nothing is below -inf.
+    threshold = torch.where(all_blocked, blocked, allowed)
+    return torch.where(mask_logits < threshold, blocked, allowed)[..., :length]
+
+
+def _pad_rows(x: Tensor) -> Tensor:
+    """Zeros behind the last dimension, so that rows of a product with it are aligned."""
+    padding = -x.shape[-1] % ROW_ALIGNMENT
+    return x if x.is_cpu or padding == 0 else F.pad(x, (0, padding))
 
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:

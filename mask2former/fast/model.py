@@ -1,12 +1,14 @@
 """The model's forward pass with mask logits as factors, and its streamed post-processing."""
 
+from collections.abc import Iterable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import ImageList
 from detectron2.utils.memory import retry_if_cuda_oom
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..maskformer_model import MaskFormer
 from ..modeling.meta_arch.mask_former_head import MaskFormerHead
@@ -15,6 +17,7 @@ from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
 )
 from ..utils.twins import runs_fast, why_hooked, why_touched
 from .decoder import decode_to_factors
+from .frozen_norm import norms_together
 from .postprocessing import (
     InstanceResult,
     PanopticResult,
@@ -37,11 +40,17 @@ def network(model: MaskFormer, images: Tensor) -> dict[str, Any]:
     In training `pred_masks` are `MaskFactors`, for the fast criterion. Inference returns no
     `aux_outputs`, because nothing reads them.
     """
-    if images.is_cpu and not torch.is_grad_enabled() and not _may_see_layout(model):
-        # Convolutions on a CPU are faster in this layout, and pass it on. In training they are not.
-        images = images.contiguous(memory_format=torch.channels_last)
-    features = model.backbone(images)
     head: Any = model.sem_seg_head
+    compiling = torch.compiler.is_compiling()
+    backbone = [] if compiling else list(model.backbone.modules())
+    parts = [] if compiling else [*backbone, *head.pixel_decoder.modules()]
+    # On a GPU, and in inference on a CPU, convolutions are faster in this layout, and pass it on.
+    # Hooks of training code, as for distillation, often expect contiguous features.
+    faster = not (images.is_cpu and torch.is_grad_enabled())
+    if faster and not _may_see_layout(parts, in_hooks=not images.is_cpu):
+        images = images.contiguous(memory_format=torch.channels_last)
+    with nullcontext() if compiling else norms_together(backbone):
+        features = model.backbone(images)
     decoder: Any = head.predictor
     mask_features, _, multi_scale_features = head.pixel_decoder.forward_features(features)
     predictions = decode_to_factors(decoder, multi_scale_features, mask_features)
@@ -73,14 +82,12 @@ def why_not_factors(model: MaskFormer) -> str | None:
     return None if model.training else why_touched(model, MaskFormer, _MODEL_METHODS)
 
 
-def _may_see_layout(model: MaskFormer) -> bool:
-    """Whether anything in the network may depend on how feature maps lie in memory."""
-    if torch.compiler.is_compiling():
-        return False
-    parts = (*model.backbone.modules(), *model.sem_seg_head.modules())
+def _may_see_layout(parts: Iterable[nn.Module], in_hooks: bool) -> bool:
+    """Whether any part, or a hook on it, may depend on how feature maps lie in memory."""
     return any(
         type(part).__module__.partition(".")[0] not in _LAYOUT_AGNOSTIC
         or "forward" in part.__dict__
+        or (in_hooks and (part._forward_hooks or part._forward_pre_hooks))
         for part in parts
     )
 

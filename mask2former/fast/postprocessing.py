@@ -1,12 +1,14 @@
 """Post-processing a few rows of masks at a time, for all results together.
 
 Full-size masks are by far the largest tensors of inference. They are resized and consumed in blocks
-of rows, and only for queries that a result needs. Areas of all panoptic segments take one host
-sync.
+of rows, and only for queries that a result needs. A GPU has room for all rows of most images, and
+resizes them in one step. Areas of all panoptic segments take one host sync.
 
 Shape letters: Q queries, K classes, S kept queries, N instances, H W pixels.
 """
 
+import functools
+import math
 from collections.abc import Collection
 from typing import Any, Protocol
 
@@ -48,30 +50,41 @@ class ResizedMasks:
         # Sums of half precision logits are computed in fp32.
         self._masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
         self._sizes = padded, image, output
-        self._down, self._across = (
-            _axis_matrix(*lengths, self._masks.dtype, masks.device)
-            for lengths in zip(masks.shape[1:], padded, image, output, strict=True)
-        )
         self.shape = torch.Size((len(masks), *output))
         self.dtype, self.device = self._masks.dtype, masks.device
 
-    def full(self) -> Tensor:
-        """All masks by the plain steps, (Q, H, W)."""
+    @functools.cached_property
+    def _axes(self) -> list["_AxisMatrix"]:
+        """The matrices of resizing down and across."""
+        lengths = zip(self._masks.shape[1:], *self._sizes, strict=True)
+        return [_axis_matrix(*x, self.dtype, self._masks.device) for x in lengths]
+
+    def fit(self, num_queries: int, limit: int) -> bool:
+        """Whether `full` makes no tensor of more elements than the limit."""
+        padded, _, output = self._sizes
+        return num_queries * max(math.prod(padded), math.prod(output)) <= limit
+
+    def full(self, queries: Tensor | None = None) -> Tensor:
+        """The masks of some or all queries by the plain steps, (Q, H, W)."""
         padded, image, output = self._sizes
-        masks = F.interpolate(self._masks[None], padded, mode="bilinear", align_corners=False)[0]
+        masks = self._masks if queries is None else self._masks.index_select(0, queries)
+        masks = F.interpolate(masks[None], padded, mode="bilinear", align_corners=False)[0]
+        if image == output:
+            return masks[:, : image[0], : image[1]]
         return sem_seg_postprocess(masks, image, *output)
 
     def rows(self, rows: slice, queries: Tensor | None) -> Tensor:
         """Some rows of the masks of some or all queries, (Q, rows, W)."""
-        down, used = self._down.block(rows)
+        down, across = self._axes
+        weights_down, used = down.block(rows)
         masks = self._masks[:, used]
         masks = masks if queries is None else masks.index_select(0, queries)
         wide = masks.new_empty(*masks.shape[:2], self.shape[2])
         for start in range(0, self.shape[2], _COLUMNS):
             columns = slice(start, min(start + _COLUMNS, self.shape[2]))
-            across, used = self._across.block(columns)
-            wide[..., columns] = masks[..., used] @ across.T
-        return down.expand(len(masks), -1, -1) @ wide
+            weights, used = across.block(columns)
+            wide[..., columns] = masks[..., used] @ weights.T
+        return weights_down.expand(len(masks), -1, -1) @ wide
 
 
 class _AxisMatrix:
@@ -263,10 +276,12 @@ def stream_rows(masks: ResizedMasks, results: Collection[Result]) -> None:
         for r in results
     ]
     limit = max_elements(_MAX_LOGITS, masks.device)
-    step = max(1, limit // max(1, num_queries * width))
+    # Products of banded matrices are faster than resizing on a CPU, and need no full-size masks.
+    in_one_step = masks.device.type != "cpu" and masks.fit(num_queries, limit)
+    step = max(1, height if in_one_step else limit // max(1, num_queries * width))
     for start in range(0, height, step):
         rows = slice(start, min(start + step, height))
-        logits = masks.rows(rows, needed)
+        logits = masks.full(needed) if in_one_step else masks.rows(rows, needed)
         probabilities = logits.sigmoid()
         for result, place in zip(results, places, strict=True):
             if place is None:

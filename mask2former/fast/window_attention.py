@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..modeling.backbone.swin_layers import WindowAttention
+from .attention import ROW_ALIGNMENT, masked_backend
 
 # As written, also if somebody wraps the method later.
 _PLAIN = inspect.unwrap(WindowAttention.forward)
@@ -27,11 +28,28 @@ def window_attention(module: WindowAttention, x: Tensor, mask: Tensor | None = N
     q, k, v = module.project(x)  # each (B·V, A, N, D)
     # Cast before the repeat, to copy less. Autograd sums the gradient over the repeats.
     bias = module.attention_bias(mask, q.dtype)  # (V or 1, A, N, N)
-    if mask is not None:
-        bias = bias.repeat(num_windows // mask.shape[0], 1, 1, 1)  # (B·V, A, N, N)
+    repeats = num_windows // mask.shape[0] if mask is not None else 1
+    if not x.is_cpu:
+        bias = _repeat_aligned(bias, repeats)
+    elif mask is not None:
+        bias = bias.repeat(repeats, 1, 1, 1)  # (B·V, A, N, N)
     dropout = module.attn_drop.p if module.attn_drop.training else 0.0
-    x = F.scaled_dot_product_attention(
-        q, k, v, attn_mask=bias, dropout_p=dropout, scale=module.scale
-    )
+    with masked_backend(q):
+        x = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=bias, dropout_p=dropout, scale=module.scale
+        )
     x = x.transpose(1, 2).reshape(num_windows, num_tokens, module.dim)
     return module.proj_drop(module.proj(x))
+
+
+def _repeat_aligned(bias: Tensor, repeats: int) -> Tensor:
+    """Repeat a bias (V, A, N, N) → (B·V, A, N, N), its rows aligned as fused kernels need it.
+
+    They take no bias whose rows are not contiguous, as those of a gathered table, and copy one
+    whose rows are not aligned.
+    """
+    num_tokens = bias.shape[-1]
+    bias = bias.expand(repeats, *bias.shape)
+    padding = -num_tokens % ROW_ALIGNMENT
+    bias = F.pad(bias, (0, padding)) if padding else bias.contiguous()
+    return bias.flatten(0, 1)[..., :num_tokens]

@@ -7,6 +7,7 @@ Shape letters: B batch, Q queries, K classes, T targets of an image, N matched m
 P points, H W pixels.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 import torch.nn.functional as F
 from detectron2.projects.point_rend.point_features import (
     get_uncertain_point_coords_with_randomness,
-    point_sample,
 )
 from detectron2.utils.comm import get_world_size
 from detectron2.utils.registry import Registry
 from torch import Tensor, nn
 
+from ..utils.determinism import is_deterministic
+from ..utils.host_copy import HostCopy
 from ..utils.misc import is_dist_avail_and_initialized, nested_tensor_from_tensor_list
 from ..utils.twins import has_fast_twin
+from .layers.point_sampling import point_sample
 from .mask_losses import (
     calculate_uncertainty,
     dice_loss,
@@ -73,6 +76,21 @@ class MatchedMasks:
     points: Tensor
     point_logits: Tensor
     point_labels: Tensor
+
+
+def begin_average_num_masks(targets: Targets, device: torch.device) -> Callable[[], float]:
+    """Begin what `SetCriterion.average_num_masks` returns.
+
+    Returns:
+        A function that waits for the result. Until it is called, the host can go on.
+    """
+    num_masks = float(sum(len(target["labels"]) for target in targets))
+    if not is_dist_avail_and_initialized():
+        return lambda: max(num_masks, 1.0)
+    total = torch.full((1,), num_masks, dtype=torch.float32, device=device)  # not an upload
+    torch.distributed.all_reduce(total)
+    copied = HostCopy(total)
+    return lambda: max(copied.read().item() / get_world_size(), 1.0)
 
 
 class SetCriterion(nn.Module):
@@ -174,7 +192,10 @@ class SetCriterion(nn.Module):
             [t["labels"][j] for t, (_, j) in zip(targets, indices, strict=True)]
         )
         weight = self.empty_weight.to(logits.dtype)
-        return {"loss_ce": F.cross_entropy(logits.transpose(1, 2), classes, weight)}
+        if is_deterministic(logits):
+            # The mean over a map (B, K+1, Q) would add in any order on a GPU.
+            logits, classes = logits.flatten(0, 1), classes.flatten()
+        return {"loss_ce": F.cross_entropy(logits.movedim(-1, 1), classes, weight)}
 
     def loss_masks(
         self, outputs: dict[str, Any], targets: Targets, indices: Indices, num_masks: float
@@ -232,12 +253,7 @@ class SetCriterion(nn.Module):
 
     def average_num_masks(self, targets: Targets, device: torch.device) -> float:
         """Number of target masks per worker, averaged over workers, at least 1."""
-        num_masks = sum(len(target["labels"]) for target in targets)
-        if is_dist_avail_and_initialized():
-            total = torch.as_tensor([num_masks], dtype=torch.float, device=device)
-            torch.distributed.all_reduce(total)
-            num_masks = total.item() / get_world_size()
-        return max(float(num_masks), 1.0)
+        return begin_average_num_masks(targets, device)()
 
     def __repr__(self, _repr_indent: int = 4) -> str:
         names = (

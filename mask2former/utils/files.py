@@ -1,21 +1,25 @@
-"""Files: safe reading of pickles from unknown sources, and atomic writing.
+"""Files: safe reading of checkpoints from unknown sources, and atomic writing.
 
-Unpickling can execute arbitrary code. Here a `.pkl` file may contain only tensors, NumPy arrays and
-plain containers, and files of `torch.save` are read by torch's weights-only loader.
+Unpickling can execute arbitrary code. Here checkpoints may contain only tensors, NumPy arrays and
+plain containers (`plain_pickle.py`, `torch_files.py`).
 """
 
-import io
 import os
 import pickle
 import re
-from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import IO, Any
+from typing import IO, Any, Literal
 
-import numpy as np
 import torch
 from detectron2.utils.file_io import PathManager
+
+from .plain_pickle import PlainUnpickler, require_plain
+from .torch_files import STORAGE_NAMES, is_torch_zip, read_torch
+
+
+class MissingPackageError(ValueError):
+    """A file is sound, but its format needs a package that is not installed."""
 
 
 @contextmanager
@@ -39,59 +43,6 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
         raise
 
 
-def _storage_from_bytes(data: bytes) -> Any:
-    # torch's own function of this name unpickles without restrictions.
-    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-
-
-def _numpy_globals() -> dict[tuple[str, str], Any]:
-    """What pickled arrays and scalars refer to, under the names of NumPy 1 and 2."""
-    reconstruct = np.empty(0).__reduce__()[0]
-    from_buffer = np.empty(0).__reduce_ex__(5)[0]
-    scalar = np.float32(0).__reduce__()[0]
-    allowed: dict[tuple[str, str], Any] = {
-        ("numpy", "ndarray"): np.ndarray,
-        ("numpy", "dtype"): np.dtype,
-    }
-    for core in ("numpy.core", "numpy._core"):
-        allowed[f"{core}.multiarray", "_reconstruct"] = reconstruct
-        allowed[f"{core}.multiarray", "scalar"] = scalar
-        allowed[f"{core}.numeric", "_frombuffer"] = from_buffer
-    return allowed
-
-
-def _allowed_globals() -> dict[tuple[str, str], Any]:
-    allowed = {
-        ("collections", "OrderedDict"): OrderedDict,
-        # Python 3 pickles bytes this way for Python 2.
-        ("_codecs", "encode"): _encode_latin1,
-        ("torch", "Size"): torch.Size,
-        ("torch", "device"): torch.device,
-        ("torch.storage", "_load_from_bytes"): _storage_from_bytes,
-        ("torch._utils", "_rebuild_tensor_v2"): torch._utils._rebuild_tensor_v2,
-        ("torch._utils", "_rebuild_parameter"): torch._utils._rebuild_parameter,
-    }
-    for builtins in ("builtins", "__builtin__"):
-        for kind in (set, frozenset, bytearray, complex, slice):
-            allowed[builtins, kind.__name__] = kind
-    return allowed | _numpy_globals()
-
-
-def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
-    return text.encode("latin1")
-
-
-class _RestrictedUnpickler(pickle.Unpickler):
-    """Reads tensors, arrays and plain containers; rejects every other class or function."""
-
-    _ALLOWED = _allowed_globals()
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self._ALLOWED:
-            raise pickle.UnpicklingError(f"Unsupported global: GLOBAL {module}.{name} ")
-        return self._ALLOWED[module, name]
-
-
 @contextmanager
 def explained_read_errors(path: str) -> Iterator[None]:
     """Turn decoding errors into errors that name the file.
@@ -101,6 +52,8 @@ def explained_read_errors(path: str) -> Iterator[None]:
     """
     try:
         yield
+    except MissingPackageError:
+        raise
     # Damaged bytes can raise any exception in a decoder.
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))
@@ -120,12 +73,40 @@ def explained_read_errors(path: str) -> Iterator[None]:
 def load_pickle(path: str) -> Any:
     """Read a `.pkl` file (latin1 strings, as in Detectron2's model zoo) without executing code."""
     with PathManager.open(path, "rb") as file:
-        return _RestrictedUnpickler(file, encoding="latin1").load()
+        size = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        data = PlainUnpickler(file, size, names=STORAGE_NAMES).load()
+    require_plain(data)
+    return data
 
 
 def load_torch(path: str) -> Any:
     """Read a file of `torch.save` onto the CPU without executing code; NumPy data is allowed."""
-    numpy_globals = [(value, ".".join(key)) for key, value in _numpy_globals().items()]
-    dtypes = [type(np.dtype(code)) for code in np.typecodes["All"] if code not in "OV"]
-    with torch.serialization.safe_globals([*numpy_globals, *dtypes]):
-        return torch.load(path, map_location="cpu", weights_only=True)
+    with PathManager.open(path, "rb") as file:
+        data = read_torch(file)
+    require_plain(data)
+    return data
+
+
+def load_safetensors(path: str) -> dict[str, torch.Tensor]:
+    """Read a safetensors file onto the CPU."""
+    try:
+        from safetensors.torch import load_file
+    except ImportError as error:
+        raise MissingPackageError(
+            f"Checkpoint {path} is a safetensors file, which needs the package safetensors: "
+            "`pip install safetensors`."
+        ) from error
+    return load_file(path)
+
+
+def checkpoint_format(path: str) -> Literal["torch", "pickle", "safetensors"]:
+    """The format of a checkpoint, from its first bytes and its name."""
+    with PathManager.open(path, "rb") as file:
+        start = file.read(9)
+    if is_torch_zip(start):
+        return "torch"
+    # A header's length, then JSON; a pickle begins with its protocol.
+    if path.endswith(".safetensors") or (start[8:] == b"{" and start[:1] != b"\x80"):
+        return "safetensors"
+    return "pickle" if path.endswith(".pkl") else "torch"

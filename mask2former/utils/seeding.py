@@ -1,8 +1,8 @@
 """Seeds that depend on the position in a run, not on the random numbers drawn before.
 
-A resumed run repeats an uninterrupted one only if it needs no saved random state. So each use of
-random numbers is seeded from the run's seed and a key that identifies it, such as (DATA, position
-of the sample) or (MODEL, iteration, rank).
+A resumed run has the random numbers of an uninterrupted one only if it needs no saved random state.
+So each use of random numbers is seeded from the run's seed and a key that identifies it, such as
+(DATA, position of the sample) or (MODEL, iteration, rank).
 """
 
 import random

@@ -14,6 +14,7 @@ from torch.utils.data import IterableDataset
 
 from mask2former.data import loader as loader_module
 from mask2former.data.loader import build_test_loader, build_train_loader
+from mask2former.data.packed_masks import TargetInstances
 from mask2former.utils.seeding import SAMPLER, isolated_rng
 
 # Wide images have even indices, except that 8 is square, which Detectron2 counts as not wide.
@@ -332,3 +333,42 @@ def test_test_loader(register, tmp_path):
     (tmp_path / "b.png").unlink()
     with pytest.raises(FileNotFoundError, match=r"b\.png"):
         list(loader)
+
+
+def with_image(record):
+    """A mapper whose samples have what a model uploads, and other tensors."""
+    return {
+        **record,
+        "image": torch.full((3, 2, 2), record["image_id"], dtype=torch.uint8),
+        "instances": TargetInstances((2, 2), gt_classes=torch.tensor([record["image_id"]])),
+        "padding_mask": torch.zeros(2, 2),
+    }
+
+
+def test_batches_for_a_gpu_are_pinned(dataset, monkeypatch):
+    """Only images and targets; lists and dicts stay what they are."""
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor + 100)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    loader = build_train_loader(config(dataset), with_image)
+    assert loader.pin_memory
+    samples = [with_image({"image_id": 7, "size": (1, 2)}), "a sample of another kind"]
+    batch = loader.collate_fn(samples).pin_memory()
+    assert type(batch) is list and type(batch[0]) is dict and batch[1] == samples[1]
+    assert batch[0]["image"].unique().tolist() == [107]
+    assert batch[0]["instances"].gt_classes.tolist() == [107]
+    assert batch[0]["padding_mask"].sum() == 0 and batch[0]["size"] == (1, 2)
+    assert samples[0]["image"].unique().tolist() == [7]
+
+    cfg = config(dataset)
+    cfg.MODEL.DEVICE = "cpu"
+    assert not build_train_loader(cfg, with_image).pin_memory
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a CUDA GPU")
+@pytest.mark.parametrize("num_workers", [0, 1])
+def test_memory_is_pinned(dataset, num_workers):
+    loader = build_train_loader(config(dataset, NUM_WORKERS=num_workers), with_image)
+    (sample, _) = next(iter(loader))
+    assert sample["image"].is_pinned() and sample["instances"].gt_classes.is_pinned()
+    assert not sample["padding_mask"].is_pinned()

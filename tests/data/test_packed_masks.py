@@ -5,11 +5,12 @@ import pickle
 
 import pytest
 import torch
-from detectron2.structures import Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
 from mask2former import MaskFormer
-from mask2former.data.packed_masks import PackedMasks, TargetInstances
+from mask2former.data.packed_masks import PackedMasks, TargetInstances, pin, upload
 
 LABELS = torch.tensor([[[0, 1, 1], [255, 3, 1]]], dtype=torch.uint8)
 LABEL_MASKS = [[[0, 1, 1], [0, 0, 1]], [[0, 0, 0], [0, 0, 0]], [[0, 0, 0], [0, 1, 0]]]
@@ -156,3 +157,95 @@ class TestPrepareTargets:
         assert actual.keys() == expected[0].keys()
         for key, tensor in expected[0].items():
             assert actual[key].dtype == tensor.dtype and torch.equal(actual[key], tensor)
+
+
+class Copies(TorchDispatchMode):
+    """Whether each copy to another device blocks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocking: list[bool] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if function is torch.ops.aten._to_copy.default:
+            self.blocking.append(not kwargs.get("non_blocking"))
+        return function(*args, **kwargs)
+
+
+class OnlyDevice:
+    """A field as other projects have them."""
+
+    device = torch.device("cpu")
+
+    def to(self, device):
+        moved = OnlyDevice()
+        moved.device = device
+        return moved
+
+    def __len__(self):
+        return 3
+
+
+class TestUpload:
+    device = torch.device("meta")
+
+    def test_nothing_blocks(self):
+        with Copies() as copies:
+            moved = upload(instances(), self.device)
+            image = upload(torch.zeros(3, 2, 2), self.device)
+        assert copies.blocking == [False] * 4
+        assert type(moved) is TargetInstances and packed_field(moved)
+        assert image.device == moved.gt_classes.device == moved.gt_boxes.device == self.device
+        assert moved._fields["gt_masks"].planes.device == self.device
+
+    def test_plain_instances(self):
+        plain = Instances((2, 3), gt_classes=torch.arange(3), note=["a", "b", "c"])
+        plain.gt_masks = BitMasks(torch.zeros(3, 2, 3))
+        plain.gt_boxes = Boxes(torch.zeros(3, 4))
+        plain.other = OnlyDevice()
+        with Copies() as copies:
+            moved = upload(plain, self.device)
+        assert copies.blocking == [False] * 3
+        assert type(moved) is Instances and moved.image_size == (2, 3) and len(moved) == 3
+        assert list(moved.get_fields()) == list(plain.get_fields())
+        assert moved.note == ["a", "b", "c"]
+        assert type(moved.gt_masks) is BitMasks and type(moved.gt_boxes) is Boxes
+        for field in (moved.gt_classes, moved.gt_masks, moved.gt_boxes, moved.other):
+            assert field.device == self.device
+
+    def test_a_method_of_their_own(self):
+        class Own(Instances):
+            def to(self, device):
+                return Own(self.image_size, moved_to=[device])
+
+        moved = upload(Own((2, 3)), self.device)
+        assert type(moved) is Own and moved.moved_to == [self.device]
+
+    def test_to_the_cpu_blocks(self):
+        """A device might not have written yet when the host reads."""
+        tensor = torch.arange(3)
+        with Copies() as copies:
+            assert upload(tensor, torch.device("cpu")) is tensor
+            moved = upload(instances(), torch.device("cpu"))
+        assert copies.blocking == []
+        assert moved.gt_masks.int().tolist() == LABEL_MASKS
+
+    def test_pin_memory(self, monkeypatch):
+        pinned = []
+
+        def pin_memory(tensor):
+            pinned.append(tensor.clone())
+            return pinned[-1]
+
+        monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+        result = instances().pin_memory()
+        assert type(result) is TargetInstances and packed_field(result)
+        tensors = result.gt_classes, result._fields["gt_masks"].planes, result.gt_boxes.tensor
+        assert [id(x) for x in tensors] == [id(x) for x in pinned]
+        assert result.gt_masks.int().tolist() == LABEL_MASKS
+        assert result.gt_classes.tolist() == [4, 5, 6]
+        plain = Instances((2, 3))
+        assert pin(plain) is plain and pin("text") == "text"
+        on_device = torch.zeros(2, device="meta")
+        assert pin(on_device) is on_device

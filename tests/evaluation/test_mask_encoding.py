@@ -65,7 +65,6 @@ def test_edges():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_masks_on_a_gpu():
     masks = random_masks(3)
     for dtype in (torch.float32, torch.bfloat16, torch.bool):

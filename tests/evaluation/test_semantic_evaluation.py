@@ -41,7 +41,6 @@ def test_labels_of_nan_and_inf():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_labels_on_a_gpu():
     scores = torch.randn(19, 40, 50, generator=torch.manual_seed(0))
     np.testing.assert_array_equal(best_labels(scores.cuda()), best_labels(scores))

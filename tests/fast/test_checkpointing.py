@@ -5,7 +5,7 @@ import torch
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
-from mask2former.fast.checkpointing import checkpointed, set_checkpointing
+from mask2former.fast.checkpointing import checkpointed, has_room, set_checkpointing
 
 MODULE = nn.Identity()  # without a policy of its own
 
@@ -137,6 +137,7 @@ def test_policies_save_less_and_change_no_number(tiny_cfg, make_input, backbone)
     batch = [make_input(64, 96, [0, 2, 1], seed=1), make_input(64, 96, [], seed=2)]
     losses, grads, everything = train(tiny_cfg, "none", backbone, batch)
     saved = [everything]
+    assert train(tiny_cfg, "auto", backbone, batch)[2] < everything
     for policy in ("selective", "blocks"):
         other_losses, other_grads, num_bytes = train(tiny_cfg, policy, backbone, batch)
         saved.append(num_bytes)
@@ -144,6 +145,29 @@ def test_policies_save_less_and_change_no_number(tiny_cfg, make_input, backbone)
         for name, grad in grads.items():
             torch.testing.assert_close(other_grads[name], grad, msg=f"{policy}: {name}")
     assert saved[0] > saved[1] > saved[2]
+
+
+def test_a_policy_can_change_during_training(weights):
+    """What "auto" does when memory is ample."""
+    wide, narrow = weights
+    x = torch.randn(100, 8, requires_grad=True)
+
+    def function(x: Tensor) -> Tensor:
+        return (x @ wide.T).sigmoid() @ narrow.T
+
+    module = nn.Sequential(nn.Identity())
+    set_checkpointing(module, "auto")
+    few = saved_bytes(lambda: checkpointed(module[0], function, x))
+    set_checkpointing(module, "none")
+    assert saved_bytes(lambda: checkpointed(module[0], function, x)) > few
+
+
+def test_room_for_all_activations():
+    gib = 2**30
+    assert has_room(peak=10 * gib, available=139 * gib)
+    assert has_room(peak=9 * gib, available=24 * gib)
+    assert not has_room(peak=10 * gib, available=24 * gib)
+    assert not has_room(peak=10 * gib, available=11 * gib)
 
 
 def test_unknown_policy_is_refused():

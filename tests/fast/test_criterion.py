@@ -3,6 +3,10 @@
 Shape letters: L layers, B batch, Q queries, K classes, N masks, C mask channels, P points.
 """
 
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from small_parts import random_targets
@@ -251,3 +255,61 @@ def test_costs_are_the_only_host_sync(monkeypatch):
     assert counter.syncs == []
     # Matched indices are on the host already.
     assert copies.count(torch.float32) == 1
+
+
+IN_A_GROUP = """
+import sys
+import torch
+import torch.distributed as dist
+sys.path[:0] = sys.argv[3:]
+import test_criterion as tests
+
+rank = int(sys.argv[1])
+dist.init_process_group("gloo", init_method=f"file://{sys.argv[2]}", rank=rank, world_size=2)
+targets = [tests.random_targets([0, 1], []), tests.random_targets([2], [0, 1, 1])][rank]
+outputs = tests.as_dense(*tests.factors(layers=2))
+criterion = tests.build()
+assert criterion.average_num_masks(targets, torch.device("cpu")) == 3.0  # of 2 and 4
+divisors = []
+mask_losses = tests.fast_criterion._mask_losses
+def record(*args):
+    divisors.append(args[-1])
+    return mask_losses(*args)
+tests.fast_criterion._mask_losses = record
+criterion(outputs, targets)
+criterion.average_num_masks = lambda targets, device: 7.0 + rank
+criterion(outputs, targets)
+assert divisors == [3.0, 7.0 + rank], divisors
+dist.destroy_process_group()
+"""
+
+
+def test_number_of_masks_in_a_group(tmp_path):
+    """Averaged over two processes; a method of another project is still called."""
+    arguments = [str(tmp_path / "group"), str(Path(__file__).parent), *sys.path]
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-W", "ignore", "-c", IN_A_GROUP, str(rank), *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(2)
+    ]
+    errors = [worker.communicate()[1] for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], errors
+
+
+def test_masks_are_counted_before_matching(monkeypatch):
+    """So that the host sync of matching serves the count as well."""
+    order = []
+    begin, match = fast_criterion.begin_average_num_masks, fast_criterion.match_layers
+    monkeypatch.setattr(
+        fast_criterion,
+        "begin_average_num_masks",
+        lambda *args: order.append("count") or begin(*args),
+    )
+    monkeypatch.setattr(
+        fast_criterion, "match_layers", lambda *args: order.append("match") or match(*args)
+    )
+    build()(as_factors(*factors(layers=2)), random_targets([0], [1]))
+    assert order == ["count", "match"]

@@ -8,7 +8,8 @@ from detectron2.layers import Conv2d, FrozenBatchNorm2d
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 
-from mask2former.fast.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms
+from mask2former.fast import frozen_norm
+from mask2former.fast.frozen_norm import ConvWithFrozenNorm, fold_frozen_norms, norms_together
 from mask2former.utils.twins import run_plain
 
 
@@ -115,6 +116,124 @@ def test_folded_weight_is_not_saved_for_backward():
         layer(x).sum().backward()
     # The factors of the weight, but nothing of its size.
     assert saved and max(shape.numel() for shape in saved) == 64
+
+
+def chain() -> nn.Sequential:
+    """Folded convolutions with a bias, another eps, and half precision buffers."""
+    layers = nn.Sequential(
+        Conv2d(3, 4, 3, norm=frozen(4)),
+        Conv2d(4, 6, 1, bias=True, norm=frozen(6)),
+        Conv2d(6, 4, 3, norm=frozen(4)),
+        Conv2d(4, 2, 1, norm=frozen(2)),
+    )
+    layers[2].norm.eps = 0.5
+    layers[3].norm.half()
+    return fold_frozen_norms(layers)
+
+
+def outputs_and_gradients(layers: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
+    out = layers(x)
+    return [out, *torch.autograd.grad(out.square().sum(), list(layers.parameters()))]
+
+
+def test_norms_computed_together_change_no_number(monkeypatch):
+    layers, x = chain(), torch.randn(2, 3, 9, 7)
+    expected = outputs_and_gradients(layers, x)
+    computed = []
+    original = frozen_norm._scale_and_offset
+    monkeypatch.setattr(
+        frozen_norm, "_scale_and_offset", lambda *args: computed.append(1) or original(*args)
+    )
+    with norms_together(layers.modules()):
+        result = outputs_and_gradients(layers, x)
+    assert len(computed) == 3  # kinds of norms; none in backward
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+    # Whoever changes a norm, also so that it leaves no trace, is seen by the next pass.
+    layers[0].norm.running_var.data.copy_(torch.rand(4))
+    changed = layers(x)
+    assert not torch.equal(changed, expected[0])
+    with norms_together(layers.modules()):
+        assert torch.equal(layers(x), changed)
+
+
+def test_norms_together_end_with_the_pass():
+    layers, x = chain(), torch.randn(1, 3, 9, 7)
+    expected = layers(x)
+    with pytest.raises(RuntimeError, match="interrupted"), norms_together(layers.modules()):
+        with norms_together([]):
+            assert torch.equal(layers(x), expected)
+        copied = copy.deepcopy(layers)
+        assert [vars(a).keys() == vars(b).keys() for a, b in zip(layers, copied, strict=True)]
+        raise RuntimeError("interrupted")
+    layers[0].norm.bias.add_(1.0)
+    copied[0].norm.bias.add_(1.0)
+    assert not torch.equal(layers(x), expected)
+    assert torch.equal(layers(x), copied(x))
+
+
+def test_backward_uses_the_norms_of_the_forward():
+    layers, x = chain(), torch.randn(1, 3, 9, 7)
+    out, *expected = outputs_and_gradients(layers, x)
+    loss = layers(x).square().sum()
+    layers[0].norm.weight.mul_(3.0)
+    result = torch.autograd.grad(loss, list(layers.parameters()))
+    assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
+
+
+def test_a_norm_that_trains_gets_gradients():
+    layers, x = chain(), torch.randn(1, 3, 9, 7)
+    del layers[0].norm.weight
+    layers[0].norm.weight = nn.Parameter(torch.rand(4))
+    with norms_together(layers.modules()):
+        layers(x).sum().backward()
+    assert layers[0].norm.weight.grad.any()
+
+
+def test_a_model_computes_its_norms_once(tiny_cfg, make_input, monkeypatch):
+    model = build_model(tiny_cfg)
+    computed = []
+    original = frozen_norm._scale_and_offset
+    monkeypatch.setattr(
+        frozen_norm, "_scale_and_offset", lambda *args: computed.append(1) or original(*args)
+    )
+    sum(model([make_input(32, 48, [0])]).values()).backward()
+    assert computed == [1]
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_weight_for_an_accelerator(dtype, kernel):
+    """Folded in the layout of the input and the dtype of autocast; gradients as the parameter's."""
+    torch.manual_seed(0)
+    conv = fold_frozen_norms(Conv2d(4, 6, kernel, bias=True, norm=frozen(6)))
+    x = torch.randn(2, 4, 9, 7).contiguous(memory_format=torch.channels_last)
+    with torch.autocast("cpu", dtype=dtype, enabled=dtype is not None):
+        scale, offset = frozen_norm._terms(conv)
+        weight, bias = conv._folded_for(x, scale, offset)
+        assert weight.is_contiguous(memory_format=torch.channels_last)
+        assert weight.dtype == bias.dtype == (dtype or torch.float32)
+        out = nn.functional.conv2d(x, weight, bias)
+        expected = conv(x)
+    torch.testing.assert_close(out, expected)
+    weights = torch.randn_like(expected)
+    grads = [
+        torch.autograd.grad((y * weights).sum(), list(conv.parameters())) for y in (out, expected)
+    ]
+    for grad, other, parameter in zip(*grads, conv.parameters(), strict=True):
+        assert grad.dtype == parameter.dtype and grad.stride() == parameter.stride()
+        torch.testing.assert_close(grad, other)
+
+
+def test_scaling_is_differentiable_twice():
+    x = torch.randn(3, 2, 2, 2, dtype=torch.float64, requires_grad=True)
+    scale = torch.rand(3, 1, 1, 1, dtype=torch.float64)
+
+    def scaled(x):
+        return frozen_norm._ScaleTo.apply(x, scale, torch.float64, torch.channels_last)
+
+    assert torch.autograd.gradcheck(scaled, x) and torch.autograd.gradgradcheck(scaled, x)
+    expected = torch.func.grad(lambda x: (x * scale).square().sum())(x)
+    assert torch.equal(torch.func.grad(lambda x: scaled(x).square().sum())(x), expected)
 
 
 class Negated(FrozenBatchNorm2d):

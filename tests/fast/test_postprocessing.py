@@ -52,6 +52,8 @@ def test_resized_masks_equal_the_plain_steps(sizes):
         resized = ResizedMasks(masks.to(dtype), *sizes[1:])
         assert resized.shape == expected.shape and resized.dtype == dtype
         torch.testing.assert_close(resized.full().double(), expected, atol=atol, rtol=0)
+        part = resized.full(torch.tensor([0, 2]))
+        torch.testing.assert_close(part.double(), expected[[0, 2]], atol=atol, rtol=0)
         height = expected.shape[1]
         middle = height // 3
         for rows in (slice(0, height), slice(0, middle + 1), slice(middle, height)):
@@ -71,14 +73,16 @@ def test_masks_of_half_precision_are_resized_in_float32():
 
 @pytest.mark.parametrize("limit", [1, 1000, 10**9])
 @pytest.mark.parametrize("parts", ["s", "p", "i", "pi", "spi"])
-def test_results_streamed_together_equal_the_plain_functions(monkeypatch, limit, parts):
-    """For any number of rows at a time and any set of results."""
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_results_streamed_together_equal_the_plain_functions(monkeypatch, limit, parts, device):
+    """For any number of rows at a time and any set of results, resized as on each device."""
     monkeypatch.setattr(postprocessing, "_MAX_LOGITS", {"cuda": limit})
     torch.manual_seed(0)
     cls = torch.randn(12, 5) * 3
     sizes = (32, 44), (30, 41), (23, 57)
     masks = F.interpolate(torch.randn(1, 12, 3, 4) * 5, (8, 11), mode="bilinear")[0]
     resized = ResizedMasks(masks, *sizes)
+    resized.device = torch.device(device)
     started = {
         "s": lambda: SemanticResult(cls, resized.shape),
         "p": lambda: PanopticResult(cls, resized.shape, THINGS, 0.3, 0.1),
@@ -143,6 +147,29 @@ def test_memory_does_not_grow_with_the_image(monkeypatch):
     computed.clear()
     stream_rows(resized, [PanopticResult(cls, resized.shape, THINGS, 1.0, 0.5)])
     assert not computed  # no query takes part
+
+
+@pytest.mark.parametrize(("image", "limit"), [((50, 91), 3 * 64 * 96), ((20, 30), 3 * 80 * 90)])
+def test_a_gpu_resizes_what_fits_in_the_plain_steps(monkeypatch, image, limit):
+    """Neither the padded batch nor the output may be larger than the limit."""
+    called = []
+    monkeypatch.setattr(ResizedMasks, "full", lambda self, queries: called.append("full"))
+    monkeypatch.setattr(ResizedMasks, "rows", lambda self, rows, queries: called.append("rows"))
+    monkeypatch.setattr(postprocessing, "_AxisMatrix", None)  # none is made
+    output = image if image == (50, 91) else (80, 90)
+    for device, allowed, expected in (
+        ("cuda", limit, ["full"]),
+        ("cuda", limit - 1, ["rows"]),
+        ("cpu", limit, ["rows"]),
+    ):
+        limits = {"cpu": allowed, "cuda": allowed}
+        monkeypatch.setattr(postprocessing, "_MAX_LOGITS", limits)
+        resized = ResizedMasks(torch.randn(3, 16, 24), (64, 96), image, output)
+        resized.device = torch.device(device)
+        with pytest.raises(AttributeError):
+            stream_rows(resized, [SemanticResult(torch.randn(3, 4), resized.shape)])
+        assert called == expected
+        called.clear()
 
 
 def test_gradients_equal_those_of_the_plain_functions():

@@ -280,6 +280,29 @@ def test_training_of_the_whole_model(tiny_cfg, make_input, same_points, spied, c
     assert counts[0] == counts[1] and sum(counts[0].values()) > len(counts[0]) / 2
 
 
+def test_branches_for_accelerators_change_no_number(tiny_cfg, make_input, same_points, monkeypatch):
+    """Training and inference with tensors that claim not to be on the CPU, but compute there."""
+    model = build_both(tiny_cfg)[0]
+    batch = [make_input(64, 96, [0, 2, 1], seed=1), make_input(50, 70, [2], seed=2)]
+
+    def run_both():
+        losses = model.train()(batch)
+        grads = torch.autograd.grad(
+            sum(losses.values()), list(model.parameters()), allow_unused=True
+        )
+        with torch.no_grad():
+            network = model.eval().forward_network(torch.ones(2, 3, 64, 96))
+        return [*losses.values(), *network.values()], grads
+
+    expected, expected_grads = run_both()
+    monkeypatch.setattr(Tensor, "is_cpu", False)
+    results, grads = run_both()
+    assert_equal(results, expected)
+    for grad, other in zip(grads, expected_grads, strict=True):
+        assert (grad is None) == (other is None)
+        assert grad is None or (grad - other).norm() <= 1e-9 * other.norm() + 1e-12
+
+
 def test_inference_of_the_whole_model(tiny_cfg, make_input, spied):
     calls = [spied(row) for row in TABLE if row.plain is MaskFormer]
     fast, plain = (model.eval() for model in build_both(tiny_cfg))

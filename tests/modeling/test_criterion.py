@@ -112,7 +112,9 @@ def as_outputs(logits: list, masks: list) -> dict:
     return {**layers[-1], "aux_outputs": layers[:-1]}
 
 
-def test_class_loss_by_hand(build):
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_class_loss_by_hand(build, deterministic, monkeypatch):
+    monkeypatch.setattr(plain_criterion, "is_deterministic", lambda x: deterministic)
     # Query 0 is matched with class 0 and predicts it with 0.8; query 1 is unmatched, predicts
     # no-object with 0.5, and has weight 0.1.
     logits = torch.tensor([[[0.8, 0.2], [0.5, 0.5]]]).log()

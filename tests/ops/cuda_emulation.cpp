@@ -61,9 +61,10 @@ void emulated_forward(
 }
 
 // `grad_value` is zero initially and has the accumulate type. `room` is scratch memory of the deterministic path, 3
-// numbers per sample; null selects the path with atomics.
+// numbers per sample; null selects the path with atomics. `shared`: collect them in shared memory.
 void emulated_backward(
     int type,
+    int shared,
     const int64_t* sizes,
     const int64_t* shapes,
     const void* grad_output,
@@ -83,7 +84,8 @@ void emulated_backward(
     A* const sums = static_cast<A*>(grad_value);
     launch_backward<T>(
         problem, points, static_cast<const T*>(value), static_cast<const T*>(grad_output),
-        room == nullptr ? sums : nullptr, {static_cast<A*>(grad_locations), static_cast<A*>(grad_weights)}, nullptr);
+        room == nullptr ? sums : nullptr, {static_cast<A*>(grad_locations), static_cast<A*>(grad_weights)},
+        shared ? Collect::kSharedMemory : Collect::kRegisters, nullptr);
     if (room != nullptr) {
       const int64_t samples =
           problem.batch * problem.queries * problem.heads * problem.levels * problem.points;
@@ -93,6 +95,14 @@ void emulated_backward(
     }
   });
 }
+
+// What MASK2FORMER_BACKWARD selects: 0 registers, 1 shared memory, -1 an error.
+int parsed_collect(const char* text) {
+  Collect collect;
+  return read_collect(text, collect) ? collect == Collect::kSharedMemory : -1;
+}
+
+int divided(int number, int divisor) { return make_divisor(divisor).divide(number); }
 
 // Whether the fast kernels accept these sizes. Allocates nothing.
 int fits_fast_kernels(const int64_t* sizes) {

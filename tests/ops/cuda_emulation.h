@@ -1,10 +1,12 @@
 // Runs CUDA kernels on the CPU, one block after the other. Covers what mask2former/csrc/cuda/*.cuh use of CUDA.
 //
 // Every thread of a block is a fiber with its own stack. Warp functions (shuffles, votes, __syncwarp) are barriers: a
-// fiber waits until all threads of its warp that have not returned arrive.
+// fiber waits until all threads of its warp that have not returned arrive. __syncthreads is one for the block, which no
+// thread may leave early. Other threads run before every few atomicCAS, so that some fail.
 //
 // The emulation verifies index arithmetic, shuffles, reductions and conversions, and with a sanitizer that no access is
-// out of bounds or misaligned. It does not find races (fibers switch at barriers only) or effects of memory order or
+// out of bounds or misaligned. It does not find races (fibers switch at barriers and
+// atomicCAS only) or effects of memory order or
 // divergence, and says nothing about speed. Shuffles are for whole warps: the mask is ignored.
 
 #pragma once
@@ -43,6 +45,9 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
   float x, y, z, w;
 };
+struct alignas(8) int2 {
+  int x, y;
+};
 struct alignas(8) uint2 {
   unsigned x, y;
 };
@@ -51,6 +56,7 @@ struct alignas(16) uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline int2 make_int2(int x, int y) { return {x, y}; }
 inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 
@@ -134,11 +140,19 @@ struct Fiber {
   bool finished;
 };
 
+struct Block {
+  unsigned threads = 0, arrived = 0, meeting = 0;
+};
+
 inline std::vector<Fiber> fibers;
+inline Block block;
 inline std::vector<Warp> warps;
 inline ucontext_t scheduler;
 inline unsigned current;
 inline std::function<void()> body;
+
+// Lets the other threads run.
+inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
 
 inline void open_next_meeting(Warp& warp) {
   warp.arrived = 0;
@@ -163,7 +177,7 @@ unsigned meet(const T& value) {
   std::memcpy(&warp.slot[meeting % 2][lane], &value, sizeof(T));
   warp.present[meeting % 2][lane] = true;
   if (++warp.arrived == warp.running) open_next_meeting(warp);
-  while (warp.meeting == meeting) swapcontext(&fibers[current].context, &scheduler);
+  while (warp.meeting == meeting) yield();
   return meeting;
 }
 
@@ -177,7 +191,17 @@ T read(unsigned meeting, unsigned lane) {
   return value;
 }
 
+inline void meet_block() {
+  const unsigned meeting = block.meeting;
+  if (++block.arrived == block.threads) {
+    block.arrived = 0;
+    ++block.meeting;
+  }
+  while (block.meeting == meeting) yield();
+}
+
 inline void run_block(unsigned threads) {
+  block = {threads};
   fibers.resize(std::max<size_t>(fibers.size(), threads));
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp());
   for (unsigned i = 0; i < threads; ++i) {
@@ -204,6 +228,15 @@ inline void run_block(unsigned threads) {
 }  // namespace emulation
 
 inline void __syncwarp() { emulation::meet(0); }
+inline void __syncthreads() { emulation::meet_block(); }
+
+inline unsigned long long atomicCAS(unsigned long long* to, unsigned long long expected, unsigned long long value) {
+  static unsigned calls = 0;
+  if (++calls % 5 == 0) emulation::yield();
+  const unsigned long long old = *to;
+  if (old == expected) *to = value;
+  return old;
+}
 
 template <typename T>
 T __shfl_sync(unsigned, T value, int from, int width = 32) {

@@ -1,13 +1,15 @@
 """Calls the operators of one library with sizes and locations that could cause bad indices.
 
-    python exercise_kernels.py /path/to/library.so
+    python exercise_kernels.py /path/to/library.so [DEVICE [SHARE]]
 
-test_kernels.py runs this on a build with the address sanitizer. Prints "clean" at the end. Results
-are only checked to be finite; tests of the package's own library compare values.
+test_kernels.py runs this on a build with the address sanitizer, tools/gpu_check.py on a GPU under
+compute-sanitizer. SHARE n runs each n-th of the first cases only, for slow tools. Prints "clean" at
+the end. Results are only checked to be finite; tests of the package's own library compare values.
 """
 
 import itertools
 import sys
+from functools import partial
 
 import torch
 
@@ -25,7 +27,9 @@ def make_locations(size: tuple[int, ...], kind: str, dtype: torch.dtype) -> torc
     return torch.tensor(values, dtype=dtype)[torch.randint(len(values), (*size, 2))]
 
 
-def exercise(shapes, channels, points, kind, dtype, batch=2, queries=5, heads=2) -> None:
+def exercise(
+    shapes, channels, points, kind, dtype, batch=2, queries=5, heads=2, device="cpu"
+) -> None:
     ops = torch.ops.mask2former
     flat = [size for shape in shapes for size in shape]
     positions = sum(height * width for height, width in shapes)
@@ -36,30 +40,40 @@ def exercise(shapes, channels, points, kind, dtype, batch=2, queries=5, heads=2)
     weights = torch.rand(size, dtype=exact)
     grad = torch.randn(batch, queries, heads * channels).to(dtype)
     reference = torch.rand(1, queries, len(shapes), 2, dtype=exact)
+    # Everything else is computed on the CPU: a sanitizer sees the kernels of the library only.
+    value, grad = value.to(device), grad.to(device)
+    classic = [x.to(device) for x in (locations, weights)]
+    fused = [x.to(device) for x in (reference, locations * 9, weights.flatten(3))]
     results = [
-        ops.ms_deform_attn(value, flat, locations, weights),
-        *ops.ms_deform_attn_backward(grad, value, flat, locations, weights, False),
-        ops.ms_deform_attn_fused(value, flat, reference, locations * 9, weights.flatten(3)),
-        *ops.ms_deform_attn_fused_backward(
-            grad, value, flat, reference, locations * 9, weights.flatten(3), False
-        ),
+        ops.ms_deform_attn(value, flat, *classic),
+        ops.ms_deform_attn_fused(value, flat, *fused),
     ]
-    assert all(result.isfinite().all() for result in results), (shapes, channels, points, kind)
+    # The CPU kernels have one backward.
+    for deterministic in (False,) if device == "cpu" else (False, True):
+        results += ops.ms_deform_attn_backward(grad, value, flat, *classic, deterministic)
+        results += ops.ms_deform_attn_fused_backward(grad, value, flat, *fused, deterministic)
+    finite = [result.cpu().isfinite().all() for result in results]
+    assert all(finite), (shapes, channels, points, kind)
 
 
 def main() -> None:
     torch.ops.load_library(sys.argv[1])
+    device = sys.argv[2] if len(sys.argv) > 2 else "cpu"
+    share = int(sys.argv[3]) if len(sys.argv) > 3 else 1
     torch.manual_seed(0)
-    for shapes, channels, points, kind in itertools.product(
-        SHAPES, CHANNELS, POINTS, ("around", "borders", "wild")
-    ):
-        exercise(shapes, channels, points, kind, torch.float32)
+    run = partial(exercise, device=device)
+    cases = list(itertools.product(SHAPES, CHANNELS, POINTS, ("around", "borders", "wild")))
+    for shapes, channels, points, kind in cases[::share]:
+        run(shapes, channels, points, kind, torch.float32)
     for dtype in (torch.float64, torch.bfloat16, torch.float16):
-        exercise(SHAPES[0], 32, 4, "around", dtype)
+        run(SHAPES[0], 32, 4, "around", dtype)
     for batch, queries, heads, points in ((0, 5, 2, 4), (2, 0, 2, 4), (2, 5, 0, 4), (2, 5, 2, 0)):
-        exercise(SHAPES[0], 32, points, "around", torch.float32, batch, queries, heads)
+        run(SHAPES[0], 32, points, "around", torch.float32, batch, queries, heads)
+    # One query on each position, as in the pixel decoder.
+    for dtype in (torch.float32, torch.bfloat16):
+        run(SHAPES[0], 32, 4, "around", dtype, queries=sum(h * w for h, w in SHAPES[0]))
     # More queries than one block takes, and more work items than threads.
-    exercise([(20, 30), (10, 15)], 32, 4, "around", torch.float32, queries=333, heads=8)
+    run([(20, 30), (10, 15)], 32, 4, "around", torch.float32, queries=333, heads=8)
     print("clean")
 
 

@@ -117,8 +117,9 @@ def expected(
 
 
 def run_kernels(
-    kernels, case: Case, value, reference, points, weights, grad_output, deterministic: bool
+    kernels, case: Case, value, reference, points, weights, grad_output, mode: str
 ) -> list[Tensor]:
+    """The output and the gradients; ``mode`` is how grad_value is summed."""
     dtype = DTYPES.index(value.dtype)
     sizes = pack_sizes(value, case, points, reference)
     shapes = integers([size for shape in case.shapes for size in shape])
@@ -127,9 +128,14 @@ def run_kernels(
     kernels.emulated_forward(dtype, sizes, shapes, *inputs, pointer(output))
     grad_value = torch.zeros(value.shape, dtype=points.dtype)
     grad_points, grad_weights = torch.full_like(points, 7.0), torch.full_like(weights, 7.0)
-    room = points.new_full((weights.numel() * 3,), float("nan")) if deterministic else None
+    room = (
+        points.new_full((weights.numel() * 3,), float("nan")) if mode == "deterministic" else None
+    )
     gradients = [pointer(x) for x in (grad_value, grad_points, grad_weights, room)]
-    kernels.emulated_backward(dtype, sizes, shapes, pointer(grad_output), *inputs, *gradients)
+    shared = int(mode == "shared memory")
+    kernels.emulated_backward(
+        dtype, shared, sizes, shapes, pointer(grad_output), *inputs, *gradients
+    )
     return [output, grad_value, grad_points, grad_weights]
 
 
@@ -148,10 +154,8 @@ def check(kernels, case: Case, dtype: torch.dtype, fused: bool) -> None:
     exact = 1e-11 if dtype == torch.float64 else 2e-5
     ulp = {torch.float16: 2**-11, torch.bfloat16: 2**-8}.get(dtype, 0)
     results = []
-    for deterministic in (False, True):
-        got = run_kernels(
-            kernels, case, value, reference, points, weights, grad_output, deterministic
-        )
+    for mode in ("registers", "shared memory", "deterministic"):
+        got = run_kernels(kernels, case, value, reference, points, weights, grad_output, mode)
         results.append(got)
         names = ("output", "grad_value", "grad_points", "grad_weights")
         for name, one, other in zip(names, got, target, strict=True):
@@ -164,8 +168,9 @@ def check(kernels, case: Case, dtype: torch.dtype, fused: bool) -> None:
                 atol=atol,
                 msg=lambda text, name=name: f"{name}: {text}",
             )
-    assert torch.equal(results[0][2], results[1][2])
-    assert torch.equal(results[0][3], results[1][3])
+    for other in results[1:]:
+        assert torch.equal(results[0][2], other[2])
+        assert torch.equal(results[0][3], other[3])
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["classic", "fused"])
@@ -182,6 +187,7 @@ CASES = {
     "64 channels": Case(channels=64, queries=9),
     "1 channel": Case(channels=1, heads=1),
     "6 channels": Case(channels=6, batch=1),
+    "30 channels": Case(channels=30, queries=9),
     "71 channels": Case(channels=71, queries=5),
     "16 samples": Case(shapes=FOUR_LEVELS, queries=13, one_reference=True),
     "5 samples": Case(shapes=((7, 6),), points=5, batch=1),
@@ -189,6 +195,9 @@ CASES = {
     "6 samples, 1 query": Case(shapes=((3, 3), (0, 4), (2, 2)), points=2, queries=1, heads=1),
     # Cells that are consecutive in memory, but not neighbours.
     "run down a column": Case(shapes=((13, 1),), queries=11, points=8, smooth=True, batch=1),
+    # Shared memory holds a part of the level only; then a few samples of a block, far apart.
+    "larger than a window": Case(shapes=((23, 18), (5, 4)), queries=None, heads=1, batch=1),
+    "far apart": Case(shapes=((60, 50),), points=6, queries=40, heads=1),
     "one column": Case(shapes=((13, 1), (1, 13)), queries=None, smooth=True, heads=1),
 }
 
@@ -216,3 +225,19 @@ def test_limits_of_the_fast_kernels(kernels, change, fits):
     names = ("batch", "values", "heads", "channels", "queries", "levels", "points", "per_image")
     sizes = {**dict(zip(names, (2, 21504, 8, 32, 21504, 3, 4, 0), strict=True)), **change}
     assert bool(kernels.fits_fast_kernels(integers(list(sizes.values())))) == fits
+
+
+@pytest.mark.parametrize(
+    ("text", "selected"),
+    [(None, 0), (b"", 0), (b"registers", 0), (b"shared", 1), (b"Shared", -1), (b"1", -1)],
+)
+def test_environment_variable_of_backward(kernels, text, selected):
+    assert kernels.parsed_collect(text) == selected
+
+
+@pytest.mark.parametrize("divisor", [1, 2, 3, 7, 8, 160, 641, 2**16 + 1, 2**30, 2**31 - 1])
+def test_division_by_a_launch_constant(kernels, divisor):
+    multiples = [divisor * n for n in (1, 2, 3, 1000, (2**31 - 1) // divisor)]
+    for number in {0, 1, 12345, 2**31 - 1, *multiples, *(n - 1 for n in multiples)}:
+        if number < 2**31:
+            assert kernels.divided(number, divisor) == number // divisor

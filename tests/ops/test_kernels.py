@@ -3,6 +3,7 @@
 test_ms_deform_attn.py checks their numbers.
 """
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -29,8 +30,6 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=DEVICES)
 def device(request) -> str:
-    if request.param == "cuda" and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return request.param
 
 
@@ -81,10 +80,9 @@ def gradients(function, inputs: tuple[Tensor, ...]) -> list[Tensor]:
     return [out.detach(), *torch.autograd.grad(out, inputs, grad.to(out.device, out.dtype))]
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_cuda_equals_cpu(dtype):
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     tolerance = {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
     for on_cpu, on_cuda in zip(
         gradients(ms_deform_attn, classic_inputs("cpu", dtype)),
@@ -94,9 +92,8 @@ def test_cuda_equals_cpu(dtype):
         torch.testing.assert_close(on_cuda.cpu(), on_cpu, **tolerance)
 
 
+@pytest.mark.gpu
 def test_deterministic_on_cuda():
-    if not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     torch.use_deterministic_algorithms(True)
     try:
         runs = [gradients(ms_deform_attn, classic_inputs("cuda", queries=999)) for _ in range(3)]
@@ -247,6 +244,19 @@ def test_instruction_sets(capability):
     if capability == "default":
         assert "AVX" not in line
     assert result.stdout.count("self-test on cpu") == result.stdout.count("passed") >= 3
+
+
+@pytest.mark.parametrize("function", ["ms_deform_attn", "ms_deform_attn_fused"])
+def test_self_test_can_fail(function, monkeypatch, capsys):
+    program = importlib.import_module("mask2former.ops.__main__")
+    original = getattr(program, function)
+    monkeypatch.setattr(program, function, lambda *args: original(*args) * 1.02)
+    assert program.main() == 1
+    lines = capsys.readouterr().out.splitlines()
+    failed = "fused" if function.endswith("fused") else "classic"
+    for line in lines:
+        if line.startswith("self-test on cpu"):
+            assert ("FAILED" in line) == (f" {failed}, " in line)
 
 
 def test_address_sanitizer(tmp_path):

@@ -9,6 +9,7 @@ import torch
 import torchvision
 from detectron2.modeling import build_backbone
 from load_script import load_script
+from safetensors.torch import save_file
 from torch import nn
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
@@ -137,7 +138,7 @@ SWIN = {
     "layers.0.blocks.0.attn.relative_position_bias_table": torch.zeros(1),
     "layers.0.downsample.reduction.weight": torch.zeros(1),
 }
-RESNET = dict.fromkeys(sorted(tool._RESNET_KEYS), torch.zeros(1))
+RESNET = {name: torch.zeros(1) for name in sorted(tool._RESNET_KEYS)}
 
 
 @pytest.mark.parametrize(
@@ -192,6 +193,18 @@ def test_bad_paths_and_unsafe_files(tmp_path, capsys):
     with pytest.raises(SystemExit, match="in.pth cannot be read"):
         tool.main([str(source), str(tmp_path / "out.pkl")])
     assert not (tmp_path / "out.pkl").exists()
+
+
+def test_safetensors_and_values_that_are_not_finite(tmp_path):
+    source, target = tmp_path / "in.safetensors", tmp_path / "out.pkl"
+    save_file(RESNET, source)
+    tool.main([str(source), str(target)])
+    assert len(load_pickle(str(target))["model"]) == len(RESNET)
+    save_file(RESNET | {"bn1.weight": torch.tensor([float("nan")])}, source)
+    with pytest.raises(
+        SystemExit, match=r"in\.safetensors holds NaN .* in stem\.conv1\.norm\.weig"
+    ):
+        tool.main([str(source), str(target)])
 
 
 def test_existing_output_is_replaced_only_when_complete(tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 import os
 import pickle
-from collections import OrderedDict
+import zipfile
+from collections import Counter, OrderedDict
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from mask2former.utils.files import atomic_write, explained_read_errors, load_pickle, load_torch
 
@@ -137,3 +139,72 @@ def test_atomic_write_replaces_whole_files_only(tmp_path):
         file.write("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def with_attribute(tensor):
+    tensor.note = "kept by Python only"
+    return tensor
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_torch_files_read_as_by_torch(tmp_path, zipped):
+    """Types, strides, shared memory and versions of modules."""
+    path = str(tmp_path / "data.pth")
+    base = torch.arange(24.0)
+    model = nn.Sequential(nn.BatchNorm2d(2), nn.Linear(3, 2))
+    tensors = {
+        "whole": base,
+        "view": base[4:10].view(2, 3).t(),
+        "expanded": torch.ones(1).expand(3),
+        "scalar": torch.tensor(3),
+        "empty": torch.zeros(0, 5),
+        "channels last": torch.rand(2, 3, 4, 5).to(memory_format=torch.channels_last),
+        "parameter": nn.Parameter(torch.rand(2)),
+        "frozen": nn.Parameter(torch.rand(2), requires_grad=False),
+        "marked": with_attribute(torch.rand(2)),
+        "marked parameter": with_attribute(nn.Parameter(torch.rand(2))),
+        "with gradient": torch.rand(2, requires_grad=True),
+    }
+    names = "float16 bfloat16 float64 int8 uint8 int16 int32 bool complex64 complex128"
+    names += " uint16 uint32 float8_e4m3fn" if zipped else ""
+    tensors |= {name: torch.ones(3, dtype=getattr(torch, name)) for name in names.split()}
+    others = {
+        "size": torch.Size([1, 2]),
+        "device": torch.device("cuda:1"),
+        "dtype": torch.float16,
+        "counter": Counter(a=2),
+        "plain": [1, -(2**40), 2.5, None, True, "ä", b"\xff", {1, 2}, (1, (2,)), {3: "x"}, 1 + 2j],
+        "bytes": bytearray(b"ab"),
+    }
+    data = {"model": model.state_dict(), "tensors": tensors, "others": others}
+    torch.save(data, path, _use_new_zipfile_serialization=zipped)
+    loaded, expected = load_torch(path), torch.load(path, weights_only=True)
+    assert loaded["others"] == expected["others"] == others
+    assert loaded["model"]._metadata == data["model"]._metadata
+    for name, value in expected["tensors"].items():
+        actual = loaded["tensors"][name]
+        assert type(actual) is type(value), name
+        assert (actual.dtype, actual.stride()) == (value.dtype, value.stride()), name
+        assert actual.requires_grad == value.requires_grad, name
+        assert (
+            (actual.double() == value.double()).all()
+            if actual.is_floating_point()
+            else torch.equal(actual, value)
+        )
+    loaded["tensors"]["whole"][5] = 100
+    assert loaded["tensors"]["view"][1, 0] == 100
+
+
+def test_files_of_a_big_endian_machine(tmp_path):
+    path = tmp_path / "data.pth"
+    torch.save({"w": torch.tensor([1.0, 2.0]), "b": torch.tensor([True])}, path)
+    with zipfile.ZipFile(path) as file:
+        records = {name: file.read(name) for name in file.namelist()}
+    with zipfile.ZipFile(path, "w") as file:
+        for name, content in records.items():
+            content = b"big" if name.endswith("byteorder") else content
+            swapped = (
+                np.frombuffer(content, "<f4").byteswap().tobytes() if len(content) == 8 else b""
+            )
+            file.writestr(name, swapped or content)
+    assert load_torch(str(path))["w"].tolist() == [1, 2]

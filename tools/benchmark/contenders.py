@@ -24,9 +24,10 @@ from upstream_steps import UpstreamAttention, use_upstream_steps
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
+from mask2former.fast.setup import apply_config
 
 CONTENDERS = (OURS, UPSTREAM, PEER)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 R50 = (
     Path(__file__).resolve().parents[2]
     / "configs/coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"
@@ -50,9 +51,8 @@ def add_model_options(
     parser.add_argument("--batches", type=list_of(positive, "batch size"), help="batch sizes")
     text = f"who takes turns, {OURS} always [{','.join(contenders)}]"
     add_choices(parser, "contenders", "contender", choices, contenders, text, ALIASES)
-    add_choices(
-        parser, "precisions", "precision", list(PRECISIONS), ["fp32"], "bf16 is autocast [fp32]"
-    )
+    text = "bf16 and fp16 are autocast [fp32]"
+    add_choices(parser, "precisions", "precision", list(PRECISIONS), ["fp32"], text)
     parser.add_argument(
         "--upstream-op",
         "--published-op",
@@ -109,6 +109,15 @@ def build(options: argparse.Namespace, *overrides: Any) -> tuple[CfgNode, nn.Mod
     return cfg, model
 
 
+def place(cfg: CfgNode, model: nn.Module, device: str) -> nn.Module:
+    """Move our model of a config to a device, as if it had been built there."""
+    cfg = cfg.clone()
+    cfg.defrost()
+    cfg.MODEL.DEVICE = device
+    apply_config(cfg, model)
+    return model.to(device)
+
+
 def random_images(size: tuple[int, int], batch: int, device: str) -> Batch:
     """Smooth noise, the same for the same size."""
     generator = torch.Generator().manual_seed(0)
@@ -151,7 +160,7 @@ def make_models(
     models, absent = {}, {}
     for name in options.contenders:
         if name == OURS:
-            models[name] = copy.deepcopy(ours)
+            models[name] = place(cfg, copy.deepcopy(ours), device)
         elif name == UPSTREAM:
             models[name] = upstream_model(cfg, ours, upstream_op(options, device))
         else:

@@ -109,8 +109,7 @@ def stage_calls(model: nn.Module, images: Batch) -> dict[str, Call]:
     # The twin of the network does not call these as modules do.
     if runs_fast(model, "forward_network"):
         decode = partial(_last_prediction, head.predictor)
-        if not pixels.is_cuda:
-            arrange = partial(Tensor.contiguous, memory_format=torch.channels_last)
+        arrange = partial(Tensor.contiguous, memory_format=torch.channels_last)
     features = model.backbone(arrange(pixels))
     mask_features, _, scales = head.pixel_decoder.forward_features(features)
     outputs = decode(scales, mask_features)
@@ -279,7 +278,7 @@ def run(options: argparse.Namespace) -> int:
                 labels | {"part": "forward", "contender": name} | failure(error, name == UPSTREAM)
                 for name, error in failed.items()
             )
-        report.save()
+            report.save()
         del models
         gc.collect()
     return report.finish()

@@ -1,6 +1,9 @@
-"""`train`: a training step, its parts, its peak memory and its host syncs.
+"""`train`: a training step, its parts, its peak memory, its host syncs and operator calls.
 
 A step is network, criterion, backward and optimiser; syncs are counted in all but the optimiser.
+Images and targets start on the host, as the loader gives them, so uploads count. In fp16 the loss
+is scaled as in training; unscaling belongs to the optimiser.
+
 Contenders: `mask2former`, `upstream steps` (with its criterion and optimiser) and, on request,
 `transformers`: our network with that package's criterion; `none` and `blocks`: ours with that value
 of MODEL.CHECKPOINTING. Losses at the same points are compared before anything is timed.
@@ -29,6 +32,7 @@ from contenders import (
     build,
     check_model_options,
     note_upstream_op,
+    place,
     precision,
     random_images,
     upstream_model,
@@ -74,8 +78,12 @@ PARTS = ("network", "criterion", "backward", "optimiser", "step")
 FULL = {"sizes": [(512, 512)], "batches": [2], "targets": 20, "points": 12544, "rounds": 5}
 QUICK = {"sizes": [(128, 128)], "batches": [2], "targets": 5, "points": 1024, "rounds": 2}
 
+SYNC_WARNING = "called a synchronizing"
+# Steps of a warm-up: more overflow with NaN only.
+_MAX_WARM_UP = 20
 
-# ---- host syncs ----
+
+# ---- host syncs and operator calls ----
 
 
 class CountSyncs(TorchDispatchMode):
@@ -117,6 +125,18 @@ class CountSyncs(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
+class CountCalls(TorchDispatchMode):
+    """Counts operator calls, the backward's too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.number = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.number += 1
+        return function(*args, **(kwargs or {}))
+
+
 def count_syncs(run: Call, device: str) -> int:
     """Number of host syncs during a call."""
     if device == "cpu":
@@ -131,26 +151,31 @@ def count_syncs(run: Call, device: str) -> int:
             run()
         finally:
             torch.cuda.set_sync_debug_mode(mode)
-    return sum("synchroniz" in str(warning.message) for warning in caught)
+    # Torch also warns, once, that this mode is a prototype.
+    return sum(SYNC_WARNING in str(warning.message) for warning in caught)
 
 
 # ---- contenders ----
 
 
 def make_batch(size: tuple[int, int], batch: int, targets: int, classes: int, device: str) -> Batch:
-    """Images with ellipses as targets; they may overlap."""
+    """Images with ellipses as targets, which may overlap; on the host, pinned for a GPU."""
     generator = torch.Generator().manual_seed(1)
-    inputs = random_images(size, batch, device)
+    inputs = random_images(size, batch, "cpu")
     y, x = (torch.arange(n)[:, None] / n for n in size)
+
+    def pin(tensor: Tensor) -> Tensor:
+        return tensor.pin_memory() if device == "cuda" else tensor
+
     for item in inputs:
         centre = torch.rand(targets, 2, 1, 1, generator=generator)
         radius = 0.05 + 0.2 * torch.rand(targets, 2, 1, 1, generator=generator)
         distance = ((y - centre[:, 0]) / radius[:, 0]).square()
         distance = distance + ((x.T - centre[:, 1]) / radius[:, 1]).square()
         instances = Instances(size)
-        instances.gt_classes = torch.randint(classes, (targets,), generator=generator).to(device)
-        instances.gt_masks = (distance < 1).to(device)
-        item["instances"] = instances
+        instances.gt_classes = pin(torch.randint(classes, (targets,), generator=generator))
+        instances.gt_masks = pin(distance < 1)
+        item["image"], item["instances"] = pin(item["image"]), instances
     return inputs
 
 
@@ -178,17 +203,19 @@ class Step:
         autocast: str,
     ):
         if name == UPSTREAM:
-            model = upstream_model(cfg, model, upstream_op(options, device))
+            model = upstream_model(cfg, model, upstream_op(options, device)).to(device)
         else:
-            model = copy.deepcopy(model)
+            model = place(cfg, copy.deepcopy(model), device)
         if name in CHECKPOINTING:
             set_checkpointing(model, CHECKPOINTING[name])
         if name == PEER:
-            model.criterion = PeerCriterion(build_peer(cfg), model.criterion.weight_dict)
-        self.model = model.train().to(device)
+            peer = PeerCriterion(build_peer(cfg), model.criterion.weight_dict)
+            model.criterion = peer.to(device)
+        self.model = model.train()
         make_optimizer = upstream_optimizer if name == UPSTREAM else build_optimizer
         self.optimizer = make_optimizer(cfg, self.model)
-        self._inputs, self._device, self._autocast = inputs, device, autocast
+        self._inputs, self._device = inputs, device
+        self.set_precision(autocast)
         self._mark: Callable[[], None] = lambda: None
         prepare_targets = self.model.prepare_targets
 
@@ -200,6 +227,18 @@ class Step:
         # A hook on the criterion would make it run plain.
         self.model.prepare_targets = mark_end_of_network
 
+    def set_precision(self, autocast: str) -> None:
+        self._autocast = autocast
+        self._scaler = torch.amp.GradScaler(self._device, enabled=autocast == "fp16")
+
+    def warm_up(self) -> None:
+        """Run steps until the optimiser skips none: the initial scale of the loss is too large."""
+        for _ in range(_MAX_WARM_UP):
+            scale = self._scaler.get_scale()
+            self.run()
+            if self._scaler.get_scale() >= scale:
+                break
+
     def losses(self) -> dict[str, Tensor]:
         with precision(self._autocast, self._device):
             return self.model(self._inputs)
@@ -209,13 +248,17 @@ class Step:
         self.optimizer.zero_grad()
         total = sum(self.losses().values())
         self._mark()
-        total.backward()
+        self._scaler.scale(total).backward()
+
+    def update(self) -> None:
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
 
     def run(self) -> None:
         """One step, from the batch to new weights."""
         self.gradients()
         self._mark()
-        self.optimizer.step()
+        self.update()
         self._mark()
 
     def measure(self) -> Times:
@@ -282,7 +325,10 @@ def run(options: argparse.Namespace) -> int:
     cfg, model = _build(options)
     classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     cases = list(product(options.devices, options.sizes, options.batches))
-    columns = {"syncs": lambda row: str(row.get("host_syncs", ""))}
+    columns = {
+        "syncs": lambda row: str(row.get("host_syncs", "")),
+        "calls": lambda row: str(row.get("operator_calls", "")),
+    }
     labels = ("device", "size", "batch", "precision", "part")
     row_of = table_row(labels, (UPSTREAM, PEER, *CHECKPOINTING), columns)
     total = len(cases) * len(options.precisions) * options.rounds
@@ -311,14 +357,14 @@ def run(options: argparse.Namespace) -> int:
         for autocast in options.precisions:
             steps = {name: exact[name] for name in (OURS, *usable)}
             for step in steps.values():
-                step._autocast = autocast
+                step.set_precision(autocast)
             labels = case | {"precision": autocast}
             report.add(_rows(labels, steps, options, report))
             report.add(
                 labels | {"part": "step", "contender": name} | failure(error, name == UPSTREAM)
                 for name, error in failed.items()
             )
-        report.save()
+            report.save()
         del exact, steps
         gc.collect()
     return report.finish()
@@ -329,10 +375,24 @@ def _rows(
 ) -> list[Row]:
     """Rows of all parts of one case."""
     device = labels["device"]
-    syncs = {}
-    for name, step in steps.items():
-        step.run()  # warm-up
-        syncs[name] = count_syncs(step.gradients, device)
+    counts: dict[str, Row] = {}
+
+    def warm_up(name: str) -> None:
+        steps[name].warm_up()
+        with CountCalls() as calls:
+            syncs = count_syncs(steps[name].gradients, device)
+            steps[name].update()
+        counts[name] = {"host_syncs": syncs, "operator_calls": calls.number}
+
+    # A contender may need more memory than there is.
+    usable, failed = try_each(list(steps), warm_up)
+    steps = {name: steps[name] for name in usable}
+    rows = [
+        labels | {"part": "step", "contender": name} | failure(error, name == OURS)
+        for name, error in failed.items()
+    ]
+    if not steps:
+        return rows
     requests = {name: _request(name, labels, options) for name in steps}
     if runs_alone(options, device):
         samples = take_turns_alone("train", requests, options, report.round)
@@ -344,7 +404,6 @@ def _rows(
             options.max_seconds,
             on_round=report.round,
         )
-    rows = []
     for part in PARTS:
         part_samples = {
             name: [{clock: times[f"{part} {clock}"] for clock in ("wall", "cpu")} for times in own]
@@ -353,7 +412,7 @@ def _rows(
         rows += timed_rows(labels | {"part": part}, part_samples, (UPSTREAM, PEER))
     for row in rows[-len(steps) :]:
         name = row["contender"]
-        row["host_syncs"] = syncs[name]
+        row |= counts[name]
         row["peak_bytes"] = None
         if device == "cuda":
             steps[name].optimizer.zero_grad()

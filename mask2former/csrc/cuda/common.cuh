@@ -128,7 +128,17 @@ __device__ __forceinline__ void store_channels(T* to, const float (&in)[8]) {
       narrow_pair(in[6], in[7], T()));
 }
 
-// The same channel `row` rows later. Byte arithmetic makes this one instruction.
+// Hides from the compiler how a pointer was computed. Without this it scales and adds the parts of the pointer for
+// every access, three instructions instead of one multiply-add.
+template <typename T>
+__device__ __forceinline__ T* opaque(T* pointer) {
+#ifndef MASK2FORMER_CUDA_EMULATION
+  asm("" : "+l"(pointer));
+#endif
+  return pointer;
+}
+
+// The same channel `row` rows later.
 template <int kChannels, typename T>
 __device__ __forceinline__ const T* to_row(const T* channel, int row) {
   const char* bytes = reinterpret_cast<const char*>(channel);
@@ -183,15 +193,21 @@ __device__ __forceinline__ Cell<A> find_cell(A x, A y, int height, int width) {
   return cell;
 }
 
-// Converts sample (x, y) to pixels of its level; `query` indexes `reference`, over the batch if it has B entries.
+// The reference points of a query; null for the classic op.
 template <typename A>
-__device__ __forceinline__ void to_pixels(
-    const Problem& problem, const A* reference, int64_t query, int level, A& x, A& y) {
+__device__ __forceinline__ const A* find_reference(
+    const Problem& problem, const Points<A>& points, int64_t batch, int64_t query) {
+  if (points.reference == nullptr) return nullptr;
+  return points.reference + ((problem.per_image_reference ? batch * problem.queries : 0) + query) * problem.levels * 2;
+}
+
+// Converts sample (x, y) to pixels of its level.
+template <typename A>
+__device__ __forceinline__ void to_pixels(const Problem& problem, const A* reference, int level, A& x, A& y) {
   const A width = problem.level[level].width, height = problem.level[level].height;
   if (reference != nullptr) {
-    const A* point = reference + (query * problem.levels + level) * 2;
-    x += point[0] * width - A(0.5);
-    y += point[1] * height - A(0.5);
+    x += reference[2 * level] * width - A(0.5);
+    y += reference[2 * level + 1] * height - A(0.5);
   } else {
     x = x * width - A(0.5);
     y = y * height - A(0.5);
@@ -200,30 +216,52 @@ __device__ __forceinline__ void to_pixels(
 
 // ------------------------------------------------------------------------------------------- queries of a block
 
+// Division of n in [0, 2^31) by a number known at launch, in 3 instructions:
+// n / divisor = (n + n * multiplier / 2^32) / 2^shift.
+struct Divisor {
+  uint32_t multiplier;
+  int32_t shift;
+
+  __device__ __forceinline__ int divide(int n) const {
+    const uint32_t high = static_cast<uint32_t>(uint64_t{static_cast<uint32_t>(n)} * multiplier >> 32);
+    return static_cast<int>((high + static_cast<uint32_t>(n)) >> shift);
+  }
+};
+
+inline Divisor make_divisor(int32_t divisor) {
+  int32_t shift = 0;
+  while (int64_t{1} << shift < divisor) ++shift;
+  const uint64_t rest = (uint64_t{1} << shift) - static_cast<uint64_t>(divisor);
+  return {static_cast<uint32_t>((rest << 32) / static_cast<uint64_t>(divisor) + 1), shift};
+}
+
 // In the fast kernels a thread block processes one tile of queries, so that their samples share L1 cache lines. If
 // there are as many queries as positions, queries are assumed to be those positions (the encoder of the pixel decoder)
 // and a tile is a rectangle of a level; otherwise it is a run of queries. The choice affects speed only.
 struct Tiles {
-  int32_t width, height;  // of a tile, in queries
   int32_t count;
+  int32_t blocks;  // per tile: consecutive in the grid
   bool on_levels;
-  int32_t first[kTableLevels];  // index of the first tile of each level
-  int32_t columns[kTableLevels];
+  Divisor by_blocks;
+  int32_t first[kTableLevels];    // index of the first tile of each level
+  int32_t columns[kTableLevels];  // of tiles
+  Divisor by_columns[kTableLevels];
 };
 
 // The query at index `i` of a tile in row-major order, or -1.
+template <int kWidth, int kHeight>
 __device__ __forceinline__ int tile_query(const Problem& problem, const Tiles& tiles, int tile, int i) {
   if (!tiles.on_levels) {
-    const int64_t query = static_cast<int64_t>(tile) * (tiles.width * tiles.height) + i;
+    const int64_t query = static_cast<int64_t>(tile) * (kWidth * kHeight) + i;
     return query < problem.queries ? static_cast<int>(query) : -1;
   }
   int level = 0;
-  while (level + 1 < problem.levels && tile >= tiles.first[level + 1]) ++level;
+  while (level + 1 < static_cast<int>(problem.levels) && tile >= tiles.first[level + 1]) ++level;
   const LevelSize size = problem.level[level];
   const int on_level = tile - tiles.first[level];
-  const int row = on_level / tiles.columns[level];
-  const int y = row * tiles.height + i / tiles.width;
-  const int x = (on_level - row * tiles.columns[level]) * tiles.width + i % tiles.width;
+  const int row = tiles.by_columns[level].divide(on_level);
+  const int y = row * kHeight + i / kWidth;
+  const int x = (on_level - row * tiles.columns[level]) * kWidth + i % kWidth;
   return x < size.width && y < size.height ? static_cast<int>(size.start) + y * size.width + x : -1;
 }
 
@@ -234,11 +272,10 @@ struct __align__(16) Sample {
   int cell;
 };
 
-__device__ __forceinline__ Sample make_sample(
-    const Problem& problem, float x, float y, float weight, int level, int head) {
-  const LevelSize size = problem.level[level];
-  const Cell<float> cell = find_cell(x, y, size.height, size.width);
+__device__ __forceinline__ Sample
+make_sample(const Problem& problem, const Cell<float>& cell, float weight, int level, int head) {
   if (cell.inside == 0) return {0.f, 0.f, 0.f, 0};
+  const LevelSize size = problem.level[level];
   const int position = static_cast<int>(size.start) + cell.y * size.width + cell.x;
   const int row = position * static_cast<int>(problem.heads) + head;
   return {weight, cell.fx, cell.fy, row * 16 + cell.inside};

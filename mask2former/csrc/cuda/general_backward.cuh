@@ -45,12 +45,13 @@ __global__ void __launch_bounds__(128) backward_general_kernel(
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * (blockDim.x / 32) + threadIdx.x / 32; item < items;
        item += step) {
     const int64_t query = item / problem.heads;
-    const int64_t reference_query = problem.per_image_reference ? query : query % problem.queries;
+    const int64_t batch = query / problem.queries;
+    const A* reference = find_reference(problem, points, batch, query % problem.queries);
     const A* locations = points.locations + item * num_samples * 2;
     const A* weights = points.weights + item * num_samples;
     A* grad_locations = gradients.locations + item * num_samples * 2;
     A* grad_weights = gradients.weights + item * num_samples;
-    const int64_t image = query / problem.queries * problem.values * row + item % problem.heads * problem.channels;
+    const int64_t image = batch * problem.values * row + item % problem.heads * problem.channels;
     const Softmax<A> softmax(points, weights, num_samples);
     const A scale = A(1) / softmax.total;
     A mean = 0;
@@ -59,7 +60,7 @@ __global__ void __launch_bounds__(128) backward_general_kernel(
     for (int64_t s = 0; s < num_samples; ++s) {
       const LevelSize size = problem.level[level];
       A x = locations[2 * s], y = locations[2 * s + 1];
-      to_pixels(problem, points.reference, reference_query, level, x, y);
+      to_pixels(problem, reference, level, x, y);
       if (++point == problem.points) {
         point = 0;
         ++level;
@@ -109,7 +110,7 @@ __global__ void __launch_bounds__(256) expand_points_kernel(
   const int64_t step = static_cast<int64_t>(gridDim.x) * blockDim.x;
   for (int64_t item = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x; item < items; item += step) {
     const int64_t query = item / problem.heads;
-    const int64_t reference_query = problem.per_image_reference ? query : query % problem.queries;
+    const A* reference = find_reference(problem, points, query / problem.queries, query % problem.queries);
     const int64_t base = item * num_samples;
     const Softmax<A> softmax(points, points.weights + base, num_samples);
     const A scale = A(1) / softmax.total;
@@ -117,7 +118,7 @@ __global__ void __launch_bounds__(256) expand_points_kernel(
     for (int level = 0; level < problem.levels; ++level) {
       for (int64_t p = 0; p < problem.points; ++p, ++i) {
         A x = points.locations[2 * i], y = points.locations[2 * i + 1];
-        to_pixels(problem, points.reference, reference_query, level, x, y);
+        to_pixels(problem, reference, level, x, y);
         pixels[2 * i] = x;
         pixels[2 * i + 1] = y;
         const A weight = points.weights[i];

@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <initializer_list>
 #include <limits>
+#include <string_view>
 #include <type_traits>
 
 namespace mask2former::cuda {
@@ -48,8 +49,8 @@ inline bool fits_fast(const Problem& problem) {
 // The tiling; count is 0 if count * blocks_per_tile blocks do not fit a grid.
 inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t blocks_per_tile) {
   Tiles tiles{};
-  tiles.width = width;
-  tiles.height = height;
+  tiles.blocks = static_cast<int32_t>(blocks_per_tile);
+  tiles.by_blocks = make_divisor(tiles.blocks);
   tiles.on_levels = problem.queries == problem.values;
   int64_t count = 0;
   if (tiles.on_levels) {
@@ -57,6 +58,7 @@ inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t b
       const LevelSize size = problem.level[l];
       tiles.first[l] = static_cast<int32_t>(count);
       tiles.columns[l] = static_cast<int32_t>((int64_t{size.width} + width - 1) / width);
+      tiles.by_columns[l] = make_divisor(std::max(tiles.columns[l], 1));
       count += tiles.columns[l] * ((int64_t{size.height} + height - 1) / height);
     }
   } else {
@@ -67,6 +69,11 @@ inline Tiles make_tiles(const Problem& problem, int width, int height, int64_t b
   return tiles;
 }
 
+// The usual numbers of samples have their own instances of the fast kernels with D = 32.
+inline bool has_samples(const Problem& problem, int levels, int points) {
+  return problem.levels == levels && problem.points == points;
+}
+
 template <typename T, int kLanes>
 bool launch_fast_forward(
     const Problem& problem, const Points<float>& points, const T* value, T* output, cudaStream_t stream) {
@@ -75,7 +82,12 @@ bool launch_fast_forward(
   const Tiles tiles = make_tiles(problem, Shape::kTileWidth, Shape::kTileHeight, head_blocks);
   if (tiles.count == 0) return false;
   const dim3 grid(static_cast<unsigned>(tiles.count * head_blocks), static_cast<unsigned>(problem.batch));
-  launch(forward_kernel<T, kLanes>, grid, Shape::kThreads, stream, problem, tiles, points, value, output);
+  auto* kernel = forward_kernel<T, kLanes, 0, 0>;
+  if constexpr (kLanes * Shape::kVector == 32) {
+    if (has_samples(problem, 3, 4)) kernel = forward_kernel<T, kLanes, 3, 4>;
+    if (has_samples(problem, 4, 4)) kernel = forward_kernel<T, kLanes, 4, 4>;
+  }
+  launch(kernel, grid, Shape::kThreads, stream, problem, tiles, points, value, output);
   return true;
 }
 
@@ -100,6 +112,13 @@ void launch_forward(
   launch(forward_general_kernel<T>, general_blocks(items, 256), 256, stream, problem, points, value, output);
 }
 
+// Reads the environment variable MASK2FORMER_BACKWARD: registers (also if not set) or shared. False if it is neither.
+inline bool read_collect(const char* text, Collect& collect) {
+  const std::string_view name = text == nullptr ? "" : text;
+  collect = name == "shared" ? Collect::kSharedMemory : Collect::kRegisters;
+  return name.empty() || name == "registers" || name == "shared";
+}
+
 template <typename T, int kLanes>
 bool launch_fast_backward(
     const Problem& problem,
@@ -108,16 +127,25 @@ bool launch_fast_backward(
     const T* grad_output,
     float* grad_value,
     const PointGradients<float>& gradients,
+    Collect collect,
     cudaStream_t stream) {
   const Tiles tiles = make_tiles(problem, kLanes, kBackwardThreads / kLanes, problem.heads);
   if (tiles.count == 0) return false;
   const dim3 grid(static_cast<unsigned>(tiles.count * problem.heads), static_cast<unsigned>(problem.batch));
+  auto* kernel = backward_kernel<T, kLanes, 0, 0, Collect::kRegisters>;
+  if constexpr (kLanes == 8) {
+    if (has_samples(problem, 3, 4)) kernel = backward_kernel<T, kLanes, 3, 4, Collect::kRegisters>;
+    if (has_samples(problem, 4, 4)) kernel = backward_kernel<T, kLanes, 4, 4, Collect::kRegisters>;
+    if (collect == Collect::kSharedMemory && grad_value != nullptr) {
+      kernel = backward_kernel<T, kLanes, 0, 0, Collect::kSharedMemory>;
+    }
+  }
   launch(
-      backward_kernel<T, kLanes>, grid, kBackwardThreads, stream, problem, tiles, points, value, grad_output,
-      grad_value, gradients);
+      kernel, grid, kBackwardThreads, stream, problem, tiles, points, value, grad_output, grad_value, gradients);
   return true;
 }
 
+// `collect` applies to D = 32; other sizes have kernels for registers only.
 template <typename T>
 void launch_backward(
     const Problem& problem,
@@ -126,6 +154,7 @@ void launch_backward(
     const T* grad_output,
     typename Accumulate<T>::type* grad_value,
     const PointGradients<typename Accumulate<T>::type>& gradients,
+    Collect collect,
     cudaStream_t stream) {
   if constexpr (!std::is_same_v<T, double>) {
     if (fits_fast(problem) &&
@@ -135,7 +164,7 @@ void launch_backward(
       const auto launch_fast = problem.channels == 16   ? launch_fast_backward<T, 4>
                                : problem.channels == 32 ? launch_fast_backward<T, 8>
                                                         : launch_fast_backward<T, 16>;
-      if (launch_fast(problem, points, value, grad_output, grad_value, gradients, stream)) return;
+      if (launch_fast(problem, points, value, grad_output, grad_value, gradients, collect, stream)) return;
     }
   }
   const int64_t items = problem.batch * problem.queries * problem.heads;

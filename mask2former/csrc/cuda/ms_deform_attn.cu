@@ -6,6 +6,8 @@
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 
+#include <cstdlib>
+
 // Weak, because the library must also load into a torch without CUDA, which lacks this symbol.
 #pragma weak aoti_torch_get_current_cuda_stream
 
@@ -59,6 +61,18 @@ Points<A> make_points(const Tensor* reference, const Tensor& locations, const Te
       static_cast<const A*>(locations.const_data_ptr()), static_cast<const A*>(weights.const_data_ptr())};
 }
 
+// How backward collects additions, from the environment at the first call.
+Collect choose_collect() {
+  static const Collect chosen = [] {
+    const char* const text = std::getenv("MASK2FORMER_BACKWARD");
+    Collect collect;
+    STD_TORCH_CHECK(
+        read_collect(text, collect), "MASK2FORMER_BACKWARD must be registers or shared, got ", text);
+    return collect;
+  }();
+  return chosen;
+}
+
 // --------------------------------------------------------------------------------------------------- operators
 
 Tensor forward(
@@ -88,6 +102,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
     Tensor weights,
     bool deterministic) {
   const Problem problem = make_problem(sizes);
+  const Collect collect = choose_collect();
   const torch::stable::accelerator::DeviceGuard guard(value.get_device_index());
   const ScalarType type = value.scalar_type(), sum_type = accumulate_type(type);
   const std::vector<int64_t> shape{sizes.batch, sizes.values, sizes.heads, sizes.channels};
@@ -109,7 +124,7 @@ std::tuple<Tensor, Tensor, Tensor> backward(
         problem, points, static_cast<const T*>(value.const_data_ptr()), grad_output_data,
         deterministic ? nullptr : grad_value_data,
         {static_cast<A*>(grad_locations.mutable_data_ptr()), static_cast<A*>(grad_weights.mutable_data_ptr())},
-        stream);
+        collect, stream);
     if (deterministic) {
       check_launch();
       Tensor pixels = torch::stable::empty_like(locations), shares = torch::stable::empty_like(weights);

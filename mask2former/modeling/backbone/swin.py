@@ -106,7 +106,7 @@ class SwinTransformer(nn.Module):
     ):
         super().__init__()
         _check_sizes(patch_size, embed_dim, window_size, mlp_ratio)
-        _check_stages(embed_dim, depths, num_heads, out_indices, frozen_stages)
+        check_stages(embed_dim, depths, num_heads, out_indices, frozen_stages)
         _check_rates(
             drop_rate=drop_rate, attn_drop_rate=attn_drop_rate, drop_path_rate=drop_path_rate
         )
@@ -312,12 +312,12 @@ def _check_sizes(
         )
 
 
-def _check_stages(
+def check_stages(
     embed_dim: int,
     depths: Sequence[int],
     num_heads: Sequence[int],
-    out_indices: Sequence[int],
-    frozen_stages: int,
+    out_indices: Sequence[int] = (),
+    frozen_stages: int = -1,
 ) -> None:
     """Reject per-stage lists that contradict each other."""
     if len(depths) != len(num_heads):

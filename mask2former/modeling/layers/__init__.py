@@ -1,7 +1,8 @@
-"""Layers shared by several parts: attention, feed-forward, MLP, position encoding."""
+"""Layers that several parts share: attention, feed-forward, MLP, position encoding, sampling."""
 
 from .attention import CrossAttentionLayer, FFNLayer, SelfAttentionLayer
 from .mlp import MLP
+from .point_sampling import point_sample
 from .position_encoding import PositionEmbeddingSine
 
 __all__ = [
@@ -10,4 +11,5 @@ __all__ = [
     "FFNLayer",
     "PositionEmbeddingSine",
     "SelfAttentionLayer",
+    "point_sample",
 ]

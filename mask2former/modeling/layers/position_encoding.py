@@ -54,8 +54,9 @@ class PositionEmbeddingSine(nn.Module):
 
     def encode(self, valid: Tensor) -> Tensor:
         """Encode pixel counts over `valid` (B, H, W) bool → (B, 2·D, H, W)."""
-        rows = valid.cumsum(1, dtype=torch.float32)
-        columns = valid.cumsum(2, dtype=torch.float32)
+        # Integers: in deterministic mode some torch versions refuse cumsum of floats on a GPU.
+        rows = valid.cumsum(1).to(torch.float32)
+        columns = valid.cumsum(2).to(torch.float32)
         if self.normalize:
             eps = 1e-6
             rows = rows / (rows[:, -1:, :] + eps) * self.scale

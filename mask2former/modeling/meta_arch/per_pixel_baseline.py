@@ -23,6 +23,7 @@ from detectron2.layers import Conv2d, ShapeSpec
 from detectron2.modeling import SEM_SEG_HEADS_REGISTRY
 from torch import Tensor, nn
 
+from ...utils.determinism import is_deterministic
 from ...utils.registry import register_unless_taken
 from ..pixel_decoder import build_pixel_decoder
 from ..transformer_decoder import StandardTransformerDecoder
@@ -117,9 +118,11 @@ class PerPixelBaselineHead(nn.Module):
                 "have none: choose a semantic mapper (INPUT.DATASET_MAPPER_NAME)."
             )
         logits = self._upsample(predictions.float())
-        loss = F.cross_entropy(logits, targets, reduction="sum", ignore_index=self.ignore_value)
+        # The sum over a map would add in any order on a GPU.
+        reduction = "none" if is_deterministic(logits) else "sum"
+        loss = F.cross_entropy(logits, targets, reduction=reduction, ignore_index=self.ignore_value)
         num_pixels = (targets != self.ignore_value).sum().clamp(min=1)
-        return {"loss_sem_seg": loss / num_pixels * self.loss_weight}
+        return {"loss_sem_seg": loss.sum() / num_pixels * self.loss_weight}
 
     def _upsample(self, logits: Tensor) -> Tensor:
         """(B, K, H/4, W/4) → (B, K, H, W)."""

@@ -677,7 +677,7 @@ def test_bad_keyword_is_named(arguments, culprit):
 # --- accelerator
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.gpu
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-3), (torch.bfloat16, 0.1)])
 def test_cuda_gives_the_cpu_features_and_gradients(dtype, tolerance):
     model = small_swin(embed_dim=96)

@@ -13,6 +13,7 @@ from detectron2.modeling import build_model
 from torch import Tensor, nn
 
 from mask2former.modeling import PerPixelBaselineHead, PerPixelBaselinePlusHead
+from mask2former.modeling.meta_arch import per_pixel_baseline
 
 IGNORED = 255
 
@@ -91,7 +92,9 @@ def semantic_input(height: int, width: int) -> dict:
 # --- numbers by hand
 
 
-def test_loss_is_the_mean_cross_entropy_of_pixels_not_ignored():
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_loss_is_the_mean_cross_entropy_of_pixels_not_ignored(deterministic, monkeypatch):
+    monkeypatch.setattr(per_pixel_baseline, "is_deterministic", lambda x: deterministic)
     head = fixed_head(loss_weight=2.0)
     targets = torch.full((1, 4, 4), IGNORED)
     targets[0, 0, 0] = 0

@@ -286,14 +286,88 @@ def test_train(run, tmp_path, capsys):
         (part, name) for part in parts for name in (OURS, UPSTREAM, PEER)
     ]
     for row in report["results"]:
-        assert (row["part"] == "step") == ("host_syncs" in row)
+        assert (row["part"] == "step") == ("host_syncs" in row) == ("operator_calls" in row)
     ours, upstream, peer = report["results"][-3:]
     assert ours["host_syncs"] <= 3
     # The others copy costs per image and layer: 2 images, 4 layers.
     assert min(peer["host_syncs"], upstream["host_syncs"]) >= 2 * 4
+    assert 1000 < ours["operator_calls"] < upstream["operator_calls"]
     assert ours["peak_bytes"] is None
     *parts, step = (row["wall_seconds"]["samples"] for row in rows_of(report, OURS))
     assert np.sum(parts, axis=0) == pytest.approx(step)
+
+
+def test_train_in_half_precision(run):
+    status, report = run("train", "--precisions", "bf16,fp16", "--contenders", f"{OURS},{UPSTREAM}")
+    assert status == 0
+    parts = modules["train"].PARTS
+    assert names_of(report, "precision", "part") == [
+        (precision, part, name)
+        for precision in ("bf16", "fp16")
+        for part in parts
+        for name in (OURS, UPSTREAM)
+    ]
+
+
+def test_fp16_scales_the_loss_until_steps_are_not_skipped(small):
+    train = modules["train"]
+    options = tool.make_parser().parse_args(["train", *small["train"]])
+    cfg, model = train._build(options)
+    inputs = train.make_batch((64, 64), 1, 3, 133, "cpu")
+    step = train.Step(OURS, cfg, model, options, "cpu", inputs, "fp16")
+    scales, gradients = [], step.gradients
+
+    def overflow_twice() -> None:
+        gradients()
+        scales.append(step._scaler.get_scale())
+        if len(scales) <= 2:
+            step.model.sem_seg_head.predictor.query_feat.weight.grad.fill_(float("inf"))
+
+    step.gradients = overflow_twice
+    before = step.model.sem_seg_head.predictor.query_feat.weight.detach().clone()
+    step.warm_up()
+    # The random model overflows by itself too.
+    assert len(scales) > 2 and scales == [2.0 ** (16 - i) for i in range(len(scales))]
+    assert step.model.sem_seg_head.predictor.query_feat.weight.ne(before).any()
+    for precision in ("fp32", "bf16"):
+        step.set_precision(precision)
+        step.warm_up()
+        assert step._scaler.get_scale() == 1.0
+
+
+def test_operator_calls_are_counted():
+    x = torch.tensor([1.0, 2.0], requires_grad=True)
+    forward, backward = modules["train"].CountCalls(), modules["train"].CountCalls()
+    with forward, torch.no_grad():
+        (x * 2).exp()
+    y = (x * 2).exp()
+    with backward:
+        y.backward(torch.tensor([3.0, 4.0]))
+    assert forward.number == 2
+    assert backward.number >= 2  # at least a product each
+
+
+def test_step_follows_the_device_in_the_config(small, monkeypatch):
+    """Ours is prepared for its device before it moves; the batch stays on the host."""
+    seen = []
+    monkeypatch.setattr(
+        contenders, "apply_config", lambda cfg, model: seen.append(cfg.MODEL.DEVICE)
+    )
+    train = modules["train"]
+    options = tool.make_parser().parse_args(["train", *small["train"]])
+    cfg, model = train._build(options)
+    step = train.Step(OURS, cfg, model, options, "meta", [], "fp32")
+    assert seen == ["meta"] and step.model.device.type == "meta"
+    assert cfg.MODEL.DEVICE == "cpu" and model.device.type == "cpu"
+
+
+def test_batch_is_on_the_host(monkeypatch):
+    pinned = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda x: pinned.append(x.shape) or x)
+    (item,) = modules["train"].make_batch((64, 96), 1, 3, 133, "cuda")
+    fields = item["instances"].get_fields()
+    assert all(x.device.type == "cpu" for x in (item["image"], *fields.values()))
+    assert sorted(pinned) == [(3,), (3, 64, 96), (3, 64, 96)]
 
 
 def rows_of(report: dict, name: str) -> list[dict]:
@@ -547,7 +621,6 @@ def test_host_syncs_are_counted():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("name", ["model", "train", "postprocess"])
 def test_on_a_gpu(name, run):
     status, report = run(name, "--devices", "cuda", *GPU.get(name, []))

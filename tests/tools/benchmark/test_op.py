@@ -228,7 +228,6 @@ def test_cuda_needs_a_gpu(capsys):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_report_on_a_gpu(tmp_path):
     arguments = [
         "--devices",

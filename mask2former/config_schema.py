@@ -1,0 +1,599 @@
+"""What the value of each config key may be: one table of every key that a run reads.
+
+    key → type and range, in groups: a group applies if the part that reads its keys is chosen
+
+The keys are Detectron2's and this project's (`config.py` has the meaning of the latter). Values
+that depend on each other are in `config_checks.py`. A key that the config lacks is skipped: other
+projects have their own copies of the functions that add keys. A part of another project may give a
+key another meaning, so the keys of a part are checked only if the config names the part of
+Detectron2 or of this project.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from detectron2.config import CfgNode
+from detectron2.modeling import BACKBONE_REGISTRY
+from detectron2.utils.registry import Registry
+
+from .config_kinds import (
+    Anything,
+    Device,
+    Either,
+    Flag,
+    Kind,
+    ListOf,
+    Norm,
+    Null,
+    Number,
+    OneOf,
+    Path,
+    Row,
+    Text,
+    Whole,
+    exactly,
+)
+from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
+from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
+from .modeling.backbone.swin import D2SwinTransformer
+from .utils.registry import is_mask_former
+
+MASK_FORMER_HEAD = "MaskFormerHead"
+OUR_HEADS = (MASK_FORMER_HEAD, "PerPixelBaselineHead", "PerPixelBaselinePlusHead")
+MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
+OUR_DECODERS = (MASKED_DECODER, "StandardTransformerDecoder")
+MSDEFORMATTN = "MSDeformAttnPixelDecoder"
+OUR_PIXEL_DECODERS = ("BasePixelDecoder", MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+RESNETS = (
+    "build_resnet_backbone",
+    "build_resnet_deeplab_backbone",
+    "build_resnet_fpn_backbone",
+)
+_Condition = Callable[[CfgNode], bool]
+
+# ---- which part reads the keys ----
+
+
+def get_value(cfg: CfgNode, key: str) -> Any:
+    """The value, or the section, at a dotted key; the config itself at an empty one."""
+    value = cfg
+    for part in key.split(".") if key else ():
+        value = value[part]
+    return value
+
+
+def has_key(cfg: CfgNode, key: str) -> bool:
+    """Whether a dotted key exists."""
+    node = cfg
+    for part in str(key).split("."):
+        if not isinstance(node, CfgNode) or part not in node:
+            return False
+        node = node[part]
+    return True
+
+
+def is_plain(cfg: CfgNode) -> bool:
+    """Whether the architecture is `MaskFormer` itself.
+
+    A subclass belongs to another project, which may train with its own trainer, mapper and
+    optimizer: the names of those are its own.
+    """
+    return get_value(cfg, "MODEL.META_ARCHITECTURE") == "MaskFormer"
+
+
+def has_our_head(cfg: CfgNode) -> bool:
+    """Whether the head reads the keys of MODEL.MASK_FORMER as this project does."""
+    return _is_mask_former(cfg) or get_value(cfg, "MODEL.SEM_SEG_HEAD.NAME") in OUR_HEADS
+
+
+def has_swin(cfg: CfgNode) -> bool:
+    """Whether the backbone is this project's Swin, not one of another project or a subclass."""
+    return _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME") is D2SwinTransformer
+
+
+def has_resnet(cfg: CfgNode) -> bool:
+    """Whether the backbone is one of Detectron2's ResNets."""
+    builder = _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME")
+    is_builtin = getattr(builder, "__module__", "").startswith("detectron2.")
+    return is_builtin and get_value(cfg, "MODEL.BACKBONE.NAME") in RESNETS
+
+
+def has_our_mapper(cfg: CfgNode) -> bool:
+    """Whether images are read by a mapper of this project."""
+    mapper = _registered(cfg, DATASET_MAPPER_REGISTRY, "INPUT.DATASET_MAPPER_NAME")
+    return getattr(mapper, "__module__", "").startswith(f"{__package__}.data.")
+
+
+def has_only_known_parts(cfg: CfgNode) -> bool:
+    """Whether no part of another project, which may read any key, is chosen."""
+    head, decoder = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME
+    return (
+        is_plain(cfg)
+        and has_our_mapper(cfg)
+        and (has_swin(cfg) or has_resnet(cfg))
+        and head.NAME in OUR_HEADS
+        and head.PIXEL_DECODER_NAME in OUR_PIXEL_DECODERS
+        and decoder in OUR_DECODERS
+    )
+
+
+def _registered(cfg: CfgNode, registry: Registry, key: str) -> Any:
+    name = get_value(cfg, key) if has_key(cfg, key) else None
+    return registry.get(name) if name in registry else None
+
+
+def _always(_: CfgNode) -> bool:
+    return True
+
+
+def _never(_: CfgNode) -> bool:
+    return False
+
+
+def _is_mask_former(cfg: CfgNode) -> bool:
+    return is_mask_former(get_value(cfg, "MODEL.META_ARCHITECTURE"))
+
+
+def _named(key: str, *names: str) -> _Condition:
+    return lambda cfg: has_key(cfg, key) and get_value(cfg, key) in names
+
+
+def _schedule(*names: str) -> _Condition:
+    return _named("SOLVER.LR_SCHEDULER_NAME", *names)
+
+
+def _mapped_by(base: type) -> _Condition:
+    def is_mapped(cfg: CfgNode) -> bool:
+        mapper = _registered(cfg, DATASET_MAPPER_REGISTRY, "INPUT.DATASET_MAPPER_NAME")
+        return isinstance(mapper, type) and issubclass(mapper, base)
+
+    return is_mapped
+
+
+def _on(key: str) -> _Condition:
+    return lambda cfg: has_key(cfg, key) and get_value(cfg, key) is True
+
+
+def _all(*conditions: _Condition) -> _Condition:
+    return lambda cfg: all(condition(cfg) for condition in conditions)
+
+
+# ---- the table ----
+
+_SIZE = Whole(1, 2**16)  # pixels, channels, queries
+_SIZE_OR_NONE = Whole(0, 2**16)  # 0: images are not resized
+_LENGTH = Whole(0)  # iterations; larger than MAX_ITER: never
+_WEIGHT = Number(0, 1e6)
+_DECAY = Number(0, 1000)
+_FRACTION = Number(0, 1)
+_RATE = Number(0, 1, below=True)
+_NAMES = ListOf(Text())
+_FEATURES = ListOf(Text(), 1, distinct=True)
+_STAGES = ("res2", "res3", "res4", "res5")
+# NumPy takes seeds below 2^32, and Detectron2 adds the rank of the process.
+_SEED = Whole(None, 2**32 - 2**16)
+_EXPECTED_RESULT = Row(
+    (Text(), Text(), Number(-1e9, 1e9), _WEIGHT), "[task, metric, expected value, tolerance]"
+)
+
+
+@dataclass(frozen=True)
+class Group:
+    """Keys with one meaning, under one condition.
+
+    Attributes:
+        applies: whether the keys have this meaning. May rely on the groups before.
+        keys: dotted key → values.
+        is_read: whether the config chooses what reads the keys; default: if they apply.
+    """
+
+    applies: _Condition
+    keys: Mapping[str, Kind]
+    is_read: _Condition | None = None
+
+
+GROUPS = (
+    # The names first, because the conditions below read them. A name is looked up when the part is
+    # built, since its project may register it after the config is loaded.
+    Group(
+        _always,
+        {
+            "MODEL.META_ARCHITECTURE": Text(),
+            "MODEL.DEVICE": Device(),
+            "MODEL.WEIGHTS": Path(True),
+            "MODEL.BACKBONE.NAME": Text(),
+            "MODEL.SEM_SEG_HEAD.NAME": Text(),
+            "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": Text(),
+            "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": Text(),
+            "MODEL.MASK_FORMER.MATCHER_NAME": Text(),
+            "INPUT.DATASET_MAPPER_NAME": Text(),
+        },
+    ),
+    # ---- training and evaluation of any architecture, as in Detectron2 ----
+    Group(
+        _always,
+        {
+            "OUTPUT_DIR": Path(),
+            "SEED": _SEED,
+            "CUDNN_BENCHMARK": Flag(),
+            "DETERMINISTIC": Flag(),
+            "DATASETS.TRAIN": _NAMES,
+            "DATASETS.TEST": _NAMES,
+            "DATASETS.CUSTOM": ListOf(Anything()),
+            "DATALOADER.NUM_WORKERS": Whole(0, 1024),
+            "DATALOADER.ASPECT_RATIO_GROUPING": Flag(),
+            "DATALOADER.SAMPLER_TRAIN": Text(),
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS": Flag(),
+            "SOLVER.OPTIMIZER": Text(),
+            "SOLVER.LR_SCHEDULER_NAME": Text(),
+            "SOLVER.MAX_ITER": Whole(1, 2**31 - 1),
+            # Training needs a multiple of the number of processes (`preflight.py`).
+            "SOLVER.IMS_PER_BATCH": Whole(0, 2**20),
+            "SOLVER.REFERENCE_WORLD_SIZE": Whole(0, 2**20),
+            "SOLVER.CHECKPOINT_PERIOD": Whole(1),
+            "SOLVER.BASE_LR": Number(0, 1000, above=True),
+            "SOLVER.WEIGHT_DECAY": _DECAY,
+            "SOLVER.WEIGHT_DECAY_NORM": _DECAY,
+            "SOLVER.WARMUP_ITERS": _LENGTH,
+            "SOLVER.WARMUP_FACTOR": _FRACTION,
+            "SOLVER.WARMUP_METHOD": Text(),
+            "SOLVER.CLIP_GRADIENTS.ENABLED": Flag(),
+            "SOLVER.AMP.ENABLED": Flag(),
+            "TEST.EVAL_PERIOD": _LENGTH,  # 0: only after the last iteration
+            "TEST.EXPECTED_RESULTS": ListOf(_EXPECTED_RESULT),
+            "TEST.PRECISE_BN.ENABLED": Flag(),
+            "TEST.AUG.ENABLED": Flag(),
+        },
+    ),
+    Group(
+        _always,
+        {"TEST.PRECISE_BN.NUM_ITER": Whole(1)},
+        _on("TEST.PRECISE_BN.ENABLED"),
+    ),
+    Group(
+        _always,
+        {
+            "TEST.AUG.MIN_SIZES": ListOf(_SIZE),
+            "TEST.AUG.MAX_SIZE": Whole(1),
+            "TEST.AUG.FLIP": Flag(),
+        },
+        _on("TEST.AUG.ENABLED"),
+    ),
+    Group(
+        _always,
+        {
+            "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
+            "DATALOADER.REPEAT_SQRT": Flag(),
+        },
+        _named(
+            "DATALOADER.SAMPLER_TRAIN",
+            "RepeatFactorTrainingSampler",
+            "WeightedCategoryTrainingSampler",
+        ),
+    ),
+    Group(
+        _always,
+        {"DATALOADER.RANDOM_SUBSET_RATIO": Number(0, 1, above=True)},
+        _named("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
+    ),
+    Group(
+        _always,
+        {
+            "SOLVER.MOMENTUM": _RATE,
+            "SOLVER.NESTEROV": Flag(),
+        },
+        _named("SOLVER.OPTIMIZER", "SGD"),
+    ),
+    Group(
+        _always,
+        {
+            "SOLVER.BIAS_LR_FACTOR": _WEIGHT,
+            "SOLVER.WEIGHT_DECAY_BIAS": Either(Null(), _DECAY),
+            "VIS_PERIOD": _LENGTH,
+        },
+        _never,
+    ),
+    Group(
+        _always,
+        {"SOLVER.STEPS": ListOf(Whole(0))},
+        _schedule("WarmupMultiStepLR"),
+    ),
+    Group(
+        _always,
+        {"SOLVER.GAMMA": Number(0, 1000, above=True)},
+        _schedule("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),
+    ),
+    Group(
+        _always,
+        {"SOLVER.NUM_DECAYS": Whole(1, 10**6)},
+        _schedule("WarmupStepWithFixedGammaLR"),
+    ),
+    Group(
+        _always,
+        {
+            "SOLVER.POLY_LR_POWER": Number(0, 100),
+            "SOLVER.POLY_LR_CONSTANT_ENDING": _FRACTION,
+        },
+        _schedule("WarmupPolyLR"),
+    ),
+    Group(
+        _always,
+        {"SOLVER.BASE_LR_END": Number(0, 1000)},
+        _schedule("WarmupCosineLR"),
+    ),
+    Group(
+        _always,
+        {"SOLVER.RESCALE_INTERVAL": Flag()},
+        _schedule("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+    ),
+    Group(
+        _always,
+        {
+            "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Text(),
+            "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _WEIGHT,
+        },
+        _on("SOLVER.CLIP_GRADIENTS.ENABLED"),
+    ),
+    Group(
+        _always,
+        {"SOLVER.CLIP_GRADIENTS.NORM_TYPE": Either(Number(0, 1000, above=True), OneOf(math.inf))},
+        _all(
+            _on("SOLVER.CLIP_GRADIENTS.ENABLED"),
+            _named("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm", "full_model"),
+        ),
+    ),
+    # ---- what this project's trainer reads; a subclass may come with another trainer ----
+    Group(
+        is_plain,
+        {
+            "DATALOADER.SAMPLER_TRAIN": OneOf(
+                "TrainingSampler",
+                "RepeatFactorTrainingSampler",
+                "RandomSubsetTrainingSampler",
+                "WeightedTrainingSampler",
+                "WeightedCategoryTrainingSampler",
+            ),
+            "SOLVER.OPTIMIZER": OneOf("ADAMW", "SGD"),
+            "SOLVER.LR_SCHEDULER_NAME": OneOf(
+                "WarmupMultiStepLR",
+                "WarmupPolyLR",
+                "WarmupCosineLR",
+                "WarmupStepWithFixedGammaLR",
+            ),
+            "SOLVER.WARMUP_METHOD": OneOf("linear", "constant"),
+            "MODEL.LOAD_PROPOSALS": OneOf(False, because=", because Mask2Former has no proposals"),
+            "MODEL.KEYPOINT_ON": OneOf(False, because=", because Mask2Former has no keypoints"),
+        },
+    ),
+    # ---- MaskFormer and its subclasses ----
+    Group(
+        _is_mask_former,
+        {
+            "DATASETS.TEST": ListOf(Text(), distinct=True),
+            "SOLVER.BACKBONE_MULTIPLIER": Number(0, 1000),
+            "SOLVER.WEIGHT_DECAY_EMBED": _DECAY,
+            "SOLVER.AMP.DTYPE": OneOf("float16", "bfloat16"),
+            "INPUT.FORMAT": OneOf("RGB", "BGR"),
+            "INPUT.MIN_SIZE_TEST": _SIZE_OR_NONE,
+            "INPUT.MAX_SIZE_TEST": Whole(1),
+            "INPUT.MASK_FORMAT": OneOf("polygon", "bitmask"),
+            "INPUT.CROP.ENABLED": Flag(),
+            "MODEL.PIXEL_MEAN": ListOf(Number(-1e6, 1e6), 1),
+            "MODEL.PIXEL_STD": ListOf(Number(0, 1e6, above=True), 1),
+            "MODEL.MASK_ON": Flag(),
+            "MODEL.FAST": Flag(),
+            "MODEL.CHECKPOINTING": Text(),
+            "MODEL.MASK_FORMER.DEEP_SUPERVISION": Flag(),
+            "MODEL.MASK_FORMER.NO_OBJECT_WEIGHT": _WEIGHT,
+            "MODEL.MASK_FORMER.CLASS_WEIGHT": _WEIGHT,
+            "MODEL.MASK_FORMER.DICE_WEIGHT": _WEIGHT,
+            "MODEL.MASK_FORMER.MASK_WEIGHT": _WEIGHT,
+            "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": _SIZE,
+            "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": Whole(None, 2**16),
+            "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": Whole(1, 2**24),
+            "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": Number(1, 1000),
+            "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": _FRACTION,
+            "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": Flag(),
+            "MODEL.MASK_FORMER.TEST.INSTANCE_ON": Flag(),
+            "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": Flag(),
+            "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": _FRACTION,
+            "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": _FRACTION,
+            "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": Flag(),
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": Whole(1, 2**20),
+            "TEST.DETECTIONS_PER_IMAGE": Whole(1),
+        },
+    ),
+    Group(
+        _is_mask_former,
+        {
+            "INPUT.MIN_SIZE_TRAIN": Either(_SIZE_OR_NONE, ListOf(_SIZE_OR_NONE, 1)),
+            "INPUT.MIN_SIZE_TRAIN_SAMPLING": Text(),
+            "INPUT.MAX_SIZE_TRAIN": Whole(1),
+            "INPUT.COLOR_AUG_SSD": Flag(),
+            "INPUT.SIZE_DIVISIBILITY": Whole(-1, 2**16),
+        },
+        _mapped_by(ResizeCropDatasetMapper),
+    ),
+    Group(
+        _is_mask_former,
+        {
+            "INPUT.RANDOM_FLIP": OneOf("horizontal", "vertical", "none"),
+            "INPUT.IMAGE_SIZE": _SIZE,
+            "INPUT.MIN_SCALE": Number(0, 1000),
+            "INPUT.MAX_SCALE": Number(0, 1000),
+        },
+        _mapped_by(LargeScaleJitterDatasetMapper),
+    ),
+    Group(
+        _all(_is_mask_former, has_our_mapper),
+        {"INPUT.MIN_SIZE_TRAIN_SAMPLING": OneOf("choice", "range")},
+    ),
+    Group(
+        _all(_is_mask_former, _on("SOLVER.CLIP_GRADIENTS.ENABLED")),
+        {"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": OneOf("value", "norm", "full_model")},
+    ),
+    Group(
+        _is_mask_former,
+        {
+            "INPUT.CROP.TYPE": OneOf("relative_range", "relative", "absolute", "absolute_range"),
+            "INPUT.CROP.SIZE": exactly(2, Number(0, 2**16, above=True)),
+            "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": _FRACTION,
+        },
+        _on("INPUT.CROP.ENABLED"),
+    ),
+    Group(
+        _all(
+            _is_mask_former,
+            _on("INPUT.CROP.ENABLED"),
+            _named("INPUT.CROP.TYPE", "absolute", "absolute_range"),
+        ),
+        {"INPUT.CROP.SIZE": exactly(2, _SIZE)},
+    ),
+    Group(
+        _all(
+            _is_mask_former,
+            _on("INPUT.CROP.ENABLED"),
+            _named("INPUT.CROP.TYPE", "relative", "relative_range"),
+        ),
+        {"INPUT.CROP.SIZE": exactly(2, Number(0, 1, above=True))},
+    ),
+    # ---- heads and decoders ----
+    Group(
+        _named("MODEL.SEM_SEG_HEAD.NAME", *OUR_HEADS),
+        {
+            "MODEL.SEM_SEG_HEAD.IN_FEATURES": _FEATURES,
+            "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": Whole(-(2**31), 2**31 - 1),  # of an int32 map
+            "MODEL.SEM_SEG_HEAD.NUM_CLASSES": Whole(1, 2**20),
+            "MODEL.SEM_SEG_HEAD.LOSS_WEIGHT": _WEIGHT,
+        },
+    ),
+    Group(
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *OUR_PIXEL_DECODERS),
+        {
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM": _SIZE,
+            "MODEL.SEM_SEG_HEAD.MASK_DIM": _SIZE,
+            "MODEL.SEM_SEG_HEAD.NORM": Norm(),
+        },
+    ),
+    Group(
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *OUR_PIXEL_DECODERS[1:]),
+        {"MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": Whole(0, 1000)},
+    ),
+    Group(
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", MSDEFORMATTN),
+        {
+            "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": OneOf(4, 8, 16, 32),
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": _FEATURES,
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_POINTS": Whole(1, 1024),
+            "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS": Whole(1, 2**16),
+        },
+    ),
+    Group(
+        has_our_head,
+        {
+            "MODEL.MASK_FORMER.NHEADS": _SIZE,
+            "MODEL.MASK_FORMER.DROPOUT": _FRACTION,
+            "MODEL.MASK_FORMER.DIM_FEEDFORWARD": Whole(1, 2**20),
+            "MODEL.MASK_FORMER.PRE_NORM": Flag(),
+            "MODEL.MASK_FORMER.HIDDEN_DIM": _SIZE,
+            "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE": Text(),
+            "MODEL.MASK_FORMER.ENFORCE_INPUT_PROJ": Flag(),
+            # The first prediction precedes the first layer, so 1 is a decoder without layers.
+            "MODEL.MASK_FORMER.DEC_LAYERS": Whole(1, 1000),
+            "MODEL.MASK_FORMER.ENC_LAYERS": Whole(0, 1000),
+        },
+    ),
+    # ---- backbones ----
+    Group(
+        has_swin,
+        {
+            "MODEL.SWIN.PRETRAIN_IMG_SIZE": _SIZE,
+            "MODEL.SWIN.PATCH_SIZE": _SIZE,
+            "MODEL.SWIN.EMBED_DIM": _SIZE,
+            "MODEL.SWIN.DEPTHS": ListOf(Whole(1, 1000), 4),
+            "MODEL.SWIN.NUM_HEADS": ListOf(_SIZE, 4),
+            "MODEL.SWIN.WINDOW_SIZE": Whole(1, 4096),
+            "MODEL.SWIN.MLP_RATIO": Number(0, 1000, above=True),
+            "MODEL.SWIN.QKV_BIAS": Flag(),
+            "MODEL.SWIN.QK_SCALE": Either(Null(), Number(0, 1e6, above=True)),
+            "MODEL.SWIN.DROP_RATE": _RATE,
+            "MODEL.SWIN.ATTN_DROP_RATE": _RATE,
+            "MODEL.SWIN.DROP_PATH_RATE": _RATE,
+            "MODEL.SWIN.APE": Flag(),
+            "MODEL.SWIN.PATCH_NORM": Flag(),
+            "MODEL.SWIN.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
+            "MODEL.SWIN.USE_CHECKPOINT": Flag(),
+        },
+    ),
+    # Swin freezes nothing; `config_checks.py` has the accepted values.
+    Group(has_swin, {"MODEL.BACKBONE.FREEZE_AT": Whole(None)}, _never),
+    Group(
+        has_resnet,
+        {
+            # The stem is 1, the stages are 2 to 5; 0 and negative: nothing is frozen.
+            "MODEL.BACKBONE.FREEZE_AT": Whole(None, 5),
+            "MODEL.RESNETS.DEPTH": OneOf(18, 34, 50, 101, 152),
+            "MODEL.RESNETS.OUT_FEATURES": ListOf(OneOf("stem", *_STAGES), 1, distinct=True),
+            "MODEL.RESNETS.NUM_GROUPS": _SIZE,
+            "MODEL.RESNETS.WIDTH_PER_GROUP": _SIZE,
+            "MODEL.RESNETS.RES2_OUT_CHANNELS": _SIZE,
+            "MODEL.RESNETS.STEM_OUT_CHANNELS": _SIZE,
+            "MODEL.RESNETS.RES5_DILATION": OneOf(1, 2, 4),
+            "MODEL.RESNETS.STRIDE_IN_1X1": Flag(),
+            "MODEL.RESNETS.DEFORM_ON_PER_STAGE": exactly(4, Flag()),
+            "MODEL.RESNETS.DEFORM_MODULATED": Flag(),
+            "MODEL.RESNETS.DEFORM_NUM_GROUPS": _SIZE,
+            "MODEL.RESNETS.NORM": Norm(),
+        },
+    ),
+    Group(
+        _all(has_resnet, _named("MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone")),
+        {
+            "MODEL.RESNETS.DEPTH": OneOf(50, 101, 152),
+            "MODEL.RESNETS.RES4_DILATION": OneOf(1, 2),
+            "MODEL.RESNETS.RES5_MULTI_GRID": exactly(3, _SIZE),
+            "MODEL.RESNETS.STEM_TYPE": OneOf("basic", "deeplab"),
+        },
+    ),
+    Group(
+        _all(has_resnet, _named("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")),
+        {
+            "MODEL.FPN.IN_FEATURES": _FEATURES,
+            "MODEL.FPN.OUT_CHANNELS": _SIZE,
+            "MODEL.FPN.NORM": Norm(),
+            "MODEL.FPN.FUSE_TYPE": OneOf("sum", "avg"),
+        },
+    ),
+)
+
+
+def check_values(cfg: CfgNode) -> None:
+    """Check every value of the table that the config has and reads.
+
+    Raises:
+        ValueError: naming the key, its value and what is allowed.
+    """
+    for group in GROUPS:
+        if not group.applies(cfg):
+            continue
+        for key, kind in group.keys.items():
+            if has_key(cfg, key) and not kind.accepts(value := get_value(cfg, key)):
+                raise bad_value(key, value, kind.allowed)
+
+
+def unread_keys(cfg: CfgNode) -> set[str]:
+    """The keys of the table that nothing reads which the config chooses."""
+    known: set[str] = set()
+    read: set[str] = set()
+    for group in GROUPS:
+        known |= group.keys.keys()
+        if group.applies(cfg) and (group.is_read is None or group.is_read(cfg)):
+            read |= group.keys.keys()
+    return known - read
+
+
+def bad_value(key: str, value: Any, allowed: str) -> ValueError:
+    """The error of a value that a key does not take."""
+    return ValueError(f"{key} is {value!r}; allowed: {allowed}.")

@@ -1,0 +1,184 @@
+"""One training step: Detectron2's, without its host syncs.
+
+Detectron2 reads each loss behind the backward pass, so that the host queues no work for a GPU until
+that has finished. Here the losses of an iteration are copied together, and written in the next one,
+when the copy has long arrived. `Trainer` decides in which iterations something reads them, such as
+a writer or a checkpoint; those are written at once.
+"""
+
+import math
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+import torch
+from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils.events import get_event_storage
+from torch import Tensor
+
+from .utils.host_copy import HostCopy
+
+
+class _Pending(NamedTuple):
+    """Losses and metrics of an iteration that are not written yet."""
+
+    names: list[str]
+    num_losses: int
+    values: HostCopy
+    data_time: float
+    prefix: str
+    iteration: int
+
+    def losses(self) -> dict[str, Tensor]:
+        names = self.names[: self.num_losses]
+        return dict(zip(names, self.values.read()[: self.num_losses], strict=True))
+
+    def metrics(self) -> dict[str, float]:
+        names = self.names[self.num_losses :]
+        return dict(zip(names, self.values.read()[self.num_losses :].tolist(), strict=True))
+
+
+class DelayedMetrics(SimpleTrainer):
+    """Writes losses one iteration late, with the number of their own iteration.
+
+    A loss that is not finite raises Detectron2's FloatingPointError one iteration late as well,
+    which names the iteration of the loss.
+
+    Attributes:
+        cudnn_benchmark: let cuDNN time its algorithms, within training steps only: evaluation has
+            images of many sizes.
+    """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.cudnn_benchmark = False
+        self._is_read: Callable[[int], bool] = lambda iteration: True
+        self._pending: _Pending | None = None
+
+    def delay_metrics(self, is_read: Callable[[int], bool]) -> None:
+        """Begin to delay.
+
+        Args:
+            is_read: whether something reads the losses right after an iteration; they are then
+                written in it. The same on all ranks, because writing gathers from them.
+        """
+        self._is_read = is_read
+
+    def flush(self) -> None:
+        """Write what has been delayed; all ranks together."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self._write_now(
+                pending.losses(),
+                pending.metrics(),
+                pending.data_time,
+                pending.prefix,
+                pending.iteration,
+            )
+
+    def discard(self) -> None:
+        """Forget what has been delayed."""
+        self._pending = None
+
+    def run_step(self) -> None:
+        cudnn_benchmark = torch.backends.cudnn.benchmark
+        if self.cudnn_benchmark:
+            torch.backends.cudnn.benchmark = True
+        try:
+            super().run_step()
+        except FloatingPointError:
+            raise
+        except Exception as error:
+            self._raise_if_not_finite(error)
+            raise
+        finally:
+            if self.cudnn_benchmark:
+                torch.backends.cudnn.benchmark = cudnn_benchmark
+
+    def _raise_if_not_finite(self, error: Exception) -> None:
+        """Name the cause of an error: a loss of the iteration before that was not finite."""
+        losses: dict[str, float] = {}
+        with suppress(RuntimeError):  # the device may be out of order
+            if self._pending is not None:
+                losses = {name: loss.item() for name, loss in self._pending.losses().items()}
+        # Without the other ranks, which may not be here.
+        if self._pending is not None and not math.isfinite(sum(losses.values())):
+            iteration = self._pending.iteration
+            self.discard()
+            raise FloatingPointError(
+                f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {losses}"
+            ) from error
+
+    def _device_metrics(self) -> dict[str, Tensor]:
+        """Scalars on the device to write in addition to the losses."""
+        return {}
+
+    def _write_metrics(
+        self,
+        loss_dict: Mapping[str, Tensor],
+        data_time: float,
+        prefix: str = "",
+        iter: int | None = None,
+    ) -> None:
+        self.flush()
+        iteration = self.iter if iter is None else iter
+        metrics = self._device_metrics()
+        values = [*loss_dict.values(), *metrics.values()]
+        if self._is_read(iteration) or not _can_be_stacked(values):
+            self._write_now(loss_dict, metrics, data_time, prefix, iteration)
+            return
+        with torch.no_grad():
+            copied = HostCopy(torch.stack(values))
+        names = [*loss_dict, *metrics]
+        self._pending = _Pending(names, len(loss_dict), copied, data_time, prefix, iteration)
+
+    def _write_now(
+        self,
+        losses: Mapping[str, Tensor],
+        metrics: Mapping[str, Tensor | float],
+        data_time: float,
+        prefix: str,
+        iteration: int,
+    ) -> None:
+        super()._write_metrics(losses, data_time, prefix, iteration)
+        for name, value in metrics.items():
+            get_event_storage().put_scalar(name, float(value), cur_iter=iteration)
+
+
+def _can_be_stacked(values: list[Any]) -> bool:
+    """Whether these are floating-point scalars on one device."""
+    return all(
+        isinstance(value, Tensor)
+        and value.dim() == 0
+        and value.is_floating_point()
+        and value.device == values[0].device
+        for value in values
+    )
+
+
+class Step(DelayedMetrics):
+    """A step in the precision of the parameters."""
+
+
+class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
+    """A step in float16, with scaled gradients, or in bfloat16, which needs no scaling.
+
+    Args:
+        dtype: torch.float16 or torch.bfloat16.
+    """
+
+    def __init__(self, *args: Any, dtype: torch.dtype, **kwargs: Any) -> None:
+        scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
+        super().__init__(*args, grad_scaler=scaler, precision=dtype, **kwargs)
+
+    def _device_metrics(self) -> dict[str, Tensor]:
+        if not self.grad_scaler.is_enabled():
+            return {}
+        # `get_scale` would sync.
+        one = torch.ones((), device="cuda")
+        return {"[metric]grad_scaler": self.grad_scaler.scale(one)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        # Runs in other precisions save no state of the scaler, or an empty one.
+        scaler = state_dict.get("grad_scaler") or self.grad_scaler.state_dict()
+        super().load_state_dict(state_dict | {"grad_scaler": scaler})
