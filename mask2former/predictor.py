@@ -2,12 +2,12 @@
 
 from detectron2.config import CfgNode
 from detectron2.data import MetadataCatalog
-from detectron2.data import transforms as T
 from detectron2.engine import DefaultPredictor
 from detectron2.modeling import build_model
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config_checks import check_once
+from .data.augmentations import ResizeShortestEdge
 from .fast.setup import apply_config
 from .preflight import check_device
 
@@ -39,7 +39,7 @@ class Predictor(DefaultPredictor):
         self.model = build_model(self.cfg).eval()
         apply_config(self.cfg, self.model)
         Mask2FormerCheckpointer(self.model).load(cfg.MODEL.WEIGHTS)
-        self.aug = T.ResizeShortestEdge(
+        self.aug = ResizeShortestEdge(
             [cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MIN_SIZE_TEST], cfg.INPUT.MAX_SIZE_TEST
         )
         self.input_format = cfg.INPUT.FORMAT

@@ -1,12 +1,14 @@
 """Load a config and check it against data, device and batch size, before a run.
 
-    config file → values (`config_checks.py`) → device → data sets → evaluators → batch → classes
+    config file → values (`config_checks.py`) → device → data sets → evaluators → ground truth
+                → batch → classes
 
 Each program calls `load_and_check` or `check_run` once. A config object remembers the checks it
 passed, also in spawned processes, so `Trainer` checks only configs that no program has checked.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -19,6 +21,7 @@ from .config_checks import check_config, check_once, check_parts, check_training
 from .data.class_counts import check_class_counts
 from .data.evaluator_types import builders_of
 from .data.loader import check_batch_size, check_dataset_names
+from .evaluation.ground_truth import check_ground_truth
 
 Purpose = Literal["train", "evaluate", "predict", "unknown"]
 
@@ -90,6 +93,8 @@ def check_run(
         check_once(cfg, f"data sets {needed}", lambda _: check_dataset_names(needed))
     if purpose in ("train", "evaluate") and not own_evaluators:
         check_once(cfg, "evaluator types", check_evaluator_types)
+        for name in cfg.DATASETS.TEST:
+            check_once(cfg, f"ground truth {name}", partial(check_ground_truth, dataset_name=name))
     if purpose == "train":
         # If set, SOLVER.IMS_PER_BATCH is for this number of workers and scaled to the actual one.
         num_workers = cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers

@@ -13,12 +13,12 @@ from typing import Any
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from detectron2.data.detection_utils import read_image
 from detectron2.modeling import DatasetMapperTTA
 from fvcore.transforms import HFlipTransform
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .data.formats.images import read_image
 from .maskformer_model import MaskFormer
 
 __all__ = ["SemanticSegmentorWithTTA"]

@@ -88,10 +88,15 @@ def test_once_through_launch(toy_file, counts, monkeypatch):
 
 def test_once_in_an_evaluation(toy_file, counts, monkeypatch):
     monkeypatch.setattr(launch_module, "Trainer", toy.ToyTrainer)
+    read = []
+    monkeypatch.setattr(
+        preflight, "check_ground_truth", lambda cfg, dataset_name: read.append(dataset_name)
+    )
     opts = ["DATASETS.TEST", "('shapes_val_sem_seg',)"]
     with pytest.raises(ValueError, match="MODEL.WEIGHTS is empty"):
         launch(main, parse("--config-file", toy_file, "--eval-only", *opts))
     assert counts == {name: 1 for name in CHECKS if name != "check_batch_size"}
+    assert read == ["shapes_val_sem_seg"]
 
 
 def test_once_without_launch(toy_file, counts, tmp_path):

@@ -27,7 +27,6 @@ from typing import Any, NamedTuple
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
-from detectron2.data.detection_utils import read_image
 from detectron2.data.transforms import ResizeShortestEdge
 from detectron2.modeling import build_model
 from fvcore.nn import parameter_count_table
@@ -37,6 +36,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from mask2former.config import load_config
+from mask2former.data.formats.images import read_header
 from mask2former.data.loader import check_dataset_names
 from mask2former.utils.twins import runs_fast
 
@@ -256,7 +256,7 @@ def dataset_sizes(name: str, number: int) -> Counter[tuple[int, int]]:
         if "height" in record and "width" in record:
             sizes[record["height"], record["width"]] += 1
         else:
-            sizes[read_image(record["file_name"]).shape[:2]] += 1
+            sizes[read_header(record["file_name"]).size] += 1
     if not sizes:
         raise ValueError(f"Data set {name!r} has no image.")
     return sizes

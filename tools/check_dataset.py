@@ -24,7 +24,7 @@ from tqdm import tqdm
 
 from mask2former.config import load_config
 from mask2former.data.check.images import ItemChecker, ItemReport
-from mask2former.data.check.index import Finding, Index, build_index, find_unlisted
+from mask2former.data.check.index import Index, build_index, find_unlisted
 from mask2former.data.check.report import (
     choose_examples,
     draw_examples,
@@ -32,6 +32,7 @@ from mask2former.data.check.report import (
     write_reports,
 )
 from mask2former.data.class_counts import check_class_counts
+from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
 
 # Findings printed per data set; the report has all.
@@ -65,21 +66,22 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None]:
+def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None, set[str]]:
     """Register the data sets of the config and choose the ones to check.
 
     Returns:
-        The names without duplicates, and a message if the classes of the config's data sets differ
-        from each other or from the model's, else None.
+        The names without duplicates; a message if the classes of the config's data sets differ
+        from each other or from the model's, else None; and the names that are only tested on.
 
     Raises:
         FileNotFoundError: the config, or a file needed to register its data, is missing.
         ValueError: the config is invalid, a data set is not registered, or no name is given.
     """
-    names, mismatch = args.names, None
+    names, mismatch, tested = args.names, None, set()
     if args.config_file:
         cfg = load_config(args.config_file, args.opts)
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
+        tested = {*cfg.DATASETS.TEST} - {*cfg.DATASETS.TRAIN}
         try:
             check_class_counts(cfg)
         except ValueError as error:
@@ -89,7 +91,7 @@ def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None]:
         raise ValueError(
             f"{args.config_file} has empty DATASETS.TRAIN and DATASETS.TEST: give a NAME."
         )
-    return list(dict.fromkeys(names)), mismatch
+    return list(dict.fromkeys(names)), mismatch, tested
 
 
 def worker_pool(workers: int) -> ProcessPoolExecutor:
@@ -129,10 +131,10 @@ def print_findings(title: str, findings: Sequence[dict[str, Any]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        names, mismatch = resolve_names(args)
+        names, mismatch, tested = resolve_names(args)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    indices = [build_index(name) for name in names]
+    indices = [build_index(name, for_training=name not in tested) for name in names]
     if mismatch:
         indices[0].problem(args.config_file, None, mismatch)
     unlisted = find_unlisted(indices)
@@ -141,7 +143,7 @@ def main(argv: list[str] | None = None) -> None:
         in_folders: list[Finding] = [
             f for f in unlisted if os.path.dirname(f.file) in map(os.path.normpath, index.folders)
         ]
-        index.warnings += in_folders
+        index.warnings.extend(in_folders)
         reports = check_items(index, args.workers)
         summary = summarise(index, reports)
         summaries[index.name] = summary

@@ -17,10 +17,10 @@ import sys
 from pathlib import Path
 
 import torch
-from detectron2.data.detection_utils import read_image
 from PIL import Image
 from tqdm import tqdm
 
+from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
 from mask2former.utils.files import atomic_write
@@ -137,18 +137,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def draw_all(
     predictor: Predictor, planned: dict[tuple[Path, str], Path], confidence_threshold: float
 ) -> dict[Path, str]:
-    """Writes all drawings; returns the images that could not be read, with the reason."""
+    """Writes all drawings; returns the images that could not be drawn, with the reason."""
     tasks_by_image: dict[Path, list[str]] = {}
     for image, task in planned:
         tasks_by_image.setdefault(image, []).append(task)
     failed = {}
     for path, tasks in tqdm(tasks_by_image.items(), desc="images", unit="image"):
         try:
-            bgr = read_image(str(path), format="BGR")
-        except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            bgr = read_image(str(path), "BGR")
+        except (OSError, ValueError) as error:
             failed[path] = str(error)
             continue
-        outputs = predictor(bgr)
+        try:
+            outputs = predictor(bgr)
+        # Such as too little memory for this image; the others may fit.
+        except (RuntimeError, ValueError) as error:
+            failed[path] = str(error)
+            continue
         for task in tasks:
             drawing = draw_prediction(
                 bgr[:, :, ::-1],
@@ -180,7 +185,7 @@ def main(argv: list[str] | None = None) -> None:
     print(f"wrote {len(written)} drawings to {args.output}")
     if failed:
         lines = "".join(f"\n  {path}: {reason}" for path, reason in failed.items())
-        sys.exit(f"error: {len(failed)} images could not be read:{lines}")
+        sys.exit(f"error: {len(failed)} images could not be drawn:{lines}")
 
 
 if __name__ == "__main__":

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.detection_utils import read_image
 from tqdm import tqdm
 
 from mask2former.config import load_config
+from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import (
@@ -131,7 +131,7 @@ def draw_contact_sheet(cfg: CfgNode, num_images: int) -> Path:
     name, tasks = cfg.DATASETS.TEST[0], enabled_tasks(cfg)
     metadata, rows = MetadataCatalog.get(name), []
     for record in tqdm(DatasetCatalog.get(name)[:num_images], desc="drawing", unit="image"):
-        image = read_image(record["file_name"], format="BGR")
+        image = read_image(record["file_name"], "BGR")
         outputs, image = predictor(image), image[:, :, ::-1]
         drawings = [draw_prediction(image, outputs, metadata, task, scale=SCALE) for task in tasks]
         gt = draw_panoptic_gt(image, record, metadata, scale=SCALE)

@@ -9,7 +9,34 @@ from detectron2.config import CfgNode
 from detectron2.data import transforms as T
 from detectron2.projects.point_rend import ColorAugSSDTransform as PointRendColorAugSSDTransform
 
-__all__ = ["ColorAugSSDTransform", "build_resize_crop_gen", "build_transform_gen"]
+__all__ = [
+    "ColorAugSSDTransform",
+    "ResizeScale",
+    "ResizeShortestEdge",
+    "build_resize_crop_gen",
+    "build_transform_gen",
+]
+
+
+def _at_least_one_pixel(transform: T.Transform) -> T.Transform:
+    """Keep one row and one column of images so long that nothing else would be left."""
+    if isinstance(transform, T.ResizeTransform):
+        transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+    return transform
+
+
+class ResizeShortestEdge(T.ResizeShortestEdge):
+    """Detectron2's, but an image of 3 x 3000 pixels keeps at least one row."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_one_pixel(super().get_transform(image))
+
+
+class ResizeScale(T.ResizeScale):
+    """Detectron2's, but an image of 3 x 3000 pixels keeps at least one row."""
+
+    def get_transform(self, image: np.ndarray) -> T.Transform:
+        return _at_least_one_pixel(super().get_transform(image))
 
 
 class ColorAugSSDTransform(PointRendColorAugSSDTransform):
@@ -36,7 +63,7 @@ def build_resize_crop_gen(cfg: CfgNode, *, limit_category_area: bool) -> list:
     """
     crop = cfg.INPUT.CROP
     augmentations = [
-        T.ResizeShortestEdge(
+        ResizeShortestEdge(
             cfg.INPUT.MIN_SIZE_TRAIN, cfg.INPUT.MAX_SIZE_TRAIN, cfg.INPUT.MIN_SIZE_TRAIN_SAMPLING
         )
     ]
@@ -83,7 +110,7 @@ def build_transform_gen(cfg: CfgNode, is_train: bool) -> list:
             T.RandomFlip(horizontal=flip == "horizontal", vertical=flip == "vertical")
         )
     augmentations += [
-        T.ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side),
+        ResizeScale(cfg.INPUT.MIN_SCALE, cfg.INPUT.MAX_SCALE, side, side),
         T.FixedSizeCrop((side, side)),
     ]
     return augmentations

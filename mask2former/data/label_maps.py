@@ -24,6 +24,12 @@ def present_values(labels: np.ndarray) -> np.ndarray:
     return Runs(labels).values
 
 
+def count_values(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct values of a label map, ascending, and how many pixels each has."""
+    runs = Runs(labels)
+    return runs.values, runs.counts()
+
+
 class Runs:
     """A label map as runs of equal labels in row order: far fewer than pixels."""
 
@@ -36,6 +42,11 @@ class Runs:
         self._lengths = np.diff(starts, append=flat.size)
         # The distinct labels, ascending, and the index of each run's label among them.
         self.values, self._indices = np.unique(flat[starts], return_inverse=True)
+
+    def counts(self) -> np.ndarray:
+        """Pixels of each of `values`."""
+        # bincount adds in float64, which is exact for integers of this size.
+        return np.bincount(self._indices, self._lengths, len(self.values)).astype(np.int64)
 
     def layers(self, values: np.ndarray) -> list[np.ndarray]:
         """Layers (H, W) uint8 of the given values: the first 254 become 1 to 254 of layer 0.

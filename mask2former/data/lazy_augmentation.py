@@ -22,6 +22,8 @@ import shapely
 from detectron2.data import transforms as T
 from PIL import Image
 
+from .augmentations import ResizeScale, ResizeShortestEdge
+
 # Augmentations that read the shape of the image but no pixel. Subclasses may read pixels.
 _SHAPE_ONLY = (
     T.FixedSizeCrop,
@@ -29,6 +31,8 @@ _SHAPE_ONLY = (
     T.RandomFlip,
     T.ResizeScale,
     T.ResizeShortestEdge,
+    ResizeScale,
+    ResizeShortestEdge,
 )
 # Transforms that can be deferred, because the size of their result is known without applying them.
 _DEFERRABLE = (

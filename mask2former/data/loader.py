@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode
 from detectron2.data import (
@@ -25,17 +26,18 @@ from detectron2.data import (
     MetadataCatalog,
     build_detection_test_loader,
     build_detection_train_loader,
+    detection_utils,
 )
+from detectron2.data import transforms as T
 from detectron2.data.build import trivial_batch_collator
 from detectron2.data.common import DatasetFromList
 from detectron2.data.transforms import FixedSizeCrop
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.serialize import PicklableWrapper
-from PIL import Image
 from torch.utils.data import DataLoader, Dataset, IterableDataset, Sampler
 
 from ..utils.seeding import DATA, SAMPLER, isolated_rng
+from .augmentations import ResizeShortestEdge
 from .dataset_mappers import (
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
@@ -44,14 +46,14 @@ from .dataset_mappers import (
     MaskFormerSemanticDatasetMapper,
 )
 from .datasets.checks import check_builtin
+from .formats.findings import NOTHING_TO_TRAIN_ON
+from .formats.images import read_header, read_image
 from .packed_masks import pin
 
 Mapper = Callable[[dict], dict | None]
 
 # How many samples in a row a mapper may reject (return None) before it is an error.
 _MAX_REJECTIONS = 100
-
-_EXIF_ORIENTATION = 0x0112
 
 
 class Draw(NamedTuple):
@@ -85,7 +87,9 @@ class SeededSamples(Dataset):
         index = draw.record
         with isolated_rng(draw.seed, DATA, draw.position):
             for _ in range(_MAX_REJECTIONS):
-                sample = self._mapper(self._records[index])
+                record = self._records[index]
+                with _named_record(record):
+                    sample = self._mapper(record)
                 if sample is not None:
                     return sample
                 index = random.randrange(len(self))
@@ -93,6 +97,18 @@ class SeededSamples(Dataset):
             f"The dataset mapper returned None for {_MAX_REJECTIONS} samples in a row, from "
             f"{self._records[draw.record].get('file_name', draw.record)}."
         )
+
+
+@contextmanager
+def _named_record(record: dict) -> Iterator[None]:
+    """Add the image to errors that name no file of the record."""
+    try:
+        yield
+    except (AssertionError, ValueError) as error:
+        files = [value for value in record.values() if isinstance(value, str)]
+        if not files or any(file in str(error) for file in files):
+            raise
+        raise ValueError(f"{record.get('file_name', files[0])}: {error}") from error
 
 
 class _Batch:
@@ -196,11 +212,7 @@ class _AspectRatios:
 
 
 def _image_is_wide(file_name: str) -> bool:
-    with PathManager.open(file_name, "rb") as file, Image.open(file) as image:
-        width, height = image.size
-        # Detectron2 applies the EXIF orientation on loading; 5 to 8 swap width and height.
-        if image.getexif().get(_EXIF_ORIENTATION) in (5, 6, 7, 8):
-            width, height = height, width
+    height, width = read_header(file_name).size
     return width > height
 
 
@@ -234,15 +246,22 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
         check_builtin(name)
     try:
         yield
-    except AssertionError as error:
-        keys = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root")
-        places = [
-            f"{name}: " + (", ".join(f"{k}={v}" for k in keys if (v := meta.get(k))) or "no paths")
-            for name, meta in ((name, MetadataCatalog.get(name)) for name in names)
-        ]
+    except AssertionError as original:
+        error = str(original)
+        if "No valid data" in error:
+            error += f" The data {NOTHING_TO_TRAIN_ON}"
         raise ValueError(
-            f"Data set {', '.join(names)} cannot be used: {error} (looked for {'; '.join(places)})"
-        ) from error
+            f"Data set {', '.join(names)} cannot be used: {error} (looked for {_places(names)})"
+        ) from original
+
+
+def _places(names: Sequence[str]) -> str:
+    keys = ("image_root", "json_file", "panoptic_json", "panoptic_root", "sem_seg_root")
+    places = [
+        f"{name}: " + (", ".join(f"{k}={v}" for k in keys if (v := meta.get(k))) or "no paths")
+        for name, meta in ((name, MetadataCatalog.get(name)) for name in names)
+    ]
+    return "; ".join(places)
 
 
 def _load(cfg: CfgNode, mapper: Mapper, seed: int, dataset: Any = None) -> dict:
@@ -270,8 +289,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         trains on a GPU, images and targets are in pinned memory.
 
     Raises:
-        ValueError: no data set is given, one is unknown, empty or not indexable, or the batch
-            size is not a multiple of the number of workers.
+        ValueError: no data set is given, one is unknown, empty or not indexable, none has anything
+            to learn, or the batch size is not a multiple of the number of workers.
     """
     if not cfg.DATASETS.TRAIN:
         raise ValueError("DATASETS.TRAIN is empty: name at least one data set to train on.")
@@ -284,6 +303,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             f"Data set {cfg.DATASETS.TRAIN} is an IterableDataset, which cannot be resumed; "
             "register a list of dicts, or override Trainer.build_train_loader."
         )
+    if isinstance(records, list):
+        _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []
     if isinstance(records, list):
@@ -306,6 +327,21 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         pin_memory=pins,
         # With its own generator, creating the iterator does not draw from the global one.
         generator=torch.Generator().manual_seed(seed),
+    )
+
+
+def _check_targets(names: Sequence[str], records: Iterable[dict]) -> None:
+    """Check that training data has an object or segment that is no crowd.
+
+    Raises:
+        ValueError: it has none, so that a model would learn to predict nothing.
+    """
+    for record in records:
+        objects = record.get("annotations", record.get("segments_info"))
+        if objects is None or any(not one.get("iscrowd", 0) for one in objects):
+            return
+    raise ValueError(
+        f"Data set {', '.join(names)} {NOTHING_TO_TRAIN_ON} (looked for {_places(names)})"
     )
 
 
@@ -359,21 +395,37 @@ def check_batch_size(cfg: CfgNode, num_workers: int | None = None) -> None:
 
 
 class InferenceMapper(DatasetMapper):
-    """Detectron2's mapper for inference, with an error that names an unreadable image."""
+    """Detectron2's mapper for inference, reading images as in training."""
 
     def __init__(self, cfg: CfgNode) -> None:
         super().__init__(cfg, is_train=False)
 
+    @classmethod
+    def from_config(cls, cfg: CfgNode, is_train: bool = False) -> dict[str, Any]:
+        sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
+        return super().from_config(cfg, is_train) | {
+            "augmentations": [ResizeShortestEdge(*sizes, "choice")]
+        }
+
     def __call__(self, dataset_dict: dict) -> dict:
-        try:
-            return super().__call__(dataset_dict)
-        except OSError as error:
-            # Errors of the operating system name the file, those of PIL do not.
-            if error.filename is not None:
-                raise
-            raise ValueError(
-                f"{dataset_dict['file_name']} or its label map cannot be read as an image: {error}"
-            ) from error
+        """
+        Raises:
+            FileNotFoundError: the image or its label map does not exist.
+            ValueError: one of them cannot be read, or the image has another size than the record.
+        """
+        sample = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
+        image = read_image(sample["file_name"], self.image_format)
+        detection_utils.check_image_size(sample, image)
+        file = sample.pop("sem_seg_file_name", None)
+        labels = None if file is None else read_image(file)
+        if labels is not None and labels.dtype != np.uint8:
+            labels = labels.astype(np.float64)  # which Detectron2 can resize
+        augmented = T.AugInput(image, sem_seg=labels)
+        self.augmentations(augmented)
+        sample["image"] = torch.as_tensor(augmented.image.transpose(2, 0, 1).copy())
+        if labels is not None:
+            sample["sem_seg"] = torch.as_tensor(augmented.sem_seg.astype("long"))
+        return sample
 
 
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:

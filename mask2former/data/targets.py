@@ -20,6 +20,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, polygons_to_bitmask
 from torch import Tensor
 
+from .formats.masks import farthest, rle_problems
 from .label_maps import Runs, pack_layers, present_values
 from .lazy_augmentation import apply_labels, apply_polygons
 from .packed_masks import BITS_PER_PLANE, PackedMasks, TargetInstances
@@ -197,7 +198,9 @@ def read_annotations(
         ValueError: a segmentation is missing, malformed or has another size, or a category id is
             out of range.
     """
-    classes, shapes = [], []
+    classes: list[int] = []
+    shapes: list[Any] = []  # Shape; RLEs until they are decoded
+    rles: dict[int, str] = {}  # index of the shape → which annotation
     for i, annotation in enumerate(annotations):
         if annotation.get("iscrowd", 0):
             continue
@@ -206,31 +209,50 @@ def read_annotations(
         where = f"{file_name}: annotation {name}"
         check_category(annotation["category_id"], num_classes, where)
         classes.append(annotation["category_id"])
-        shapes.append(_read_shape(annotation.get("segmentation"), image_size, where, file_name))
+        shape = _read_shape(annotation.get("segmentation"), image_size, where, file_name)
+        if isinstance(shape, dict):
+            rles[len(shapes)] = where
+        shapes.append(shape)
+    if rles:
+        _decode_rles(shapes, rles, image_size)
     return torch.tensor(classes, dtype=torch.int64), shapes
 
 
 def _read_shape(
     segmentation: Any, image_size: tuple[int, int], where: str, file_name: str
-) -> Shape:
+) -> Shape | dict[str, Any]:
+    """The checked shape; an RLE is returned as it is."""
     if isinstance(segmentation, list) and segmentation:
-        # Integers become float64 too, or scaling in place would truncate them.
-        polygons = [np.array(polygon, dtype=np.float64) for polygon in segmentation]
-        for polygon in polygons:
+        reach = farthest(image_size)
+        polygons = []
+        for segment in segmentation:
+            try:
+                # Integers become float64 too, or scaling in place would truncate them.
+                polygon = np.array(segment, dtype=np.float64)
+            except (TypeError, ValueError, OverflowError) as error:
+                raise ValueError(
+                    f"{where} has a polygon that is not a list of numbers: {error}."
+                ) from error
             if polygon.ndim != 1 or polygon.size < 6 or polygon.size % 2:
                 raise ValueError(
                     f"{where} has a polygon of {polygon.size} coordinates, shape {polygon.shape}; "
                     "a polygon is x1, y1, x2, y2, ... of at least 3 points."
                 )
-            if not np.isfinite(polygon).all():
-                raise ValueError(f"{where} has a polygon with coordinates that are not finite.")
+            low, high = polygon.min(), polygon.max()
+            # NaN compares false.
+            if not (low >= -reach and high <= max(image_size) + reach):
+                what = "far outside the image"
+                if not np.isfinite(low) or not np.isfinite(high):
+                    what = "that are not finite"
+                raise ValueError(f"{where} has a polygon with coordinates {what}.")
+            polygons.append(polygon)
         return polygons
     if isinstance(segmentation, dict) and {"size", "counts"} <= segmentation.keys():
-        check_size(segmentation["size"], image_size, f"{where}, an RLE,", file_name)
-        try:
-            return _decode_rle(segmentation)
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"{where} has an RLE that cannot be decoded: {error}") from error
+        size: Any = segmentation["size"]
+        if np.ndim(size) != 1:
+            size = (size,)
+        check_size(size, image_size, f"{where}, an RLE,", file_name)
+        return segmentation
     if isinstance(segmentation, np.ndarray) and segmentation.ndim == 2:
         check_size(segmentation.shape, image_size, f"{where}, a mask,", file_name)
         return (segmentation != 0).astype(np.uint8)
@@ -240,15 +262,24 @@ def _read_shape(
     )
 
 
-def _decode_rle(rle: dict[str, Any]) -> np.ndarray:
-    """Mask (h, w) uint8 of an RLE, compressed (str or bytes) or not (list)."""
-    if isinstance(rle["counts"], list):
-        num_pixels = rle["size"][0] * rle["size"][1]
-        if sum(rle["counts"]) != num_pixels:
-            # pycocotools would leave the rest of the mask uninitialised.
-            raise ValueError(f"it counts {sum(rle['counts'])} of {num_pixels} pixels")
-        rle = mask_util.frPyObjects(rle, *rle["size"])
-    return mask_util.decode(rle)
+def _decode_rles(shapes: list, rles: dict[int, str], image_size: tuple[int, int]) -> None:
+    """Replace RLEs, compressed (str or bytes) or not (list), by masks (h, w) uint8.
+
+    Args:
+        shapes: changed in place.
+        rles: index of each RLE in `shapes` → which annotation it is, for errors.
+        image_size: (h, w), the checked size of all.
+    """
+    num_pixels = image_size[0] * image_size[1]
+    # pycocotools would leave pixels beyond the last run uninitialised.
+    reasons = rle_problems([shapes[i]["counts"] for i in rles], [num_pixels] * len(rles))
+    for (i, where), reason in zip(rles.items(), reasons, strict=True):
+        if reason is not None:
+            raise ValueError(f"{where} has an RLE that cannot be decoded: {reason}")
+        rle = shapes[i]
+        if not isinstance(rle["counts"], str | bytes):
+            rle = mask_util.frPyObjects(rle, *image_size)
+        shapes[i] = mask_util.decode(rle)
 
 
 def transform_annotations(shapes: Sequence[Shape], transforms: T.TransformList) -> list[Shape]:

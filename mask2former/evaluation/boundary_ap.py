@@ -16,6 +16,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 
 DILATION_RATIO = 0.02
@@ -110,7 +111,7 @@ def evaluate_boundary_ap(
         result.pop("bbox", None)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
-        gt = COCO(gt_file)
+        gt = read_coco(gt_file)
         known = set(gt.getImgIds())
     unknown = {result["image_id"] for result in results} - known
     if unknown:

@@ -7,12 +7,15 @@ from collections.abc import Sequence
 from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
-from detectron2.evaluation import COCOEvaluator
+from detectron2.evaluation import COCOEvaluator, coco_evaluation
+from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
 from ..utils.files import atomic_write
+from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 from .mask_encoding import EncodesMasks
+from .official_packages import replaced
 
 
 class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
@@ -38,10 +41,15 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
             use_fast_impl: False uses pycocotools, which gives the same digits and always runs for
                 tasks other than "segm" alone.
         """
-        # Detectron2's own fast implementation differs in some digits.
-        super().__init__(dataset_name, tasks, *args, use_fast_impl=False, **kwargs)
-        self._use_fast_encoding = self._evaluates_compiled = use_fast_impl
         metadata = MetadataCatalog.get(dataset_name)
+
+        def read(json_file: str) -> COCO:
+            return read_coco(json_file, metadata.get("image_root", ""), dataset_name)
+
+        with replaced(coco_evaluation, COCO=read):
+            # Detectron2's own fast implementation differs in some digits.
+            super().__init__(dataset_name, tasks, *args, use_fast_impl=False, **kwargs)
+        self._use_fast_encoding = self._evaluates_compiled = use_fast_impl
         to_contiguous = metadata.get("thing_dataset_id_to_contiguous_id")
         self._to_dataset_id = to_contiguous and {v: k for k, v in to_contiguous.items()}
         # With the full metadata, the base class would map ids itself and expect one class name per

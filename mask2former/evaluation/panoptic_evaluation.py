@@ -16,6 +16,7 @@ from panopticapi.evaluation import PQStat
 from tabulate import tabulate
 
 from ..utils.files import atomic_write
+from .ground_truth import read_panoptic_gt
 from .panoptic_quality import (
     add_up,
     as_segment_ids,
@@ -23,6 +24,7 @@ from .panoptic_quality import (
     image_stat,
     official_image_stats,
     read_segment_ids,
+    with_counted_areas,
 )
 
 _GROUPS = {"All": None, "Things": True, "Stuff": False}
@@ -51,12 +53,9 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
     def reset(self) -> None:
         super().reset()
-        with open(PathManager.get_local_path(self._metadata.panoptic_json)) as file:
-            self._gt = json.load(file)
+        self._gt = read_panoptic_gt(self._metadata).content
         self._categories = self._read_categories(self._gt)
         self._annotations = {a["image_id"]: a for a in self._gt["annotations"]}
-        if len(self._annotations) < len(self._gt["annotations"]):
-            raise ValueError(f"{self._metadata.panoptic_json} lists an image more than once.")
         self._gt_folder = PathManager.get_local_path(self._metadata.panoptic_root)
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -87,15 +86,18 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             }
             annotation = self._annotations.get(image["image_id"])
             if annotation is not None:
-                gt_file = os.path.join(self._gt_folder, annotation["file_name"])
+                gt_ids = self._read_gt_ids(annotation)
                 prediction["counts"] = count_segments(
-                    read_segment_ids(gt_file),
+                    gt_ids,
                     as_segment_ids(panoptic_map),
-                    annotation,
+                    with_counted_areas(annotation, gt_ids),
                     segments,
                     self._categories,
                 )
             self._predictions.append(prediction)
+
+    def _read_gt_ids(self, annotation: dict[str, Any]) -> np.ndarray:
+        return read_segment_ids(os.path.join(self._gt_folder, annotation["file_name"]))
 
     def _labels_to_segments(self, labels: np.ndarray) -> tuple[np.ndarray, list[dict[str, Any]]]:
         """Split a map of labels, class × `label_divisor` + number or -1 for void, into segments."""
@@ -144,7 +146,10 @@ class PanopticEvaluator(COCOPanopticEvaluator):
     def _official_stats(
         self, predictions: dict[Any, dict[str, Any]], png_files: dict[Any, bytes]
     ) -> list[PQStat]:
-        pairs = [(a, predictions[a["image_id"]]) for a in self._gt["annotations"]]
+        pairs = [
+            (with_counted_areas(a, self._read_gt_ids(a)), predictions[a["image_id"]])
+            for a in self._gt["annotations"]
+        ]
         with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
             for image_id, content in png_files.items():
                 name = predictions[image_id]["file_name"]
@@ -154,8 +159,12 @@ class PanopticEvaluator(COCOPanopticEvaluator):
 
     def _read_categories(self, gt: dict) -> dict[int, dict]:
         """Return the categories by id, from the JSON file or else from the metadata."""
-        if "categories" in gt:
-            return {category["id"]: category for category in gt["categories"]}
+        if gt.get("categories"):
+            things = set(self._thing_contiguous_id_to_dataset_id.values())
+            return {
+                category["id"]: {"isthing": int(category["id"] in things)} | category
+                for category in gt["categories"]
+            }
         # "stuff" may list all classes, so things come last to override it.
         maps = (self._stuff_contiguous_id_to_dataset_id, self._thing_contiguous_id_to_dataset_id)
         return {

@@ -16,11 +16,10 @@ import torch
 from detectron2.data import MetadataCatalog
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.file_io import PathManager
 from detectron2.utils.logger import create_small_table
-from pycocotools.coco import COCO
 from torch import Tensor, nn
 
+from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 from .mask_encoding import encode_masks
 
@@ -97,14 +96,15 @@ class ProposalEvaluator(DatasetEvaluator):
         Raises:
             ValueError: the data set has no COCO annotation file.
         """
-        json_file = MetadataCatalog.get(dataset_name).get("json_file")
+        metadata = MetadataCatalog.get(dataset_name)
+        json_file = metadata.get("json_file")
         if not json_file:
             raise ValueError(
                 f"Proposals cannot be evaluated on {dataset_name}: its metadata has no COCO "
                 "json_file."
             )
         with contextlib.redirect_stdout(io.StringIO()):
-            self._gt = COCO(PathManager.get_local_path(json_file))
+            self._gt = read_coco(json_file, metadata.get("image_root", ""), dataset_name)
         self._num_proposals = num_proposals
         self._use_fast_impl = use_fast_impl
         self._logger = logging.getLogger(__name__)

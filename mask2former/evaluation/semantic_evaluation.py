@@ -11,12 +11,11 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
-from detectron2.utils.file_io import PathManager
-from panopticapi.utils import rgb2id
-from PIL import Image
 from torch import Tensor
 
+from ..data.formats.images import read_image
 from .mask_encoding import encode_transposed
+from .panoptic_quality import read_segment_ids
 
 _IGNORE = 255
 
@@ -112,8 +111,7 @@ def best_labels(scores: Tensor) -> np.ndarray:
 
 def load_label_map(file_name: str, dtype: np.dtype | type | None = None) -> np.ndarray:
     """Read a label image (H, W) with one class id per pixel."""
-    with PathManager.open(file_name, "rb") as file:
-        return np.array(Image.open(file), dtype=dtype)
+    return np.array(read_image(file_name), dtype=dtype)
 
 
 class LabelReader:
@@ -165,7 +163,7 @@ class PanopticToSemantic:
 
     def __call__(self, file_name: str, dtype: np.dtype | type = int) -> np.ndarray:
         """Read the label map (H, W) of a panoptic PNG."""
-        segment_ids = rgb2id(load_label_map(file_name))
+        segment_ids = read_segment_ids(file_name)
         semantic = np.full(segment_ids.shape, _IGNORE, dtype=dtype)
         for segment_id, class_id in self._classes[file_name].items():
             semantic[segment_ids == segment_id] = class_id

@@ -16,6 +16,7 @@ from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 from panopticapi.utils import rgb2id
 from PIL import Image, ImageDraw, ImageFont
 
+from ..data.formats.images import read_panoptic_png
 from .files import atomic_write
 from .seeding import isolated_rng
 
@@ -115,8 +116,7 @@ def draw_panoptic_gt(
     Returns:
         The drawing, (scale * H, scale * W, 3).
     """
-    with Image.open(dataset_dict["pan_seg_file_name"]) as file:
-        panoptic_map = rgb2id(np.asarray(file.convert("RGB")))
+    panoptic_map = rgb2id(read_panoptic_png(dataset_dict["pan_seg_file_name"]))
     with isolated_rng(0):
         visualizer = Visualizer(image, _by_contiguous_id(metadata), scale=scale)
         panoptic_map = torch.as_tensor(panoptic_map.astype(np.int64))

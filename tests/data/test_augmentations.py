@@ -14,6 +14,8 @@ from detectron2.projects.point_rend.color_augmentation import (
 from mask2former import add_maskformer2_config
 from mask2former.data.augmentations import (
     ColorAugSSDTransform,
+    ResizeScale,
+    ResizeShortestEdge,
     build_resize_crop_gen,
     build_transform_gen,
 )
@@ -135,3 +137,11 @@ def test_colour_jitter_of_zero_strength():
     transform = ColorAugSSDTransform("BGR", 0, 1, 1, 1, 1, 0)
     image = np.full((4, 6, 3), 100, dtype=np.uint8)
     assert all((transform.apply_image(image) == image).all() for _ in range(8))
+
+
+@pytest.mark.parametrize("size", [(3, 3000), (3000, 3), (1, 1)])
+def test_at_least_one_pixel_is_left(size):
+    image = np.zeros((*size, 3), np.uint8)
+    for augmentation in (ResizeShortestEdge(64, 96), ResizeScale(0.1, 0.1, 64, 64)):
+        resized = augmentation.get_transform(image).apply_image(image)
+        assert 1 <= min(resized.shape[:2]) and max(resized.shape[:2]) <= 96

@@ -269,6 +269,23 @@ def test_panoptic_json_without_categories(dataset, tmp_path, name):
     assert expected["panoptic_seg"]["PQ_th"] != expected["panoptic_seg"]["PQ_st"]
 
 
+@pytest.mark.parametrize("use_fast_impl", [True, False])
+@pytest.mark.parametrize("area", [0, 1, 10**6, None])
+def test_panoptic_areas_are_counted(dataset, tmp_path, area, use_fast_impl):
+    """Whatever the JSON says: areas of zero gave an infinite PQ, those of boxes a wrong one."""
+    path = tmp_path / "panoptic.json"
+    gt = json.loads(path.read_text())
+    for annotation in gt["annotations"]:
+        for segment in annotation["segments_info"]:
+            segment["area"] = area
+            if not segment["iscrowd"]:
+                del segment["iscrowd"]
+    path.write_text(json.dumps(gt))
+    evaluator = PanopticEvaluator("ev_panoptic", use_fast_impl=use_fast_impl)
+    results = evaluate(evaluator, dataset, {i: perfect_outputs(i) for i in SEGMENTS})
+    assert results["panoptic_seg"]["PQ"] == 100
+
+
 def test_panoptic_image_without_prediction(dataset, tmp_path):
     evaluator = build_evaluator(config(tmp_path, "PANOPTIC"), "ev_panoptic")
     with pytest.raises(ValueError, match=r"2 images of .*panoptic.json have no .* 1.png"):

@@ -314,5 +314,5 @@ def test_image_listed_twice(dataset):
     gt["annotations"].append(gt["annotations"][0])
     with open(path, "w") as file:
         json.dump(gt, file)
-    with pytest.raises(ValueError, match=r"panoptic.json lists an image more than once"):
+    with pytest.raises(ValueError, match=r"panoptic.json, .*image_id .* occurs more than once"):
         PanopticEvaluator("pq_scenes").reset()

@@ -95,7 +95,7 @@ def test_unreadable_images_are_reported_and_others_drawn(opts, images, tmp_path)
     with pytest.raises(SystemExit) as error:
         run(opts, "--input", images, "--output", tmp_path / "out")
     message = str(error.value)
-    assert "2 images could not be read" in message
+    assert "2 images could not be drawn" in message
     assert "broken.jpg" in message and "fake.jpg" in message and "a.jpg:" not in message
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "grey.png"]
 

@@ -5,16 +5,17 @@ H W pixels of the image.
 
 import os
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 from panopticapi.utils import rgb2id
-from PIL import Image
 
-from ..dataset_mappers.base import read_image
+from ..formats.findings import Finding
+from ..formats.images import orientation_warning, read_header, read_image, read_panoptic_png
 from ..targets import annotation_boxes, present_values, rasterise, read_annotations
-from .index import Finding, Index, Item
+from .index import Index, Item
 
 # Tolerance in pixels for boxes against their polygons or mask, and for polygons outside the image.
 _TOLERANCE = 2.0
@@ -31,6 +32,7 @@ class ItemReport:
         objects: contiguous class → instances or segments, without crowds.
         areas: pixels of each thing, without crowds.
         num_crowds: crowd annotations.
+        num_ignored: pixels of a label map with the ignore label.
     """
 
     problems: list[Finding] = field(default_factory=list)
@@ -40,6 +42,7 @@ class ItemReport:
     objects: Counter[int] = field(default_factory=Counter)
     areas: list[int] = field(default_factory=list)
     num_crowds: int = 0
+    num_ignored: int = 0
 
 
 class ItemChecker:
@@ -63,12 +66,15 @@ class ItemChecker:
         return report
 
     def _check(self, item: Item, report: ItemReport) -> None:
-        image = _read(item.file_name, item.image_id, "RGB", report)
+        image = _read(item.file_name, item.image_id, lambda file: read_image(file, "RGB"), report)
         if image is not None:
             report.size = image.shape[:2]
+            turned = self._check_orientation(item, report)
             if item.size is not None and report.size != tuple(item.size):
                 why = f"is {_by(report.size)} pixels, but the annotation says {_by(item.size)}"
-                report.problems.append(Finding(item.file_name, item.image_id, why))
+                # Panoptic training takes the size from the image.
+                findings = report.warnings if item.annotations is None else report.problems
+                findings.append(Finding(item.file_name, item.image_id, why + turned))
         # Check the annotations even if the image is broken.
         size = report.size or item.size
         if item.annotations is not None and size is not None:
@@ -78,14 +84,26 @@ class ItemChecker:
         if item.sem_seg_file_name is not None:
             self._check_semantic(item, size, report)
 
+    def _check_orientation(self, item: Item, report: ItemReport) -> str:
+        """Warn of an EXIF orientation; returns what a wrong size may come from."""
+        orientation = read_header(item.file_name).orientation
+        if orientation == 1:
+            return ""
+        report.warnings.append(
+            Finding(item.file_name, item.image_id, orientation_warning(orientation))
+        )
+        return " (the EXIF orientation swaps them)" if orientation > 4 else ""
+
     # ---- instances ----
 
     def _check_instances(self, item: Item, size: tuple[int, int], report: ItemReport) -> None:
         for annotation in item.annotations:
             problems: list[str] = []
-            mask = self._check_instance(annotation, size, item.file_name, problems)
+            warnings: list[str] = []
+            mask = self._check_instance(annotation, size, item, problems, warnings)
             named = f"annotation {annotation.get('id')}"
             report.problems += [Finding(item.file_name, named, why) for why in problems]
+            report.warnings += [Finding(item.file_name, named, why) for why in warnings]
             class_id = self._contiguous_ids.get(annotation["category_id"])
             if mask is None or class_id is None:
                 continue
@@ -101,34 +119,38 @@ class ItemChecker:
         self,
         annotation: dict[str, Any],
         size: tuple[int, int],
-        file_name: str,
+        item: Item,
         problems: list[str],
+        warnings: list[str],
     ) -> np.ndarray | None:
-        """Append the problems of an annotation; returns its mask (H, W), or None if invalid."""
+        """Append the findings of an annotation; returns its mask (H, W), or None if invalid."""
         category_id = annotation["category_id"]
         if category_id not in self._contiguous_ids:
             problems.append(f"category_id {category_id!r} is not one of the categories")
         try:
             # Read as in training; the mask does not depend on category and crowd.
             plain = annotation | {"category_id": 0, "iscrowd": 0}
-            _, shapes = read_annotations([plain], size, file_name)
+            _, shapes = read_annotations([plain], size, item.file_name)
         except ValueError as error:
-            problems.append(str(error).removeprefix(f"{file_name}: "))
+            problems.append(str(error).removeprefix(f"{item.file_name}: "))
             return None
-        if isinstance(shapes[0], list):
+        if isinstance(shapes[0], list) and not item.is_read:
             points = np.concatenate(shapes[0]).reshape(-1, 2)
             (left, top), (right, bottom) = points.min(axis=0), points.max(axis=0)
             outside = max(-left, -top, right - size[1], bottom - size[0])
             if outside > _TOLERANCE:
-                problems.append(
+                warnings.append(
                     f"a polygon spans x {left:g} to {right:g}, y {top:g} to {bottom:g}, beyond "
                     f"the {_by(size)} pixels of the image"
                 )
-        if "bbox" in annotation:
-            problems += _check_box(annotation["bbox"], annotation_boxes(shapes).tensor[0].tolist())
+        if "bbox" in annotation and not _is_box(annotation["bbox"]):
+            problems.append(f"bbox is {annotation['bbox']!r}, not four numbers x, y, width, height")
+        elif "bbox" in annotation:
+            tight = annotation_boxes(shapes).tensor[0].tolist()
+            warnings += _check_box(annotation["bbox"], tight)
         mask = rasterise(shapes, size)[0].numpy()
         if not mask.any():
-            problems.append("the mask covers no pixel")
+            warnings.append("the mask covers no pixel")
             return None
         return mask
 
@@ -140,7 +162,7 @@ class ItemChecker:
         def problem(id: int | str | None, why: str) -> None:
             report.problems.append(Finding(png, id, why))
 
-        colours = _read(png, item.image_id, "RGB", report)
+        colours = _read(png, item.image_id, read_panoptic_png, report)
         if colours is None:
             return
         if size is not None and colours.shape[:2] != tuple(size):
@@ -193,7 +215,7 @@ class ItemChecker:
         def problem(why: str) -> None:
             report.problems.append(Finding(file, item.image_id, why))
 
-        labels = _read(file, item.image_id, None, report)
+        labels = _read(file, item.image_id, read_image, report)
         if labels is None:
             return
         if labels.ndim != 2:
@@ -220,29 +242,34 @@ class ItemChecker:
         if item.pan_seg_file_name is None:
             # In a panoptic data set, pixels are counted per segment.
             report.pixels += Counter({int(v): int((labels == v).sum()) for v in good})
+            report.num_ignored = int((labels == self._ignore_label).sum())
 
 
 def _read(
-    file: str, image_id: int | str | None, image_format: str | None, report: ItemReport
+    file: str,
+    image_id: int | str | None,
+    reader: Callable[[str], np.ndarray],
+    report: ItemReport,
 ) -> np.ndarray | None:
     """The image, or None after adding a problem if it cannot be read."""
     try:
-        return read_image(file, image_format)
+        return reader(file)
     except FileNotFoundError:
         why = "does not exist"
-    # PIL raises SyntaxError for damaged PNGs.
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError) as error:
         why = str(error).removeprefix(f"{file} ")
         why = f"is empty; {why}" if os.path.isfile(file) and not os.path.getsize(file) else why
     report.problems.append(Finding(file, image_id, why))
     return None
 
 
-def _check_box(box: Any, tight: list[float]) -> list[str]:
-    """Problems of a box [x, y, width, height] against the tight one [left, top, right, bottom]."""
+def _is_box(box: Any) -> bool:
     numbers = isinstance(box, list) and all(isinstance(value, int | float) for value in box)
-    if not numbers or len(box) != 4 or not np.isfinite(box).all():
-        return [f"bbox is {box!r}, not four numbers x, y, width, height"]
+    return numbers and len(box) == 4 and bool(np.isfinite(box).all())
+
+
+def _check_box(box: list[float], tight: list[float]) -> list[str]:
+    """Warnings of a box [x, y, width, height] against the tight one [left, top, right, bottom]."""
     stated = (box[0], box[1], box[0] + box[2], box[1] + box[3])
     off = max(abs(a - b) for a, b in zip(tight, stated, strict=True))
     if off <= _TOLERANCE:

@@ -4,29 +4,22 @@ The loaders for training stop at the first mistake, so this module itself reads 
 and panoptic) and folders of label maps. Other data sets are read through their loader.
 """
 
-import json
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..class_counts import class_names
 from ..datasets.checks import check_builtin
+from ..datasets.loading import read_registered_instances
+from ..datasets.register_ade20k_panoptic import allows_repeated_ids
 from ..evaluator_types import EVALUATOR_TYPES
-
-_IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
-_COCO_URL = "http://images.cocodataset.org/"
-
-
-class Finding(NamedTuple):
-    """A problem or a warning."""
-
-    file: str
-    id: int | str | None
-    why: str
+from ..formats.coco_instances import raw_annotations
+from ..formats.coco_panoptic import Panoptic, read_panoptic
+from ..formats.findings import NOTHING_TO_TRAIN_ON, Finding, Findings
+from ..formats.semantic_folders import IMAGE_EXTENSIONS, read_semantic_folders
 
 
 @dataclass
@@ -41,6 +34,7 @@ class Item:
         pan_seg_file_name: panoptic PNG.
         segments_info: its segments, with category ids of the data set.
         sem_seg_file_name: label map.
+        is_read: whether a reader of `formats/` has checked the annotations.
     """
 
     file_name: str
@@ -50,6 +44,7 @@ class Item:
     pan_seg_file_name: str | None = None
     segments_info: list[dict[str, Any]] = field(default_factory=list)
     sem_seg_file_name: str | None = None
+    is_read: bool = False
 
 
 @dataclass
@@ -64,32 +59,39 @@ class Index:
         ignore_label: ignore label of label maps.
         items: the images.
         folders: folders that should contain only files of the data set.
-        problems: mistakes in the JSON and the folders.
-        warnings: irregularities that may be intended.
+        findings: mistakes in the JSON and the folders, and irregularities.
     """
 
     name: str
     classes: list[str]
     thing_ids: set[int] = field(default_factory=set)
-    contiguous_ids: dict[int, int] = field(default_factory=dict)
+    contiguous_ids: dict[int | str, int] = field(default_factory=dict)
     ignore_label: int = 255
     items: list[Item] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
-    problems: list[Finding] = field(default_factory=list)
-    warnings: list[Finding] = field(default_factory=list)
+    findings: Findings = field(default_factory=Findings)
+
+    @property
+    def problems(self) -> list[Finding]:
+        return self.findings.problems
+
+    @property
+    def warnings(self) -> list[Finding]:
+        return self.findings.warnings
 
     def problem(self, file: str, id: int | str | None, why: str) -> None:
-        self.problems.append(Finding(file, id, why))
+        self.findings.problem(file, id, why)
 
     def warn(self, file: str, id: int | str | None, why: str) -> None:
-        self.warnings.append(Finding(file, id, why))
+        self.findings.warn(file, id, why)
 
 
-def build_index(name: str) -> Index:
+def build_index(name: str, for_training: bool = True) -> Index:
     """Index a registered data set.
 
     Args:
         name: of the data set.
+        for_training: whether it is a problem if it has nothing to train on.
 
     Returns:
         Its index; all mistakes are in `problems`.
@@ -115,7 +117,16 @@ def build_index(name: str) -> Index:
         _index_loaded(index, metadata)
     if not index.items and not index.problems:
         index.problem(name, None, "the data set has no images")
+    elif not index.problems and not any(map(_has_target, index.items)):
+        report = index.problem if for_training else index.warn
+        file = metadata.get("panoptic_json") or metadata.get("json_file") or name
+        report(file, None, NOTHING_TO_TRAIN_ON)
     return index
+
+
+def _has_target(item: Item) -> bool:
+    objects = item.segments_info if item.pan_seg_file_name is not None else item.annotations
+    return objects is None or any(not one.get("iscrowd", 0) for one in objects)
 
 
 def _existing_folder(index: Index, folder: str, what: str) -> bool:
@@ -123,77 +134,6 @@ def _existing_folder(index: Index, folder: str, what: str) -> bool:
         return True
     index.problem(folder, None, f"the folder of the {what} does not exist")
     return False
-
-
-def _read_json(index: Index, file: str, keys: tuple[str, ...]) -> dict[str, Any] | None:
-    """The content of a COCO JSON, or None after adding a problem if it is unusable."""
-    try:
-        with open(file, encoding="utf-8") as stream:
-            content = json.load(stream)
-    except OSError as error:
-        index.problem(file, None, f"cannot be read: {error.strerror or error}")
-        return None
-    except ValueError as error:
-        index.problem(file, None, f"is not valid JSON: {error}")
-        return None
-    lacking = [
-        key
-        for key in keys
-        if not isinstance(content, dict) or not isinstance(content.get(key), list)
-    ]
-    if lacking:
-        index.problem(file, None, f"has no list {' and no list '.join(map(repr, lacking))}")
-        return None
-    return content
-
-
-def _complete(
-    index: Index, file: str, entries: list, keys: tuple[str, ...], what: str
-) -> Iterator[dict[str, Any]]:
-    """Yield the entries that are mappings with the given keys; add a problem for each other."""
-    for i, entry in enumerate(entries):
-        lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
-        if lacking:
-            named = entry.get("id", f"number {i}") if isinstance(entry, dict) else f"number {i}"
-            index.problem(file, named, f"{what} has no {' and no '.join(map(repr, lacking))}")
-        else:
-            yield entry
-
-
-def _unique(index: Index, file: str, entries: Iterator[dict], key: str, what: str) -> dict:
-    """Entries by the value of `key`; adds a problem for each repeated value."""
-    by_key: dict[Any, dict] = {}
-    for entry in entries:
-        if entry[key] in by_key:
-            index.problem(file, entry[key], f"{what}: {key} {entry[key]!r} occurs more than once")
-        else:
-            by_key[entry[key]] = entry
-    return by_key
-
-
-def _compare_categories(index: Index, file: str, content: dict) -> None:
-    """Compare the categories of a JSON with the registered classes of the data set."""
-    ids, num_classes = index.contiguous_ids, len(index.classes)
-    if len(ids) != num_classes:
-        why = f"the metadata has {num_classes} class names, but ids of {len(ids)} categories"
-        index.problem(index.name, None, why)
-    expected = {i: index.classes[c] for i, c in ids.items() if c < num_classes}
-    entries = _complete(index, file, content.get("categories", []), ("id", "name"), "a category")
-    listed = {
-        c["id"]: c["name"] for c in _unique(index, file, entries, "id", "categories").values()
-    }
-    if listed and len(listed) != len(expected):
-        index.problem(
-            file, None, f"lists {len(listed)} categories, but {len(expected)} are registered"
-        )
-    for category_id in sorted(listed.keys() & expected.keys()):
-        if listed[category_id] != expected[category_id]:
-            index.warn(
-                file,
-                category_id,
-                f"the category is {listed[category_id]!r} here, but registered as "
-                f"{expected[category_id]!r}",
-            )
 
 
 def _size(image: dict[str, Any]) -> tuple[int, int] | None:
@@ -204,138 +144,103 @@ def _size(image: dict[str, Any]) -> tuple[int, int] | None:
 
 
 def _index_instances(index: Index, metadata: Metadata) -> None:
-    file, root = metadata.json_file, metadata.image_root
-    _existing_folder(index, root, "images")
-    content = _read_json(index, file, ("images", "annotations", "categories"))
-    if content is None:
-        return
+    _existing_folder(index, metadata.image_root, "images")
     ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    if ids is None:
-        # Registered without classes: Detectron2 orders them by id when it loads the data set. LVIS
-        # ids start at 1 without gaps.
-        categories = sorted(
-            _complete(index, file, content["categories"], ("id", "name"), "a category"),
-            key=lambda category: category["id"],
+    classes = metadata.get("thing_classes")
+    if ids is not None and classes is not None and len(ids) != len(classes):
+        why = f"the metadata has {len(classes)} class names, but ids of {len(ids)} categories"
+        index.problem(index.name, None, why)
+    data, index.contiguous_ids = read_registered_instances(
+        metadata.json_file, metadata.image_root, metadata, index.findings
+    )
+    if data is None:
+        return
+    names = {category.id: category.name for category in data.categories}
+    index.classes = index.classes or [names.get(key, str(key)) for key in index.contiguous_ids]
+    index.thing_ids = set(index.contiguous_ids.values())
+    index.items = [
+        Item(
+            data.path(image),
+            image.id,
+            None if image.height is None else (image.height, image.width),
+            list(raw_annotations(data, image)),
+            is_read=True,
         )
-        index.classes = index.classes or [category["name"] for category in categories]
-        ids = {category["id"]: i for i, category in enumerate(categories)}
-    index.contiguous_ids = dict(ids)
-    index.thing_ids = set(ids.values())
-    _compare_categories(index, file, content)
-
-    entries = _complete(index, file, content["images"], ("id",), "an image")
-    images = _unique(index, file, entries, "id", "images")
-    items: dict[Any, Item] = {}
-    for image in images.values():
-        name = image.get("file_name") or image.get("coco_url", "").removeprefix(_COCO_URL)
-        if not name:
-            index.problem(file, image["id"], "an image has no 'file_name'")
-            continue
-        items[image["id"]] = Item(os.path.join(root, name), image["id"], _size(image), [])
-    keys = ("id", "image_id", "category_id")
-    entries = _complete(index, file, content["annotations"], keys, "an annotation")
-    annotations = _unique(index, file, entries, "id", "annotations")
-    if metadata.evaluator_type == "coco":
-        _check_evaluation_keys(index, file, list(annotations.values()))
-    for annotation in annotations.values():
-        image_id = annotation["image_id"]
-        if image_id in items:
-            items[image_id].annotations.append(annotation)
-        elif image_id not in images:
-            why = f"the annotation belongs to image {image_id!r}, which the JSON does not list"
-            index.problem(file, annotation["id"], why)
-    index.items = list(items.values())
+        for image in data.images
+    ]
     index.folders = {os.path.dirname(item.file_name) for item in index.items}
-    _check_repeated_files(index, file)
-
-
-def _check_evaluation_keys(index: Index, file: str, annotations: list[dict]) -> None:
-    for key in ("area", "iscrowd"):
-        without = [annotation["id"] for annotation in annotations if key not in annotation]
-        if without:
-            why = f"{len(without)} annotations have no {key!r}, which AP evaluation requires"
-            index.problem(file, without[0], why)
-
-
-def _check_repeated_files(index: Index, file: str) -> None:
-    seen: dict[str, Item] = {}
-    for item in index.items:
-        first = seen.setdefault(item.file_name, item)
-        if first is not item:
-            why = f"image {first.image_id!r} has the same file {item.file_name}"
-            index.problem(file, item.image_id, why)
 
 
 # ---- COCO panoptic JSON and PNGs ----
 
 
 def _index_panoptic(index: Index, metadata: Metadata) -> None:
-    file, image_root, png_root = (
-        metadata.panoptic_json,
-        metadata.image_root,
-        metadata.panoptic_root,
-    )
+    image_root, png_root = metadata.image_root, metadata.panoptic_root
     _existing_folder(index, image_root, "images")
     _existing_folder(index, png_root, "panoptic PNGs")
     things = metadata.get("thing_dataset_id_to_contiguous_id", {})
     index.contiguous_ids = {**metadata.get("stuff_dataset_id_to_contiguous_id", {}), **things}
     index.thing_ids = set(things.values())
-    content = _read_json(index, file, ("annotations",))
-    if content is None:
+    if len(index.contiguous_ids) != len(index.classes):
+        why = (
+            f"the metadata has {len(index.classes)} class names, but ids of "
+            f"{len(index.contiguous_ids)} categories"
+        )
+        index.problem(index.name, None, why)
+    data = read_panoptic(
+        metadata.panoptic_json,
+        index.findings,
+        category_ids=index.contiguous_ids,
+        allow_repeated_ids=allows_repeated_ids(index.name),
+        allow_unannotated=metadata.evaluator_type == "coco_panoptic_seg",
+    )
+    if data is None:
         return
-    _compare_categories(index, file, content)
-    entries = _complete(index, file, content.get("images", []), ("id", "file_name"), "an image")
-    images = _unique(index, file, entries, "id", "images")
+    _compare_names(index, data)
     sem_seg_root = metadata.get("sem_seg_root")
     if sem_seg_root is not None and not os.path.isdir(sem_seg_root):
         index.warn(sem_seg_root, None, "the folder of the semantic PNGs does not exist")
         sem_seg_root = None
-    keys = ("image_id", "file_name", "segments_info")
-    entries = _complete(index, file, content["annotations"], keys, "an annotation")
-    annotations = _unique(index, file, entries, "image_id", "annotations")
-    for image_id, annotation in annotations.items():
+    for annotation in data.annotations:
         png = annotation["file_name"]
-        image = images.get(image_id, {})
-        if images and not image:
-            index.problem(file, image_id, "the JSON does not list the image of this annotation")
-        name = image.get("file_name", os.path.splitext(png)[0] + ".jpg")
         index.items.append(
             Item(
-                os.path.join(image_root, name),
-                image_id,
-                _size(image),
+                os.path.join(image_root, data.image_name(annotation)),
+                annotation["image_id"],
+                data.image_size(annotation),
                 pan_seg_file_name=os.path.join(png_root, png),
                 segments_info=annotation["segments_info"],
                 sem_seg_file_name=os.path.join(sem_seg_root, png) if sem_seg_root else None,
+                is_read=True,
             )
         )
-    for image_id in [i for i in images if i not in annotations]:
-        index.warn(file, image_id, "the image has no annotation and is not used")
     index.folders = {os.path.dirname(item.file_name) for item in index.items} | {png_root}
-    _check_repeated_files(index, file)
+
+
+def _compare_names(index: Index, data: Panoptic) -> None:
+    for category in data.categories:
+        class_id = index.contiguous_ids.get(category.id, len(index.classes))
+        if class_id < len(index.classes) and category.name != index.classes[class_id]:
+            why = (
+                f"the category is {category.name!r} here, but registered as "
+                f"{index.classes[class_id]!r}"
+            )
+            index.warn(data.file, category.id, why)
 
 
 # ---- images and label maps of the same names ----
 
 
 def _index_semantic(index: Index, metadata: Metadata) -> None:
-    image_root, label_root = metadata.image_root, metadata.sem_seg_root
-    folders = ((image_root, "images", "image_ext"), (label_root, "label maps", "label_ext"))
-    files: list[dict[str, str]] = []
-    for folder, what, key in folders:
-        if not _existing_folder(index, folder, what):
-            return
-        suffixes = (metadata.get(key),) if metadata.get(key) else _IMAGE_EXTENSIONS
-        names = sorted(f for f in os.listdir(folder) if f.lower().endswith(suffixes))
-        files.append({os.path.splitext(f)[0]: os.path.join(folder, f) for f in names})
-    images, labels = files
-    index.folders = {image_root, label_root}
-    for stem in sorted(images.keys() & labels.keys()):
-        index.items.append(Item(images[stem], sem_seg_file_name=labels[stem]))
-    for stem in sorted(images.keys() - labels.keys()):
-        index.problem(images[stem], None, f"the image has no label map in {label_root}")
-    for stem in sorted(labels.keys() - images.keys()):
-        index.problem(labels[stem], None, f"the label map has no image in {image_root}")
+    pairs = read_semantic_folders(
+        metadata.image_root,
+        metadata.sem_seg_root,
+        index.findings,
+        metadata.get("image_ext"),
+        metadata.get("label_ext"),
+    )
+    index.folders = {metadata.image_root, metadata.sem_seg_root}
+    index.items = [Item(image, sem_seg_file_name=label, is_read=True) for image, label in pairs]
 
 
 # ---- everything else ----
@@ -406,6 +311,6 @@ def find_unlisted(indices: list[Index]) -> list[Finding]:
             continue
         for entry in sorted(os.listdir(folder)):
             path = os.path.join(folder, entry)
-            if entry.lower().endswith(_IMAGE_EXTENSIONS) and path not in listed:
+            if entry.lower().endswith(IMAGE_EXTENSIONS) and path not in listed:
                 findings.append(Finding(path, None, "no record of the data set lists this file"))
     return findings

@@ -19,7 +19,9 @@ from PIL import Image
 from ...utils.files import atomic_write
 from ...utils.seeding import isolated_rng
 from ...utils.visualization import contact_sheet
-from ..dataset_mappers.base import read_image
+from ..formats.findings import Finding
+from ..formats.images import read_image, read_panoptic_png
+from ..formats.semantic_folders import hidden_classes
 from ..targets import rasterise, read_annotations
 from .images import ItemReport
 from .index import Index, Item
@@ -65,6 +67,10 @@ def summarise(index: Index, reports: Sequence[ItemReport]) -> dict[str, Any]:
         }
         for i, name in enumerate(index.classes)
     ]
+    never_seen = [name for i, name in enumerate(index.classes) if not pixels[i]]
+    if never_seen and any(report.num_ignored for report in reports):
+        why = hidden_classes(never_seen, index.ignore_label)
+        warnings.append(Finding(index.name, None, why))
     return {
         "num_images": len(index.items),
         "num_objects": sum(objects.values()),
@@ -73,7 +79,7 @@ def summarise(index: Index, reports: Sequence[ItemReport]) -> dict[str, Any]:
         "problems": [finding._asdict() for finding in problems],
         "warnings": [finding._asdict() for finding in warnings],
         "classes": classes,
-        "classes_never_seen": [entry["name"] for entry in classes if not entry["pixels"]],
+        "classes_never_seen": never_seen,
         "image_sizes": {
             "width": _spread([width for _, width in sizes]),
             "height": _spread([height for height, _ in sizes]),
@@ -213,7 +219,7 @@ def _draw(index: Index, item: Item) -> np.ndarray:
     if item.annotations is not None:
         drawn = _draw_instances(visualizer, index, item, (height, width), size)
     elif item.pan_seg_file_name is not None:
-        ids = rgb2id(_resize(read_image(item.pan_seg_file_name, "RGB"), size))
+        ids = rgb2id(_resize(read_panoptic_png(item.pan_seg_file_name), size))
         shown = set(np.unique(ids).tolist())
         segments = []
         for segment in item.segments_info:

@@ -25,6 +25,7 @@ from detectron2.data import transforms as T
 from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen
+from ..formats.images import read_image, read_panoptic_png
 from ..lazy_augmentation import augment
 from ..targets import check_sem_seg, check_size, segment_layers
 
@@ -156,29 +157,6 @@ def accepted_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
 # ---- reading ----
 
 
-def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
-    """Detectron2's `read_image`, with an error that names the file if it is unreadable.
-
-    Args:
-        file_name: path of the image.
-        image_format: a PIL mode or "BGR"; None keeps the pixels as stored.
-
-    Returns:
-        (h, w, 3), or (h, w) for a label map read without a format.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: it is truncated or not an image (unless PIL's `LOAD_TRUNCATED_IMAGES` is set).
-    """
-    try:
-        return utils.read_image(file_name, image_format)
-    except OSError as error:
-        # Errors of the operating system name the file, those of PIL do not.
-        if error.filename is not None:
-            raise
-        raise ValueError(f"{file_name} cannot be read as an image: {error}") from error
-
-
 def load_record(record: dict, image_format: str) -> tuple[dict, np.ndarray]:
     """Copy a record, so that the data set stays unchanged, and read its image.
 
@@ -254,7 +232,7 @@ def load_pan_seg(
     for key in ("pan_seg_file_name", "segments_info"):
         require_key(sample, key, "panoptic", mapper)
     file_name = sample.pop("pan_seg_file_name")
-    pan_seg = read_image(file_name, "RGB")
+    pan_seg = read_panoptic_png(file_name)
     check_size(pan_seg.shape[:2], image_size, file_name, sample["file_name"])
     return segment_layers(pan_seg, sample["segments_info"], file_name, mapper.num_classes)
 

@@ -10,13 +10,15 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, load_sem_seg
+from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
-from PIL import Image
 
+from ..formats.coco_instances import Category, Instances, read_instances
+from ..formats.coco_panoptic import Panoptic, read_panoptic
+from ..formats.findings import Findings
+from ..formats.images import read_panoptic_png
+from ..formats.semantic_folders import read_semantic_folders, warn_of_one_class
 from ..targets import present_values
 
 CATEGORIES = Path(__file__).parent / "categories"
@@ -130,7 +132,32 @@ def load_semantic(
     ):
         files = {f"{stem}.{extension}" for stem in present}
         require_names(folder, (f"{stem}.{extension}" for stem in expected), files, what, hint)
-    return load_sem_seg(label_root, image_root, gt_ext=gt_ext, image_ext=image_ext)
+    findings = Findings()
+    pairs = read_semantic_folders(image_root, label_root, findings, image_ext, gt_ext)
+    findings.raise_first(hint=where_to_look(hint))
+    return _semantic_records(pairs)
+
+
+def load_own_semantic(
+    name: str, label_root: str, image_root: str, gt_ext: str, image_ext: str
+) -> list[dict]:
+    """Load a folder of images and a folder of label maps of your own.
+
+    Raises:
+        FileNotFoundError: a folder, an image or a label map is missing.
+    """
+    findings = Findings()
+    pairs = read_semantic_folders(image_root, label_root, findings, image_ext, gt_ext)
+    findings.raise_first(name)
+    metadata = MetadataCatalog.get(name)
+    labels = [label for _, label in pairs]
+    warn_of_one_class(labels, metadata.stuff_classes, metadata.ignore_label, findings)
+    findings.log(name)
+    return _semantic_records(pairs)
+
+
+def _semantic_records(pairs: Iterable[tuple[str, str]]) -> list[dict]:
+    return [{"file_name": image, "sem_seg_file_name": label} for image, label in pairs]
 
 
 def _stems(names: Iterable[str], extension: str) -> set[str]:
@@ -138,42 +165,116 @@ def _stems(names: Iterable[str], extension: str) -> set[str]:
     return {name.removesuffix(suffix) for name in names if name.endswith(suffix)}
 
 
-def load_instances(json_file: str, image_root: str, name: str, hint: str) -> list[dict]:
-    """Load COCO instance JSON.
+def load_instances(
+    json_file: str, image_root: str, name: str, hint: str | None = None
+) -> list[dict]:
+    """Load COCO instance JSON as Detectron2's `load_coco_json` does, checked.
+
+    Args:
+        json_file: the JSON.
+        image_root: folder of the images.
+        name: of the data set. Classes that its metadata lacks are set.
+        hint: how to get the data, for errors; None for your own data.
 
     Raises:
         FileNotFoundError: the JSON, the folder of images or an image is missing.
-        ValueError: the JSON is damaged, or its classes differ from the metadata.
+        ValueError: the JSON has a problem (see `formats/coco_instances.py`), or its classes differ
+            from the metadata.
     """
-    require_file(json_file, "Instance JSON", hint)
-    present = list_folder(image_root, "images", hint)
-    try:
-        records = load_coco_json(json_file, image_root, name)
-    # Detectron2 asserts that classes match the metadata; damaged JSON can lack any key.
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        reason = f"{type(error).__name__}: {error}"
-        if isinstance(error, AssertionError):
-            reason = _class_difference(json_file, name) or reason
-        raise ValueError(f"{json_file} cannot be used ({reason}).{where_to_look(hint)}") from error
-    names = (os.path.relpath(record["file_name"], image_root) for record in records)
-    require_names(image_root, names, present, "images", hint)
-    return records
+    if hint is not None:
+        require_file(json_file, "Instance JSON", hint)
+        list_folder(image_root, "images", hint)
+    metadata, findings = MetadataCatalog.get(name), Findings()
+    data, contiguous_ids = read_registered_instances(json_file, image_root, metadata, findings)
+    where = "" if hint is None else where_to_look(hint)
+    findings.raise_first(name if hint is None else None, where)
+    files = [data.path(image) for image in data.images]
+    missing = missing_files(files)
+    if missing:
+        raise FileNotFoundError(
+            f"{missing[0]} does not exist: {len(missing)} of {len(files)} images are "
+            f"missing.{where or f' {json_file} lists them.'}"
+        )
+    findings.log(name)
+    if metadata.get("thing_classes") is None:
+        names = {category.id: category.name for category in data.categories}
+        metadata.thing_classes = [names[category_id] for category_id in contiguous_ids]
+    if metadata.get("thing_dataset_id_to_contiguous_id") is None:
+        metadata.thing_dataset_id_to_contiguous_id = contiguous_ids
+    return data.records(contiguous_ids)
 
 
-def _class_difference(json_file: str, name: str) -> str | None:
-    """How the classes of an instance JSON differ from the metadata; None if they are the same."""
-    with PathManager.open(json_file) as file:
-        listed = {category["id"]: category["name"] for category in json.load(file)["categories"]}
-    metadata = MetadataCatalog.get(name)
-    ids = metadata.thing_dataset_id_to_contiguous_id
-    expected = dict(zip(ids, metadata.thing_classes, strict=True))
+def read_registered_instances(
+    json_file: str, image_root: str, metadata: Metadata, findings: Findings
+) -> tuple[Instances | None, dict[int | str, int]]:
+    """Read a COCO instance JSON and compare its categories with the metadata of the data set.
+
+    Args:
+        json_file, image_root, findings: see `read_instances`.
+        metadata: of the data set, possibly without classes.
+
+    Returns:
+        What `read_instances` does, and the contiguous id of each category id: those of the
+        metadata, else in the order of the ids.
+    """
+    ids = metadata.get("thing_dataset_id_to_contiguous_id")
+    data = read_instances(json_file, image_root, findings, contiguous_ids=ids)
+    if data is None:
+        return None, dict(ids or {})
+    registered = ids is not None
+    ids = dict(ids) if registered else {key: i for i, key in enumerate(data.category_ids())}
+    classes = metadata.get("thing_classes")
+    if classes is not None:
+        # Without registered ids, as in LVIS, names may be other synonyms.
+        report = findings.problem if registered else findings.warn
+        compare_categories(data.categories, json_file, ids, classes, report, findings)
+    return data, ids
+
+
+def compare_categories(
+    categories: Sequence[Category],
+    json_file: str,
+    contiguous_ids: dict[int | str, int],
+    classes: Sequence[str],
+    report_name: Callable[[str, Any, str], None],
+    findings: Findings,
+) -> None:
+    """Compare the categories of a JSON with the registered classes of the data set.
+
+    Args:
+        categories: of the JSON.
+        json_file: the JSON.
+        contiguous_ids: registered category id → contiguous id.
+        classes: registered names by contiguous id.
+        report_name: called for a category of another name: `findings.problem` or `.warn`.
+        findings: gets a problem if the numbers differ.
+    """
+    expected = {i: classes[c] for i, c in contiguous_ids.items() if c < len(classes)}
+    listed = {category.id: category.name for category in categories}
     if len(listed) != len(expected):
-        return f"it lists {len(listed)} classes, but the data set has {len(expected)}"
-    differing = [i for i in expected if listed.get(i) != expected[i]]
-    if differing:
-        first = differing[0]
-        return f"its class {first} is {listed.get(first)!r}, but should be {expected[first]!r}"
-    return None
+        why = f"lists {len(listed)} categories, but {len(expected)} are registered"
+        findings.problem(json_file, None, why)
+    for category in categories:
+        registered = expected.get(category.id)
+        if registered is None and len(listed) == len(expected):
+            why = f"the category {category.name!r} is not registered under this id"
+            findings.problem(json_file, category.id, why)
+        elif registered is not None and category.name != registered:
+            why = f"the category is {category.name!r} here, but registered as {registered!r}"
+            report_name(json_file, category.id, why)
+
+
+def missing_files(files: Iterable[str]) -> list[str]:
+    """Those of the files that do not exist; lists each folder once."""
+    present: dict[str, set[str]] = {}
+    missing = []
+    for file in files:
+        folder, name = os.path.split(file)
+        if folder not in present:
+            present[folder] = set(PathManager.ls(folder)) if PathManager.isdir(folder) else set()
+        if name not in present[folder]:
+            missing.append(file)
+    return missing
 
 
 def load_panoptic(
@@ -209,71 +310,61 @@ def load_panoptic(
     require_file(json_file, "Panoptic JSON", hint)
     folders = ((image_dir, "images"), (gt_dir, "panoptic PNGs"), (semseg_dir, "semantic PNGs"))
     present = [list_folder(folder, what, hint) for folder, what in folders]
-    content = _read_panoptic_json(json_file, meta, hint)
-
-    pngs = [annotation["file_name"] for annotation in content["annotations"]]
+    data = read_registered_panoptic(
+        json_file, meta, where_to_look(hint), allow_repeated_ids, allow_unannotated=False
+    )
+    pngs = [annotation["file_name"] for annotation in data.annotations]
     images = [os.path.splitext(png)[0] + ".jpg" for png in pngs]
     expected = (images, pngs, pngs)
     for (folder, what), names, files in zip(folders, expected, present, strict=True):
         require_names(folder, names, files, what, hint)
-    records = []
-    for annotation, png, image in zip(content["annotations"], pngs, images, strict=True):
-        segments = annotation["segments_info"]
-        where = f"{json_file}, {png}"
-        if not allow_repeated_ids:
-            _check_distinct(segments, where, hint)
-        records.append(
-            {
-                "file_name": os.path.join(image_dir, image),
-                "image_id": annotation["image_id"],
-                "pan_seg_file_name": os.path.join(gt_dir, png),
-                "sem_seg_file_name": os.path.join(semseg_dir, png),
-                "segments_info": [with_contiguous_id(s, meta, where) for s in segments],
-            }
-        )
-    _check_png(records[0], json_file, hint)
+    records = [
+        {
+            "file_name": os.path.join(image_dir, image),
+            "image_id": annotation["image_id"],
+            "pan_seg_file_name": os.path.join(gt_dir, png),
+            "sem_seg_file_name": os.path.join(semseg_dir, png),
+            "segments_info": [
+                with_contiguous_id(s, meta, f"{json_file}, {png}")
+                for s in annotation["segments_info"]
+            ],
+        }
+        for annotation, png, image in zip(data.annotations, pngs, images, strict=True)
+    ]
+    check_png(records[0], json_file, where_to_look(hint))
     return records
 
 
-def _read_panoptic_json(json_file: str, meta: dict[str, Any], hint: str) -> dict[str, Any]:
-    with PathManager.open(json_file) as file:
-        try:
-            content = json.load(file)
-        except ValueError as error:
-            raise ValueError(
-                f"{json_file} is not valid JSON: {error}.{where_to_look(hint)}"
-            ) from error
-    if not content.get("annotations"):
-        raise ValueError(f"{json_file} has no annotations.{where_to_look(hint)}")
-    expected = {*meta["thing_dataset_id_to_contiguous_id"]}
-    expected |= {*meta["stuff_dataset_id_to_contiguous_id"]}
-    # Some files list no categories; others list additional ones, such as for unlabelled pixels.
-    listed = {category["id"] for category in content.get("categories", [])} or expected
-    if not expected <= listed:
-        raise ValueError(
-            f"{json_file} lists {len(listed)} classes; {len(expected - listed)} of the data set's "
-            f"{len(expected)} are missing, such as id {min(expected - listed)}."
-            f"{where_to_look(hint)}"
-        )
-    annotated = {annotation["image_id"] for annotation in content["annotations"]}
-    bare = [image for image in content.get("images", []) if image["id"] not in annotated]
-    if bare:
-        raise ValueError(
-            f"{json_file} has no annotation of the image "
-            f"{bare[0].get('file_name', bare[0]['id'])} ({len(bare)} images without annotation)."
-            f"{where_to_look(hint)}"
-        )
-    return content
+def read_registered_panoptic(
+    json_file: str,
+    meta: dict[str, Any],
+    where_to_look: str,
+    allow_repeated_ids: bool = False,
+    allow_unannotated: bool = True,
+) -> Panoptic:
+    """Read a COCO panoptic JSON of registered classes; see `read_panoptic`.
 
+    Args:
+        meta: see `load_panoptic`.
+        where_to_look: how to get the data, for errors.
 
-def _check_distinct(segments: Sequence[dict], where: str, hint: str) -> None:
-    ids = [segment["id"] for segment in segments]
-    if len(set(ids)) < len(ids):
-        repeated = min(i for i in ids if ids.count(i) > 1)
-        raise ValueError(
-            f"{where}: two segments have the same id {repeated}, so their pixels cannot be told "
-            f"apart.{where_to_look(hint)}"
-        )
+    Raises:
+        FileNotFoundError, ValueError: the JSON has a problem; warnings are logged.
+    """
+    findings = Findings()
+    data = read_panoptic(
+        json_file,
+        findings,
+        category_ids=(
+            *meta["thing_dataset_id_to_contiguous_id"],
+            *meta["stuff_dataset_id_to_contiguous_id"],
+        ),
+        allow_repeated_ids=allow_repeated_ids,
+        allow_unannotated=allow_unannotated,
+    )
+    findings.raise_first(hint=where_to_look)
+    findings.log()
+    return data
 
 
 def with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
@@ -300,18 +391,15 @@ def with_contiguous_id(segment: dict, meta: dict[str, Any], where: str) -> dict:
     return segment | {"category_id": contiguous_id, "isthing": is_thing}
 
 
-def _check_png(record: dict, json_file: str, hint: str) -> None:
+def check_png(record: dict, json_file: str, where_to_look: str = "") -> None:
     """Check that one PNG matches the JSON; mappers check every PNG they load."""
     png = record["pan_seg_file_name"]
-    try:
-        with PathManager.open(png, "rb") as file, Image.open(file) as image:
-            pixels = np.array(image.convert("RGB"))
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"{png} cannot be read as an image: {error}") from error
     known = {0} | {segment["id"] for segment in record["segments_info"]}
-    unknown = [int(i) for i in present_values(rgb2id(pixels)) if int(i) not in known]
+    unknown = [
+        int(i) for i in present_values(rgb2id(read_panoptic_png(png))) if int(i) not in known
+    ]
     if unknown:
         raise ValueError(
             f"{png} has the segment id {unknown[0]} ({len(unknown)} unknown ids), which "
-            f"{json_file} does not list for it: PNGs and JSON do not match.{where_to_look(hint)}"
+            f"{json_file} does not list for it: PNGs and JSON do not match.{where_to_look}"
         )

@@ -108,11 +108,15 @@ def register_ade20k_panoptic(
     )
 
 
+def allows_repeated_ids(name: str) -> bool:
+    """Whether segments of an image may share an id: road and skyscraper do in the release."""
+    return name == "ade20k_panoptic_val"
+
+
 def register_all_ade20k_panoptic(root: str) -> None:
     """Register the data sets below `root`, unless already registered."""
     metadata = get_metadata()
     for name, paths in _SPLITS.items():
-        # In the original validation annotations, road and skyscraper share an id.
         images, panoptic, semantic, panoptic_json, instances_json = (
             os.path.join(root, path) for path in paths
         )
@@ -124,7 +128,7 @@ def register_all_ade20k_panoptic(root: str) -> None:
             semantic,
             panoptic_json,
             instances_json,
-            allow_repeated_ids=name.endswith("val"),
+            allow_repeated_ids=allows_repeated_ids(name),
         )
 
 

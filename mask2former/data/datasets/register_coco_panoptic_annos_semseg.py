@@ -7,7 +7,6 @@ folder does not exist, records have no `sem_seg_file_name`.
 COCO panoptic format.
 """
 
-import json
 import os
 from functools import partial
 from typing import Any
@@ -16,7 +15,13 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets.builtin_meta import COCO_CATEGORIES
 from detectron2.utils.file_io import PathManager
 
-from .loading import datasets_root, with_contiguous_id
+from .loading import (
+    check_png,
+    datasets_root,
+    missing_files,
+    read_registered_panoptic,
+    with_contiguous_id,
+)
 
 # Detectron2's name → panoptic PNGs, panoptic JSON, semantic PNGs, images, instance JSON.
 _SPLITS = {
@@ -84,8 +89,9 @@ def load_coco_panoptic_json(
         folder exists) and `segments_info` with contiguous category ids and `isthing`.
 
     Raises:
-        FileNotFoundError: the JSON, a folder, or a file of the first image does not exist.
-        ValueError: the JSON has no annotations, or a category id that is not in `meta`.
+        FileNotFoundError: the JSON, a folder, an image or a PNG does not exist.
+        ValueError: the JSON has a problem (see `formats/coco_panoptic.py`), or does not list the
+            segments of the first PNG.
     """
     if not PathManager.isfile(json_file):
         raise FileNotFoundError(f"Panoptic JSON {json_file} does not exist.{_where_to_look()}")
@@ -94,20 +100,14 @@ def load_coco_panoptic_json(
             raise FileNotFoundError(
                 f"Folder {folder} of the {what} of {json_file} does not exist.{_where_to_look()}"
             )
-    with PathManager.open(json_file) as file:
-        content = json.load(file)
-    if not content.get("annotations"):
-        raise ValueError(f"{json_file} has no annotations, so the split has no images.")
-
+    data = read_registered_panoptic(json_file, meta, _where_to_look())
     with_sem_seg = semseg_dir is not None and PathManager.isdir(semseg_dir)
-    image_files = {image["id"]: image["file_name"] for image in content.get("images", [])}
     records = []
-    for annotation in content["annotations"]:
+    for annotation in data.annotations:
         png = annotation["file_name"]
-        image = image_files.get(annotation["image_id"], os.path.splitext(png)[0] + ".jpg")
         record = {
-            "file_name": os.path.join(image_dir, image),
-            "image_id": int(annotation["image_id"]),
+            "file_name": os.path.join(image_dir, data.image_name(annotation)),
+            "image_id": annotation["image_id"],
             "pan_seg_file_name": os.path.join(gt_dir, png),
             "segments_info": [
                 with_contiguous_id(segment, meta, f"{json_file}, {png}")
@@ -119,8 +119,13 @@ def load_coco_panoptic_json(
         records.append(record)
 
     for key in ("file_name", "pan_seg_file_name", "sem_seg_file_name"):
-        if key in records[0] and not PathManager.isfile(records[0][key]):
-            raise FileNotFoundError(f"{records[0][key]}, named by {json_file}, does not exist.")
+        missing = missing_files(record[key] for record in records if key in record)
+        if missing:
+            raise FileNotFoundError(
+                f"{missing[0]}, named by {json_file}, does not exist ({len(missing)} of "
+                f"{len(records)} such files are missing)."
+            )
+    check_png(records[0], json_file, _where_to_look())
     return records
 
 

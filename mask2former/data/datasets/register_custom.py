@@ -9,7 +9,6 @@ does nothing, because every process registers it; other data under the same name
 """
 
 import colorsys
-import json
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -17,8 +16,11 @@ from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_coco_json, load_sem_seg
 
+from ..formats.coco_instances import Category, read_categories
+from ..formats.findings import Findings
+from ..formats.json_files import read_sections
+from .loading import load_instances, load_own_semantic
 from .register_coco_panoptic_annos_semseg import register_coco_panoptic_annos_sem_seg
 
 # Registered name → content of the data set.
@@ -119,7 +121,8 @@ def register_panoptic(
     if sem_seg_root is not None:
         sem_seg_root = _folder(name, sem_seg_root, "semantic PNGs")
     panoptic_json = _file(name, panoptic_json, "panoptic JSON")
-    metadata = panoptic_metadata(_read_categories(name, panoptic_json, ("id", "name", "isthing")))
+    categories = _read_categories(name, panoptic_json, ("id", "name", "isthing"))
+    metadata = panoptic_metadata([category.as_dict() for category in categories])
     if instances_json is not None:
         instances_json = _file(name, instances_json, "instance JSON")
         things = dict(
@@ -129,7 +132,7 @@ def register_panoptic(
                 strict=True,
             )
         )
-        listed = {c["id"]: c["name"] for c in _read_categories(name, instances_json)}
+        listed = {c.id: c.name for c in _read_categories(name, instances_json)}
         if listed != things:
             raise ValueError(
                 f"Data set {name!r}: the categories of {instances_json} are {_short(listed)}, but "
@@ -168,14 +171,14 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
     image_root = _folder(name, image_root, "images")
     instances_json = _file(name, instances_json, "instance JSON")
     # In the order of Detectron2's loader, which would set it only after reading the annotations.
-    ordered = sorted(_read_categories(name, instances_json), key=lambda category: category["id"])
-    metadata = {
-        "thing_classes": [c["name"] for c in ordered],
-        "thing_dataset_id_to_contiguous_id": {c["id"]: i for i, c in enumerate(ordered)},
+    ordered = sorted(_read_categories(name, instances_json), key=lambda category: category.id)
+    metadata: dict[str, Any] = {
+        "thing_classes": [c.name for c in ordered],
+        "thing_dataset_id_to_contiguous_id": {c.id: i for i, c in enumerate(ordered)},
     }
     colours = _colours(len(ordered))
     metadata["thing_colors"] = [
-        c.get("color", colour) for c, colour in zip(ordered, colours, strict=True)
+        c.color or colour for c, colour in zip(ordered, colours, strict=True)
     ]
     content = {
         "type": "instance",
@@ -186,7 +189,7 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
     }
     if _is_registered(name, content):
         return
-    DatasetCatalog.register(name, partial(_load_instances, name, image_root, instances_json))
+    DatasetCatalog.register(name, partial(load_instances, instances_json, image_root, name))
     MetadataCatalog.get(name).set(
         image_root=image_root, json_file=instances_json, evaluator_type="coco", **metadata
     )
@@ -210,8 +213,9 @@ def register_semantic(
         label_root: folder of one-channel PNGs whose values index ``classes``.
         classes: names in the order of the labels, or a text file with one name per line.
         ignore_label: label of pixels that are ignored in training and evaluation.
-        image_ext: file name extension of the images.
-        label_ext: file name extension of the labels.
+        image_ext: file name extension of the images; images of other formats are read too, where
+            no image with this extension has the same name.
+        label_ext: file name extension of the labels, likewise.
 
     Raises:
         FileNotFoundError: a folder or the class file does not exist.
@@ -224,7 +228,7 @@ def register_semantic(
         (image_root, image_ext, "image_ext"),
         (label_root, label_ext, "label_ext"),
     ):
-        if not any(file.name.endswith(extension) for file in os.scandir(folder)):
+        if not any(file.name.lower().endswith(extension.lower()) for file in os.scandir(folder)):
             present = sorted({Path(file.name).suffix for file in os.scandir(folder)})
             raise ValueError(
                 f"Data set {name!r}: folder {folder} holds no *{extension} file ({key}); the "
@@ -248,7 +252,7 @@ def register_semantic(
     if _is_registered(name, content):
         return
     DatasetCatalog.register(
-        name, partial(load_sem_seg, label_root, image_root, gt_ext=label_ext, image_ext=image_ext)
+        name, partial(load_own_semantic, name, label_root, image_root, label_ext, image_ext)
     )
     MetadataCatalog.get(name).set(
         stuff_classes=names,
@@ -261,17 +265,6 @@ def register_semantic(
         ignore_label=ignore_label,
     )
     _registered[name] = content
-
-
-def _load_instances(name: str, image_root: str, instances_json: str) -> list[dict]:
-    try:
-        return load_coco_json(instances_json, image_root, name)
-    # Detectron2 checks with assertions; damaged JSON can lack any key.
-    except (AssertionError, KeyError, TypeError, ValueError) as error:
-        raise ValueError(
-            f"{instances_json} of data set {name!r} cannot be used: {type(error).__name__}: "
-            f"{error}. `tools/check_dataset.py {name}` lists all its problems."
-        ) from error
 
 
 # ---- arguments ----
@@ -297,55 +290,53 @@ def _where(given: str, path: str) -> str:
     return given if os.path.isabs(path) else f"{given} (in {os.getcwd()})"
 
 
-def _short(categories: dict[int, str]) -> str:
+def _short(categories: dict[int | str, str]) -> str:
     text = ", ".join(f"{i}: {name}" for i, name in list(categories.items())[:8])
     return f"{{{text}{', ...' * (len(categories) > 8)}}} ({len(categories)})"
 
 
 def _read_categories(
     name: str, json_file: str, keys: Sequence[str] = ("id", "name")
-) -> list[dict[str, Any]]:
+) -> list[Category]:
     """The categories of a COCO JSON, checked.
 
     Raises:
         ValueError: the JSON has no categories, one lacks a key, or ids or names repeat.
     """
     status = os.stat(json_file)
-    try:
-        categories = _categories(json_file, status.st_mtime_ns, status.st_size)
-    except (ValueError, UnicodeDecodeError) as error:
-        raise ValueError(f"Data set {name!r}: {json_file} is not valid JSON: {error}") from error
-    if not isinstance(categories, list) or not categories:
+    categories, findings = _categories(json_file, status.st_mtime_ns, status.st_size)
+    findings.raise_first(name)
+    if not categories:
         raise ValueError(f"Data set {name!r}: {json_file} has no list of 'categories'.")
     for category in categories:
-        lacking = [key for key in keys if not isinstance(category, dict) or key not in category]
+        lacking = [key for key in keys if getattr(category, key) is None]
         if lacking:
             raise ValueError(
-                f"Data set {name!r}: category {category!r} of {json_file} has no {lacking[0]!r}."
-            )
-    for key in ("id", "name"):
-        values = [category[key] for category in categories]
-        repeated = sorted({value for value in values if values.count(value) > 1})
-        if repeated:
-            raise ValueError(
-                f"Data set {name!r}: {json_file} has several categories with the {key} "
-                f"{repeated[0]!r}."
+                f"Data set {name!r}: category {category.id!r} ({category.name!r}) of {json_file} "
+                f"has no {lacking[0]!r}."
             )
     return categories
 
 
 @lru_cache(maxsize=16)
-def _categories(json_file: str, mtime_ns: int, size: int) -> Any:
+def _categories(json_file: str, mtime_ns: int, size: int) -> tuple[list[Category] | None, Findings]:
     """The categories of a JSON, cached until the file changes, because it may be large."""
-    content = json.loads(Path(json_file).read_bytes())
-    return content.get("categories") if isinstance(content, dict) else None
+    findings = Findings()
+    sections = read_sections(json_file, findings)
+    categories = None
+    if sections is not None:
+        categories = read_categories(sections, json_file, findings)
+    return categories, findings
 
 
 def _class_list(name: str, classes: Sequence[str] | str) -> list[str]:
     origin = "classes"
     if isinstance(classes, str):
         origin = _file(name, classes, "class list")
-        classes = [line.strip() for line in Path(origin).read_text().rstrip().splitlines()]
+        classes = [
+            line.strip()
+            for line in Path(origin).read_text(encoding="utf-8-sig").rstrip().splitlines()
+        ]
     names = list(classes)
     wrong = [i for i, value in enumerate(names) if not isinstance(value, str) or not value]
     if wrong:

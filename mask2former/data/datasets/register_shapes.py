@@ -17,9 +17,8 @@ from functools import partial
 from pathlib import Path
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import load_sem_seg
-from detectron2.data.datasets.coco import load_coco_json
 
+from .loading import load_instances, load_own_semantic
 from .register_coco_panoptic_annos_semseg import load_coco_panoptic_json
 from .register_custom import panoptic_metadata
 
@@ -70,7 +69,7 @@ def register_all_shapes(root: str) -> None:
         _register(
             name,
             base,
-            partial(load_coco_json, instances_json, images, name),
+            partial(load_instances, instances_json, images, name),
             evaluator_type="coco",
             image_root=images,
             json_file=instances_json,
@@ -100,7 +99,7 @@ def register_all_shapes(root: str) -> None:
         _register(
             f"{name}_sem_seg",
             base,
-            partial(load_sem_seg, sem_seg_root, images, gt_ext="png", image_ext="jpg"),
+            partial(load_own_semantic, f"{name}_sem_seg", sem_seg_root, images, "png", "jpg"),
             evaluator_type="sem_seg",
             image_root=images,
             sem_seg_root=sem_seg_root,

@@ -7,6 +7,7 @@ import own_data
 import pycocotools.mask as mask_util
 import pytest
 from dataset_trees import photograph, save
+from PIL import Image
 
 from mask2former.data.check.images import ItemChecker
 from mask2former.data.check.index import Index, Item
@@ -89,20 +90,9 @@ def test_missing_image_and_wrong_size(instance_item, tmp_path):
         ({"segmentation": []}, "annotation id 10 has the segmentation '[]'"),
         ({"segmentation": [[1, 2, 3]]}, "annotation id 10 has a polygon of 3 coordinates"),
         ({"segmentation": [[1, 2, 3, 4, 5, float("nan")]]}, "coordinates that are not finite"),
-        (
-            {"segmentation": [[0, 0, 15, 0, 15, 8, 0, 8]], "bbox": [0, 0, 15, 8]},
-            "a polygon spans x 0 to 15, y 0 to 8, beyond the 12 x 8 pixels of the image",
-        ),
-        (
-            {"segmentation": [[2, 2, 2, 2, 2, 2]], "bbox": [2, 2, 0, 0]},
-            "the mask covers no pixel",
-        ),
+        ({"segmentation": [[0, 0, 1e9, 0, 1e9, 1e9]]}, "coordinates far outside the image"),
         ({"segmentation": {"size": [8, 12], "counts": [5]}}, "counts 5 of 96 pixels"),
         ({"segmentation": {"size": [4, 4], "counts": [16]}}, "(height, width) (4, 4)"),
-        (
-            {"bbox": [0, 0, 8, 8]},
-            "bbox spans x 0 to 8, y 0 to 8, but the segmentation x 0 to 4, y 0 to 8",
-        ),
         ({"bbox": [0, 0, 4]}, "bbox is [0, 0, 4], not four numbers"),
         ({"bbox": None}, "bbox is None, not four numbers"),
     ],
@@ -114,6 +104,45 @@ def test_broken_annotation(instance_item, change, why):
     assert why in reported
     # The other annotation counts.
     assert check(instance_item).objects[1] == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (
+            {"segmentation": [[0, 0, 15, 0, 15, 8, 0, 8]], "bbox": [0, 0, 15, 8]},
+            "a polygon spans x 0 to 15, y 0 to 8, beyond the 12 x 8 pixels of the image",
+        ),
+        (
+            {"segmentation": [[2, 2, 2, 2, 2, 2]], "bbox": [2, 2, 0, 0]},
+            "the mask covers no pixel",
+        ),
+        (
+            {"bbox": [0, 0, 8, 8]},
+            "bbox spans x 0 to 8, y 0 to 8, but the segmentation x 0 to 4, y 0 to 8",
+        ),
+    ],
+)
+def test_doubtful_annotation(instance_item, change, why):
+    """Training uses it, so it is no problem."""
+    instance_item.annotations[0] |= change
+    report = check(instance_item)
+    assert whys(report.warnings) == [("annotation 10", why)] and report.problems == []
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(instance_item, tmp_path, orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    size = (8, 12) if orientation > 4 else (12, 8)
+    Image.new("RGB", size).save(tmp_path / "images/a.jpg", exif=exif.tobytes())
+    report = check(instance_item)
+    assert report.problems == [] and len(report.warnings) == (orientation > 1)
+    if orientation > 1:
+        assert f"EXIF orientation {orientation} turns" in report.warnings[0].why
+    Image.new("RGB", (12, 8)).save(tmp_path / "images/a.jpg", exif=exif.tobytes())
+    problems = [] if orientation < 5 else ["(the EXIF orientation swaps them)"]
+    assert [why[-33:] for _, why in whys(check(instance_item).problems)] == problems
 
 
 def test_crowds_are_checked_but_do_not_count(instance_item):

@@ -75,11 +75,17 @@ class TestLoader:
 
     def test_image_names_of_the_json(self, data, tmp_path):
         content = json.loads(Path(data["json_file"]).read_text())
-        content["images"] = [{"id": 1, "file_name": "other.png"}]
+        content["images"] = [{"id": 1, "file_name": "other.png"}, {"id": 2}]
         write(Path(data["json_file"]), content)
         Image.new("RGB", (6, 4)).save(tmp_path / "images" / "other.png")
         files = [Path(r["file_name"]).name for r in module.load_coco_panoptic_json(**data)]
         assert files == ["other.png", "2.jpg"]
+        content["images"].pop()
+        write(Path(data["json_file"]), content)
+        with pytest.raises(
+            ValueError, match=r"panoptic\.json, 2: the JSON does not list the image"
+        ):
+            module.load_coco_panoptic_json(**data)
 
     @pytest.mark.parametrize("key", ["json_file", "image_dir", "gt_dir"])
     def test_missing_path(self, data, key):

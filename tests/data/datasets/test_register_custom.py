@@ -157,17 +157,30 @@ def test_blank_line_in_a_class_list(tmp_path):
     ("text", "message"),
     [
         ('{"images": [', "is not valid JSON"),
-        ("[]", "has no list of 'categories'"),
+        ("[]", "is a list; COCO JSON is an object"),
+        ('{"images": []}', "has no list 'categories'"),
         ('{"categories": []}', "has no list of 'categories'"),
+        (
+            '{"categories": [{"id": 1, "name": null}]}',
+            "1: a category has no 'name'",
+        ),
+        ('{"_via_img_metadata": {}}', "is a project of the VGG Image Annotator"),
+        ('{"a.jpg9": {"filename": "a.jpg", "regions": []}}', "is a project of the VGG Image Ann"),
+        ('{"shapes": [], "imagePath": "a.jpg"}', "is a file of LabelMe"),
+        ("0 0.5 0.5 0.25 0.25\n1 0.1 0.1 0.2 0.2\n", "is a label file of YOLO"),
+        ('[{"image_id": 1, "score": 0.5}]', "is a list of predictions"),
         ('{"categories": [{"id": 1}]}', "has no 'name'"),
-        ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "with the id 1"),
-        ('{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}', "with the name 'a'"),
+        ('{"categories": [{"id": 1, "name": "a"}, {"id": 1, "name": "b"}]}', "id 1 occurs more"),
+        (
+            '{"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}',
+            "name 'a' occurs more",
+        ),
     ],
 )
 def test_damaged_json(tmp_path, text, message):
     own_data.images(tmp_path)
     (tmp_path / "broken.json").write_text(text)
-    with pytest.raises(ValueError, match=rf"'broken': .*{message}"):
+    with pytest.raises(ValueError, match=rf"'broken'.*{message}"):
         register_instances("broken", str(tmp_path / "images"), str(tmp_path / "broken.json"))
 
 
@@ -194,5 +207,7 @@ def test_annotation_of_an_unknown_category(tmp_path):
     content["annotations"][0]["category_id"] = 4
     write_json(tmp_path / "instances.json", content)
     register_entries([own_data.entry("instance", tmp_path)])
-    with pytest.raises(ValueError, match=r"instances\.json of data set 'own_train' cannot be used"):
+    with pytest.raises(
+        ValueError, match=r"'own_train' cannot be used: .*annotation 10: .*category_id 4"
+    ):
         DatasetCatalog.get("own_train")

@@ -1,0 +1,15 @@
+"""One typed reader per annotation format, used by loaders, mappers, evaluators and checks.
+
+    coco_instances.py    COCO instance JSON
+    coco_panoptic.py     COCO panoptic JSON and its PNGs
+    semantic_folders.py  folders of images and label maps
+    images.py            pixels of images, label maps and panoptic PNGs
+    json_files.py        JSON in any encoding, decoded entry by entry against a schema
+    masks.py             checks of polygons and RLEs before they reach C code
+    findings.py          problems and warnings
+
+A reader returns the usable content and collects what is wrong in `Findings`. A *problem* is data
+that training or evaluation cannot use: both raise the first one before they start, and
+`tools/check_dataset.py` reports all. A *warning* is data that is used but doubtful: training logs
+what the check reports.
+"""

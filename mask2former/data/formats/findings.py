@@ -1,0 +1,93 @@
+"""Problems and warnings about a data set, each with its file, record and remedy."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+# Warnings logged per data set; `tools/check_dataset.py` reports all.
+_NUM_LOGGED = 10
+
+NOTHING_TO_TRAIN_ON = (
+    "has nothing to train on: no image has an object or segment in 'annotations', crowds apart; is "
+    "it the JSON of a test split?"
+)
+
+
+class Finding(NamedTuple):
+    """A problem or a warning.
+
+    Attributes:
+        file: the file it is about.
+        id: id of the record, or its place in the JSON, such as `$.annotations[3]`.
+        why: what is wrong and what to do.
+    """
+
+    file: str
+    id: Any
+    why: str
+
+
+# Warnings that this process has logged.
+_logged: set[Finding] = set()
+
+
+@dataclass
+class Findings:
+    """What a reader found.
+
+    Attributes:
+        problems: mistakes that training or evaluation refuses.
+        warnings: irregularities that may be intended.
+    """
+
+    problems: list[Finding] = field(default_factory=list)
+    warnings: list[Finding] = field(default_factory=list)
+    _missing: set[Finding] = field(default_factory=set)
+
+    def problem(self, file: str, id: Any, why: str, *, is_missing: bool = False) -> None:
+        """Add a problem.
+
+        Args:
+            file, id, why: see `Finding`.
+            is_missing: whether it is that a file does not exist.
+        """
+        finding = Finding(file, id, why)
+        self.problems.append(finding)
+        if is_missing:
+            self._missing.add(finding)
+
+    def warn(self, file: str, id: Any, why: str) -> None:
+        self.warnings.append(Finding(file, id, why))
+
+    def raise_first(self, name: str | None = None, hint: str = "") -> None:
+        """Raise the first problem, if any, as an error with one line.
+
+        Args:
+            name: of the data set, if known.
+            hint: what else to say at the end, such as how to get the data.
+
+        Raises:
+            FileNotFoundError: a file does not exist.
+            ValueError: any other problem.
+        """
+        if not self.problems:
+            return
+        first = self.problems[0]
+        owner = f"Data set {name!r} cannot be used: " if name else ""
+        record = "" if first.id is None else f", {first.id}:"
+        text = f"{owner}{first.file}{record} {first.why}."
+        if len(self.problems) > 1:
+            command = f"`tools/check_dataset.py {name}`" if name else "`tools/check_dataset.py`"
+            text += f" There are {len(self.problems)} problems; {command} lists all."
+        raise (FileNotFoundError if first in self._missing else ValueError)(text + hint)
+
+    def log(self, name: str | None = None) -> None:
+        """Log the warnings, the first ten in full, and each once, however often a file is read."""
+        logger = logging.getLogger(__name__)
+        new = [warning for warning in self.warnings if warning not in _logged]
+        _logged.update(new)
+        for file, id, why in new[:_NUM_LOGGED]:
+            logger.warning(f"{file}{'' if id is None else f', {id}'}: {why}")
+        if len(new) > _NUM_LOGGED:
+            command = f"; `tools/check_dataset.py {name}` lists all" if name else ""
+            logger.warning(f"... and {len(new) - _NUM_LOGGED} more warnings{command}")

@@ -1,0 +1,202 @@
+"""JSON in any Unicode encoding, decoded entry by entry against a schema (msgspec).
+
+A sound file of 450 MB is decoded in one pass into typed entries. Only if an entry does not fit are
+the entries decoded one by one, so that each mistake is found with its path, such as
+`$.annotations[3].bbox`. What JSON does not allow but Python writes (NaN, Infinity) is read, too,
+and left to the checks.
+"""
+
+import gc
+import json
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import msgspec
+from detectron2.utils.file_io import PathManager
+
+from .findings import Findings
+
+T = TypeVar("T")
+
+# An undecoded or decoded value.
+Section = Any
+
+# Keys of other annotation formats → their name.
+_VIA = "a project of the VGG Image Annotator (VIA)"
+_OTHER_FORMATS = (
+    ({"_via_img_metadata"}, _VIA),
+    ({"shapes", "imagePath"}, "a file of LabelMe, which holds one image"),
+    ({"type", "features"}, "GeoJSON"),
+)
+_EXPORT = "export or convert it as COCO JSON"
+# Class, and a box or polygon in fractions of the image.
+_YOLO_LINE = re.compile(rb"\s*\d+( +[-+.\deE]+){4,}\s*(\n|$)")
+
+
+@contextmanager
+def without_gc() -> Iterator[None]:
+    """Pause Python's garbage collector, which slows down the creation of millions of lists."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
+    """Read the top level of a JSON file; its values are decoded by the functions below.
+
+    Args:
+        file: UTF-8, -16 or -32, with or without a byte order mark.
+        findings: gets a problem if the file is not a JSON object.
+
+    Returns:
+        The values by key, or None.
+    """
+    try:
+        with PathManager.open(file, "rb") as stream:
+            data = stream.read()
+    except OSError as error:
+        is_missing = isinstance(error, FileNotFoundError)
+        why = f"cannot be read: {error.strerror or error}"
+        findings.problem(file, None, why, is_missing=is_missing)
+        return None
+    try:
+        encoding = json.detect_encoding(data)
+        if encoding != "utf-8":
+            data = data.decode(encoding).encode()
+        try:
+            return _named_format(
+                file, msgspec.json.decode(data, type=dict[str, msgspec.Raw]), findings
+            )
+        except msgspec.ValidationError:
+            content = msgspec.json.decode(data)
+        except msgspec.DecodeError:
+            content = json.loads(data)  # reads NaN, and its errors say the line
+            if b"\\ud" in data.lower():
+                # Half a character, which no file name or message can hold.
+                json.dumps(content, ensure_ascii=False).encode()
+        if isinstance(content, dict):
+            return _named_format(file, content, findings)
+        why = f"is {_named(content)}; COCO JSON is an object with lists such as 'images'"
+        first = content[0] if isinstance(content, list) and content else None
+        if isinstance(first, dict) and {"image_id", "score"} <= first.keys():
+            why = "is a list of predictions (COCO results), not ground truth"
+        findings.problem(file, None, why)
+    except (ValueError, RecursionError) as error:
+        why = f"is not valid JSON: {error or type(error).__name__}"
+        if _YOLO_LINE.match(data):
+            why = f"is a label file of YOLO, which has one for each image; {_EXPORT}"
+        findings.problem(file, None, why)
+    return None
+
+
+def _named_format(
+    file: str, content: dict[str, Section], findings: Findings
+) -> dict[str, Section] | None:
+    """The content, unless it is in another format, which becomes a problem."""
+    if "annotations" in content or "images" in content:
+        return content
+    names = [name for keys, name in _OTHER_FORMATS if keys <= content.keys()]
+    # An older VIA file is an object of images.
+    value = next(iter(content.values()), None)
+    first = bytes(value) if isinstance(value, msgspec.Raw) else b""
+    if names or (b'"regions"' in first and b'"filename"' in first):
+        name = names[0] if names else _VIA
+        findings.problem(file, None, f"is {name}, not COCO JSON; {_EXPORT}")
+        return None
+    return content
+
+
+def decode_value(section: Section) -> Any:
+    """The content of a section without a schema.
+
+    Raises:
+        ValueError: the JSON is malformed.
+    """
+    if not isinstance(section, msgspec.Raw):
+        return section
+    try:
+        return msgspec.json.decode(section)
+    except ValueError:
+        return json.loads(bytes(section))
+
+
+def decode_list(
+    sections: Mapping[str, Section],
+    key: str,
+    kind: type[T],
+    file: str,
+    findings: Findings,
+    what: str,
+) -> list[T | None] | None:
+    """Decode a list of the JSON.
+
+    Args:
+        sections: from `read_sections`.
+        key: of the list.
+        kind: schema of its entries.
+        file: of the JSON.
+        findings: gets a problem for each entry that does not fit.
+        what: an entry in words, such as "an image".
+
+    Returns:
+        One value per entry, None where it does not fit; None if there is no such list.
+    """
+    section = sections.get(key)
+    if isinstance(section, msgspec.Raw):
+        try:
+            return msgspec.json.decode(section, type=list[kind])  # type: ignore[valid-type]
+        except (ValueError, RecursionError):
+            pass
+    try:
+        entries = decode_value(section)
+    except (ValueError, RecursionError) as error:
+        findings.problem(file, f"$.{key}", f"is not valid JSON: {error or type(error).__name__}")
+        return None
+    if not isinstance(entries, list):
+        why = f"has no list {key!r}" + (f", but {_named(entries)}" if key in sections else "")
+        findings.problem(file, None, why)
+        return None
+    return convert_list(entries, kind, f"$.{key}", file, findings, what)
+
+
+def convert_list(
+    entries: list, kind: type[T], path: str, file: str, findings: Findings, what: str
+) -> list[T | None]:
+    """Check decoded entries against a schema; see `decode_list`."""
+    try:
+        return msgspec.convert(entries, list[kind])  # type: ignore[valid-type]
+    except (msgspec.ValidationError, RecursionError):
+        pass
+    converted: list[T | None] = []
+    for i, entry in enumerate(entries):
+        try:
+            converted.append(msgspec.convert(entry, kind))
+        except (msgspec.ValidationError, RecursionError) as error:
+            converted.append(None)
+            place = f"{path}[{i}]"
+            known = entry.get("id") if isinstance(entry, dict) else None
+            record = known if type(known) in (int, str) else place
+            findings.problem(file, record, _explain(str(error), place, what))
+    return converted
+
+
+def _explain(error: str, place: str, what: str) -> str:
+    """An error of msgspec in our words, with the whole path."""
+    reason, _, at = error.partition(" - at `$")
+    at = f"{place}{at.removesuffix('`')}"
+    if reason.startswith("Object missing required field"):
+        key = reason.rpartition("`")[0].rpartition("`")[2]
+        return f"{what} has no {key!r} ({at})"
+    reason = reason.replace("`", "'")
+    return f"{at}: {reason[:1].lower()}{reason[1:]}"
+
+
+def _named(value: Any) -> str:
+    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
+    return "null" if value is None else names.get(type(value), "a number")
