@@ -155,7 +155,13 @@ def ncu_command(run: Run) -> list[str | Path]:
 
 
 STEPS = (
-    Step("versions", 60, lambda run: program("versions", run), headline=read_result),
+    Step(
+        "versions",
+        60,
+        lambda run: program("versions", run),
+        headline=read_result,
+        result="result.json",
+    ),
     Step(
         "self-test",
         60,
@@ -196,6 +202,7 @@ STEPS = (
         120,
         op_command,
         headline=read_benchmark("op", "fused", ("forward", "backward")),
+        result="op.json",
     ),
     Step(
         "ncu",
@@ -203,6 +210,7 @@ STEPS = (
         ncu_command,
         needs_tool("ncu"),
         read_ncu,
+        "ncu.csv",
         # No permission to read the hardware counters, or no access to them at all.
         skip_pattern="ERR_NVGPUCTRPERM|LibraryNotLoaded",
     ),
@@ -211,6 +219,7 @@ STEPS = (
         80,
         model_command,
         headline=read_benchmark("model", OURS, ("forward", "end to end")),
+        result="model.json",
     ),
     *(
         Step(
@@ -218,6 +227,7 @@ STEPS = (
             limit,
             train_command(name, full, tiny),
             headline=read_benchmark("train", OURS, ("step",)),
+            result="train.json",
         )
         for name, limit, full, tiny in (
             (
@@ -246,6 +256,7 @@ STEPS = (
             *(("--iterations", "2", "--size", "64", *config(run)) if run.dry else ()),
         ),
         headline=read_result,
+        result="result.json",
     ),
     Step(
         "attention",
@@ -254,6 +265,7 @@ STEPS = (
             "attention", run, *(("--lengths", "70", "--dtypes", "fp32") if run.dry else ())
         ),
         headline=read_result,
+        result="result.json",
     ),
 )
 
