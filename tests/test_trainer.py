@@ -618,7 +618,7 @@ def test_checkpointing_is_turned_off_if_memory_is_ample(
 ):
     monkeypatch.setattr(AmpleMemory, "_NUM_ITERATIONS", 3)
     memory = iter(peaks)
-    monkeypatch.setattr(AmpleMemory, "_memory", staticmethod(lambda: (next(memory), 100)))
+    monkeypatch.setattr(AmpleMemory, "_memory", lambda self: (next(memory), 100))
     monkeypatch.setattr(
         "mask2former.trainer.comm",
         SimpleNamespace(**vars(comm) | {"all_gather": lambda x: [x, others]}),
@@ -632,6 +632,27 @@ def test_checkpointing_is_turned_off_if_memory_is_ample(
     trainer.train()
     assert policies == ["none"] * turns_off
     assert ("Activation checkpointing is off" in caplog.text) == turns_off
+
+
+def test_memory_of_the_model_s_gpu(monkeypatch):
+    """MODEL.DEVICE may be "cuda:1" while the current device is the first."""
+    sizes = {"mem_get_info": (5, 9), "memory_reserved": 2, "max_memory_allocated": 1}
+    devices = []
+    for name, size in sizes.items():
+        function = lambda device=None, size=size: devices.append(device) or size  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, function)
+    model = nn.Linear(1, 1, device="meta")
+    hook = AmpleMemory()
+    hook.trainer = SimpleNamespace(model=model)
+    assert hook._memory() == (1, 7)
+    assert devices == [torch.device("meta")] * 3
+
+
+@NO_GPU
+def test_scale_is_written_from_the_model_s_device():
+    step = MixedPrecisionStep(nn.Linear(1, 1), [], None, dtype=torch.float16)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert step._device_metrics()["[metric]grad_scaler"].item() == 8.0
 
 
 def test_checkpointing_is_chosen_on_a_gpu_only(tmp_path):
@@ -656,8 +677,16 @@ def test_models_that_upload_their_inputs():
         def forward(self, batched_inputs):
             return {}
 
-    models = [MaskFormer, Other, Own, toy.ToyArchitecture]
-    assert [needs_uploads(kind.__new__(kind)) for kind in models] == [False, False, True, True]
+    def make(kind):
+        model = kind.__new__(kind)
+        nn.Module.__init__(model)
+        return model
+
+    models = [make(kind) for kind in (MaskFormer, Other, Own, toy.ToyArchitecture)]
+    assert [needs_uploads(model) for model in models] == [False, False, True, True]
+    models[0].forward = lambda batched_inputs: {}
+    models[1].register_forward_pre_hook(lambda module, args: None)
+    assert needs_uploads(models[0]) and needs_uploads(models[1])
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

@@ -13,8 +13,6 @@ import pytest
 import toy_training as toy
 from load_script import ROOT, load_script
 
-from mask2former.trainer import Trainer
-
 tool = load_script("tools/gpu_check.py")
 runner, headlines = sys.modules["runner"], sys.modules["headlines"]
 benchmark = load_script("tools/benchmark")
@@ -238,7 +236,7 @@ def test_dry_run(tmp_path):
 def test_measured_training_writes_its_losses_late(tmp_path):
     """As training does without the hook that measures."""
     measure = load_script("tools/gpu_steps/trainer.py").Measure
-    trainer = Trainer(toy.toy_config(tmp_path))
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path))
     trainer.register_hooks([measure(tmp_path, 40, on_gpu=False)])
     readers, _ = trainer._readers_of_losses()
     assert readers == ["WriteLosses"]  # of the toy trainer
