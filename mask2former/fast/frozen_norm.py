@@ -128,9 +128,10 @@ def _layout(x: Tensor) -> torch.memory_format:
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a convolution or matrix product with this weight, also under autocast."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    # The meta device has no autocast, and asking for it raises.
+    if weight.is_meta or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _terms(conv: Conv2d) -> tuple[Tensor, Tensor]:

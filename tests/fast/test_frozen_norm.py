@@ -252,6 +252,13 @@ def test_scaling_is_differentiable_twice():
     assert torch.equal(torch.func.grad(lambda x: scaled(x).square().sum())(x), expected)
 
 
+def test_on_the_meta_device():
+    """As for counting operations without computing."""
+    conv = fold_frozen_norms(Conv2d(3, 4, 3, norm=frozen(4))).to("meta")
+    with norms_together([conv]):
+        assert conv(torch.empty(2, 3, 9, 7, device="meta")).shape == (2, 4, 7, 5)
+
+
 class Negated(FrozenBatchNorm2d):
     def forward(self, x):
         return -super().forward(x)
