@@ -251,9 +251,11 @@ class Trainer(DefaultTrainer):
                 _logger.info(f"Losses are written at once, because they may be read by {readers}")
             else:
                 max_iter = self.max_iter
+                # The last but one too: an error in the last iteration does not keep the hooks of
+                # evaluation from running after training.
                 self._trainer.delay_metrics(
                     lambda iteration: (
-                        iteration + 1 >= max_iter
+                        iteration + 2 >= max_iter
                         or any((iteration + 1) % period == 0 for period in periods)
                     )
                 )

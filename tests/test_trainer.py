@@ -367,8 +367,8 @@ def test_delayed_losses_change_no_row(tmp_path, monkeypatch):
     at_once = run_quietly(tmp_path / "at once", *EVALUATES, delay=False)
     assert late == []
     delayed = run_quietly(tmp_path / "delayed", *EVALUATES, delay=True)
-    # A checkpoint every 15, an evaluation every 12, a row every 20 iterations, and the last one.
-    read = {14, 29, 44, 11, 23, 35, 19, 39}
+    # A checkpoint every 15, an evaluation every 12, a row every 20 iterations, and the last two.
+    read = {14, 29, 43, 44, 11, 23, 35, 19, 39}
     assert late == [i for i in range(45) if i not in read]
     rows = metrics(tmp_path / "at once")
     assert metrics(tmp_path / "delayed") == rows and {19, 39, 44} <= rows.keys()
@@ -448,6 +448,26 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch, bad, fails, value):
     assert not list(tmp_path.glob("*.pth"))
     # Iteration 3 is read by the checkpoint, and so written at once.
     assert next(iteration) == 4
+
+
+@pytest.mark.parametrize("delay", [False, True])
+def test_training_that_diverges_in_the_end_is_not_evaluated(tmp_path, monkeypatch, delay):
+    forward = toy.ToyArchitecture.forward
+    iteration = itertools.count()
+    evaluated = []
+
+    def broken(self, batch):
+        if not self.training:
+            evaluated.append(batch)
+            return []
+        factor = float("nan") if next(iteration) == 3 else 1.0
+        return {name: loss * factor for name, loss in forward(self, batch).items()}
+
+    monkeypatch.setattr(toy.ToyArchitecture, "forward", broken)
+    options = ("DATASETS.TEST", "('toy_train',)", "SOLVER.MAX_ITER", "5")
+    with pytest.raises(FloatingPointError, match="NaN at iteration=3"):
+        run_quietly(tmp_path, *options, delay=delay)
+    assert not evaluated
 
 
 def test_an_error_after_finite_losses_stays(tmp_path, monkeypatch):
