@@ -288,6 +288,10 @@ def main(argv: list[str] | None = None, steps: Sequence[Step] = STEPS) -> int:
         ["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)]
     )
     run = Run(options.output.resolve(), options.dry_run)
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"the output folder cannot be made: {error}")
     selected = [step for step in steps if step.name in chosen]
     results = run_all(selected, run, options.seconds, f"`{command}`, {date}")
     # The table last: whoever keeps the end of the output only has it.

@@ -233,6 +233,13 @@ def test_dry_run(tmp_path):
     assert "| boolean | our layer |" in (tmp_path / "attention/attention.md").read_text()
 
 
+def test_output_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        tool.main([str(tmp_path / "file/out")], [])
+    assert "the output folder cannot be made" in capsys.readouterr().err
+
+
 def test_measured_training_writes_its_losses_late(tmp_path):
     """As training does without the hook that measures."""
     measure = load_script("tools/gpu_steps/trainer.py").Measure
