@@ -175,7 +175,7 @@ class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
         if not self.grad_scaler.is_enabled():
             return {}
         # `get_scale` would sync.
-        one = torch.ones((), device="cuda")
+        one = torch.ones((), device=next(self.model.parameters()).device)
         return {"[metric]grad_scaler": self.grad_scaler.scale(one)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

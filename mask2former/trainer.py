@@ -117,11 +117,12 @@ class AmpleMemory(HookBase):
                 "MODEL.CHECKPOINTING selective keeps it on."
             )
 
-    @staticmethod
-    def _memory() -> tuple[int, int]:
+    def _memory(self) -> tuple[int, int]:
         """Bytes allocated at most so far, and bytes that this process could allocate in all."""
-        free, _ = torch.cuda.mem_get_info()
-        return torch.cuda.max_memory_allocated(), free + torch.cuda.memory_reserved()
+        # MODEL.DEVICE may be another one than the current one.
+        device = next(self.trainer.model.parameters()).device
+        free, _ = torch.cuda.mem_get_info(device)
+        return torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device)
 
 
 # Hooks that do not read the losses, or only after every so many iterations: the attribute says how
@@ -250,9 +251,11 @@ class Trainer(DefaultTrainer):
                 _logger.info(f"Losses are written at once, because they may be read by {readers}")
             else:
                 max_iter = self.max_iter
+                # The last but one too: an error in the last iteration does not keep the hooks of
+                # evaluation from running after training.
                 self._trainer.delay_metrics(
                     lambda iteration: (
-                        iteration + 1 >= max_iter
+                        iteration + 2 >= max_iter
                         or any((iteration + 1) % period == 0 for period in periods)
                     )
                 )
@@ -422,7 +425,8 @@ def needs_uploads(model: nn.Module) -> bool:
     DDP then copies all tensors of a sample, and waits for them. `MaskFormer.forward` uploads what
     it needs, without waiting; that of another project may not.
     """
-    return type(model).forward is not MaskFormer.forward
+    is_ours = type(model).forward is MaskFormer.forward and "forward" not in model.__dict__
+    return not is_ours or bool(model._forward_pre_hooks)
 
 
 def chooses_cudnn_benchmark(cfg: CfgNode, data_loader: Any) -> bool:

@@ -96,7 +96,7 @@ def step(cfg: CfgNode) -> dict[str, list[str]]:
     with Counter(), Operators() as operators:
         model.to(NAME)
         optimizer = build_optimizer(cfg, model)
-        sum(model(make_inputs(model.sem_seg_head.num_classes, NAME)).values()).backward()
+        sum(model(make_inputs(model.sem_seg_head.num_classes)).values()).backward()
         optimizer.step()
     return {"names": sorted(operators.names), "refused": sorted(operators.refused)}
 

@@ -367,8 +367,8 @@ def test_delayed_losses_change_no_row(tmp_path, monkeypatch):
     at_once = run_quietly(tmp_path / "at once", *EVALUATES, delay=False)
     assert late == []
     delayed = run_quietly(tmp_path / "delayed", *EVALUATES, delay=True)
-    # A checkpoint every 15, an evaluation every 12, a row every 20 iterations, and the last one.
-    read = {14, 29, 44, 11, 23, 35, 19, 39}
+    # A checkpoint every 15, an evaluation every 12, a row every 20 iterations, and the last two.
+    read = {14, 29, 43, 44, 11, 23, 35, 19, 39}
     assert late == [i for i in range(45) if i not in read]
     rows = metrics(tmp_path / "at once")
     assert metrics(tmp_path / "delayed") == rows and {19, 39, 44} <= rows.keys()
@@ -448,6 +448,26 @@ def test_loss_that_is_not_finite(tmp_path, monkeypatch, bad, fails, value):
     assert not list(tmp_path.glob("*.pth"))
     # Iteration 3 is read by the checkpoint, and so written at once.
     assert next(iteration) == 4
+
+
+@pytest.mark.parametrize("delay", [False, True])
+def test_training_that_diverges_in_the_end_is_not_evaluated(tmp_path, monkeypatch, delay):
+    forward = toy.ToyArchitecture.forward
+    iteration = itertools.count()
+    evaluated = []
+
+    def broken(self, batch):
+        if not self.training:
+            evaluated.append(batch)
+            return []
+        factor = float("nan") if next(iteration) == 3 else 1.0
+        return {name: loss * factor for name, loss in forward(self, batch).items()}
+
+    monkeypatch.setattr(toy.ToyArchitecture, "forward", broken)
+    options = ("DATASETS.TEST", "('toy_train',)", "SOLVER.MAX_ITER", "5")
+    with pytest.raises(FloatingPointError, match="NaN at iteration=3"):
+        run_quietly(tmp_path, *options, delay=delay)
+    assert not evaluated
 
 
 def test_an_error_after_finite_losses_stays(tmp_path, monkeypatch):
@@ -618,7 +638,7 @@ def test_checkpointing_is_turned_off_if_memory_is_ample(
 ):
     monkeypatch.setattr(AmpleMemory, "_NUM_ITERATIONS", 3)
     memory = iter(peaks)
-    monkeypatch.setattr(AmpleMemory, "_memory", staticmethod(lambda: (next(memory), 100)))
+    monkeypatch.setattr(AmpleMemory, "_memory", lambda self: (next(memory), 100))
     monkeypatch.setattr(
         "mask2former.trainer.comm",
         SimpleNamespace(**vars(comm) | {"all_gather": lambda x: [x, others]}),
@@ -632,6 +652,27 @@ def test_checkpointing_is_turned_off_if_memory_is_ample(
     trainer.train()
     assert policies == ["none"] * turns_off
     assert ("Activation checkpointing is off" in caplog.text) == turns_off
+
+
+def test_memory_of_the_model_s_gpu(monkeypatch):
+    """MODEL.DEVICE may be "cuda:1" while the current device is the first."""
+    sizes = {"mem_get_info": (5, 9), "memory_reserved": 2, "max_memory_allocated": 1}
+    devices = []
+    for name, size in sizes.items():
+        function = lambda device=None, size=size: devices.append(device) or size  # noqa: E731
+        monkeypatch.setattr(torch.cuda, name, function)
+    model = nn.Linear(1, 1, device="meta")
+    hook = AmpleMemory()
+    hook.trainer = SimpleNamespace(model=model)
+    assert hook._memory() == (1, 7)
+    assert devices == [torch.device("meta")] * 3
+
+
+@NO_GPU
+def test_scale_is_written_from_the_model_s_device():
+    step = MixedPrecisionStep(nn.Linear(1, 1), [], None, dtype=torch.float16)
+    step.grad_scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    assert step._device_metrics()["[metric]grad_scaler"].item() == 8.0
 
 
 def test_checkpointing_is_chosen_on_a_gpu_only(tmp_path):
@@ -656,8 +697,16 @@ def test_models_that_upload_their_inputs():
         def forward(self, batched_inputs):
             return {}
 
-    models = [MaskFormer, Other, Own, toy.ToyArchitecture]
-    assert [needs_uploads(kind.__new__(kind)) for kind in models] == [False, False, True, True]
+    def make(kind):
+        model = kind.__new__(kind)
+        nn.Module.__init__(model)
+        return model
+
+    models = [make(kind) for kind in (MaskFormer, Other, Own, toy.ToyArchitecture)]
+    assert [needs_uploads(model) for model in models] == [False, False, True, True]
+    models[0].forward = lambda batched_inputs: {}
+    models[1].register_forward_pre_hook(lambda module, args: None)
+    assert needs_uploads(models[0]) and needs_uploads(models[1])
 
 
 CONFIGS = Path(__file__).parents[1] / "configs"

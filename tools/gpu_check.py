@@ -162,7 +162,13 @@ def ncu_command(run: Run) -> list[str | Path]:
 
 
 STEPS = (
-    Step("versions", 60, lambda run: program("versions", run), headline=read_result),
+    Step(
+        "versions",
+        60,
+        lambda run: program("versions", run),
+        headline=read_result,
+        result="result.json",
+    ),
     Step(
         "self-test",
         60,
@@ -199,6 +205,7 @@ STEPS = (
         120,
         op_command,
         headline=read_benchmark("op", "fused", ("forward", "backward")),
+        result="op.json",
     ),
     Step("cases-shared", 60, cases, headline=read_pytest, environment=SHARED_BACKWARD),
     Step(
@@ -222,6 +229,7 @@ STEPS = (
         ncu_command,
         needs_tool("ncu"),
         read_ncu,
+        "ncu.csv",
         # No permission to read the hardware counters, or no access to them at all.
         skip_pattern="ERR_NVGPUCTRPERM|LibraryNotLoaded",
     ),
@@ -230,6 +238,7 @@ STEPS = (
         80,
         model_command,
         headline=read_benchmark("model", OURS, ("forward", "end to end")),
+        result="model.json",
     ),
     *(
         Step(
@@ -237,6 +246,7 @@ STEPS = (
             limit,
             train_command(name, full, tiny),
             headline=read_benchmark("train", OURS, ("step",)),
+            result="train.json",
         )
         for name, limit, full, tiny in (
             (
@@ -265,6 +275,7 @@ STEPS = (
             *(("--iterations", "2", "--size", "64", *config(run)) if run.dry else ()),
         ),
         headline=read_result,
+        result="result.json",
     ),
     Step(
         "attention",
@@ -273,6 +284,7 @@ STEPS = (
             "attention", run, *(("--lengths", "70", "--dtypes", "fp32") if run.dry else ())
         ),
         headline=read_result,
+        result="result.json",
     ),
 )
 
@@ -295,6 +307,10 @@ def main(argv: list[str] | None = None, steps: Sequence[Step] = STEPS) -> int:
         ["python", "tools/gpu_check.py", *(sys.argv[1:] if argv is None else argv)]
     )
     run = Run(options.output.resolve(), options.dry_run)
+    try:
+        run.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        parser.error(f"the output folder cannot be made: {error}")
     selected = [step for step in steps if step.name in chosen]
     results = run_all(selected, run, options.seconds, f"`{command}`, {date}")
     # The table last: whoever keeps the end of the output only has it.

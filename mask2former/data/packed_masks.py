@@ -118,7 +118,8 @@ class TargetInstances(Instances):
 
 def pin(value: Any) -> Any:
     """A copy in pinned memory of tensors on the CPU, boxes and instances; others as they are."""
-    if isinstance(value, Boxes):
+    # Subclasses, such as rotated boxes, have other tensors.
+    if type(value) is Boxes:
         return Boxes(pin(value.tensor))
     if isinstance(value, Tensor):
         return value.pin_memory() if value.is_cpu else value
@@ -154,7 +155,7 @@ def _move(field: Any, *args: Any, **kwargs: Any) -> Any:
         return Boxes(field.tensor.to(*args, **kwargs)) if kwargs else field.to(*args)
     if not hasattr(field, "to"):
         return field
-    if type(field).to not in _TAKE_NON_BLOCKING:
+    if getattr(type(field), "to", None) not in _TAKE_NON_BLOCKING:
         kwargs = {name: value for name, value in kwargs.items() if name != "non_blocking"}
     return field.to(*args, **kwargs)
 

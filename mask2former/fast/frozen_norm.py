@@ -70,9 +70,12 @@ class ConvWithFrozenNorm(Conv2d):
         The weight is saved for backward: computing it again would be one more kernel to launch, and
         it is small beside the activations.
         """
+        dtype = product_dtype(self.weight)
+        if scale.requires_grad:  # of a norm that somebody trains
+            weight, offset = self._folded(scale, offset)
+            return weight.to(dtype, memory_format=_layout(x)), offset.to(dtype)
         if self.bias is not None:
             offset = offset + self.bias * scale
-        dtype = product_dtype(self.weight)
         weight = _ScaleTo.apply(self.weight, scale.view(-1, 1, 1, 1), dtype, _layout(x))
         return weight, offset.to(dtype)
 
@@ -125,9 +128,10 @@ def _layout(x: Tensor) -> torch.memory_format:
 def product_dtype(weight: Tensor) -> torch.dtype:
     """The dtype of a convolution or matrix product with this weight, also under autocast."""
     device = weight.device.type
-    if torch.is_autocast_enabled(device) and weight.dtype != torch.float64:
-        return torch.get_autocast_dtype(device)
-    return weight.dtype
+    # The meta device has no autocast, and asking for it raises.
+    if weight.is_meta or weight.dtype == torch.float64 or not torch.is_autocast_enabled(device):
+        return weight.dtype
+    return torch.get_autocast_dtype(device)
 
 
 def _terms(conv: Conv2d) -> tuple[Tensor, Tensor]:
@@ -135,7 +139,10 @@ def _terms(conv: Conv2d) -> tuple[Tensor, Tensor]:
     if not torch.compiler.is_compiling():
         together = _together.get()
         if together is not None and id(conv) in together:
-            return together[id(conv)]
+            scale, offset = together[id(conv)]
+            # Not if they were rounded for autocast, which the convolution runs without.
+            if offset.dtype in (scale.dtype, product_dtype(conv.weight)):
+                return scale, offset
     return _scale_and_offset(*_buffers(conv.norm), conv.norm.eps)
 
 

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from detectron2.structures import BitMasks, Boxes, ImageList, Instances
+from detectron2.structures import BitMasks, Boxes, ImageList, Instances, RotatedBoxes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader
 
@@ -247,5 +247,7 @@ class TestUpload:
         assert result.gt_classes.tolist() == [4, 5, 6]
         plain = Instances((2, 3))
         assert pin(plain) is plain and pin("text") == "text"
+        rotated = RotatedBoxes(torch.zeros(2, 5))
+        assert pin(rotated) is rotated
         on_device = torch.zeros(2, device="meta")
         assert pin(on_device) is on_device

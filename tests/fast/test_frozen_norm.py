@@ -180,13 +180,29 @@ def test_backward_uses_the_norms_of_the_forward():
     assert all(torch.equal(a, b) for a, b in zip(result, expected, strict=True))
 
 
-def test_a_norm_that_trains_gets_gradients():
+@pytest.mark.parametrize("on_cpu", [True, False])
+def test_a_norm_that_trains_gets_gradients(monkeypatch, on_cpu):
     layers, x = chain(), torch.randn(1, 3, 9, 7)
     del layers[0].norm.weight
     layers[0].norm.weight = nn.Parameter(torch.rand(4))
+    layers[3].norm.float()
+    plain = run_plain(copy.deepcopy(layers))
+    plain(x).square().sum().backward()
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda x: on_cpu))
     with norms_together(layers.modules()):
-        layers(x).sum().backward()
-    assert layers[0].norm.weight.grad.any()
+        layers(x).square().sum().backward()
+    torch.testing.assert_close(layers[0].norm.weight.grad, plain[0].norm.weight.grad)
+
+
+def test_offsets_of_a_backbone_that_leaves_autocast(monkeypatch):
+    """They are not rounded, though they were computed under autocast."""
+    conv = fold_frozen_norms(Conv2d(4, 6, 1, bias=False, norm=frozen(6)))
+    x = torch.randn(2, 4, 9, 7)
+    expected = conv(x)
+    monkeypatch.setattr(torch.Tensor, "is_cpu", property(lambda x: False))
+    with torch.autocast("cpu", torch.bfloat16), norms_together([conv]):
+        with torch.autocast("cpu", enabled=False):
+            torch.testing.assert_close(conv(x), expected)
 
 
 def test_a_model_computes_its_norms_once(tiny_cfg, make_input, monkeypatch):
@@ -234,6 +250,13 @@ def test_scaling_is_differentiable_twice():
     assert torch.autograd.gradcheck(scaled, x) and torch.autograd.gradgradcheck(scaled, x)
     expected = torch.func.grad(lambda x: (x * scale).square().sum())(x)
     assert torch.equal(torch.func.grad(lambda x: scaled(x).square().sum())(x), expected)
+
+
+def test_on_the_meta_device():
+    """As for counting operations without computing."""
+    conv = fold_frozen_norms(Conv2d(3, 4, 3, norm=frozen(4))).to("meta")
+    with norms_together([conv]):
+        assert conv(torch.empty(2, 3, 9, 7, device="meta")).shape == (2, 4, 7, 5)
 
 
 class Negated(FrozenBatchNorm2d):

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import toy_training as toy
 from load_script import ROOT, load_script
 
 tool = load_script("tools/gpu_check.py")
@@ -233,7 +234,33 @@ def test_dry_run(tmp_path):
     assert "| boolean | our layer |" in (tmp_path / "attention/attention.md").read_text()
 
 
+def test_output_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit, match="2"):
+        tool.main([str(tmp_path / "file/out")], [])
+    assert "the output folder cannot be made" in capsys.readouterr().err
+
+
+def test_measured_training_writes_its_losses_late(tmp_path):
+    """As training does without the hook that measures."""
+    measure = load_script("tools/gpu_steps/trainer.py").Measure
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path))
+    trainer.register_hooks([measure(tmp_path, 40, on_gpu=False)])
+    readers, _ = trainer._readers_of_losses()
+    assert readers == ["WriteLosses"]  # of the toy trainer
+
+
 # ---- headlines ----
+
+
+def test_results_of_an_earlier_run_are_not_reported(run, tmp_path):
+    code = "import pathlib; pathlib.Path(r'{}').write_text('{{\"a\": 1}}')"
+    code = code.format(tmp_path / "out/step/result.json")
+    options = {"headline": headlines.read_result, "result": "result.json"}
+    assert run([python(code, **options)])[1][0]["headline"] == {"a": 1}
+    for other in ("raise SystemExit(1)", ""):
+        _, rows, _ = run([python(other, **options)])
+        assert rows[0]["headline"] == {} and rows[0]["status"] == "failed"
 
 
 def test_headlines_of_logs(tmp_path):

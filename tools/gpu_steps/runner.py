@@ -55,6 +55,7 @@ class Step:
         command: the arguments of the process.
         why_not: why it cannot run; empty if it can.
         headline: numbers for the summary, from its folder and its log; also called if it failed.
+        result: file in its folder that the headline reads; one of an earlier run is removed.
         skip_pattern: a failure with a match in its log is a skip for that reason.
         environment: further variables.
     """
@@ -64,6 +65,7 @@ class Step:
     command: Callable[[Run], Sequence[str | Path]]
     why_not: Callable[[Run], str] = lambda run: ""
     headline: Callable[[Path, str], Headline] = lambda folder, log: {}
+    result: str = ""
     skip_pattern: str = ""
     environment: dict[str, str] = field(default_factory=dict)
 
@@ -118,6 +120,8 @@ def run_step(step: Step, run: Run, left: float) -> Result:
         return result
     folder, log = run.folder(step.name), run.output / f"{step.name}.log"
     folder.mkdir(exist_ok=True)
+    if step.result:
+        (folder / step.result).unlink(missing_ok=True)
     paths = [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     start = time.monotonic()
