@@ -46,7 +46,7 @@ from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
-from .trainer_state import check_trainer_state
+from .trainer_state import Configured, check_trainer_state, solver_settings
 from .utils.determinism import use_deterministic_algorithms
 from .utils.seeding import MODEL, seed_all
 
@@ -300,17 +300,15 @@ class Trainer(DefaultTrainer):
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()
-        return super().state_dict() | {"seed": self.seed}
+        own = {"seed": self.seed, "solver": solver_settings(self.cfg)}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_trainer_state(self, state_dict)
-        # One per parameter group. Other trainers make more groups than this one; the rates of the
-        # scheduler here follow from the config either way.
-        base_lrs = list(self.scheduler.base_lrs)
+        configured = Configured(self.cfg, self._trainer.optimizer, self.scheduler)
         super().load_state_dict(state_dict)
-        if len(self.scheduler.base_lrs) != len(base_lrs):
-            self.scheduler.base_lrs = base_lrs
-            self.scheduler._last_lr = [g["lr"] for g in self._trainer.optimizer.param_groups]
+        # Checkpoints of other trainers have no settings.
+        configured.use(state_dict.get("solver"))
         if hasattr(self.scheduler, "max_iters"):
             # WarmupPolyLR restores its end as well, and fails beyond it.
             self.scheduler.max_iters = self.max_iter

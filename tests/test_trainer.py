@@ -129,6 +129,83 @@ def test_checkpoint_with_a_group_for_each_parameter(tmp_path, scheduler):
     assert toy.read_losses(tmp_path) == expected
 
 
+CHANGES = [
+    ({"SOLVER.BASE_LR": (0.01, 0.003)}, ()),
+    ({"SOLVER.BASE_LR": (0.01, 0.003)}, ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")),
+    ({"SOLVER.BASE_LR": (0.01, 0.003)}, ("SOLVER.OPTIMIZER", "SGD")),
+    ({"SOLVER.BACKBONE_MULTIPLIER": (0.1, 0.2)}, ()),
+    # All parameters are then of one group.
+    ({"SOLVER.BACKBONE_MULTIPLIER": (0.1, 1.0)}, ()),
+    ({"SOLVER.POLY_LR_POWER": (0.9, 0.5), "SOLVER.MAX_ITER": (45, 40)}, ()),
+    ({"SOLVER.WARMUP_ITERS": (5, 30)}, ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")),
+    ({"SOLVER.WEIGHT_DECAY": (0.0001, 0.3)}, ()),
+    ({"SOLVER.MOMENTUM": (0.9, 0.5)}, ("SOLVER.OPTIMIZER", "SGD")),
+]
+
+
+@pytest.mark.parametrize(("changes", "options"), CHANGES)
+@pytest.mark.parametrize("settings_saved", [True, False])
+def test_resume_with_other_settings(tmp_path, caplog, changes, options, settings_saved):
+    """As the config says, with one line each, and the state of each parameter unchanged."""
+    options = ("SEED", "7", *options)
+    run(tmp_path, *options, stop_before=15)
+    (path,) = tmp_path.glob("*.pth")
+    checkpoint = torch.load(path)
+    state = checkpoint["trainer"]
+    groups = state["_trainer"]["optimizer"]["param_groups"]
+    if not settings_saved:
+        del state["solver"]
+        for group in groups:
+            del group["param_names"]
+        torch.save(checkpoint, path)
+    new = (x for key, (_, value) in changes.items() for x in (key, str(value)))
+    cfg = toy.toy_config(tmp_path, *options, *new)
+    trainer, other = toy.ToyTrainer(cfg), toy.ToyTrainer(cfg)
+    fresh = [dict(group) for group in trainer.optimizer.param_groups]
+    if len(fresh) != len(groups) and not settings_saved:
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            trainer.resume_or_load()
+        return
+    # The rate that a run with these settings has at this iteration.
+    for _ in range(15):
+        other.optimizer.step()
+        other.scheduler.step()
+    expected = [group["lr"] for group in other.optimizer.param_groups]
+    caplog.clear()
+    trainer.resume_or_load()
+    assert trainer.start_iter == 15
+    if settings_saved:
+        lines = [
+            f"{key}: checkpoint {old}, config {value}: the config's value is used"
+            for key, (old, value) in changes.items()
+        ]
+        said = [r.message for r in caplog.records if "config's value" in r.message]
+        assert sorted(said) == sorted(lines)
+    elif "SOLVER.WARMUP_ITERS" in changes:
+        return  # not in that state
+    assert "the config's value is used" in caplog.text
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == expected
+    assert trainer.scheduler.get_last_lr() == expected
+    for group, built in zip(trainer.optimizer.param_groups, fresh, strict=True):
+        assert {k: v for k, v in group.items() if k != "lr"} == {
+            k: v for k, v in built.items() if k != "lr"
+        }
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    saved = state["_trainer"]["optimizer"]["state"]
+    ours = {names[p]: value for p, value in trainer.optimizer.state.items()}
+    order = ["backbone.weight", "backbone.bias", "head.weight", "head.bias"]
+    for index, name in enumerate(order):
+        for key, value in saved[index].items():
+            torch.testing.assert_close(ours[name][key], value, rtol=0, atol=0)
+
+
+def test_resume_with_the_same_settings_says_nothing(tmp_path, caplog):
+    run(tmp_path, "SEED", "7", stop_before=15)
+    caplog.clear()
+    run(tmp_path, "SEED", "7", resume=True)
+    assert "config's value" not in caplog.text
+
+
 def test_seed_order_and_noise_change_the_losses(tmp_path):
     """Otherwise the test above could pass because nothing is random."""
     curves = [
