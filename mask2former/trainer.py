@@ -240,8 +240,25 @@ class Trainer(DefaultTrainer):
             AmpleMemory() if chooses else None,
         ]
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint if `resume` and there is one, else MODEL.WEIGHTS.
+
+        A last checkpoint that holds weights only starts a training from iteration 0.
+        """
+        # The start is the iteration after this one, which the state of training sets.
+        self.iter = -1
+        super().resume_or_load(resume)
+        if self.iter == -1 and resume and self.checkpointer.has_checkpoint():
+            _logger.warning(
+                f"{self.checkpointer.get_checkpoint_file()} holds no state of training, only "
+                "weights: training starts at iteration 0, with a new optimiser and schedule."
+            )
+        self.iter = max(self.iter, 0)
+
     def before_train(self) -> None:
         super().before_train()
+        if 0 < self.max_iter <= self.start_iter:
+            self._save_final()
         # A subclass may make its own step.
         delays = getattr(self, "_delays_metrics", False)
         if delays and isinstance(self._trainer, DelayedMetrics):
@@ -280,7 +297,32 @@ class Trainer(DefaultTrainer):
         if comm.get_world_size() == 1 and isinstance(self._trainer, DelayedMetrics):
             self._trainer.flush()
 
+    def _save_final(self) -> None:
+        """Write the final checkpoint of a run that was killed between its last one and this.
+
+        The final evaluation, which may have been cut off as well, follows in any case.
+        """
+        done = self.start_iter - 1
+        _logger.info(f"Nothing is left to train: the checkpoint is of iteration {done}")
+        if self.start_iter > self.max_iter:
+            _logger.warning(
+                f"The checkpoint has been trained for {self.start_iter} iterations, more than "
+                f"SOLVER.MAX_ITER, {self.max_iter}"
+            )
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                name = f"{hook.file_prefix}_final"
+                last = os.path.basename(hook.checkpointer.get_checkpoint_file())
+                if last != f"{name}.pth":
+                    # As if saved after that iteration.
+                    self.iter = self.storage.iter = done
+                    hook.checkpointer.save(name, iteration=done)
+                    self.iter = self.storage.iter = self.start_iter
+
     def after_train(self) -> None:
+        if self.start_iter >= self.max_iter:
+            # The base class has counted one on, though there was no iteration.
+            self.iter = min(self.iter, self.start_iter)
         try:
             self._flush()
         finally:

@@ -265,6 +265,62 @@ def test_resume_without_a_checkpoint_starts_over(tmp_path):
     assert trainer.start_iter == 0
 
 
+@pytest.mark.parametrize("extra", [{}, {"iteration": 7, "optimizer": {}}])
+def test_resume_from_weights_only(tmp_path, caplog, extra):
+    first = run(tmp_path, "SOLVER.MAX_ITER", "2")
+    weights = {name: value + 1 for name, value in first.model.state_dict().items()}
+    torch.save({"model": weights, **extra}, tmp_path / "weights.pth")
+    (tmp_path / "last_checkpoint").write_text("weights.pth")
+    caplog.clear()
+    resumed = toy.ToyTrainer(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "2"))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 0
+    assert torch.equal(resumed.model.state_dict()["head.bias"], weights["head.bias"])
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "weights.pth holds no state of training, only weights: training starts at" in warning
+    (tmp_path / "losses.txt").unlink()
+    resumed.train()
+    assert sorted(toy.read_losses(tmp_path)) == [0, 1]
+
+
+def test_resume_after_one_iteration(tmp_path, caplog):
+    run(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "1", stop_before=1)
+    resumed = run(tmp_path, "SOLVER.MAX_ITER", "3", resume=True)
+    assert resumed.start_iter == 1
+    assert "holds no state of training" not in caplog.text
+
+
+def test_killed_before_the_final_checkpoint(tmp_path):
+    """The same file, bit by bit, and the same rows of the evaluation."""
+    options = ("SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.MAX_ITER", "10")
+    options += ("DATASETS.TEST", "('toy_train',)")
+    run_quietly(tmp_path, *options, delay=False)
+    final = tmp_path / "model_final.pth"
+    rows, expected = metrics(tmp_path), torch.load(final)
+    results = (tmp_path / "evaluation.json").read_text()
+    final.unlink()
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    for _ in range(2):  # the second time the last checkpoint is the final one
+        run_quietly(tmp_path, *options, delay=False, resume=True)
+        actual = torch.load(final)
+        assert str(actual) == str(expected)
+        for name, value in expected["model"].items():
+            assert torch.equal(actual["model"][name], value)
+        assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+        assert (tmp_path / "evaluation.json").read_text() == results
+        assert {key: value for key, value in metrics(tmp_path).items() if key in rows} == rows
+        assert set(metrics(tmp_path)) == set(rows)
+
+
+def test_resume_with_fewer_iterations_than_done(tmp_path, caplog):
+    run(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "5", stop_before=7)
+    resumed = run(tmp_path, "SOLVER.MAX_ITER", "3", resume=True)
+    assert "trained for 5 iterations, more than SOLVER.MAX_ITER, 3" in caplog.text
+    assert torch.load(tmp_path / "model_final.pth")["trainer"]["iteration"] == 4
+    assert resumed.start_iter == 5
+
+
 def test_resume_with_more_iterations(tmp_path):
     """The schedule continues to the new end; Detectron2's fails beyond the old one."""
     run(tmp_path, "SOLVER.MAX_ITER", "2", "SOLVER.WARMUP_ITERS", "0")
