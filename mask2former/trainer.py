@@ -48,6 +48,7 @@ from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
 from .utils.determinism import use_deterministic_algorithms
+from .utils.output_lock import lock_output
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -329,7 +330,11 @@ class Trainer(DefaultTrainer):
             super().after_train()
 
     def train(self) -> OrderedDict | None:
-        """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does."""
+        """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does.
+
+        Raises:
+            RuntimeError: another training writes to OUTPUT_DIR.
+        """
         batch_sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(batch_sampler, ResumableBatchSampler):
             batch_sampler.seek(self.seed, self.start_iter)
@@ -338,7 +343,8 @@ class Trainer(DefaultTrainer):
                 "The training loader is not from mask2former.data.loader: after resuming, samples "
                 "come in another order than in an uninterrupted run."
             )
-        return super().train()
+        with lock_output(self.cfg.OUTPUT_DIR):
+            return super().train()
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()

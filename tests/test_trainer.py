@@ -1,5 +1,6 @@
 """Training: exact resuming, several processes, and the checks before a run."""
 
+import errno
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ from mask2former.evaluation import write_results
 from mask2former.preflight import check_precision
 from mask2former.train_step import MixedPrecisionStep, Step
 from mask2former.trainer import AmpleMemory, Trainer, chooses_cudnn_benchmark, needs_uploads
+from mask2former.utils.output_lock import lock_output
 
 TOY = Path(__file__).parent / "toy_training.py"
 # Metrics that depend on the clock.
@@ -448,6 +450,61 @@ def test_empty_test_set(tmp_path):
     finally:
         toy.DatasetCatalog.remove("toy_empty")
         MetadataCatalog.remove("toy_empty")
+
+
+# ---- two runs in one folder ----
+
+
+HOLD = """
+import sys, time
+from mask2former.utils.output_lock import lock_output
+with lock_output(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(folder):
+    environment = os.environ | {"PYTHONPATH": str(TOY.parents[1])}
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    """The second is refused, until the first has ended, by a kill too."""
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "2"))
+    with hold(tmp_path) as first:
+        assert first.stdout.readline() == "locked\n"
+        message = rf"OUTPUT_DIR is .* another training writes there \(process {first.pid} on "
+        with pytest.raises(RuntimeError, match=message):
+            trainer.train()
+        first.kill()
+    assert not (tmp_path / "losses.txt").exists()
+    trainer.train()
+    assert sorted(toy.read_losses(tmp_path)) == [0, 1]
+    with hold(tmp_path) as third:
+        assert third.stdout.readline() == "locked\n"
+        third.kill()
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def lockf(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mask2former.utils.output_lock.fcntl.lockf", lockf)
+    run(tmp_path, "SOLVER.MAX_ITER", "2")
+    assert "has no locks ([Errno" in caplog.text
+
+
+def test_lock_is_held_once(tmp_path):
+    """Inner locks of this process change nothing."""
+    with lock_output(str(tmp_path)):
+        with lock_output(str(tmp_path / ".." / tmp_path.name)):
+            pass
+        _, errors = hold(tmp_path).communicate()
+        assert f"(process {os.getpid()} on" in errors
 
 
 # ---- losses written one iteration late ----
