@@ -5,6 +5,7 @@ your own registers its data sets and calls `run`.
 """
 
 import argparse
+import contextlib
 import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
 from .utils.determinism import use_deterministic_algorithms
 from .utils.memory import keep_freed_memory
+from .utils.output_lock import lock_output
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 
@@ -101,6 +103,16 @@ def main(args: argparse.Namespace) -> dict | None:
     compile_mode = getattr(args, "compile", None)
     if compile_mode and not args.eval_only:
         raise ValueError("--compile is for inference: give it together with --eval-only")
+    checked: _Checked | None = getattr(args, "checked", None)
+    # A second training must not replace config.yaml, and read no checkpoint being written.
+    lock: Any = contextlib.nullcontext()
+    if checked is not None and not args.eval_only:
+        lock = lock_output(checked.cfg.OUTPUT_DIR)
+    with lock:
+        return _train_or_evaluate(args, compile_mode)
+
+
+def _train_or_evaluate(args: argparse.Namespace, compile_mode: str | None) -> dict | None:
     cfg = setup(args)
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         keep_freed_memory()

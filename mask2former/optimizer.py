@@ -30,7 +30,9 @@ _NORMS = (
     nn.LocalResponseNorm,
 )
 # Options that select an implementation without changing results.
-_IMPLEMENTATION = ("foreach", "fused", "capturable")
+IMPLEMENTATION = ("foreach", "fused", "capturable")
+# The entry of a group in which torch saves them.
+_PARAMETER_NAMES = "param_names"
 # Devices with fused kernels.
 _FUSED_DEVICES = ("cpu", "cuda")
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
@@ -79,30 +81,30 @@ def _trainable_parameters(
 
 
 class _Regroup:
-    """Converts saved state with one group per parameter to the groups of this optimiser.
+    """Converts saved state to the groups of this optimiser.
 
-    A pre-hook of `Optimizer.load_state_dict`. State that already has the groups of the optimiser
-    passes unchanged. Either must fit the parameters: kernels do not check it.
+    A pre-hook of `Optimizer.load_state_dict`. State with names of parameters may have any groups:
+    they change with SOLVER.BACKBONE_MULTIPLIER or a WEIGHT_DECAY_*. State without them has the
+    groups of the optimiser, or one per parameter. All of it must fit the parameters: kernels do
+    not check it.
 
     Args:
         names: of all trainable parameters, in the original order.
     """
 
     def __init__(self, names: dict[nn.Parameter, str]) -> None:
-        self._parameters = list(names)
         self._names = names
 
     def __call__(self, optimizer: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         require_structure(state_dict)
         saved_groups, state = state_dict["param_groups"], state_dict["state"]
-        is_original = len(saved_groups) == len(self._parameters) != len(optimizer.param_groups)
-        if is_original and all(len(group["params"]) == 1 for group in saved_groups):
-            saved_by_parameter = dict(zip(self._parameters, saved_groups, strict=True))
+        saved_by_parameter = self._by_parameter(optimizer, saved_groups)
+        if saved_by_parameter:
             state, new_groups, index = {}, [], 0
             for group in optimizer.param_groups:
-                new_group = dict(saved_by_parameter[group["params"][0]], params=[])
+                new_group = dict(saved_by_parameter[group["params"][0]][0], params=[])
                 for parameter in group["params"]:
-                    (saved_index,) = saved_by_parameter[parameter]["params"]
+                    _, saved_index = saved_by_parameter[parameter]
                     if saved_index in state_dict["state"]:
                         state[index] = state_dict["state"][saved_index]
                     new_group["params"].append(index)
@@ -111,8 +113,41 @@ class _Regroup:
             saved_groups = new_groups
         state = fitting_state(optimizer, saved_groups, state, self._names)
         # The kernels depend on this run and its device, not on the saved one.
-        ours = {k: v for k, v in optimizer.defaults.items() if k in _IMPLEMENTATION}
-        return {"state": state, "param_groups": [group | ours for group in saved_groups]}
+        ours = {k: v for k, v in optimizer.defaults.items() if k in IMPLEMENTATION}
+        groups = [{k: v for k, v in g.items() if k != _PARAMETER_NAMES} for g in saved_groups]
+        return {"state": state, "param_groups": [group | ours for group in groups]}
+
+    def _by_parameter(
+        self, optimizer: Optimizer, groups: list[dict[str, Any]]
+    ) -> dict[nn.Parameter, tuple[dict[str, Any], int]]:
+        """Each parameter's saved group and number in it; empty if the file does not say."""
+        if {p for group in optimizer.param_groups for p in group["params"]} != set(self._names):
+            return {}
+        entries = [(group, index) for group in groups for index in group["params"]]
+        lists = [group.get(_PARAMETER_NAMES) for group in groups]
+        pairs = zip(lists, groups, strict=True)
+        if all(isinstance(x, list) and len(x) == len(g["params"]) for x, g in pairs):
+            by_name = dict(zip((str(name) for x in lists for name in x), entries, strict=True))
+            if by_name.keys() == set(self._names.values()):
+                return {parameter: by_name[name] for parameter, name in self._names.items()}
+        is_original = len(groups) == len(self._names) != len(optimizer.param_groups)
+        if is_original and all(len(group["params"]) == 1 for group in groups):
+            return dict(zip(self._names, entries, strict=True))
+        return {}
+
+
+def _save_names(names: dict[nn.Parameter, str]) -> Callable[[Optimizer, dict[str, Any]], None]:
+    """A post-hook of `Optimizer.state_dict`: adds the names of the parameters to their groups.
+
+    Not in the optimiser's own groups: torch then wants names in groups that are added later.
+    """
+
+    def add(optimizer: Optimizer, state_dict: dict[str, Any]) -> None:
+        for group, saved in zip(optimizer.param_groups, state_dict["param_groups"], strict=True):
+            if all(parameter in names for parameter in group["params"]):
+                saved[_PARAMETER_NAMES] = [names[parameter] for parameter in group["params"]]
+
+    return add
 
 
 def _clipping_full_model(
@@ -159,11 +194,8 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         parameter: f"{module_name}.{name}".lstrip(".")
         for module_name, _, name, parameter in _trainable_parameters(model)
     }
-    parameters = list(names)
     kwargs: dict[str, Any] = {"lr": solver.BASE_LR}
-    kwargs["fused"] = all(
-        p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in parameters
-    )
+    kwargs["fused"] = all(p.device.type in _FUSED_DEVICES and p.is_floating_point() for p in names)
     if solver.OPTIMIZER == "ADAMW":
         optimizer_type: type[Optimizer] = AdamW
     elif solver.OPTIMIZER == "SGD":
@@ -187,4 +219,5 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
         kwargs["fused"] and solver.OPTIMIZER == "ADAMW" and takes_scaled
     )
     optimizer.register_load_state_dict_pre_hook(_Regroup(names))
+    optimizer.register_state_dict_post_hook(_save_names(names))
     return optimizer

@@ -46,8 +46,9 @@ from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
-from .trainer_state import check_trainer_state
+from .trainer_state import Configured, check_trainer_state, solver_settings
 from .utils.determinism import use_deterministic_algorithms
+from .utils.output_lock import lock_output
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -241,8 +242,25 @@ class Trainer(DefaultTrainer):
             AmpleMemory() if chooses else None,
         ]
 
+    def resume_or_load(self, resume: bool = True) -> None:
+        """Load the last checkpoint if `resume` and there is one, else MODEL.WEIGHTS.
+
+        A last checkpoint that holds weights only starts a training from iteration 0.
+        """
+        # The start is the iteration after this one, which the state of training sets.
+        self.iter = -1
+        super().resume_or_load(resume)
+        if self.iter == -1 and resume and self.checkpointer.has_checkpoint():
+            _logger.warning(
+                f"{self.checkpointer.get_checkpoint_file()} holds no state of training, only "
+                "weights: training starts at iteration 0, with a new optimiser and schedule."
+            )
+        self.iter = max(self.iter, 0)
+
     def before_train(self) -> None:
         super().before_train()
+        if 0 < self.max_iter <= self.start_iter:
+            self._save_final()
         # A subclass may make its own step.
         delays = getattr(self, "_delays_metrics", False)
         if delays and isinstance(self._trainer, DelayedMetrics):
@@ -283,14 +301,43 @@ class Trainer(DefaultTrainer):
         if comm.get_world_size() == 1 and isinstance(self._trainer, DelayedMetrics):
             self._trainer.flush()
 
+    def _save_final(self) -> None:
+        """Write the final checkpoint of a run that was killed between its last one and this.
+
+        The final evaluation, which may have been cut off as well, follows in any case.
+        """
+        done = self.start_iter - 1
+        _logger.info(f"Nothing is left to train: the checkpoint is of iteration {done}")
+        if self.start_iter > self.max_iter:
+            _logger.warning(
+                f"The checkpoint has been trained for {self.start_iter} iterations, more than "
+                f"SOLVER.MAX_ITER, {self.max_iter}"
+            )
+        for hook in self._hooks:
+            if isinstance(hook, hooks.PeriodicCheckpointer):
+                name = f"{hook.file_prefix}_final"
+                last = os.path.basename(hook.checkpointer.get_checkpoint_file())
+                if last != f"{name}.pth":
+                    # As if saved after that iteration.
+                    self.iter = self.storage.iter = done
+                    hook.checkpointer.save(name, iteration=done)
+                    self.iter = self.storage.iter = self.start_iter
+
     def after_train(self) -> None:
+        if self.start_iter >= self.max_iter:
+            # The base class has counted one on, though there was no iteration.
+            self.iter = min(self.iter, self.start_iter)
         try:
             self._flush()
         finally:
             super().after_train()
 
     def train(self) -> OrderedDict | None:
-        """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does."""
+        """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does.
+
+        Raises:
+            RuntimeError: another training writes to OUTPUT_DIR.
+        """
         batch_sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(batch_sampler, ResumableBatchSampler):
             batch_sampler.seek(self.seed, self.start_iter)
@@ -299,21 +346,20 @@ class Trainer(DefaultTrainer):
                 "The training loader is not from mask2former.data.loader: after resuming, samples "
                 "come in another order than in an uninterrupted run."
             )
-        return super().train()
+        with lock_output(self.cfg.OUTPUT_DIR):
+            return super().train()
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()
-        return super().state_dict() | {"seed": self.seed}
+        own = {"seed": self.seed, "solver": solver_settings(self.cfg)}
+        return super().state_dict() | own
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_trainer_state(self, state_dict)
-        # One per parameter group. Other trainers make more groups than this one; the rates of the
-        # scheduler here follow from the config either way.
-        base_lrs = list(self.scheduler.base_lrs)
+        configured = Configured(self.cfg, self._trainer.optimizer, self.scheduler)
         super().load_state_dict(state_dict)
-        if len(self.scheduler.base_lrs) != len(base_lrs):
-            self.scheduler.base_lrs = base_lrs
-            self.scheduler._last_lr = [g["lr"] for g in self._trainer.optimizer.param_groups]
+        # Checkpoints of other trainers have no settings.
+        configured.use(state_dict.get("solver"))
         if hasattr(self.scheduler, "max_iters"):
             # WarmupPolyLR restores its end as well, and fails beyond it.
             self.scheduler.max_iters = self.max_iter

@@ -1,5 +1,7 @@
 """How processes are started."""
 
+import contextlib
+
 import pytest
 import torch
 from detectron2.engine import default_argument_parser
@@ -116,6 +118,30 @@ def test_programs_keep_freed_memory_on_a_cpu(config_file, monkeypatch, tmp_path,
     with pytest.raises(Stop):
         launch_module.main(parse("--config-file", config_file, "MODEL.DEVICE", device))
     assert calls == expected
+
+
+@pytest.mark.parametrize(("flags", "expected"), [((), [True]), (("--eval-only",), [False])])
+def test_training_locks_its_folder_before_it_writes(
+    config_file, monkeypatch, tmp_path, flags, expected
+):
+    seen, locked = [], []
+
+    @contextlib.contextmanager
+    def lock(folder):
+        locked.append(folder)
+        yield
+        locked.remove(folder)
+
+    def stop(args):
+        seen.append(locked == [str(tmp_path / "out")])
+        raise ValueError("stop here")
+
+    monkeypatch.setattr(launch_module, "lock_output", lock)
+    monkeypatch.setattr(launch_module, "setup", stop)
+    args = parse("--config-file", config_file, *flags, "OUTPUT_DIR", str(tmp_path / "out"))
+    with pytest.raises(ValueError, match="stop here"):
+        launch(lambda args: launch_module.main(args), args)
+    assert seen == expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [("True", ["set up", "on"]), ("False", ["set up"])])

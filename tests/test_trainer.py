@@ -1,5 +1,6 @@
 """Training: exact resuming, several processes, and the checks before a run."""
 
+import errno
 import itertools
 import json
 import logging
@@ -29,6 +30,7 @@ from mask2former.evaluation import write_results
 from mask2former.preflight import check_precision
 from mask2former.train_step import MixedPrecisionStep, Step
 from mask2former.trainer import AmpleMemory, Trainer, chooses_cudnn_benchmark, needs_uploads
+from mask2former.utils.output_lock import lock_output
 
 TOY = Path(__file__).parent / "toy_training.py"
 # Metrics that depend on the clock.
@@ -129,6 +131,83 @@ def test_checkpoint_with_a_group_for_each_parameter(tmp_path, scheduler):
     assert toy.read_losses(tmp_path) == expected
 
 
+CHANGES = [
+    ({"SOLVER.BASE_LR": (0.01, 0.003)}, ()),
+    ({"SOLVER.BASE_LR": (0.01, 0.003)}, ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")),
+    ({"SOLVER.BASE_LR": (0.01, 0.003)}, ("SOLVER.OPTIMIZER", "SGD")),
+    ({"SOLVER.BACKBONE_MULTIPLIER": (0.1, 0.2)}, ()),
+    # All parameters are then of one group.
+    ({"SOLVER.BACKBONE_MULTIPLIER": (0.1, 1.0)}, ()),
+    ({"SOLVER.POLY_LR_POWER": (0.9, 0.5), "SOLVER.MAX_ITER": (45, 40)}, ()),
+    ({"SOLVER.WARMUP_ITERS": (5, 30)}, ("SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR")),
+    ({"SOLVER.WEIGHT_DECAY": (0.0001, 0.3)}, ()),
+    ({"SOLVER.MOMENTUM": (0.9, 0.5)}, ("SOLVER.OPTIMIZER", "SGD")),
+]
+
+
+@pytest.mark.parametrize(("changes", "options"), CHANGES)
+@pytest.mark.parametrize("settings_saved", [True, False])
+def test_resume_with_other_settings(tmp_path, caplog, changes, options, settings_saved):
+    """As the config says, with one line each, and the state of each parameter unchanged."""
+    options = ("SEED", "7", *options)
+    run(tmp_path, *options, stop_before=15)
+    (path,) = tmp_path.glob("*.pth")
+    checkpoint = torch.load(path)
+    state = checkpoint["trainer"]
+    groups = state["_trainer"]["optimizer"]["param_groups"]
+    if not settings_saved:
+        del state["solver"]
+        for group in groups:
+            del group["param_names"]
+        torch.save(checkpoint, path)
+    new = (x for key, (_, value) in changes.items() for x in (key, str(value)))
+    cfg = toy.toy_config(tmp_path, *options, *new)
+    trainer, other = toy.ToyTrainer(cfg), toy.ToyTrainer(cfg)
+    fresh = [dict(group) for group in trainer.optimizer.param_groups]
+    if len(fresh) != len(groups) and not settings_saved:
+        with pytest.raises(ValueError, match="different number of parameter groups"):
+            trainer.resume_or_load()
+        return
+    # The rate that a run with these settings has at this iteration.
+    for _ in range(15):
+        other.optimizer.step()
+        other.scheduler.step()
+    expected = [group["lr"] for group in other.optimizer.param_groups]
+    caplog.clear()
+    trainer.resume_or_load()
+    assert trainer.start_iter == 15
+    if settings_saved:
+        lines = [
+            f"{key}: checkpoint {old}, config {value}: the config's value is used"
+            for key, (old, value) in changes.items()
+        ]
+        said = [r.message for r in caplog.records if "config's value" in r.message]
+        assert sorted(said) == sorted(lines)
+    elif "SOLVER.WARMUP_ITERS" in changes:
+        return  # not in that state
+    assert "the config's value is used" in caplog.text
+    assert [group["lr"] for group in trainer.optimizer.param_groups] == expected
+    assert trainer.scheduler.get_last_lr() == expected
+    for group, built in zip(trainer.optimizer.param_groups, fresh, strict=True):
+        assert {k: v for k, v in group.items() if k != "lr"} == {
+            k: v for k, v in built.items() if k != "lr"
+        }
+    names = {parameter: name for name, parameter in trainer.model.named_parameters()}
+    saved = state["_trainer"]["optimizer"]["state"]
+    ours = {names[p]: value for p, value in trainer.optimizer.state.items()}
+    order = ["backbone.weight", "backbone.bias", "head.weight", "head.bias"]
+    for index, name in enumerate(order):
+        for key, value in saved[index].items():
+            torch.testing.assert_close(ours[name][key], value, rtol=0, atol=0)
+
+
+def test_resume_with_the_same_settings_says_nothing(tmp_path, caplog):
+    run(tmp_path, "SEED", "7", stop_before=15)
+    caplog.clear()
+    run(tmp_path, "SEED", "7", resume=True)
+    assert "config's value" not in caplog.text
+
+
 def test_seed_order_and_noise_change_the_losses(tmp_path):
     """Otherwise the test above could pass because nothing is random."""
     curves = [
@@ -186,6 +265,62 @@ def test_seed_of_the_config_takes_precedence(tmp_path, caplog):
 def test_resume_without_a_checkpoint_starts_over(tmp_path):
     trainer = run(tmp_path, "SOLVER.MAX_ITER", "2", resume=True)
     assert trainer.start_iter == 0
+
+
+@pytest.mark.parametrize("extra", [{}, {"iteration": 7, "optimizer": {}}])
+def test_resume_from_weights_only(tmp_path, caplog, extra):
+    first = run(tmp_path, "SOLVER.MAX_ITER", "2")
+    weights = {name: value + 1 for name, value in first.model.state_dict().items()}
+    torch.save({"model": weights, **extra}, tmp_path / "weights.pth")
+    (tmp_path / "last_checkpoint").write_text("weights.pth")
+    caplog.clear()
+    resumed = toy.ToyTrainer(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "2"))
+    resumed.resume_or_load(resume=True)
+    assert resumed.start_iter == 0
+    assert torch.equal(resumed.model.state_dict()["head.bias"], weights["head.bias"])
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "weights.pth holds no state of training, only weights: training starts at" in warning
+    (tmp_path / "losses.txt").unlink()
+    resumed.train()
+    assert sorted(toy.read_losses(tmp_path)) == [0, 1]
+
+
+def test_resume_after_one_iteration(tmp_path, caplog):
+    run(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "1", stop_before=1)
+    resumed = run(tmp_path, "SOLVER.MAX_ITER", "3", resume=True)
+    assert resumed.start_iter == 1
+    assert "holds no state of training" not in caplog.text
+
+
+def test_killed_before_the_final_checkpoint(tmp_path):
+    """The same file, bit by bit, and the same rows of the evaluation."""
+    options = ("SOLVER.CHECKPOINT_PERIOD", "5", "SOLVER.MAX_ITER", "10")
+    options += ("DATASETS.TEST", "('toy_train',)")
+    run_quietly(tmp_path, *options, delay=False)
+    final = tmp_path / "model_final.pth"
+    rows, expected = metrics(tmp_path), torch.load(final)
+    results = (tmp_path / "evaluation.json").read_text()
+    final.unlink()
+    (tmp_path / "evaluation.json").unlink()
+    (tmp_path / "last_checkpoint").write_text("model_0000009.pth")
+    for _ in range(2):  # the second time the last checkpoint is the final one
+        run_quietly(tmp_path, *options, delay=False, resume=True)
+        actual = torch.load(final)
+        assert str(actual) == str(expected)
+        for name, value in expected["model"].items():
+            assert torch.equal(actual["model"][name], value)
+        assert (tmp_path / "last_checkpoint").read_text() == "model_final.pth"
+        assert (tmp_path / "evaluation.json").read_text() == results
+        assert {key: value for key, value in metrics(tmp_path).items() if key in rows} == rows
+        assert set(metrics(tmp_path)) == set(rows)
+
+
+def test_resume_with_fewer_iterations_than_done(tmp_path, caplog):
+    run(tmp_path, "SOLVER.CHECKPOINT_PERIOD", "5", stop_before=7)
+    resumed = run(tmp_path, "SOLVER.MAX_ITER", "3", resume=True)
+    assert "trained for 5 iterations, more than SOLVER.MAX_ITER, 3" in caplog.text
+    assert torch.load(tmp_path / "model_final.pth")["trainer"]["iteration"] == 4
+    assert resumed.start_iter == 5
 
 
 def test_resume_with_more_iterations(tmp_path):
@@ -315,6 +450,61 @@ def test_empty_test_set(tmp_path):
     finally:
         toy.DatasetCatalog.remove("toy_empty")
         MetadataCatalog.remove("toy_empty")
+
+
+# ---- two runs in one folder ----
+
+
+HOLD = """
+import sys, time
+from mask2former.utils.output_lock import lock_output
+with lock_output(sys.argv[1]):
+    print("locked", flush=True)
+    time.sleep(600)
+"""
+
+
+def hold(folder):
+    environment = os.environ | {"PYTHONPATH": str(TOY.parents[1])}
+    command = [sys.executable, "-c", HOLD, str(folder)]
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def test_two_trainings_in_one_folder(tmp_path):
+    """The second is refused, until the first has ended, by a kill too."""
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "2"))
+    with hold(tmp_path) as first:
+        assert first.stdout.readline() == "locked\n"
+        message = rf"OUTPUT_DIR is .* another training writes there \(process {first.pid} on "
+        with pytest.raises(RuntimeError, match=message):
+            trainer.train()
+        first.kill()
+    assert not (tmp_path / "losses.txt").exists()
+    trainer.train()
+    assert sorted(toy.read_losses(tmp_path)) == [0, 1]
+    with hold(tmp_path) as third:
+        assert third.stdout.readline() == "locked\n"
+        third.kill()
+
+
+def test_file_system_without_locks(tmp_path, monkeypatch, caplog):
+    def lockf(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("mask2former.utils.output_lock.fcntl.lockf", lockf)
+    run(tmp_path, "SOLVER.MAX_ITER", "2")
+    assert "has no locks ([Errno" in caplog.text
+
+
+def test_lock_is_held_once(tmp_path):
+    """Inner locks of this process change nothing."""
+    with lock_output(str(tmp_path)):
+        with lock_output(str(tmp_path / ".." / tmp_path.name)):
+            pass
+        _, errors = hold(tmp_path).communicate()
+        assert f"(process {os.getpid()} on" in errors
 
 
 # ---- losses written one iteration late ----

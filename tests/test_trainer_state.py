@@ -62,6 +62,8 @@ BAD = [
     (("iteration",), True, r"trainer\.iteration is True"),
     (("iteration",), "1", r"trainer\.iteration is '1'"),
     (("iteration",), 2**64, r"trainer\.iteration is 18446744073709551616"),
+    (("solver",), [], r"trainer\.solver is a list"),
+    (("solver",), {"SOLVER.BASE_LR": LAUGHS}, r"trainer\.solver\.SOLVER\.BASE_LR is a list"),
     (("seed",), "x", r"trainer\.seed is 'x'"),
     (("seed",), -3, r"trainer\.seed is -3"),
     (("_trainer",), Remove, r"trainer\._trainer is a NoneType, not a dict"),
@@ -213,3 +215,12 @@ def test_another_optimizer_is_named(tmp_path):
         states["ADAMW"][0].load_state_dict(states["SGD"][1])
     with pytest.raises(ValueError, match="has no momentum: another optimiser"):
         states["SGD"][0].load_state_dict(states["ADAMW"][1])
+
+
+@pytest.mark.parametrize(("first", "second"), [("ADAMW", "SGD"), ("SGD", "ADAMW")])
+def test_another_optimiser(tmp_path, first, second):
+    options = ("SOLVER.MAX_ITER", "1", "SOLVER.OPTIMIZER")
+    toy.ToyTrainer(toy.toy_config(tmp_path, *options, first)).train()
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path, *options, second))
+    with pytest.raises(ValueError, match=r"model_final\.pth.* another optimiser than .*OPTIMIZER"):
+        trainer.resume_or_load()
