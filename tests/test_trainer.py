@@ -27,9 +27,10 @@ from mask2former.config import load_config
 from mask2former.data.dataset_mappers import COCOPanopticNewBaselineDatasetMapper, build_mapper
 from mask2former.data.loader import SeededSamples, has_fixed_size
 from mask2former.evaluation import write_results
+from mask2former.hooks import READING_PERIODS, AmpleMemory
 from mask2former.preflight import check_precision
 from mask2former.train_step import MixedPrecisionStep, Step
-from mask2former.trainer import AmpleMemory, Trainer, chooses_cudnn_benchmark, needs_uploads
+from mask2former.trainer import Trainer, chooses_cudnn_benchmark, needs_uploads
 from mask2former.utils.output_lock import lock_output
 
 TOY = Path(__file__).parent / "toy_training.py"
@@ -613,7 +614,7 @@ class IdleStop(Stop):
 
 @pytest.fixture(autouse=True)
 def idle_hook(monkeypatch):
-    monkeypatch.setitem(sys.modules["mask2former.trainer"]._PERIODS, IdleStop, None)
+    monkeypatch.setitem(READING_PERIODS, IdleStop, None)
 
 
 @pytest.mark.parametrize("bad", [2, 3])

@@ -23,7 +23,8 @@ from step_result import make_parser, write_result
 from synthetic_coco import NUM_CLASSES, NUM_THINGS, write_dataset
 
 from mask2former.config import load_config
-from mask2former.trainer import _PERIODS, Trainer
+from mask2former.hooks import READING_PERIODS
+from mask2former.trainer import Trainer
 from mask2former.utils.seeding import seed_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -106,7 +107,7 @@ class Measure(HookBase):
 
 
 # Otherwise the trainer would write losses at once, as for any hook that may read them.
-_PERIODS[Measure] = None
+READING_PERIODS[Measure] = None
 
 
 def main() -> int:
