@@ -831,12 +831,12 @@ def test_checkpointing_is_turned_off_if_memory_is_ample(
     memory = iter(peaks)
     monkeypatch.setattr(AmpleMemory, "_memory", lambda self: (next(memory), 100))
     monkeypatch.setattr(
-        "mask2former.trainer.comm",
+        "mask2former.hooks.comm",
         SimpleNamespace(**vars(comm) | {"all_gather": lambda x: [x, others]}),
     )
     policies = []
     monkeypatch.setattr(
-        "mask2former.trainer.set_checkpointing", lambda model, policy: policies.append(policy)
+        "mask2former.hooks.set_checkpointing", lambda model, policy: policies.append(policy)
     )
     trainer = QuietTrainer(toy.toy_config(tmp_path, "SOLVER.MAX_ITER", "5"))
     trainer.register_hooks([AmpleMemory()])

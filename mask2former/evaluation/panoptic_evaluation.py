@@ -24,7 +24,7 @@ from .panoptic_quality import (
     image_stat,
     official_image_stats,
     read_segment_ids,
-    with_counted_areas,
+    with_sufficient_areas,
 )
 
 _GROUPS = {"All": None, "Things": True, "Stuff": False}
@@ -90,7 +90,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
                 prediction["counts"] = count_segments(
                     gt_ids,
                     as_segment_ids(panoptic_map),
-                    with_counted_areas(annotation, gt_ids),
+                    with_sufficient_areas(annotation, gt_ids),
                     segments,
                     self._categories,
                 )
@@ -147,7 +147,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         self, predictions: dict[Any, dict[str, Any]], png_files: dict[Any, bytes]
     ) -> list[PQStat]:
         pairs = [
-            (with_counted_areas(a, self._read_gt_ids(a)), predictions[a["image_id"]])
+            (with_sufficient_areas(a, self._read_gt_ids(a)), predictions[a["image_id"]])
             for a in self._gt["annotations"]
         ]
         with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:

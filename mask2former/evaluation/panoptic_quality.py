@@ -45,11 +45,12 @@ def read_segment_ids(file_name: str) -> np.ndarray:
     return cv2.cvtColor(colours, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & _ID_MASK
 
 
-def with_counted_areas(annotation: dict[str, Any], gt_ids: np.ndarray) -> dict[str, Any]:
-    """The annotation of an image with the areas of its segments counted in the PNG.
+def with_sufficient_areas(annotation: dict[str, Any], gt_ids: np.ndarray) -> dict[str, Any]:
+    """The annotation of an image with areas that are at least the pixels in the PNG.
 
-    The official code takes areas from the JSON, where they may be missing, zero or those of boxes,
-    which gives a PQ of more than 100. Segments that share an id keep their areas.
+    The official code takes areas from the JSON. Missing or smaller ones, such as 0, would give a PQ
+    of more than 100. Larger ones stay: those of ADE20K include what other segments occlude, and its
+    official scores depend on them. Segments that share an id keep their areas too.
 
     Args:
         annotation: with `segments_info`.
@@ -61,9 +62,11 @@ def with_counted_areas(annotation: dict[str, Any], gt_ids: np.ndarray) -> dict[s
     areas = dict(zip(values.tolist(), counts.tolist(), strict=True))
     counted = []
     for segment in segments:
-        area = segment.get("area")
-        if area is None or times[segment["id"]] == 1:
-            area = areas.get(segment["id"], 0)
+        area, pixels = segment.get("area"), areas.get(segment["id"], 0)
+        if area is None:
+            area = pixels
+        elif times[segment["id"]] == 1:
+            area = max(area, pixels)
         counted.append(segment | {"area": area})
     return annotation | {"segments_info": counted}
 

@@ -3,8 +3,8 @@
 What may be absent or null, and what it then means everywhere:
 
     segments     `iscrowd`   0
-                 `area`      the pixels of the segment in the PNG. Evaluation always counts them, so
-                             that a wrong area cannot give a PQ above 100
+                 `area`      the pixels of the segment in the PNG, which evaluation also takes if
+                             they are more: a wrong area cannot give a PQ above 100
                  `bbox`      nothing: no program reads it
     `images`                 the image of a PNG has its name, with the extension .jpg
     images       `file_name` as above
