@@ -342,7 +342,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         if any(name.startswith(_OF_TRANSFORMERS) for name in self._names):
             remedy = (
                 "Its names are those of the transformers package, which are not converted: use the "
-                "checkpoint that was published for Detectron2."
+                "checkpoint in Detectron2's format."
             )
         return ValueError(
             f"Checkpoint {self._path} does not fit the model of this config "

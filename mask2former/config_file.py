@@ -2,7 +2,7 @@
 
 Detectron2 reads configs with PyYAML's unsafe loader, which runs any function that a file names.
 Here a file and the files of its `_BASE_` hold text, numbers, lists and sections. The one tag
-accepted is the arithmetic of published configs,
+accepted is the arithmetic of the original release's configs,
 
     MIN_SIZE_TRAIN: !!python/object/apply:eval ["[int(x * 0.1 * 512) for x in range(5, 21)]"]
 

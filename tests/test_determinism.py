@@ -81,7 +81,6 @@ def test_training_repeats_its_bits_on_a_cpu(tiny_cfg, tmp_path):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
     ("swin", "mixed_precision", "fast"),
     [(False, False, True), (False, True, True), (True, True, True), (False, False, False)],

@@ -409,16 +409,17 @@ class CountImages(DatasetEvaluator):
         return {"sem_seg": counts | {"mIoU": float("nan")}}
 
 
+class Evaluating(toy.ToyTrainer):
+    @classmethod
+    def build_test_loader(cls, cfg, dataset_name):
+        return [[toy.augment(record)] for record in toy.load_toy_dataset()]
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        return CountImages()
+
+
 def test_periodic_evaluation_is_written(tmp_path):
-    class Evaluating(toy.ToyTrainer):
-        @classmethod
-        def build_test_loader(cls, cfg, dataset_name):
-            return [[toy.augment(record)] for record in toy.load_toy_dataset()]
-
-        @classmethod
-        def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-            return CountImages()
-
     options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "2", "SOLVER.MAX_ITER", "3")
     trainer = Evaluating(toy.toy_config(tmp_path, *options))
     trainer.resume_or_load(resume=False)
@@ -511,19 +512,11 @@ def test_lock_is_held_once(tmp_path):
 # ---- losses written one iteration late ----
 
 
-class QuietTrainer(toy.ToyTrainer):
-    """Without the hook that reads the losses of every iteration; evaluates."""
+class QuietTrainer(Evaluating):
+    """Without the hook that reads the losses of every iteration."""
 
     def build_hooks(self):
         return [hook for hook in super().build_hooks() if type(hook) is not toy.WriteLosses]
-
-    @classmethod
-    def build_test_loader(cls, cfg, dataset_name):
-        return [[toy.augment(record)] for record in toy.load_toy_dataset()]
-
-    @classmethod
-    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
-        return CountImages()
 
 
 EVALUATES = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "12", "SEED", "3")
@@ -581,7 +574,6 @@ def test_delayed_losses_change_no_row(tmp_path, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="losses are delayed on a CUDA GPU")
 @pytest.mark.parametrize("precision", ["float32", "float16", "bfloat16"])
 def test_delayed_losses_on_a_gpu(tmp_path, precision):
     options = (*EVALUATES, "MODEL.DEVICE", "cuda")

@@ -1,4 +1,4 @@
-"""The ground truth as evaluators read it, which is also read before a run: mistakes do not wait.
+"""The ground truth as evaluators read it, also read before a run, so that mistakes show up early.
 
 check_ground_truth(cfg, name)   before the first iteration
 read_coco, read_panoptic        in the evaluators

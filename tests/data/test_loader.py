@@ -365,7 +365,6 @@ def test_batches_for_a_gpu_are_pinned(dataset, monkeypatch):
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="memory is pinned for a CUDA GPU")
 @pytest.mark.parametrize("num_workers", [0, 1])
 def test_memory_is_pinned(dataset, num_workers):
     loader = build_train_loader(config(dataset, NUM_WORKERS=num_workers), with_image)

@@ -198,5 +198,5 @@ def _explain(error: str, place: str, what: str) -> str:
 
 
 def _named(value: Any) -> str:
-    names = {list: "a list", dict: "an object", str: "a text", bool: "a truth value"}
+    names = {list: "a list", dict: "an object", str: "text", bool: "a boolean"}
     return "null" if value is None else names.get(type(value), "a number")
