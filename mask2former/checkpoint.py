@@ -154,11 +154,11 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             else:
                 data = self._torch_load(filename)
         if file_format == "pickle":
-            loaded = from_pickle(data, filename)
+            loaded = from_pickle(data, filename, self.checkpointables)
         elif filename.endswith(".pyth"):
             loaded = from_pycls(data, filename)
         else:
-            loaded = find_weights(data, filename)
+            loaded = find_weights(data, filename, self.checkpointables)
         url: Any = self._parsed_url_during_load
         queries = parse_qs(url.query)
         if queries.pop("matching_heuristics", None) == ["True"]:
@@ -276,7 +276,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         """Raise for keys that do not fit, or warn if partial weights are allowed.
 
         Raises:
-            ValueError: the file was written by another architecture.
+            ValueError: the file does not fit, with the cause.
         """
         for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
             keys[:] = [key for key in keys if not key.endswith(_HARMLESS)]

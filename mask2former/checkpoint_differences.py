@@ -55,6 +55,7 @@ class Differences:
         unexpected: other names that only the file has.
         misshapen: other names with the shape in the file and that in the model.
         num_fitting, num_names: tensors of the model that the file provides, of how many.
+        mostly_differs: these are less than half.
         foreign: the other project that wrote the file and what to do, if it is a known one.
     """
 
@@ -66,15 +67,12 @@ class Differences:
     misshapen: list[tuple[str, Shape, Shape]]
     num_fitting: int
     num_names: int
+    mostly_differs: bool
     foreign: str | None
 
     @property
     def is_predecessor(self) -> bool:
         return self.parts.get("transformer decoder") == (STANDARD_DECODER, MASKED_DECODER)
-
-    @property
-    def mostly_differs(self) -> bool:
-        return 2 * self.num_fitting < self.num_names
 
     @property
     def has_other_backbone(self) -> bool:
@@ -108,7 +106,6 @@ def compare(
         if in_model.get(part, kind) != kind and (is_known(kind) or is_known(in_model[part]))
     }
     explained = [re.compile(re.escape(PARTS[part][0]) + ".*") for part in [*absent, *parts]]
-
     if "backbone" in parts:
         explained.append(_TAKES_FEATURES)
     settings = {}
@@ -117,6 +114,8 @@ def compare(
         if None not in pair and pair[0] != pair[1] and setting.part not in {*absent, *parts}:
             settings[setting] = pair
     explained += [setting.decides for setting in settings]
+
+    mostly_differs = 2 * len(fitting) < len(model)
 
     def is_left(name: str) -> bool:
         return not any(pattern.fullmatch(name) for pattern in explained)
@@ -130,7 +129,8 @@ def compare(
         [item for item in misshapen if is_left(item[0])],
         len(fitting),
         len(model),
-        foreign_format(unexpected) if 2 * len(fitting) < len(model) else None,
+        mostly_differs,
+        foreign_format(unexpected) if mostly_differs else None,
     )
 
 

@@ -2,6 +2,7 @@
 
 import logging
 import math
+from collections.abc import Collection
 from typing import Any
 
 import numpy as np
@@ -31,14 +32,15 @@ _OLD_NAMES = (
 )
 
 
-def find_weights(data: dict[str, Any], path: str) -> dict[str, Any]:
+def find_weights(data: dict[str, Any], path: str, others: Collection[str] = ()) -> dict[str, Any]:
     """Put the state dict of a file under the key "model".
 
     Args:
         data: a state dict, or a dict that holds one.
         path: the file's name, for messages.
+        others: keys of other objects that the run restores.
     """
-    found = [key for key in _WEIGHTS_KEYS if isinstance(data.get(key), dict)]
+    found = [key for key in _WEIGHTS_KEYS if _is_dict(data, key) and key not in others]
     if "model" in data:
         found = ["model", *(key for key in found if key != "model")]
     if not found:
@@ -50,18 +52,25 @@ def find_weights(data: dict[str, Any], path: str) -> dict[str, Any]:
         )
     elif found[0] != "model":
         _logger.info(f"{path} holds its weights under {found[0]!r}.")
-    others = {key: value for key, value in data.items() if key not in found}
-    return {**others, "model": data[found[0]]}
+    rest = {key: value for key, value in data.items() if key != found[0]}
+    return {**rest, "model": data[found[0]]}
 
 
-def from_pickle(data: Any, path: str) -> dict[str, Any]:
-    """Distinguish Detectron2's and Caffe2's model zoo formats, as Detectron2 does."""
+def _is_dict(data: dict[str, Any], key: str) -> bool:
+    return isinstance(data.get(key), dict)
+
+
+def from_pickle(data: Any, path: str, others: Collection[str] = ()) -> dict[str, Any]:
+    """Distinguish Detectron2's and Caffe2's model zoo formats, as Detectron2 does.
+
+    Args: as of `find_weights`.
+    """
     if not isinstance(data, dict):
         raise ValueError(f"Checkpoint {path} holds {type(data).__name__}, not a dict.")
     if "model" in data and "__author__" in data:
         return data
-    if any(isinstance(data.get(key), dict) for key in _WEIGHTS_KEYS):
-        return find_weights(data, path)
+    if any(_is_dict(data, key) for key in _WEIGHTS_KEYS):
+        return find_weights(data, path, others)
     data = data.get("blobs", data)
     if not isinstance(data, dict):
         raise ValueError(f"Checkpoint {path}: its 'blobs' are no dict.")
@@ -121,7 +130,8 @@ def update_names(weights: Weights, in_model: Weights) -> None:
     The modules of the model also replace older names, but only while they load, which is after
     shapes are compared.
     """
-    if all(name == "n_averaged" or name.startswith("module.") for name in weights):
+    of_average = all(name == "n_averaged" or name.startswith("module.") for name in weights)
+    if of_average and "n_averaged" not in in_model:
         weights.pop("n_averaged", None)  # of torch's AveragedModel
     while prefix := _wrapper(weights, in_model):
         _strip_prefix_if_present(weights, prefix)

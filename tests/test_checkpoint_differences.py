@@ -1,5 +1,6 @@
 """What a checkpoint of another model is told to be: one cause, both values, one remedy."""
 
+import functools
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from mask2former.checkpoint_differences import compare, explain
 STATE_DICTS = Path(__file__).parent / "contracts" / "state_dicts"
 
 
+@functools.cache
 def published(name):
     """Names and shapes of a published checkpoint, without the losses' class weights."""
     shapes = {}
@@ -79,6 +81,17 @@ def test_published_checkpoints_differ_by_backbone_queries_and_classes(file, mode
         "number of classes",
     }
     assert not found.missing and not found.unexpected and not found.misshapen
+
+
+def test_unknown_models():
+    model = {"body.weight": (2,), "body.bias": (2,), "neck.weight": (3,)}
+    text = explain(differences({"layers.weight": (2,), "body.bias": (2,)}, model), {"neck.weight"})
+    assert text.startswith("another architecture. Use the config file that the checkpoint was")
+    assert "1 parameters missing in the file (body.weight)" in text
+    assert "1 buffers missing in the file (neck.weight)" in text
+    assert "1 unknown to the model (layers.weight)" in text
+    text = explain(differences(model | {"body.bias": (4,)}, model), set())
+    assert text.startswith("1 of another shape (body.bias (4,) instead of (2,)). Use the config")
 
 
 def change(cfg, key, value):

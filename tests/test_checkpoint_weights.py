@@ -61,6 +61,17 @@ def test_names_of_wrapped_models(tmp_path, prefix):
     assert equal(target, weights)
 
 
+def test_average_that_the_run_restores(tmp_path, caplog):
+    """A hook of the user may save one under such a key."""
+    model, average = Model(), Model()
+    Mask2FormerCheckpointer(model, str(tmp_path), ema=average).save("model")
+    target, restored = Model(), Model()
+    Mask2FormerCheckpointer(target, ema=restored).load(str(tmp_path / "model.pth"))
+    assert equal(target, model.state_dict())
+    assert equal(restored, average.state_dict())
+    assert "several sets" not in caplog.text
+
+
 def test_averaged_model_of_torch(tmp_path):
     averaged, target = torch.optim.swa_utils.AveragedModel(Model()), Model()
     torch.save(averaged.state_dict(), tmp_path / "model.pth")
@@ -149,20 +160,24 @@ def test_queries_of_another_width_are_an_error(tiny_cfg, tmp_path):
         start(tiny_cfg, weights, tmp_path)
 
 
-def test_queries_that_stand_for_classes_are_not_kept(tiny_cfg, tmp_path, caplog):
+@pytest.mark.parametrize(
+    ("head", "layer"),
+    [("PerPixelBaselineHead", "weight"), ("PerPixelBaselinePlusHead", "query_embed.weight")],
+)
+def test_per_pixel_baselines_keep_no_row_of_other_classes(tiny_cfg, tmp_path, caplog, head, layer):
     def change(num_classes):
         tiny_cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = num_classes
         tiny_cfg.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = num_classes
 
     tiny_cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
-    tiny_cfg.MODEL.SEM_SEG_HEAD.NAME = "PerPixelBaselinePlusHead"
+    tiny_cfg.MODEL.SEM_SEG_HEAD.NAME = head
     tiny_cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "TransformerEncoderPixelDecoder"
     tiny_cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE = "transformer_encoder"
     change(4)
     weights = build_model(tiny_cfg).state_dict()
     change(6)
     loaded, before = start(tiny_cfg, weights, tmp_path)
-    name = f"{PREDICTOR}.query_embed.weight"
+    name = f"{PREDICTOR}.{layer}"
     assert torch.equal(loaded[name], before[name])
     assert "has 4 classes and the config 6" in caplog.text
 
