@@ -210,17 +210,26 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self._require_finite(
             {k: v for k, v in loaded.items() if k not in not_loaded}, with_infinity
         )
-        # Name matching silently drops backbone weights of another shape.
-        for name in incompatible.unexpected_keys[:]:
-            full_name = f"backbone.{name}"
-            if full_name not in incompatible.missing_keys or name not in self._shapes:
-                continue
-            shape = tuple(in_model[full_name].shape)
-            if shape != self._shapes[name]:
-                incompatible.missing_keys.remove(full_name)
-                incompatible.unexpected_keys.remove(name)
-                incompatible.incorrect_shapes.append((full_name, self._shapes[name], shape))
+        if by_suffix:
+            self._name_rest_of_backbone(incompatible, in_model)
         return incompatible
+
+    def _name_rest_of_backbone(self, incompatible: Any, in_model: dict[str, torch.Tensor]) -> None:
+        """Give weights that name matching left over their names in the model.
+
+        These are of another shape, which matching drops silently, or of a deeper backbone.
+        """
+        modules = {name.split(".")[1] for name in in_model if name.startswith("backbone.")}
+        unexpected = incompatible.unexpected_keys
+        for i, name in reversed(list(enumerate(unexpected))):
+            full_name = f"backbone.{name}"
+            if full_name in incompatible.missing_keys and name in self._shapes:
+                del unexpected[i]
+                incompatible.missing_keys.remove(full_name)
+                shape = tuple(in_model[full_name].shape)
+                incompatible.incorrect_shapes.append((full_name, self._shapes[name], shape))
+            elif name.split(".")[0] in modules:
+                unexpected[i] = full_name
 
     def _filled_statistics(self, missing: list[str], by_suffix: bool) -> list[str]:
         """The missing statistics of frozen norms, which Detectron2 fills with zeros and ones."""

@@ -190,6 +190,18 @@ def test_another_backbone(tiny_cfg, tmp_path, training):
         checkpointer.load(path, checkpointables=[])
 
 
+@pytest.mark.parametrize(("in_file", "in_config"), [(18, 34), (34, 18)])
+def test_imagenet_weights_of_another_backbone(tiny_cfg, tmp_path, in_file, in_config):
+    """Name matching would take the blocks that both have."""
+    path = tmp_path / "backbone.pth"
+    tiny_cfg.MODEL.RESNETS.DEPTH = in_file
+    torch.save(build_model(tiny_cfg).backbone.state_dict(), path)
+    tiny_cfg.MODEL.RESNETS.DEPTH = in_config
+    checkpointer = Mask2FormerCheckpointer(build_model(tiny_cfg), partial_init=True)
+    with pytest.raises(ValueError, match=f"ResNet-{in_file} instead of ResNet-{in_config}"):
+        checkpointer.load(f"{path}?matching_heuristics=True", checkpointables=[])
+
+
 def test_missing_and_unknown_names(tiny_cfg, tmp_path):
     model, path = saved(tiny_cfg, tmp_path, extra=torch.ones(2))
     with pytest.raises(ValueError, match=r"\): 1 unknown to the model \(extra\)\. .*remove them"):
