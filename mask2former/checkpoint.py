@@ -196,6 +196,11 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             incompatible = super()._load_model(checkpoint)
         # Name matching and conversion rely on names and shapes of known files.
         except (AssertionError, *_STATE_ERRORS) as error:
+            model_shapes = {name: tuple(value.shape) for name, value in in_model.items()}
+            bare = {f"backbone.{name}": shape for name, shape in self._shapes.items()}
+            differences = compare(model_shapes, list(in_model), bare, [])
+            if differences.has_other_backbone:
+                raise self._misfit(differences) from error
             raise ValueError(
                 f"Checkpoint {self._path}: its weights cannot be matched with the model: {error}"
             ) from error

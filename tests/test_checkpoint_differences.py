@@ -10,6 +10,7 @@ from detectron2.modeling import build_model
 from mask2former.architecture import SETTINGS, describe_parts
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.checkpoint_differences import compare, explain
+from mask2former.modeling.backbone.swin import SwinTransformer
 
 STATE_DICTS = Path(__file__).parent / "contracts" / "state_dicts"
 
@@ -199,6 +200,22 @@ def test_imagenet_weights_of_another_backbone(tiny_cfg, tmp_path, in_file, in_co
     tiny_cfg.MODEL.RESNETS.DEPTH = in_config
     checkpointer = Mask2FormerCheckpointer(build_model(tiny_cfg), partial_init=True)
     with pytest.raises(ValueError, match=f"ResNet-{in_file} instead of ResNet-{in_config}"):
+        checkpointer.load(f"{path}?matching_heuristics=True", checkpointables=[])
+
+
+def test_imagenet_weights_of_another_swin(tmp_path):
+    """Name matching gives up on these."""
+
+    def build(depths):
+        model = torch.nn.Module()
+        model.backbone = SwinTransformer(embed_dim=8, depths=depths, num_heads=[1, 1, 1, 1])
+        return model
+
+    path = tmp_path / "swin.pth"
+    torch.save(build([2, 2, 2, 2]).backbone.state_dict(), path)
+    checkpointer = Mask2FormerCheckpointer(build([2, 2, 6, 2]), partial_init=True)
+    message = "backbone Swin of width 8 and depths 2-2-2-2 instead of Swin of .* depths 2-2-6-2"
+    with pytest.raises(ValueError, match=message):
         checkpointer.load(f"{path}?matching_heuristics=True", checkpointables=[])
 
 
