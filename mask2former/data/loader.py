@@ -15,6 +15,7 @@ import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,9 @@ from .formats.images import read_header, read_image
 from .packed_masks import pin
 
 Mapper = Callable[[dict], dict | None]
+
+# What loaders raise when files or records lack something or have another type.
+_LOADER_ERRORS = (AttributeError, KeyError, IndexError, TypeError, UnicodeError, JSONDecodeError)
 
 # How many samples in a row a mapper may reject (return None) before it is an error.
 _MAX_REJECTIONS = 100
@@ -231,7 +235,7 @@ def check_dataset_names(names: Sequence[str]) -> None:
 
 @contextmanager
 def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
-    """Turn Detectron2's assertions about data sets into errors that name the paths.
+    """Turn errors of loaders into errors that name the data set and its paths.
 
     Args:
         names: the data sets loaded in the block.
@@ -239,17 +243,19 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
     Raises:
         FileNotFoundError: a file of a data set registered by Detectron2 is missing.
         ModuleNotFoundError: the package that reads such a data set is missing.
-        ValueError: a data set is not registered or has no usable image.
+        ValueError: a data set is not registered, has no usable image, or its loader fails.
     """
     check_dataset_names(names)
     for name in names:
         check_builtin(name)
     try:
         yield
-    except AssertionError as original:
+    except (AssertionError, *_LOADER_ERRORS) as original:
         error = str(original)
         if "No valid data" in error:
             error += f" The data {NOTHING_TO_TRAIN_ON}"
+        if not isinstance(original, AssertionError):
+            error = f"reading it ended with {type(original).__name__}: {error}"
         raise ValueError(
             f"Data set {', '.join(names)} cannot be used: {error} (looked for {_places(names)})"
         ) from original

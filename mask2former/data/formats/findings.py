@@ -59,6 +59,12 @@ class Findings:
     def warn(self, file: str, id: Any, why: str) -> None:
         self.warnings.append(Finding(file, id, why))
 
+    def extend(self, others: "Findings") -> None:
+        """Add those of another reader."""
+        self.problems += others.problems
+        self.warnings += others.warnings
+        self._missing |= others._missing
+
     def raise_first(self, name: str | None = None, hint: str = "") -> None:
         """Raise the first problem, if any, as an error with one line.
 

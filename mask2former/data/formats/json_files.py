@@ -182,12 +182,18 @@ def convert_list(
             place = f"{path}[{i}]"
             known = entry.get("id") if isinstance(entry, dict) else None
             record = known if type(known) in (int, str) else place
-            findings.problem(file, record, _explain(str(error), place, what))
+            findings.problem(file, record, explain(str(error), place, what))
     return converted
 
 
-def _explain(error: str, place: str, what: str) -> str:
-    """An error of msgspec in our words, with the whole path."""
+def explain(error: str, place: str, what: str) -> str:
+    """An error of msgspec in our words, with the whole path.
+
+    Args:
+        error: its text, with a path such as `$.bbox`.
+        place: path of the decoded value.
+        what: the value in words.
+    """
     reason, _, at = error.partition(" - at `$")
     at = f"{place}{at.removesuffix('`')}"
     if reason.startswith("Object missing required field"):
