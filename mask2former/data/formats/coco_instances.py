@@ -150,14 +150,16 @@ def read_instances(
             return None
         data = Instances(json_file, image_root, has_annotations="annotations" in sections)
         images = decode_list(sections, "images", schema.image, json_file, findings, "an image")
-        categories = read_categories(sections, json_file, findings, kind=schema.category)
         annotations: Sequence[Annotation | None] | None = []
         if data.has_annotations or schema.needs_annotations:
             kind = schema.annotation
             annotations = decode_list(
                 sections, "annotations", kind, json_file, findings, "an annotation"
             )
-        if images is None or categories is None or annotations is None:
+        if annotations is None:  # maybe of another task
+            return None
+        categories = read_categories(sections, json_file, findings, kind=schema.category)
+        if images is None or categories is None:
             return None
         del sections
         data.categories = categories
@@ -196,12 +198,18 @@ def read_categories(
     if categories is None:
         return None
     usable = [category for category in categories if category is not None]
+    if not categories:
+        why = (
+            "lists no categories; for masks without classes list one, such as "
+            '{"id": 1, "name": "object"}, and give all annotations its id'
+        )
+        findings.problem(json_file, None, why)
     for key in ("id", "name"):
         seen: set[Any] = set()
         for category in usable:
             value = getattr(category, key)
             if value in seen and value is not None:
-                why = f"categories: {key} {value!r} occurs more than once"
+                why = f"categories: {key} {value!r} occurs more than once; each class needs its own"
                 findings.problem(json_file, category.id, why)
             seen.add(value)
     for category in usable:
@@ -309,6 +317,15 @@ def _assign(
 
 def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> None:
     """Check everything that reaches C code; drops annotations with problems."""
+    listed = list(chain.from_iterable(data.annotations.values()))
+    if listed and not any(annotation.segmentation for annotation in listed):
+        why = (
+            "no annotation has a segmentation: the JSON has boxes or keypoints only, but the model "
+            "learns masks, as polygons or RLEs"
+        )
+        findings.problem(data.file, None, why)
+        data.annotations = {image.id: [] for image in data.images}
+        return
     sizes = {image.id: (image.height, image.width) for image in data.images}
     paths = {image.id: data.path(image) for image in data.images}
     bad: set[int] = set()  # identities of annotations
@@ -320,7 +337,7 @@ def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> No
     polygons: list[list[Number]] = []
     polygon_owners: list[Annotation] = []
     rles: list[tuple[Annotation, Rle]] = []
-    for annotation in chain.from_iterable(data.annotations.values()):
+    for annotation in listed:
         shape, size = annotation.segmentation, sizes[annotation.image_id]
         why = _number_problem(annotation)
         if why is not None:

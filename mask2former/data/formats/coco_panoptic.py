@@ -111,16 +111,16 @@ def read_panoptic(
             return None
         data = Panoptic(json_file)
         known = None if category_ids is None else set(category_ids)
-        if "categories" in sections:
-            categories = read_categories(sections, json_file, findings, needs_names=False)
-            data.categories = categories or []
-            _check_categories(data, known, findings)
-        known = {c.id for c in data.categories} if known is None else known
         typed = decode_list(
             sections, "annotations", _Annotation, json_file, findings, "an annotation"
         )
         if typed is None:
             return None
+        if "categories" in sections:
+            categories = read_categories(sections, json_file, findings, needs_names=False)
+            data.categories = categories or []
+            _check_categories(data, known, findings)
+        known = {c.id for c in data.categories} if known is None else known
         if "images" in sections:
             _read_images(data, sections, findings)
         entries = decode_value(sections["annotations"])
