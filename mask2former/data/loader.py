@@ -13,6 +13,7 @@ import copy
 import difflib
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from json import JSONDecodeError
@@ -47,14 +48,27 @@ from .dataset_mappers import (
     MaskFormerSemanticDatasetMapper,
 )
 from .datasets.checks import check_builtin
-from .formats.findings import NOTHING_TO_TRAIN_ON
+from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
 from .packed_masks import pin
+from .records import check_records
 
 Mapper = Callable[[dict], dict | None]
 
 # What loaders raise when files or records lack something or have another type.
 _LOADER_ERRORS = (AttributeError, KeyError, IndexError, TypeError, UnicodeError, JSONDecodeError)
+
+# Modules of loaders that check what they read.
+_OWN_LOADERS = re.compile(r"(mask2former|detectron2)\.|functools$")
+
+# The mappers that read records as `records.py` checks them.
+_MAPPERS = (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
+)
 
 # How many samples in a row a mapper may reject (return None) before it is an error.
 _MAX_REJECTIONS = 100
@@ -251,6 +265,8 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (AssertionError, *_LOADER_ERRORS) as original:
+        for name in names:
+            _raise_record_problem(name)
         error = str(original)
         if "No valid data" in error:
             error += f" The data {NOTHING_TO_TRAIN_ON}"
@@ -259,6 +275,28 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
         raise ValueError(
             f"Data set {', '.join(names)} cannot be used: {error} (looked for {_places(names)})"
         ) from original
+    except ValueError:
+        # Loaders raise it with a message of their own; Detectron2 also for records, without name.
+        for name in names:
+            if not _OWN_LOADERS.match(getattr(DatasetCatalog[name], "__module__", None) or ""):
+                _raise_record_problem(name)
+        raise
+
+
+def _raise_record_problem(name: str) -> None:
+    """Raise the first problem of the records of a data set, if its loader returns them.
+
+    Raises:
+        ValueError: a record is malformed.
+    """
+    try:
+        records = DatasetCatalog.get(name)
+    except (AssertionError, ValueError, *_LOADER_ERRORS):
+        return
+    if isinstance(records, list):
+        findings = Findings()
+        check_records(records, name, findings)
+        findings.raise_first(name)
 
 
 def _places(names: Sequence[str]) -> str:
@@ -310,6 +348,10 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             "register a list of dicts, or override Trainer.build_train_loader."
         )
     if isinstance(records, list):
+        if any(type(mapper).__call__ is kind.__call__ for kind in _MAPPERS):
+            findings = Findings()
+            check_records(records, ", ".join(cfg.DATASETS.TRAIN), findings)
+            findings.raise_first(", ".join(cfg.DATASETS.TRAIN))
         _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []

@@ -27,6 +27,7 @@ from ..formats.coco_instances import raw_annotations
 from ..formats.coco_panoptic import Panoptic, read_panoptic
 from ..formats.findings import NOTHING_TO_TRAIN_ON, Finding, Findings
 from ..formats.semantic_folders import IMAGE_EXTENSIONS, read_semantic_folders
+from ..records import check_records
 
 
 @dataclass
@@ -285,7 +286,7 @@ def _index_loaded(index: Index, metadata: Metadata) -> None:
         metadata.get("stuff_classes") or metadata.get("thing_classes") or []
     )
     index.contiguous_ids = {i: i for i in range(len(index.classes))}
-    for record in records:
+    for record in check_records(records, index.name, index.findings):
         annotations = record.get("annotations")
         segments = record.get("segments_info", [])
         index.thing_ids |= {s["category_id"] for s in segments if s.get("isthing", True)}

@@ -3,7 +3,8 @@
 Each case changes one value of a sound data set of three images. Training means: register, load, map
 every record, and read the ground truth as the evaluators do before a run. It either accepts the
 data or refuses it by one ValueError or FileNotFoundError; the check reports a problem if and only
-if training refuses.
+if training refuses. Evaluation, which reads the test images and ground truth to the end, refuses
+only what the check reports, in the same way.
 """
 
 import copy
@@ -20,7 +21,7 @@ import own_data
 import pycocotools.mask as mask_util
 import pytest
 from dataset_trees import save, write_json
-from detectron2.config import CfgNode
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.data.datasets import register_coco_instances, register_coco_panoptic
 from detectron2.data.datasets.lvis import get_lvis_instances_meta, register_lvis_instances
@@ -35,8 +36,10 @@ from mask2former.data import (
 from mask2former.data.check.images import ItemChecker
 from mask2former.data.check.index import build_index
 from mask2former.data.datasets.custom_entries import register_entries
-from mask2former.data.loader import _check_targets, explained_dataset_errors
+from mask2former.data.datasets.loading import check_png
+from mask2former.data.loader import InferenceMapper, _check_targets, explained_dataset_errors
 from mask2former.evaluation.ground_truth import check_ground_truth
+from mask2former.evaluation.semantic_evaluation import LabelReader
 
 ABSENT = object()
 VALUES = (
@@ -207,6 +210,26 @@ def train(kind: str, root: Path) -> str | None:
     return None
 
 
+def evaluate(kind: str, root: Path) -> str | None:
+    """None if a test set can be read to its end, else why not; other errors are raised."""
+    name = NAMES[kind]
+    try:
+        REGISTER[kind](root)
+        check_ground_truth(CONFIG, name)
+        mapper = InferenceMapper(get_cfg())
+        for record in DatasetCatalog.get(name):
+            mapper(record)
+            if "pan_seg_file_name" in record:
+                check_png(record, MetadataCatalog.get(name).panoptic_json)
+            elif "sem_seg_file_name" in record:
+                LabelReader(MetadataCatalog.get(name))(record["sem_seg_file_name"])
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert str(root) in text, f"an error without a file: {type(error).__name__}: {error}"
+        return text
+    return None
+
+
 def check(kind: str, root: Path) -> list[str]:
     """The problems that the check reports."""
     try:
@@ -230,13 +253,15 @@ def outcome(kind: str, root: Path) -> str | None:
     """What is wrong with how a case is treated; None if nothing."""
     try:
         results = []
-        for judge in (train, check):
+        for judge in (train, evaluate, check):
             for catalog in (DatasetCatalog, MetadataCatalog):
                 catalog.pop(NAMES[kind], None)
             results.append(judge(kind, root))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
-    refused, problems = results
+    refused, unreadable, problems = results
+    if unreadable is not None and not problems:
+        return f"evaluation: {unreadable[:250]}; the check: nothing"
     if (refused is None) != (not problems):
         return f"training: {str(refused)[:250]}; the check: {str(problems)[:250]}"
     return None
