@@ -5,6 +5,7 @@ ImageNet backbone, or the same model for other classes or with another number of
 """
 
 import os
+from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs
 
@@ -46,6 +47,8 @@ from .utils.files import (
 _HARMLESS = ("num_batches_tracked", "pixel_mean", "pixel_std", CLASS_WEIGHTS)
 # What objects raise for a state that is not theirs.
 _STATE_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
+# In bytes, of a file in Linux's file systems; longer contents of `last_checkpoint` are no name.
+_LONGEST_NAME = 255
 
 
 class Mask2FormerCheckpointer(DetectionCheckpointer):
@@ -89,6 +92,10 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         Args:
             name: file name without its extension.
             kwargs: extra data to save.
+
+        Raises:
+            WriteError: a file cannot be written. Earlier checkpoints, and which is the last, are as
+                they were.
         """
         if not self.save_dir or not self.save_to_disk:
             return
@@ -103,8 +110,57 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self.tag_last_checkpoint(file_name)
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
-        with atomic_write(os.path.join(self.save_dir, "last_checkpoint")) as file:
+        with atomic_write(self._last_checkpoint) as file:
             file.write(last_filename_basename)
+
+    def has_checkpoint(self) -> bool:
+        # Also a link to nothing, which must not start a training anew in silence.
+        return bool(self.save_dir) and os.path.lexists(self._last_checkpoint)
+
+    @property
+    def _last_checkpoint(self) -> str:
+        return os.path.join(self.save_dir, "last_checkpoint")
+
+    def get_checkpoint_file(self) -> str:
+        """The file that `last_checkpoint` names; empty if there is no `last_checkpoint`.
+
+        Raises:
+            ValueError: it names no file of its folder, or cannot be read.
+        """
+        if not self.has_checkpoint():
+            return ""
+        problem = ""
+        # Reading a pipe would not return.
+        if not os.path.isfile(self._last_checkpoint):
+            problem = "is not a file, or a link to one that does not exist"
+        else:
+            try:
+                with open(self._last_checkpoint, "rb") as file:
+                    content = file.read(_LONGEST_NAME + 1)
+            except OSError as error:
+                problem = f"cannot be read: {error.strerror}"
+        if not problem:
+            name = content.decode(errors="replace").strip()
+            path = os.path.join(self.save_dir, name)
+            if not name:
+                problem = "is empty"
+            elif len(content) > _LONGEST_NAME or not name.isprintable() or "\ufffd" in name:
+                problem = "holds something else than the name of a file"
+            elif os.path.basename(name) != name:
+                problem = f"names {name}, but a checkpoint must be in the same folder"
+            elif not os.path.isfile(path):
+                problem = f"names {name}, which is not a file in its folder"
+            else:
+                return path
+        raise ValueError(
+            f"{self._last_checkpoint} {problem}. Write the name of the checkpoint to resume from "
+            f"into it ({self._candidates()}), or delete it to start anew."
+        )
+
+    def _candidates(self) -> str:
+        files = [path for path in Path(self.save_dir).glob("*.pth") if path.is_file()]
+        files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
+        return f"the newest is {files[0].name}" if files else "its folder has none"
 
     def load(self, path: str, checkpointables: list[str] | None = None) -> dict[str, Any]:
         """Load a checkpoint.

@@ -24,6 +24,8 @@ from .config import ExtendConfig, register_custom_datasets, without_added_defaul
 from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
 from .utils.determinism import use_deterministic_algorithms
+from .utils.files import explained_write_errors, require_writable
+from .utils.log_file import checked_log_file
 from .utils.memory import keep_freed_memory
 from .utils.output_lock import lock_output
 
@@ -58,6 +60,9 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
 
     Returns:
         The config, frozen. It is also written to OUTPUT_DIR/config.yaml.
+
+    Raises:
+        WriteError: OUTPUT_DIR cannot be written.
     """
     checked: _Checked | None = getattr(args, "checked", None)
     if checked is not None and extend_config is None:
@@ -70,9 +75,13 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         # The caller may still register data sets; `main` and `Trainer` check the rest.
         cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
     cfg.freeze()
+    # Before a full disk leaves a part of config.yaml.
+    if comm.is_main_process() and cfg.OUTPUT_DIR:
+        require_writable(cfg.OUTPUT_DIR)
     # Writes config.yaml, which programs of the original release should be able to read.
-    default_setup(without_added_defaults(cfg), _loggable(args))
-    setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    with checked_log_file(), explained_write_errors(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+        default_setup(without_added_defaults(cfg), _loggable(args))
+        setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     if cfg.get("DETERMINISTIC", False):
         use_deterministic_algorithms()
     return cfg

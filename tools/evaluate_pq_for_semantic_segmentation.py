@@ -22,6 +22,7 @@ from mask2former.data.formats.coco_results import read_semantic_results
 from mask2former.data.loader import explained_dataset_errors
 from mask2former.evaluation import SemanticPQ, results_table, write_results
 from mask2former.evaluation.semantic_evaluation import LabelReader
+from mask2former.utils.files import WriteError, require_writable
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -86,8 +87,10 @@ def evaluate(dataset_name: str, json_file: str) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.output_dir:
+            require_writable(args.output_dir)
         metrics = evaluate(args.dataset_name, args.json_file)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
     results = {args.dataset_name: {"semantic_pq": metrics}}
     print(results_table(results))
