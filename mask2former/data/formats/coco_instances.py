@@ -173,7 +173,7 @@ def read_instances(
         ids_in_json = {image.id for image in listed}
         data.images = _usable_images(data, listed, findings, needs_files)
         _assign(data, annotations, ids_in_json, known, findings)
-        _check_masks(data, findings, schema)
+        _check_masks(data, findings, schema.allow_partial)
         return data
 
 
@@ -315,7 +315,7 @@ def _assign(
         findings.warn(data.file, 0, why)
 
 
-def _check_masks(data: Instances, findings: Findings, schema: InstanceSchema) -> None:
+def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> None:
     """Check everything that reaches C code; drops annotations with problems."""
     listed = list(chain.from_iterable(data.annotations.values()))
     if listed and not any(annotation.segmentation for annotation in listed):
@@ -354,14 +354,7 @@ def _check_masks(data: Instances, findings: Findings, schema: InstanceSchema) ->
             kept = [polygon for polygon in shape if _is_polygon(polygon)]
             if len(kept) < len(shape):
                 why = _wrong_length(next(p for p in shape if not _is_polygon(p)))
-                if not kept and schema.allow_unusable:
-                    bad.add(id(annotation))
-                    where = f"annotation {annotation.id}"
-                    findings.warn(
-                        paths[annotation.image_id], where, f"{why}. The object is left out"
-                    )
-                    continue
-                if not kept or not schema.allow_partial:
+                if not kept or not allow_partial:
                     problem(annotation, why)
                     continue
                 where = f"annotation {annotation.id}"

@@ -101,7 +101,6 @@ class InstanceSchema(NamedTuple):
         image, annotation, category: of the entries of the three lists.
         needs_annotations: whether there must be a list of annotations.
         allow_partial: whether parts of an object that are no polygons are left out.
-        allow_unusable: whether objects without a polygon are left out, as Detectron2's loader does.
         is_lvis: whether the URL of an image says its file, and category ids count from 1.
     """
 
@@ -110,12 +109,11 @@ class InstanceSchema(NamedTuple):
     category: type[Category] = Category
     needs_annotations: bool = False
     allow_partial: bool = True
-    allow_unusable: bool = False
     is_lvis: bool = False
 
 
 COCO_JSON = InstanceSchema()
-DETECTRON2_COCO_JSON = InstanceSchema(image=_SizedImage, allow_unusable=True)
+DETECTRON2_COCO_JSON = InstanceSchema(image=_SizedImage)
 LVIS_JSON = InstanceSchema(
     _LvisImage, _LvisAnnotation, needs_annotations=True, allow_partial=False, is_lvis=True
 )
