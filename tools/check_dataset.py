@@ -34,6 +34,7 @@ from mask2former.data.check.report import (
 from mask2former.data.class_counts import check_class_counts
 from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
+from mask2former.utils.interrupts import run_program
 
 # Findings printed per data set; the report has all.
 _NUM_PRINTED = 10
@@ -166,4 +167,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

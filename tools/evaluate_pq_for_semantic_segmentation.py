@@ -23,6 +23,7 @@ from tqdm import tqdm
 from mask2former.data.loader import check_dataset_names
 from mask2former.evaluation import SemanticPQ, results_table, write_results
 from mask2former.evaluation.semantic_evaluation import LabelReader
+from mask2former.utils.interrupts import run_program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -125,4 +126,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
