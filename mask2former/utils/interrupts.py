@@ -336,17 +336,28 @@ class _Guard:
             if received:
                 self._end_after_grace(received[0])
                 return
-            if self._parent is not None and os.getppid() != self._parent:
-                _print(
-                    f"Process {self._parent}, which started process {os.getpid()}, has ended: this "
-                    "one ends too."
-                )
+            orphaned = self._orphaned()
+            if orphaned is not None:
+                _print(orphaned)
                 _leave(_STATUS_OF_ORPHANS)
+
+    def _orphaned(self) -> str | None:
+        """The line to end with if the parent is gone."""
+        if self._parent is None or os.getppid() == self._parent:
+            return None
+        return (
+            f"Process {self._parent}, which started process {os.getpid()}, has ended: this one "
+            "ends too."
+        )
 
     def _end_after_grace(self, signum: int) -> None:
         self._received_at = time.monotonic()
         try:
             self._line = self._message(signum)
+            if self._parent is not None:
+                # Spawned processes get SIGINT when the first thread of their parent ends.
+                time.sleep(_PERIOD / 4)
+                self._line = self._orphaned() or self._line
         finally:
             self._noticed.set()
         if not self._done.wait(self._grace):
