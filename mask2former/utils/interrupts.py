@@ -325,6 +325,8 @@ class _Guard:
         # Terminals and launchers both send it; the first is enough.
         if self.signum is None:
             self.signum = signum
+            # Processes of data loaders may end first, which their loader makes an error.
+            self._old[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
             raise Interrupted(signum)
 
     def _run(self) -> None:
@@ -374,9 +376,6 @@ def _print(line: str) -> None:
 def _leave(status: int) -> NoReturn:
     with contextlib.suppress(OSError):
         sys.stdout.flush()
-    if threading.current_thread() is threading.main_thread():
-        # Data loaders raise an error when one of their processes ends.
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     _end_children()
     os._exit(status)
 
