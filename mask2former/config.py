@@ -36,6 +36,7 @@ _MERGE_ERRORS = (ValueError, TypeError, KeyError, AssertionError, MemoryError, R
 # Keys that the original release does not have.
 _ADDED_KEYS = (
     "DETERMINISTIC",
+    "DISTRIBUTED_TIMEOUT",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
@@ -194,6 +195,10 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
     cfg.DETERMINISTIC = False
+    # Minutes that ranks wait for one that does not answer before the job ends with an error. The
+    # others also wait while the main process computes metrics (PQ, AP) or writes a checkpoint, so
+    # it must be longer than that takes.
+    cfg.DISTRIBUTED_TIMEOUT = 30.0
     # What SOLVER.AMP.ENABLED computes in: "float16", as the original release, with scaled
     # gradients, or "bfloat16", which needs none.
     cfg.SOLVER.AMP.DTYPE = "float16"

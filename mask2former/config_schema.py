@@ -219,6 +219,7 @@ GROUPS = (
             "SEED": _SEED,
             "CUDNN_BENCHMARK": Flag(),
             "DETERMINISTIC": Flag(),
+            "DISTRIBUTED_TIMEOUT": Number(0, 60 * 24 * 7, above=True),
             "DATASETS.TRAIN": _NAMES,
             "DATASETS.TEST": _NAMES,
             "DATASETS.CUSTOM": ListOf(Anything()),

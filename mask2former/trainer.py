@@ -11,6 +11,7 @@ same; on a GPU only with DETERMINISTIC, since gradients are otherwise added in a
 
 import logging
 import os
+import sys
 import weakref
 from collections import OrderedDict
 from pathlib import Path
@@ -51,6 +52,7 @@ from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
 from .utils.determinism import use_deterministic_algorithms
 from .utils.files import WriteError, make_folder
+from .utils.interrupts import Progress, reports_progress
 from .utils.output_lock import lock_output
 from .writers import build_writers
 
@@ -261,6 +263,10 @@ class Trainer(DefaultTrainer):
         try:
             self._flush()
         finally:
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                # The hooks of evaluation would run after an interrupt in the last iteration.
+                evaluating = (hooks.EvalHook, hooks.BestCheckpointer)
+                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, evaluating)]
             super().after_train()
 
     def train(self) -> OrderedDict | None:
@@ -278,13 +284,33 @@ class Trainer(DefaultTrainer):
                 "The training loader is not from mask2former.data.loader: after resuming, samples "
                 "come in another order than in an uninterrupted run."
             )
-        with lock_output(self.cfg.OUTPUT_DIR):
+        written = self._checkpoint_written()
+
+        def progress() -> Progress:
+            # An earlier run may have left checkpoints in the folder.
+            is_ours = self.start_iter > 0 or self._checkpoint_written() != written
+            done = self.iter >= self.max_iter
+            return Progress(
+                "the evaluation after training"
+                if done
+                else f"iteration {self.iter} of {self.max_iter}",
+                self.checkpointer.get_checkpoint_file() or None if is_ours else None,
+            )
+
+        with lock_output(self.cfg.OUTPUT_DIR), reports_progress(progress):
             try:
                 return super().train()
             except WriteError as error:
                 raise WriteError(
                     f"{error} Then --resume continues from the last checkpoint in OUTPUT_DIR."
                 ) from error
+
+    def _checkpoint_written(self) -> int | None:
+        """When the last checkpoint was written, in nanoseconds."""
+        try:
+            return os.stat(os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint")).st_mtime_ns
+        except OSError:
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()

@@ -56,6 +56,7 @@ PAPER_FIGURES = {
 # Keys that the original release does not have.
 ADDED = {
     "DETERMINISTIC": False,
+    "DISTRIBUTED_TIMEOUT": 30.0,
     "MODEL.FAST": True,
     "MODEL.CHECKPOINTING": "auto",
     "MODEL.MASK_FORMER.EXTRA_LOSSES": [],

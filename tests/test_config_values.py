@@ -165,6 +165,7 @@ ACCEPTED = {
             "*BASE_LR_END",
             "*BIAS_LR_FACTOR",
             "MODEL.PIXEL_*",
+            "DISTRIBUTED_TIMEOUT",
             "INPUT.CROP.SIZE",  # in pixels, or read by no mapper
         ),
     ),

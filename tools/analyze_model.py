@@ -38,6 +38,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from mask2former.config import load_config
 from mask2former.data.formats.images import read_header
 from mask2former.data.loader import check_dataset_names
+from mask2former.utils.interrupts import run_program
 from mask2former.utils.twins import runs_fast
 
 # {(height, width): images out of 100}: COCO image shapes, similar ones grouped.
@@ -402,4 +403,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

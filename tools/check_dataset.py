@@ -35,6 +35,7 @@ from mask2former.data.class_counts import check_class_counts
 from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
 from mask2former.utils.files import WriteError, require_writable
+from mask2former.utils.interrupts import run_program
 
 # Findings printed per data set; the report has all.
 _NUM_PRINTED = 10
@@ -187,4 +188,4 @@ def check_all(
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -24,6 +24,7 @@ from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
 from mask2former.utils.files import WriteError, atomic_write, make_folder, require_writable
+from mask2former.utils.interrupts import run_program
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
 
@@ -194,4 +195,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -14,6 +14,7 @@ import sys
 from mask2former.evaluation.boundary_ap import DILATION_RATIO, evaluate_boundary_ap
 from mask2former.evaluation.results import results_table, write_results
 from mask2former.utils.files import WriteError, require_writable
+from mask2former.utils.interrupts import run_program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,4 +61,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

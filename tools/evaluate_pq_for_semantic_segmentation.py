@@ -23,6 +23,7 @@ from mask2former.data.loader import explained_dataset_errors
 from mask2former.evaluation import SemanticPQ, results_table, write_results
 from mask2former.evaluation.semantic_evaluation import LabelReader
 from mask2former.utils.files import WriteError, require_writable
+from mask2former.utils.interrupts import run_program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -99,4 +100,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)
