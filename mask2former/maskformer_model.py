@@ -126,8 +126,9 @@ class MaskFormer(nn.Module):
         if model.DEEP_SUPERVISION:
             for layer in range(model.DEC_LAYERS - 1):
                 weight_dict.update({f"{k}_{layer}": weight for k, weight in weights.items()})
-        criterion_name = model.get("CRITERION_NAME", "SetCriterion")
-        criterion = look_up(CRITERION_REGISTRY, criterion_name, "MODEL.MASK_FORMER.CRITERION_NAME")(
+        name = model.get("CRITERION_NAME", "SetCriterion")
+        make_criterion = look_up(CRITERION_REGISTRY, name, "MODEL.MASK_FORMER.CRITERION_NAME")
+        criterion = make_criterion(
             num_classes=sem_seg_head.num_classes,
             matcher=matcher,
             weight_dict=weight_dict,

@@ -89,8 +89,9 @@ class FullMaskCriterion(SetCriterion):
 
     Predictions are resized to the resolution of the targets (bilinear). Binary cross-entropy is the
     mean over pixels and dice is computed per mask; both are summed over masks and divided by the
-    number of targets. Arguments as of `SetCriterion`; those on points are only read for the losses
-    of `LOSS_REGISTRY`.
+    number of targets. All of it is saved for backward with every MODEL.CHECKPOINTING, so that its
+    memory is that of Table 5. Arguments as of `SetCriterion`; those on points are only read for the
+    losses of `LOSS_REGISTRY`.
     """
 
     _mask_losses: Callable[[Tensor, Tensor], Tensor] = staticmethod(sigmoid_ce_losses)
