@@ -39,6 +39,7 @@ _ADDED_KEYS = (
     "DISTRIBUTED_TIMEOUT",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
+    "MODEL.MASK_FORMER.CRITERION_NAME",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
     "SOLVER.AMP.DTYPE",
@@ -78,7 +79,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.DEEP_SUPERVISION = True
     # Weight of the class "no object" in the classification loss, relative to real classes.
     cfg.MODEL.MASK_FORMER.NO_OBJECT_WEIGHT = 0.1
-    # Weights of the class, dice and mask (binary cross entropy) terms, in matching and in the loss.
+    # Weights of the class, dice and mask (binary cross entropy or focal) terms, in matching and in
+    # the loss.
     cfg.MODEL.MASK_FORMER.CLASS_WEIGHT = 1.0
     cfg.MODEL.MASK_FORMER.DICE_WEIGHT = 1.0
     cfg.MODEL.MASK_FORMER.MASK_WEIGHT = 20.0
@@ -172,7 +174,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # Kept for configs of the original release; the number of heads is MODEL.MASK_FORMER.NHEADS.
     cfg.MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_N_HEADS = 8
 
-    # Points K at which masks are compared, in matching and in the loss (paper, section 3.3).
+    # Points K at which masks are compared, in matching and in the loss (paper, section 3.3). Parts
+    # that compare whole masks (modeling/full_mask_losses.py) do not read these three keys.
     cfg.MODEL.MASK_FORMER.TRAIN_NUM_POINTS = 12544
     # Loss: draw OVERSAMPLE_RATIO * K candidate points and keep the most uncertain ones.
     cfg.MODEL.MASK_FORMER.OVERSAMPLE_RATIO = 3.0
@@ -191,6 +194,9 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = []
     # Registered name of the matcher (MATCHER_REGISTRY in modeling/matcher.py).
     cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
+    # Registered name of the criterion (CRITERION_REGISTRY in modeling/criterion.py): SetCriterion
+    # or, on whole masks, FullMaskCriterion or MaskFormerCriterion; matchers of the same names.
+    cfg.MODEL.MASK_FORMER.CRITERION_NAME = "SetCriterion"
     # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.

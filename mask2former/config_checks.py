@@ -37,7 +37,7 @@ from .model_checks import (
     check_swin,
     unread_freeze_at,
 )
-from .modeling.criterion import LOSS_REGISTRY
+from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
 from .utils.registry import is_mask_former, look_up, registered_names
 
@@ -320,8 +320,9 @@ def _check_model(cfg: CfgNode) -> None:
     # A project with its own copy of `add_maskformer2_config` lacks the added keys.
     if "CHECKPOINTING" in cfg.MODEL:
         _require_one_of(cfg, "MODEL.CHECKPOINTING", CHECKPOINTING)
-    if "MATCHER_NAME" in cfg.MODEL.MASK_FORMER:
-        _require_one_of(cfg, "MODEL.MASK_FORMER.MATCHER_NAME", registered_names(MATCHER_REGISTRY))
+    for name, registry in (("MATCHER", MATCHER_REGISTRY), ("CRITERION", CRITERION_REGISTRY)):
+        if f"{name}_NAME" in cfg.MODEL.MASK_FORMER:
+            _require_one_of(cfg, f"MODEL.MASK_FORMER.{name}_NAME", registered_names(registry))
     _check_extra_losses(cfg.MODEL.MASK_FORMER.get("EXTRA_LOSSES", []))
 
     test = cfg.MODEL.MASK_FORMER.TEST

@@ -46,6 +46,8 @@ MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
 OUR_DECODERS = (MASKED_DECODER, "StandardTransformerDecoder")
 MSDEFORMATTN = "MSDeformAttnPixelDecoder"
 OUR_PIXEL_DECODERS = ("BasePixelDecoder", MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+FULL_MASK_MATCHERS = ("FullMaskMatcher", "MaskFormerMatcher")
+FULL_MASK_CRITERIA = ("FullMaskCriterion", "MaskFormerCriterion")
 RESNETS = (
     "build_resnet_backbone",
     "build_resnet_deeplab_backbone",
@@ -156,6 +158,16 @@ def _on(key: str) -> _Condition:
     return lambda cfg: has_key(cfg, key) and get_value(cfg, key) is True
 
 
+def _matches_at_points(cfg: CfgNode) -> bool:
+    return not _named("MODEL.MASK_FORMER.MATCHER_NAME", *FULL_MASK_MATCHERS)(cfg)
+
+
+def _has_losses_at_points(cfg: CfgNode) -> bool:
+    """Whether the criterion draws points; those of whole masks do for additional losses."""
+    is_full = _named("MODEL.MASK_FORMER.CRITERION_NAME", *FULL_MASK_CRITERIA)(cfg)
+    return not is_full or bool(get_value(cfg, "MODEL.MASK_FORMER").get("EXTRA_LOSSES"))
+
+
 def _all(*conditions: _Condition) -> _Condition:
     return lambda cfg: all(condition(cfg) for condition in conditions)
 
@@ -208,6 +220,7 @@ GROUPS = (
             "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": Text(),
             "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": Text(),
             "MODEL.MASK_FORMER.MATCHER_NAME": Text(),
+            "MODEL.MASK_FORMER.CRITERION_NAME": Text(),
             "INPUT.DATASET_MAPPER_NAME": Text(),
         },
     ),
@@ -393,9 +406,6 @@ GROUPS = (
             "MODEL.MASK_FORMER.MASK_WEIGHT": _WEIGHT,
             "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": _SIZE,
             "MODEL.MASK_FORMER.SIZE_DIVISIBILITY": Whole(None, 2**16),
-            "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": Whole(1, 2**24),
-            "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": Number(1, 1000),
-            "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": _FRACTION,
             "MODEL.MASK_FORMER.TEST.SEMANTIC_ON": Flag(),
             "MODEL.MASK_FORMER.TEST.INSTANCE_ON": Flag(),
             "MODEL.MASK_FORMER.TEST.PANOPTIC_ON": Flag(),
@@ -405,6 +415,19 @@ GROUPS = (
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES": Whole(1, 2**20),
             "TEST.DETECTIONS_PER_IMAGE": Whole(1),
         },
+    ),
+    Group(
+        _is_mask_former,
+        {"MODEL.MASK_FORMER.TRAIN_NUM_POINTS": Whole(1, 2**24)},
+        lambda cfg: _matches_at_points(cfg) or _has_losses_at_points(cfg),
+    ),
+    Group(
+        _is_mask_former,
+        {
+            "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": Number(1, 1000),
+            "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": _FRACTION,
+        },
+        _has_losses_at_points,
     ),
     Group(
         _is_mask_former,

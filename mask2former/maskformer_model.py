@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .data.packed_masks import upload
 from .fast.setup import apply_config, follow_parts
-from .modeling.criterion import SetCriterion
+from .modeling.criterion import CRITERION_REGISTRY, SetCriterion
 from .modeling.matcher import MATCHER_REGISTRY
 from .modeling.postprocessing import instance_inference, panoptic_inference, semantic_inference
 from .utils.registry import look_up, register_unless_taken
@@ -126,8 +126,10 @@ class MaskFormer(nn.Module):
         if model.DEEP_SUPERVISION:
             for layer in range(model.DEC_LAYERS - 1):
                 weight_dict.update({f"{k}_{layer}": weight for k, weight in weights.items()})
-        criterion = SetCriterion(
-            sem_seg_head.num_classes,
+        name = model.get("CRITERION_NAME", "SetCriterion")
+        make_criterion = look_up(CRITERION_REGISTRY, name, "MODEL.MASK_FORMER.CRITERION_NAME")
+        criterion = make_criterion(
+            num_classes=sem_seg_head.num_classes,
             matcher=matcher,
             weight_dict=weight_dict,
             eos_coef=model.NO_OBJECT_WEIGHT,

@@ -90,6 +90,7 @@ def test_sections_are_complete():
     assert list(SECTIONS) == [
         "A loss",
         "A matcher",
+        "A criterion",
         "A dataset mapper",
         "An evaluator type",
         "Config keys",
@@ -133,8 +134,11 @@ def test_sections_change_what_they_say(folder):
 
     # The seed is the same, so the section that only adds a loss has the other losses unchanged.
     plain, halved, grey = map(metrics, ("A loss", "A meta-architecture", "A dataset mapper"))
+    squared = metrics("A criterion")
     assert halved["loss_ce"] == pytest.approx(plain["loss_ce"], rel=1e-5)
     assert halved["loss_ce_0"] == pytest.approx(plain["loss_ce_0"] / 2, rel=1e-5)
     assert grey["loss_ce"] != plain["loss_ce"]
+    assert squared["loss_ce"] == pytest.approx(plain["loss_ce"], rel=1e-5)
+    assert squared["loss_mask"] < plain["loss_mask"]  # (1 - p)² < -ln p
     written = (folder / slug("Config keys") / "output" / "config.yaml").read_text()
     assert "TEMPERATURE: 2.0" in written

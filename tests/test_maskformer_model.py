@@ -379,7 +379,11 @@ def test_bad_configs(tiny_cfg):
         build(tiny_cfg)
     tiny_cfg.MODEL.SEM_SEG_HEAD.IN_FEATURES = ["res2", "res3", "res4", "res5"]
     tiny_cfg.MODEL.MASK_FORMER.MATCHER_NAME = "Greedy"
-    with pytest.raises(ValueError, match="MATCHER_NAME is 'Greedy'.*Registered: HungarianMatcher"):
+    with pytest.raises(ValueError, match="MATCHER_NAME is 'Greedy'.*Registered:.*HungarianMatcher"):
+        build(tiny_cfg)
+    tiny_cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
+    tiny_cfg.MODEL.MASK_FORMER.CRITERION_NAME = "Boxes"
+    with pytest.raises(ValueError, match="CRITERION_NAME is 'Boxes'.*Registered:.*SetCriterion"):
         build(tiny_cfg)
     tiny_cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match="DATASETS.TRAIN is empty"):

@@ -20,6 +20,8 @@ from detectron2.modeling import (
 
 import mask2former
 from mask2former.config import load_config
+from mask2former.modeling.criterion import CRITERION_REGISTRY
+from mask2former.modeling.matcher import MATCHER_REGISTRY
 from mask2former.modeling.transformer_decoder.maskformer_transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
 )
@@ -53,6 +55,12 @@ REGISTERED = [
     (BACKBONE_REGISTRY, "D2SwinTransformer"),
     (TRANSFORMER_DECODER_REGISTRY, "MultiScaleMaskedTransformerDecoder"),
     (TRANSFORMER_DECODER_REGISTRY, "StandardTransformerDecoder"),
+    (MATCHER_REGISTRY, "HungarianMatcher"),
+    (MATCHER_REGISTRY, "FullMaskMatcher"),
+    (MATCHER_REGISTRY, "MaskFormerMatcher"),
+    (CRITERION_REGISTRY, "SetCriterion"),
+    (CRITERION_REGISTRY, "FullMaskCriterion"),
+    (CRITERION_REGISTRY, "MaskFormerCriterion"),
 ]
 # Parameters, without self, of each method that subclasses override or call.
 METHODS = {
@@ -108,12 +116,16 @@ METHODS = {
     "modeling.transformer_decoder.mask2former_transformer_decoder.FFNLayer": {
         "forward_post": "tgt"
     },
-    "modeling.matcher.HungarianMatcher": {"forward": "outputs targets"},
+    "modeling.matcher.HungarianMatcher": {
+        "forward": "outputs targets",
+        "mask_costs": "mask_logits target_masks",
+    },
     "modeling.criterion.SetCriterion": {
         "forward": "outputs targets",
         "loss_labels": "outputs targets indices num_masks",
         "loss_masks": "outputs targets indices num_masks",
         "get_loss": "loss outputs targets indices num_masks",
+        "gather_masks": "outputs targets indices",
     },
     "modeling.pixel_decoder.fpn.BasePixelDecoder": {"forward_features": "features"},
     "modeling.pixel_decoder.msdeformattn.MSDeformAttnPixelDecoder": {

@@ -115,7 +115,7 @@ TABLE = (
         HungarianMatcher,
         "forward",
         criterion.match,
-        stands_for=("memory_efficient_forward",),
+        stands_for=("memory_efficient_forward", "mask_costs"),
         functions=("batch_dice_loss_jit", "batch_sigmoid_ce_loss_jit", "point_sample"),
     ),
     Twin(
@@ -127,6 +127,7 @@ TABLE = (
             "loss_masks",
             "get_loss",
             "matched_masks",
+            "gather_masks",
             "_get_src_permutation_idx",
             "_get_tgt_permutation_idx",
         ),

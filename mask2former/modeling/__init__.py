@@ -8,7 +8,8 @@ B batch, Q queries, K classes, C channels, H W padded image size:
                                   (B, C, H/32, W/32), (B, C, H/16, W/16), (B, C, H/8, W/8)
       → transformer_decoder/      class logits (B, Q, K+1) and mask logits (B, Q, H/4, W/4), from
                                   the queries and after every layer
-      → matcher.py, criterion.py  training: losses on sampled points (mask_losses.py)
+      → matcher.py, criterion.py  training: losses on sampled points (mask_losses.py), or on whole
+                                  masks (full_mask_losses.py)
       → postprocessing.py         inference: semantic, panoptic, instances
 
 layers/ has the building blocks that several parts share. meta_arch/mask_former_head.py joins pixel
@@ -27,6 +28,12 @@ precision.
 from . import backbone, meta_arch, pixel_decoder, transformer_decoder
 from .backbone import D2SwinTransformer
 from .criterion import SetCriterion
+from .full_mask_losses import (
+    FullMaskCriterion,
+    FullMaskMatcher,
+    MaskFormerCriterion,
+    MaskFormerMatcher,
+)
 from .matcher import HungarianMatcher
 from .meta_arch import MaskFormerHead, PerPixelBaselineHead, PerPixelBaselinePlusHead
 from .pixel_decoder import BasePixelDecoder, MSDeformAttnPixelDecoder
@@ -34,9 +41,13 @@ from .pixel_decoder import BasePixelDecoder, MSDeformAttnPixelDecoder
 __all__ = [
     "BasePixelDecoder",
     "D2SwinTransformer",
+    "FullMaskCriterion",
+    "FullMaskMatcher",
     "HungarianMatcher",
     "MSDeformAttnPixelDecoder",
+    "MaskFormerCriterion",
     "MaskFormerHead",
+    "MaskFormerMatcher",
     "PerPixelBaselineHead",
     "PerPixelBaselinePlusHead",
     "SetCriterion",

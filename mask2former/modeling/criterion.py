@@ -36,6 +36,7 @@ from .mask_losses import (
 from .matcher import Indices, Targets
 
 __all__ = [
+    "CRITERION_REGISTRY",
     "LOSS_REGISTRY",
     "MatchedMasks",
     "SetCriterion",
@@ -45,6 +46,15 @@ __all__ = [
     "sigmoid_ce_loss",
     "sigmoid_ce_loss_jit",
 ]
+
+CRITERION_REGISTRY = Registry("CRITERION")
+CRITERION_REGISTRY.__doc__ = """
+Registry of criteria, named by `MODEL.MASK_FORMER.CRITERION_NAME`.
+
+A registered class is called with the keywords of `SetCriterion`. The module it returns maps
+(outputs, targets) to unweighted losses, see `SetCriterion.forward`, and has the attribute
+`weight_dict`.
+"""
 
 LOSS_REGISTRY = Registry("LOSS")
 LOSS_REGISTRY.__doc__ = """
@@ -93,6 +103,7 @@ def begin_average_num_masks(targets: Targets, device: torch.device) -> Callable[
     return lambda: max(copied.read().item() / get_world_size(), 1.0)
 
 
+@CRITERION_REGISTRY.register()
 class SetCriterion(nn.Module):
     """The losses of every prediction layer, unweighted.
 
@@ -216,11 +227,7 @@ class SetCriterion(nn.Module):
     ) -> MatchedMasks:
         """Gather the matched pairs of a layer and draw the points of their losses."""
         src_idx = self._get_src_permutation_idx(indices)
-        logits = to_default_dtype(outputs["pred_masks"][src_idx])  # (N, H, W)
-        masks = [target["masks"] for target in targets]
-        if len({mask.shape[1:] for mask in masks}) > 1:
-            masks = list(nested_tensor_from_tensor_list(masks).tensors)  # padded to one size
-        target_masks = torch.cat([m[j] for m, (_, j) in zip(masks, indices, strict=True)])
+        logits, target_masks = self.gather_masks(outputs, targets, indices)
         target_masks = target_masks.to(logits)
         with torch.no_grad():
             points = get_uncertain_point_coords_with_randomness(
@@ -240,6 +247,21 @@ class SetCriterion(nn.Module):
             point_logits=point_sample(logits[:, None], points, align_corners=False)[:, 0],
             point_labels=point_labels,
         )
+
+    def gather_masks(
+        self, outputs: dict[str, Any], targets: Targets, indices: Indices
+    ) -> tuple[Tensor, Tensor]:
+        """Gather the masks of the matched pairs of a layer.
+
+        Returns:
+            Mask logits (N, H, W) in the default dtype, and target masks (N, H', W') of their own
+            dtype. Targets of different sizes are padded to the largest.
+        """
+        logits = to_default_dtype(outputs["pred_masks"][self._get_src_permutation_idx(indices)])
+        masks = [target["masks"] for target in targets]
+        if len({mask.shape[1:] for mask in masks}) > 1:
+            masks = list(nested_tensor_from_tensor_list(masks).tensors)
+        return logits, torch.cat([m[j] for m, (_, j) in zip(masks, indices, strict=True)])
 
     def _get_src_permutation_idx(self, indices: Indices) -> tuple[Tensor, Tensor]:
         """(image, query) of every matched pair, two (N,) tensors."""

@@ -1,6 +1,7 @@
-"""Mask losses on sampled points: binary cross-entropy and dice, matched and pairwise.
+"""Mask losses on points or pixels: binary cross-entropy, focal and dice, matched and pairwise.
 
-The matched forms are training losses (paper, section 4.1); the pairwise forms are matching costs.
+The matched forms are training losses (paper, section 4.1; focal: MaskFormer, section 4.2); the
+pairwise forms are matching costs.
 
 Shape letters: N matched masks, Q predicted masks, T target masks, P points; … is any batch.
 """
@@ -8,6 +9,10 @@ Shape letters: N matched masks, Q predicted masks, T target masks, P points; …
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torchvision.ops import sigmoid_focal_loss
+
+# Of the focal loss: weight of the foreground and exponent, as in RetinaNet.
+FOCAL_ALPHA, FOCAL_GAMMA = 0.25, 2.0
 
 
 def to_default_dtype(x: Tensor) -> Tensor:
@@ -37,6 +42,15 @@ def dice_losses(inputs: Tensor, targets: Tensor) -> Tensor:
 def sigmoid_ce_losses(inputs: Tensor, targets: Tensor) -> Tensor:
     """Binary cross-entropy of each matched mask, averaged over points; as `dice_losses`."""
     return F.binary_cross_entropy_with_logits(inputs, targets, reduction="none").mean(1)
+
+
+def sigmoid_focal_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Focal loss of each matched mask, averaged over points; as `dice_losses`.
+
+    A point of foreground has the loss -alpha (1 - p)^gamma ln p, one of background
+    -(1 - alpha) p^gamma ln(1 - p).
+    """
+    return sigmoid_focal_loss(inputs, targets, FOCAL_ALPHA, FOCAL_GAMMA).mean(1)
 
 
 def dice_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
@@ -73,6 +87,19 @@ def batch_sigmoid_ce_loss(inputs: Tensor, targets: Tensor) -> Tensor:
     """
     num_points = inputs.shape[-1]
     return (F.softplus(inputs).sum(-1)[..., :, None] - inputs @ targets.mT) / num_points
+
+
+def batch_sigmoid_focal_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+    """Focal loss of each pair of prediction and target, averaged over points.
+
+    One matrix product covers all pairs, as in `batch_sigmoid_ce_loss`. Arguments and result as in
+    `batch_dice_loss`.
+    """
+    probabilities = inputs.sigmoid()
+    foreground = FOCAL_ALPHA * (1 - probabilities) ** FOCAL_GAMMA * F.softplus(-inputs)
+    background = (1 - FOCAL_ALPHA) * probabilities**FOCAL_GAMMA * F.softplus(inputs)
+    pairs = (foreground - background) @ targets.mT
+    return (pairs + background.sum(-1)[..., :, None]) / inputs.shape[-1]
 
 
 # The original compiles these with TorchScript; other projects import the names.

@@ -52,6 +52,8 @@ class HungarianMatcher(nn.Module):
         num_points: number of points P at which masks are compared, drawn anew for every image.
     """
 
+    _shown: tuple[str, ...] = ("cost_class", "cost_mask", "cost_dice", "num_points")  # in the repr
+
     def __init__(
         self,
         cost_class: float = 1,
@@ -85,21 +87,16 @@ class HungarianMatcher(nn.Module):
     @torch.no_grad()
     def memory_efficient_forward(self, outputs: dict[str, Any], targets: Targets) -> Indices:
         """Same as `forward`: masks are compared at P points, not at every pixel."""
-        if self.num_points <= 0:
-            raise ValueError(f"num_points={self.num_points}: masks are compared at sampled points")
         indices = []
         for image, target in enumerate(targets):
             # -p(class) approximates the negative log-likelihood, as in DETR.
             class_probs = to_default_dtype(outputs["pred_logits"][image]).softmax(-1)  # (Q, K+1)
             cost_class = -class_probs[:, target["labels"]]
 
-            points = torch.rand(1, self.num_points, 2, device=class_probs.device)
-            pred_masks = _sample(outputs["pred_masks"][image], points)  # (Q, P)
-            gt_masks = _sample(target["masks"].to(pred_masks), points)  # (T, P)
-            with torch.autocast(pred_masks.device.type, enabled=False):
-                cost_mask = batch_sigmoid_ce_loss_jit(pred_masks, gt_masks)
-                cost_dice = batch_dice_loss_jit(pred_masks, gt_masks)
-
+            with torch.autocast(class_probs.device.type, enabled=False):
+                cost_mask, cost_dice = self.mask_costs(
+                    outputs["pred_masks"][image], target["masks"]
+                )
             cost = (
                 self.cost_mask * cost_mask
                 + self.cost_class * cost_class
@@ -108,9 +105,28 @@ class HungarianMatcher(nn.Module):
             indices.append(assign(cost.cpu(), image))
         return indices
 
+    def mask_costs(self, mask_logits: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Compare all predictions of an image with all its targets, at P points.
+
+        Args:
+            mask_logits: (Q, H, W).
+            target_masks: (T, H', W').
+
+        Returns:
+            Binary cross-entropy and dice loss of all pairs, (Q, T) each.
+        """
+        if self.num_points <= 0:
+            raise ValueError(f"num_points={self.num_points}: masks are compared at sampled points")
+        points = torch.rand(1, self.num_points, 2, device=mask_logits.device)
+        pred_masks = _sample(mask_logits, points)  # (Q, P)
+        gt_masks = _sample(target_masks.to(pred_masks), points)  # (T, P)
+        return (
+            batch_sigmoid_ce_loss_jit(pred_masks, gt_masks),
+            batch_dice_loss_jit(pred_masks, gt_masks),
+        )
+
     def __repr__(self, _repr_indent: int = 4) -> str:
-        names = ("cost_class", "cost_mask", "cost_dice", "num_points")
-        body = [f"{name}: {getattr(self, name)}" for name in names]
+        body = [f"{name}: {getattr(self, name)}" for name in self._shown]
         indent = " " * _repr_indent
         return "\n".join([f"Matcher {type(self).__name__}", *(indent + line for line in body)])
 
