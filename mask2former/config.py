@@ -40,6 +40,7 @@ _ADDED_KEYS = (
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
+    "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "SOLVER.AMP.DTYPE",
 )
 # Attribute of a config object, not a key: the dotted keys that nobody has set.
@@ -190,6 +191,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = []
     # Registered name of the matcher (MATCHER_REGISTRY in modeling/matcher.py).
     cfg.MODEL.MASK_FORMER.MATCHER_NAME = "HungarianMatcher"
+    # Layers of BiFPNPixelDecoder.
+    cfg.MODEL.SEM_SEG_HEAD.BIFPN_LAYERS = 9
     # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
