@@ -42,6 +42,7 @@ _ADDED_KEYS = (
     "MODEL.MASK_FORMER.CRITERION_NAME",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
+    "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "SOLVER.AMP.DTYPE",
 )
 # Attribute of a config object, not a key: the dotted keys that nobody has set.
@@ -197,6 +198,8 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # Registered name of the criterion (CRITERION_REGISTRY in modeling/criterion.py): SetCriterion
     # or, on whole masks, FullMaskCriterion or MaskFormerCriterion; matchers of the same names.
     cfg.MODEL.MASK_FORMER.CRITERION_NAME = "SetCriterion"
+    # Layers of BiFPNPixelDecoder.
+    cfg.MODEL.SEM_SEG_HEAD.BIFPN_LAYERS = 9
     # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.

@@ -45,9 +45,17 @@ OUR_HEADS = (MASK_FORMER_HEAD, "PerPixelBaselineHead", "PerPixelBaselinePlusHead
 MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
 OUR_DECODERS = (MASKED_DECODER, "StandardTransformerDecoder")
 MSDEFORMATTN = "MSDeformAttnPixelDecoder"
-OUR_PIXEL_DECODERS = ("BasePixelDecoder", MSDEFORMATTN, "TransformerEncoderPixelDecoder")
 FULL_MASK_MATCHERS = ("FullMaskMatcher", "MaskFormerMatcher")
 FULL_MASK_CRITERIA = ("FullMaskCriterion", "MaskFormerCriterion")
+FAPN, BIFPN = "FaPNPixelDecoder", "BiFPNPixelDecoder"
+PIXEL_DECODERS_WITH_ENCODER = (MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+OUR_PIXEL_DECODERS = (
+    *PIXEL_DECODERS_WITH_ENCODER,
+    "BasePixelDecoder",
+    "SemanticFPNPixelDecoder",
+    FAPN,
+    BIFPN,
+)
 RESNETS = (
     "build_resnet_backbone",
     "build_resnet_deeplab_backbone",
@@ -502,8 +510,12 @@ GROUPS = (
         },
     ),
     Group(
-        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *OUR_PIXEL_DECODERS[1:]),
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *PIXEL_DECODERS_WITH_ENCODER),
         {"MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": Whole(0, 1000)},
+    ),
+    Group(
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", BIFPN),
+        {"MODEL.SEM_SEG_HEAD.BIFPN_LAYERS": Whole(1, 1000)},
     ),
     Group(
         _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", MSDEFORMATTN),

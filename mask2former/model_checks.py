@@ -9,14 +9,17 @@ import re
 from detectron2.config import CfgNode
 
 from .config_schema import (
+    FAPN,
     MASK_FORMER_HEAD,
     MASKED_DECODER,
     MSDEFORMATTN,
     OUR_DECODERS,
     OUR_PIXEL_DECODERS,
+    PIXEL_DECODERS_WITH_ENCODER,
     bad_value,
 )
 from .modeling.backbone.swin import check_stages
+from .modeling.pixel_decoder.fapn import OFFSET_GROUPS
 from .utils.registry import is_mask_former
 
 _MULTI_SCALE = "multi_scale_pixel_decoder"
@@ -65,7 +68,7 @@ def check_attention_heads(cfg: CfgNode) -> None:
             f"MODEL.MASK_FORMER.HIDDEN_DIM is {mask_former.HIDDEN_DIM}; allowed: multiples of "
             f"MODEL.MASK_FORMER.NHEADS, which is {mask_former.NHEADS}."
         )
-    has_encoder = head.PIXEL_DECODER_NAME in (MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+    has_encoder = head.PIXEL_DECODER_NAME in PIXEL_DECODERS_WITH_ENCODER
     if has_encoder and head.CONVS_DIM % mask_former.NHEADS:
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {head.CONVS_DIM}; allowed: multiples of "
@@ -74,12 +77,18 @@ def check_attention_heads(cfg: CfgNode) -> None:
 
 
 def check_groups(cfg: CfgNode) -> None:
-    """The channels of the pixel decoders' GroupNorm."""
+    """The channels of the pixel decoders' GroupNorm, and of FaPN's deformable convolutions."""
     head = cfg.MODEL.SEM_SEG_HEAD
     has_groups = head.NORM == "GN" or head.PIXEL_DECODER_NAME == MSDEFORMATTN
     if head.PIXEL_DECODER_NAME in OUR_PIXEL_DECODERS and has_groups and head.CONVS_DIM % _GROUPS:
         raise bad_value(
             "MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM, f"multiples of {_GROUPS} (groups)"
+        )
+    if head.PIXEL_DECODER_NAME == FAPN and head.CONVS_DIM % OFFSET_GROUPS:
+        raise bad_value(
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+            head.CONVS_DIM,
+            f"multiples of {OFFSET_GROUPS} (groups of offsets) with {FAPN}",
         )
 
 
@@ -152,7 +161,10 @@ def _check_standard_decoder(cfg: CfgNode) -> None:
             f"'transformer_encoder', 'pixel_embedding' or a feature of the backbone with "
             f"{cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME}",
         )
-    if in_feature == "transformer_encoder" and pixel_decoder == "BasePixelDecoder":
+    has_encoder = pixel_decoder in PIXEL_DECODERS_WITH_ENCODER
+    if in_feature == "transformer_encoder" and (
+        pixel_decoder in OUR_PIXEL_DECODERS and not has_encoder
+    ):
         raise bad_value(
             key,
             in_feature,

@@ -26,7 +26,10 @@ SWIN = "ade20k/semantic-segmentation/swin/maskformer2_swin_tiny_bs16_160k.yaml"
 BASES = {
     "R50": (R50, {}),
     "Swin": (SWIN, {}),
-    "LVIS": ("lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml", {}),
+    "LVIS": (
+        "lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml",
+        {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BiFPNPixelDecoder"},
+    ),
     "SGD": (
         "cityscapes/semantic-segmentation/maskformer2_R101_bs16_90k.yaml",
         {
@@ -378,6 +381,26 @@ CONTRADICTIONS = [
         {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder"},
         "TRANSFORMER_IN_FEATURE is 'transformer_encoder'.*BasePixelDecoder has no encoder",
     ),
+    (
+        "FPN",
+        {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "FaPNPixelDecoder"},
+        "TRANSFORMER_IN_FEATURE is 'transformer_encoder'.*FaPNPixelDecoder has no encoder",
+    ),
+    (
+        "R50",
+        {
+            "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "FaPNPixelDecoder",
+            "MODEL.SEM_SEG_HEAD.NORM": "LN",
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM": 100,
+        },
+        "CONVS_DIM is 100; allowed: multiples of 8 .groups of offsets. with FaPN",
+    ),
+    (
+        "LVIS",
+        {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res4", "res5"]},
+        "IN_FEATURES.*3 scales.*with BiFPNPixelDecoder these give 2",
+    ),
+    ("LVIS", {"MODEL.SEM_SEG_HEAD.CONVS_DIM": 48}, "CONVS_DIM is 48; allowed: multiples of 32"),
     ("Swin", {"MODEL.SWIN.NUM_HEADS": [3, 6, 12, 24, 48]}, "MODEL.SWIN.DEPTHS.*NUM_HEADS"),
     ("Swin", {"MODEL.SWIN.EMBED_DIM": 97}, "MODEL.SWIN.NUM_HEADS.*EMBED_DIM 97"),
     ("Swin", {"MODEL.BACKBONE.FREEZE_AT": 5}, "FREEZE_AT is 5; allowed: 0, because.*Swin"),

@@ -5,9 +5,9 @@
     python tools/analyze_model.py --tasks flop --dataset coco_2017_val --config-file configs/...
 
 Multiply-adds cover the network from the image to class and mask logits. Post-processing, whose cost
-depends on the predictions, is excluded. As usual, convolutions, matrix products, attention and
-deformable attention are counted, and elementwise operations (norms, activation functions, resizing,
-softmax) are not. A multiply-add counts once.
+depends on the predictions, is excluded. As usual, convolutions, matrix products, attention, and
+deformable convolutions and attention with their sampling are counted, and elementwise operations
+(norms, activation functions, resizing, softmax) are not. A multiply-add counts once.
 
 The counts depend on the image size only, so the tool reads neither images nor weights and does not
 execute the counted operators. Sizes are `COCO_SIZES` by default, or those of --dataset.
@@ -72,6 +72,16 @@ def _attention(args: tuple, out: tuple[Tensor, ...]) -> int:
     return (query.numel() + out[0].numel()) * key.shape[-2]
 
 
+def _deformable_convolution(args: tuple, out: Tensor) -> int:
+    """Count the convolution and the sampling of its inputs, `_PER_SAMPLE` with modulation."""
+    value, weight = args[:2]
+    out_positions, kernel_size = out.numel() // out.shape[1], weight[0, 0].numel()
+    has_modulation = args[13]
+    per_sample = _PER_SAMPLE if has_modulation else _PER_SAMPLE - 1
+    samples = out_positions * kernel_size * value.shape[1]
+    return out.numel() * weight[0].numel() + samples * per_sample
+
+
 def _sampling(value: Tensor, locations: Tensor) -> int:
     """Count sampling of values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
     return locations.numel() // 2 * value.shape[-1] * _PER_SAMPLE
@@ -86,6 +96,7 @@ class _Operator(NamedTuple):
 
 _OPERATORS = {
     "aten::convolution": _Operator("convolution", _convolution),
+    "torchvision::deform_conv2d": _Operator("deformable convolution", _deformable_convolution),
     "aten::mm": _Operator("matrix product", lambda args, out: out.numel() * args[0].shape[-1]),
     "aten::bmm": _Operator("matrix product", lambda args, out: out.numel() * args[0].shape[-1]),
     "aten::addmm": _Operator("matrix product", lambda args, out: out.numel() * args[1].shape[-1]),

@@ -17,6 +17,7 @@ from load_script import load_script
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import DeformConv2d
 
 from mask2former.config import load_config
 from mask2former.ops import MSDeformAttn, ms_deform_attn
@@ -135,6 +136,19 @@ def test_deformable_attention_by_hand(compiled, monkeypatch):
     classic = (values.view(1, 30, 8, 4), shapes, torch.zeros(1, 7, 8, 2, 4, 2))
     adds, _ = count_operators(lambda: ms_deform_attn(*classic, torch.zeros(1, 7, 8, 2, 4)))
     assert adds == {"deformable attention": sampled * 4 * 5}
+
+
+@pytest.mark.parametrize(("has_modulation", "per_sample"), [(False, 4), (True, 5)])
+def test_deformable_convolution_by_hand(has_modulation, per_sample):
+    """The convolution, and per sampled value four corners and the modulation."""
+    conv = DeformConv2d(6, 4, (3, 2), stride=2, padding=1, groups=2)
+    x = torch.zeros(2, 6, 7, 8)  # → 4 × 5 positions
+    offset = torch.zeros(2, 2 * 3 * 6, 4, 5)  # three groups of channels
+    modulation = torch.zeros(2, 3 * 6, 4, 5) if has_modulation else None
+    adds, activations = count_operators(lambda: conv(x, offset, modulation))
+    products, samples = 2 * 4 * 20 * (3 * 6), 2 * 6 * 20 * 6
+    assert adds == {"deformable convolution": products + samples * per_sample}
+    assert activations == {"deformable convolution": 2 * 4 * 20}
 
 
 def test_counts_equal_torch_flop_counter(small_model):
