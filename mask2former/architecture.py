@@ -27,6 +27,9 @@ _POINTS = 4  # per level and head of deformable attention
 _PIXEL_DECODERS = {
     "transformer.encoder.layers.0.self_attn.sampling_offsets.": "MSDeformAttnPixelDecoder",
     "transformer.encoder.": "TransformerEncoderPixelDecoder",
+    "branches.": "SemanticFPNPixelDecoder",
+    "alignments.": "FaPNPixelDecoder",
+    "layers.0.top_down.": "BiFPNPixelDecoder",
     "mask_features.": "BasePixelDecoder",
 }
 MASKED_DECODER, STANDARD_DECODER = (

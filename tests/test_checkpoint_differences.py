@@ -5,13 +5,20 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.layers import ShapeSpec
 from detectron2.modeling import build_model
 
 from mask2former.architecture import SETTINGS, describe_parts
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.checkpoint_differences import compare, explain
+from mask2former.config import load_config
+from mask2former.config_schema import MSDEFORMATTN, OUR_PIXEL_DECODERS
 from mask2former.modeling.backbone.swin import SwinTransformer
+from mask2former.modeling.pixel_decoder import build_pixel_decoder
 
+SHAPES = Path(__file__).parents[1] / (
+    "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
+)
 STATE_DICTS = Path(__file__).parent / "contracts" / "state_dicts"
 
 
@@ -34,6 +41,18 @@ def differences(file, model):
         {name: shape for name, shape in file.items() if name not in model},
         [(name, file[name], model[name]) for name in common if file[name] != model[name]],
     )
+
+
+@pytest.mark.parametrize("name", [x for x in OUR_PIXEL_DECODERS if x != MSDEFORMATTN])
+def test_pixel_decoders(name):
+    opts = ["MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", name, "MODEL.DEVICE", "cpu"]
+    cfg = load_config(str(SHAPES), opts)
+    model = build_pixel_decoder(
+        cfg, {f"res{i}": ShapeSpec(channels=8, stride=2**i) for i in range(2, 6)}
+    )
+    prefix = "sem_seg_head.pixel_decoder."
+    shapes = {prefix + key: tuple(value.shape) for key, value in model.state_dict().items()}
+    assert describe_parts(shapes) == {"pixel decoder": name}
 
 
 PARTS = {
