@@ -12,8 +12,8 @@ softmax) are not. A multiply-add counts once.
 The counts depend on the image size only, so the tool reads neither images nor weights and does not
 execute the counted operators. Sizes are `COCO_SIZES` by default, or those of --dataset.
 
-The paper counts the masks of every decoder layer. Inference here computes full masks of the last
-layer only; both numbers are printed.
+The paper counts the masks of every decoder layer, unless its attention reads no masks. Inference
+here computes full masks of the last layer only; both numbers are printed.
 """
 
 import argparse
@@ -211,7 +211,7 @@ class Counts(NamedTuple):
         return sum(n for (part, _), n in self.multiply_adds.items() if part != _EARLIER_MASKS)
 
     def as_in_the_paper(self) -> int:
-        """Multiply-adds with the masks of every layer."""
+        """Multiply-adds with the masks of every layer whose attention, or output, needs them."""
         return sum(self.multiply_adds.values())
 
 
@@ -235,12 +235,14 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
     if skips_earlier_masks:
         num_values = sum(layer["pred_masks"].numel() for layer in outputs["aux_outputs"])
         per_value = model.sem_seg_head.pixel_decoder.mask_dim
+        reads_masks = model.sem_seg_head.predictor.reads_masks
         for counter, number in (
             (mode.multiply_adds, num_values * per_value),
             (mode.activations, num_values),
         ):
             counter["transformer decoder", "matrix product"] -= number
-            counter[_EARLIER_MASKS, "matrix product"] += number
+            if reads_masks:
+                counter[_EARLIER_MASKS, "matrix product"] += number
     return Counts(mode.multiply_adds, mode.activations)
 
 
