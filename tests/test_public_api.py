@@ -20,6 +20,7 @@ from detectron2.modeling import (
 
 import mask2former
 from mask2former.config import load_config
+from mask2former.modeling.layers import CROSS_ATTENTION_REGISTRY
 from mask2former.modeling.transformer_decoder.maskformer_transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
 )
@@ -53,6 +54,8 @@ REGISTERED = [
     (BACKBONE_REGISTRY, "D2SwinTransformer"),
     (TRANSFORMER_DECODER_REGISTRY, "MultiScaleMaskedTransformerDecoder"),
     (TRANSFORMER_DECODER_REGISTRY, "StandardTransformerDecoder"),
+    (TRANSFORMER_DECODER_REGISTRY, "ConfigurableTransformerDecoder"),
+    *((CROSS_ATTENTION_REGISTRY, name) for name in ("masked", "full", "smca", "mask_pooling")),
 ]
 # Parameters, without self, of each method that subclasses override or call.
 METHODS = {

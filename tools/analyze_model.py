@@ -12,8 +12,8 @@ softmax) are not. A multiply-add counts once.
 The counts depend on the image size only, so the tool reads neither images nor weights and does not
 execute the counted operators. Sizes are `COCO_SIZES` by default, or those of --dataset.
 
-The paper counts the masks of every decoder layer, unless its attention reads no masks. Inference
-here computes full masks of the last layer only; both numbers are printed.
+The paper counts the masks of every decoder layer. Inference here computes full masks of the last
+layer only; both numbers are printed.
 """
 
 import argparse
@@ -211,7 +211,7 @@ class Counts(NamedTuple):
         return sum(n for (part, _), n in self.multiply_adds.items() if part != _EARLIER_MASKS)
 
     def as_in_the_paper(self) -> int:
-        """Multiply-adds with the masks of every layer whose attention, or output, needs them."""
+        """Multiply-adds with the masks of every layer."""
         return sum(self.multiply_adds.values())
 
 
@@ -241,7 +241,7 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
             (mode.activations, num_values),
         ):
             counter["transformer decoder", "matrix product"] -= number
-            if reads_masks:
+            if reads_masks:  # otherwise the paper does not count them either (table 4c)
                 counter[_EARLIER_MASKS, "matrix product"] += number
     return Counts(mode.multiply_adds, mode.activations)
 
