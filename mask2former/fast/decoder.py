@@ -56,7 +56,7 @@ def decode_to_factors(
     query_embed = decoder.query_embed.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
     output = decoder.query_feat.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
 
-    resized: dict[tuple[tuple[int, int], ...], Tensor] = {}
+    resized: dict[int, Tensor] = {}
     predictions = []
     for i in range(decoder.num_layers + 1):
         decoder_output = decoder.decoder_norm(output).transpose(0, 1)
@@ -65,13 +65,14 @@ def decode_to_factors(
         predictions.append({"pred_logits": logits, "pred_masks": MaskFactors(embed, mask_features)})
         if i == decoder.num_layers:
             break
-        scale = scales[i % len(scales)]
+        level = i % len(scales)
+        scale = scales[level]
         attn_mask = None
         if decoder.reads_masks:
-            if scale.sizes not in resized:
+            if level not in resized:
                 with torch.no_grad():
-                    resized[scale.sizes] = _resize_all(mask_features, scale.sizes)
-            attn_mask = _attention_mask(decoder, i, embed, resized[scale.sizes], len(scale.memory))
+                    resized[level] = _resize_all(mask_features, scale.sizes)
+            attn_mask = _attention_mask(decoder, i, embed, resized[level], len(scale.memory))
         output = decoder.forward_layer(i, output, query_embed, scale, attn_mask)
     return predictions
 

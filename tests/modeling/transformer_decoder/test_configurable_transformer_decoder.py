@@ -4,12 +4,14 @@ Shape letters: B batch, Q queries, C channels, M heads, K classes, L locations.
 """
 
 import itertools
+from pathlib import Path
 
 import pytest
 import torch
 from detectron2.modeling import build_model
 from torch import Tensor, nn
 
+from mask2former.config import load_config
 from mask2former.fast.decoder import decode_to_factors
 from mask2former.modeling.layers import CROSS_ATTENTION_REGISTRY, MaskPoolingLayer
 from mask2former.modeling.transformer_decoder import (
@@ -19,6 +21,9 @@ from mask2former.modeling.transformer_decoder import (
 )
 from mask2former.modeling.transformer_decoder.configurable_transformer_decoder import locations
 
+ABLATIONS = Path(__file__).parents[3] / "configs" / "ablations"
+ROWS = sorted(path for table in "abcd" for path in ABLATIONS.glob(f"table4{table}/*.yaml"))
+BASE_ROWS = ("mask2former", "masked_attention", "efficient_multi_scale")
 B, Q, C, M = 2, 5, 16, 4
 ATTENTIONS = ("masked", "full", "smca", "mask_pooling")
 # Learnable query features, cross-attention first, dropout.
@@ -361,6 +366,24 @@ def test_model_trains_two_steps_and_predicts(tiny_cfg, make_input, same_points, 
     for name, loss in losses[0].items():
         torch.testing.assert_close(loss, losses[2][name], atol=1e-3, rtol=1e-3)
     assert losses[0] != losses[1]
+
+
+@pytest.mark.parametrize("path", ROWS, ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_rows_of_the_paper_s_tables(path):
+    """They change the decoder alone, and say how to run them."""
+    lines = path.read_text().splitlines()
+    assert lines[0].startswith(f"# Table {path.parent.name[5:]}, ") and "FLOPs" in lines[0]
+    assert lines[1].endswith(f"--config-file configs/ablations/{path.parent.name}/{path.name}")
+    base = path.parents[2] / "coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
+    cfg, expected = load_config(str(path)), load_config(str(base))
+    is_base = cfg == expected
+    assert is_base == (path.stem in BASE_ROWS)
+    for config in (cfg, expected):
+        del (
+            config.MODEL.MASK_FORMER["DECODER"],
+            config.MODEL.MASK_FORMER["TRANSFORMER_DECODER_NAME"],
+        )
+    assert cfg == expected
 
 
 def test_own_cross_attention(mode, monkeypatch):
