@@ -38,12 +38,15 @@ from .config_kinds import (
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
 from .modeling.backbone.swin import D2SwinTransformer
+from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 from .utils.registry import is_mask_former
 
 MASK_FORMER_HEAD = "MaskFormerHead"
 OUR_HEADS = (MASK_FORMER_HEAD, "PerPixelBaselineHead", "PerPixelBaselinePlusHead")
 MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
-OUR_DECODERS = (MASKED_DECODER, "StandardTransformerDecoder")
+CONFIGURABLE_DECODER = "ConfigurableTransformerDecoder"
+MASKED_DECODERS = (MASKED_DECODER, CONFIGURABLE_DECODER)
+OUR_DECODERS = (*MASKED_DECODERS, "StandardTransformerDecoder")
 MSDEFORMATTN = "MSDeformAttnPixelDecoder"
 FULL_MASK_MATCHERS = ("FullMaskMatcher", "MaskFormerMatcher")
 FULL_MASK_CRITERIA = ("FullMaskCriterion", "MaskFormerCriterion")
@@ -539,6 +542,17 @@ GROUPS = (
             # The first prediction precedes the first layer, so 1 is a decoder without layers.
             "MODEL.MASK_FORMER.DEC_LAYERS": Whole(1, 1000),
             "MODEL.MASK_FORMER.ENC_LAYERS": Whole(0, 1000),
+        },
+    ),
+    Group(
+        _named("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", CONFIGURABLE_DECODER),
+        {
+            "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": Text(),
+            "MODEL.MASK_FORMER.DECODER.SCALES": ListOf(OneOf(*STRIDES), 1),
+            "MODEL.MASK_FORMER.DECODER.CONCATENATE_SCALES": Flag(),
+            "MODEL.MASK_FORMER.DECODER.LEARNABLE_QUERY_FEATURES": Flag(),
+            "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST": Flag(),
+            "MODEL.MASK_FORMER.DECODER.DROPOUT": _FRACTION,
         },
     ),
     # ---- backbones ----

@@ -64,6 +64,12 @@ ADDED = {
     "MODEL.MASK_FORMER.EXTRA_LOSSES": [],
     "MODEL.MASK_FORMER.MATCHER_NAME": "HungarianMatcher",
     "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS": 9,
+    "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": "masked",
+    "MODEL.MASK_FORMER.DECODER.SCALES": [32, 16, 8],
+    "MODEL.MASK_FORMER.DECODER.CONCATENATE_SCALES": False,
+    "MODEL.MASK_FORMER.DECODER.LEARNABLE_QUERY_FEATURES": True,
+    "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST": True,
+    "MODEL.MASK_FORMER.DECODER.DROPOUT": 0.0,
     "SOLVER.AMP.DTYPE": "float16",
 }
 FAPN = (
@@ -440,6 +446,7 @@ def test_written_config_is_readable_for_the_original_release(cfg):
     for key in ADDED:
         section, _, name = key.rpartition(".")
         del get_value(original, section)[name]
+    del original.MODEL.MASK_FORMER["DECODER"]
     text = without_added_defaults(cfg).dump()
     original.merge_from_other_cfg(CfgNode.load_cfg(text))
     assert {*flatten(cfg)} - {*flatten(original)} == {*ADDED}

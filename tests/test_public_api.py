@@ -21,6 +21,7 @@ from detectron2.modeling import (
 import mask2former
 from mask2former.config import load_config
 from mask2former.modeling.criterion import CRITERION_REGISTRY
+from mask2former.modeling.layers import CROSS_ATTENTION_REGISTRY
 from mask2former.modeling.matcher import MATCHER_REGISTRY
 from mask2former.modeling.transformer_decoder.maskformer_transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
@@ -64,6 +65,8 @@ REGISTERED = [
     (CRITERION_REGISTRY, "SetCriterion"),
     (CRITERION_REGISTRY, "FullMaskCriterion"),
     (CRITERION_REGISTRY, "MaskFormerCriterion"),
+    (TRANSFORMER_DECODER_REGISTRY, "ConfigurableTransformerDecoder"),
+    *((CROSS_ATTENTION_REGISTRY, name) for name in ("masked", "full", "smca", "mask_pooling")),
 ]
 # Parameters, without self, of each method that subclasses override or call.
 METHODS = {

@@ -256,12 +256,14 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
     if skips_earlier_masks:
         num_values = sum(layer["pred_masks"].numel() for layer in outputs["aux_outputs"])
         per_value = model.sem_seg_head.pixel_decoder.mask_dim
+        reads_masks = model.sem_seg_head.predictor.reads_masks
         for counter, number in (
             (mode.multiply_adds, num_values * per_value),
             (mode.activations, num_values),
         ):
             counter["transformer decoder", "matrix product"] -= number
-            counter[_EARLIER_MASKS, "matrix product"] += number
+            if reads_masks:  # otherwise the paper does not count them either (table 4c)
+                counter[_EARLIER_MASKS, "matrix product"] += number
     return Counts(mode.multiply_adds, mode.activations)
 
 

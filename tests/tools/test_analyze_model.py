@@ -179,6 +179,24 @@ def test_counts_equal_torch_flop_counter(small_model):
     assert difference == 3 * 30 * 128 * 32 * 48
 
 
+@pytest.mark.parametrize(
+    ("attention", "reads_masks"),
+    [("masked", True), ("mask_pooling", True), ("full", False), ("smca", False)],
+)
+def test_earlier_masks_count_only_if_attention_reads_them(small_model, attention, reads_masks):
+    opts = ["MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "ConfigurableTransformerDecoder"]
+    opts += ["MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION", attention, "MODEL.DEVICE", "cpu"]
+    counts = tool.count(build_model(load_config(str(SHAPES), opts)).eval(), 64, 96)
+    base = tool.count(small_model, 64, 96)
+    # Three earlier layers: 30 queries, 128 channels, 16 × 24 positions.
+    masks = counts.multiply_adds["masks of earlier layers", "matrix product"]
+    assert masks == (3 * 30 * 128 * 16 * 24 if reads_masks else 0)
+    # Nor are there attention masks, on three scales.
+    attention_masks = 0 if reads_masks else 30 * 128 * (2 * 3 + 4 * 6 + 8 * 12)
+    if attention in ("masked", "full"):
+        assert counts.executed() == base.executed() - attention_masks
+
+
 def test_counting_leaves_caches_valid(small_model):
     image = torch.rand(1, 3, 96, 160, generator=torch.Generator().manual_seed(0))
 
