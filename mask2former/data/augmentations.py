@@ -149,4 +149,5 @@ def build_detr_crop_gen(cfg: CfgNode) -> list:
         Detectron2 augmentations.
     """
     crop = cfg.INPUT.CROP
-    return [ResizeShortestEdge(_DETR_SIZES_BEFORE_CROP), T.RandomCrop(crop.TYPE, crop.SIZE)]
+    resize = ResizeShortestEdge(_DETR_SIZES_BEFORE_CROP, sample_style="choice")
+    return [resize, T.RandomCrop(crop.TYPE, crop.SIZE)]
