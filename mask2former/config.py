@@ -33,14 +33,17 @@ _logger = logging.getLogger(__name__)
 ExtendConfig = Callable[[CfgNode], Any]
 # What merging raises; text that is deeply nested reaches the limits of Python's parser.
 _MERGE_ERRORS = (ValueError, TypeError, KeyError, AssertionError, MemoryError, RecursionError)
-# Keys that the original release does not have.
+# Keys and sections that the original release does not have.
 _ADDED_KEYS = (
     "DETERMINISTIC",
+    "DISTRIBUTED_TIMEOUT",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.CRITERION_NAME",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
+    "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
+    "MODEL.MASK_FORMER.DECODER",
     "SOLVER.AMP.DTYPE",
 )
 # Attribute of a config object, not a key: the dotted keys that nobody has set.
@@ -196,10 +199,31 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # Registered name of the criterion (CRITERION_REGISTRY in modeling/criterion.py): SetCriterion
     # or, on whole masks, FullMaskCriterion or MaskFormerCriterion; matchers of the same names.
     cfg.MODEL.MASK_FORMER.CRITERION_NAME = "SetCriterion"
+    # Layers of BiFPNPixelDecoder.
+    cfg.MODEL.SEM_SEG_HEAD.BIFPN_LAYERS = 9
+    # ConfigurableTransformerDecoder, for the ablations of the decoder (paper, tables 4a to 4d).
+    cfg.MODEL.MASK_FORMER.DECODER = CfgNode()
+    # Registered name of the cross-attention: masked, full, smca, mask_pooling or your own
+    # (CROSS_ATTENTION_REGISTRY in modeling/layers/cross_attention_variants.py).
+    cfg.MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION = "masked"
+    # Strides of the feature maps to which the layers attend round robin.
+    cfg.MODEL.MASK_FORMER.DECODER.SCALES = [32, 16, 8]
+    # Let every layer attend to all SCALES at once.
+    cfg.MODEL.MASK_FORMER.DECODER.CONCATENATE_SCALES = False
+    # Train the query features; False: they start from zero, as in DETR.
+    cfg.MODEL.MASK_FORMER.DECODER.LEARNABLE_QUERY_FEATURES = True
+    # In each layer, cross-attention before self-attention.
+    cfg.MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST = True
+    # Dropout probability, on residual branches and attention weights.
+    cfg.MODEL.MASK_FORMER.DECODER.DROPOUT = 0.0
     # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
     cfg.DETERMINISTIC = False
+    # Minutes that ranks wait for one that does not answer before the job ends with an error. The
+    # others also wait while the main process computes metrics (PQ, AP) or writes a checkpoint, so
+    # it must be longer than that takes.
+    cfg.DISTRIBUTED_TIMEOUT = 30.0
     # What SOLVER.AMP.ENABLED computes in: "float16", as the original release, with scaled
     # gradients, or "bfloat16", which needs none.
     cfg.SOLVER.AMP.DTYPE = "float16"

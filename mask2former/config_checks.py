@@ -15,6 +15,7 @@ from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 
 from .config_schema import (
+    FAPN,
     MASK_FORMER_HEAD,
     OUR_HEADS,
     bad_value,
@@ -160,6 +161,12 @@ def _check_deterministic(cfg: CfgNode) -> None:
         raise ValueError(
             "DETERMINISTIC and MODEL.SWIN.APE are both True, but torch has no deterministic "
             "algorithm on a GPU to train the position table: set one of them to False."
+        )
+    if cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME == FAPN and not cfg.MODEL.DEVICE.startswith("cpu"):
+        raise ValueError(
+            f"DETERMINISTIC is True and MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {FAPN!r}, but "
+            "torchvision has no deterministic algorithm on a GPU to train deformable convolutions: "
+            "set DETERMINISTIC to False or choose another pixel decoder."
         )
 
 

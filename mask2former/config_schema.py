@@ -38,16 +38,27 @@ from .config_kinds import (
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY, DETRPanopticDatasetMapper
 from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
 from .modeling.backbone.swin import D2SwinTransformer
+from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 from .utils.registry import is_mask_former
 
 MASK_FORMER_HEAD = "MaskFormerHead"
 OUR_HEADS = (MASK_FORMER_HEAD, "PerPixelBaselineHead", "PerPixelBaselinePlusHead")
 MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
-OUR_DECODERS = (MASKED_DECODER, "StandardTransformerDecoder")
+CONFIGURABLE_DECODER = "ConfigurableTransformerDecoder"
+MASKED_DECODERS = (MASKED_DECODER, CONFIGURABLE_DECODER)
+OUR_DECODERS = (*MASKED_DECODERS, "StandardTransformerDecoder")
 MSDEFORMATTN = "MSDeformAttnPixelDecoder"
-OUR_PIXEL_DECODERS = ("BasePixelDecoder", MSDEFORMATTN, "TransformerEncoderPixelDecoder")
 FULL_MASK_MATCHERS = ("FullMaskMatcher", "MaskFormerMatcher")
 FULL_MASK_CRITERIA = ("FullMaskCriterion", "MaskFormerCriterion")
+FAPN, BIFPN = "FaPNPixelDecoder", "BiFPNPixelDecoder"
+PIXEL_DECODERS_WITH_ENCODER = (MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+OUR_PIXEL_DECODERS = (
+    *PIXEL_DECODERS_WITH_ENCODER,
+    "BasePixelDecoder",
+    "SemanticFPNPixelDecoder",
+    FAPN,
+    BIFPN,
+)
 RESNETS = (
     "build_resnet_backbone",
     "build_resnet_deeplab_backbone",
@@ -232,6 +243,7 @@ GROUPS = (
             "SEED": _SEED,
             "CUDNN_BENCHMARK": Flag(),
             "DETERMINISTIC": Flag(),
+            "DISTRIBUTED_TIMEOUT": Number(0, 60 * 24 * 7, above=True),
             "DATASETS.TRAIN": _NAMES,
             "DATASETS.TEST": _NAMES,
             "DATASETS.CUSTOM": ListOf(Anything()),
@@ -507,8 +519,12 @@ GROUPS = (
         },
     ),
     Group(
-        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *OUR_PIXEL_DECODERS[1:]),
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *PIXEL_DECODERS_WITH_ENCODER),
         {"MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": Whole(0, 1000)},
+    ),
+    Group(
+        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", BIFPN),
+        {"MODEL.SEM_SEG_HEAD.BIFPN_LAYERS": Whole(1, 1000)},
     ),
     Group(
         _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", MSDEFORMATTN),
@@ -532,6 +548,17 @@ GROUPS = (
             # The first prediction precedes the first layer, so 1 is a decoder without layers.
             "MODEL.MASK_FORMER.DEC_LAYERS": Whole(1, 1000),
             "MODEL.MASK_FORMER.ENC_LAYERS": Whole(0, 1000),
+        },
+    ),
+    Group(
+        _named("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", CONFIGURABLE_DECODER),
+        {
+            "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": Text(),
+            "MODEL.MASK_FORMER.DECODER.SCALES": ListOf(OneOf(*STRIDES), 1),
+            "MODEL.MASK_FORMER.DECODER.CONCATENATE_SCALES": Flag(),
+            "MODEL.MASK_FORMER.DECODER.LEARNABLE_QUERY_FEATURES": Flag(),
+            "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST": Flag(),
+            "MODEL.MASK_FORMER.DECODER.DROPOUT": _FRACTION,
         },
     ),
     # ---- backbones ----

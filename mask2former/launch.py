@@ -6,7 +6,11 @@ your own registers its data sets and calls `run`.
 
 import argparse
 import contextlib
+import datetime
+import multiprocessing
 import os
+import signal
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -18,16 +22,31 @@ from detectron2.engine import default_argument_parser, default_setup
 from detectron2.evaluation import verify_results
 from detectron2.utils import comm
 from detectron2.utils.logger import setup_logger
+from torch.distributed.elastic.multiprocessing.errors import record
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config import ExtendConfig, register_custom_datasets, without_added_defaults
 from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
 from .utils.determinism import use_deterministic_algorithms
+from .utils.files import explained_write_errors, require_writable
+from .utils.interrupts import (
+    interrupt_message,
+    interruptible,
+    own_command,
+    torchrun_command,
+    unblock_signals,
+    wait_for_spawned,
+)
+from .utils.log_file import checked_log_file
 from .utils.memory import keep_freed_memory
 from .utils.output_lock import lock_output
+from .utils.ranks import Peers, explained_failures, set_timeout
 
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+# Before anything slow: it may be gone later. Without torchrun itself the ranks cannot connect.
+_STARTED_BY = os.getppid()
+_DEFAULT_TIMEOUT = 30.0  # minutes, Detectron2's
 
 
 class _Checked(NamedTuple):
@@ -58,6 +77,9 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
 
     Returns:
         The config, frozen. It is also written to OUTPUT_DIR/config.yaml.
+
+    Raises:
+        WriteError: OUTPUT_DIR cannot be written.
     """
     checked: _Checked | None = getattr(args, "checked", None)
     if checked is not None and extend_config is None:
@@ -70,9 +92,13 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         # The caller may still register data sets; `main` and `Trainer` check the rest.
         cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
     cfg.freeze()
+    # Before a full disk leaves a part of config.yaml.
+    if comm.is_main_process() and cfg.OUTPUT_DIR:
+        require_writable(cfg.OUTPUT_DIR)
     # Writes config.yaml, which programs of the original release should be able to read.
-    default_setup(without_added_defaults(cfg), _loggable(args))
-    setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    with checked_log_file(), explained_write_errors(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
+        default_setup(without_added_defaults(cfg), _loggable(args))
+        setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     if cfg.get("DETERMINISTIC", False):
         use_deterministic_algorithms()
     return cfg
@@ -180,6 +206,10 @@ def launch(
     The checked config travels in `args`, where `setup` finds it, so that a mistake is reported
     once, before processes start.
 
+    Ctrl-C and SIGTERM end the job with one line, which has the command to resume. A rank that does
+    not answer for DISTRIBUTED_TIMEOUT minutes ends it with an error. Ranks whose launcher is gone
+    end by themselves.
+
     Args:
         main: what each process runs.
         args: of Detectron2's `default_argument_parser`.
@@ -188,6 +218,7 @@ def launch(
     Raises:
         ValueError: a bad config, processes that would be started twice, or more processes than
             GPUs.
+        SystemExit: after Ctrl-C (status 130) or SIGTERM (143).
     """
     by_torchrun = started_by_torchrun()
     num_spawned = max(args.num_gpus * args.num_machines, 1)
@@ -218,32 +249,105 @@ def launch(
     args.checked = _Checked(args.config_file, list(args.opts), extend_config, cfg)
     try:
         if by_torchrun:
-            _run_in_group(main, args, on_gpu)
+            run_rank = record(_run_rank)
+            run_rank(main, args, torchrun_command(), _STARTED_BY, joins=True)
+        elif num_spawned > 1:
+            _spawn(main, args, own_command())
         else:
-            detectron2.engine.launch(
-                main,
-                args.num_gpus,
-                num_machines=args.num_machines,
-                machine_rank=args.machine_rank,
-                dist_url=args.dist_url,
-                args=(args,),
-            )
+            with interruptible(lambda signum: interrupt_message(signum, own_command(), args.opts)):
+                detectron2.engine.launch(main, 1, args=(args,))
     finally:
         del args.checked
 
 
-def _run_in_group(
-    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, on_gpu: bool
+def _spawn(
+    main: Callable[[argparse.Namespace], Any], args: argparse.Namespace, command: list[str]
 ) -> None:
-    join_torchrun(on_gpu)
-    try:
-        main(args)
-    finally:
-        dist.destroy_process_group()
+    """Run `main` in processes that Detectron2's launcher starts."""
+
+    def start() -> None:
+        detectron2.engine.launch(
+            _run_spawned,
+            args.num_gpus,
+            num_machines=args.num_machines,
+            machine_rank=args.machine_rank,
+            dist_url=args.dist_url,
+            args=(main, args, command, multiprocessing.get_start_method()),
+            timeout=datetime.timedelta(minutes=_timeout(args)),
+        )
+
+    wait_for_spawned(start, lambda signum: interrupt_message(signum, command, args.opts))
 
 
-def join_torchrun(on_gpu: bool) -> None:
-    """Join the process group that torchrun describes in the environment."""
+def _run_spawned(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    command: list[str],
+    start_method: str,
+) -> None:
+    # As under torchrun. Otherwise each process of a data loader is spawned too: it imports all
+    # modules, and prints a traceback if Ctrl-C comes meanwhile.
+    multiprocessing.set_start_method(start_method, force=True)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    _run_rank(main, args, command, parent.pid, joins=False)
+
+
+def _run_rank(
+    main: Callable[[argparse.Namespace], Any],
+    args: argparse.Namespace,
+    command: list[str],
+    parent: int | None,
+    *,
+    joins: bool,
+) -> None:
+    """Run `main` in this process of a job of several.
+
+    Args:
+        main, args: see `launch`.
+        command: what started the job, for the message after an interrupt.
+        parent: process that starts and ends the ranks of this machine.
+        joins: whether to join the group that torchrun describes; otherwise this has been done.
+    """
+    peers: Peers | None = None
+    local_rank = int(os.environ["LOCAL_RANK"]) if joins else comm.get_local_rank()
+
+    def message(signum: int) -> str | None:
+        # One line per machine; and none if the launcher ends the ranks because one has failed,
+        # whose error it reports.
+        is_clean_up = signum == signal.SIGTERM and (peers is None or peers.ended())
+        if is_clean_up or local_rank != 0:
+            return None
+        return interrupt_message(signum, command, args.opts)
+
+    minutes = _timeout(args)
+    with interruptible(message, parent=parent, at_once=True):
+        unblock_signals()
+        if joins:
+            join_torchrun(torch.device(args.checked.cfg.MODEL.DEVICE).type == "cuda", minutes)
+        set_timeout(minutes)
+        peers = Peers()
+        try:
+            with explained_failures(peers, minutes):
+                main(args)
+        finally:
+            # After an interrupt it could wait for the other ranks.
+            if joins and not isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                dist.destroy_process_group()
+
+
+def _timeout(args: argparse.Namespace) -> float:
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    return args.checked.cfg.get("DISTRIBUTED_TIMEOUT", _DEFAULT_TIMEOUT)
+
+
+def join_torchrun(on_gpu: bool, minutes: float = _DEFAULT_TIMEOUT) -> None:
+    """Join the process group that torchrun describes in the environment.
+
+    Args:
+        on_gpu: whether the ranks communicate through NCCL.
+        minutes: that a rank waits for the others.
+    """
     local_rank, local_size = int(os.environ["LOCAL_RANK"]), int(os.environ["LOCAL_WORLD_SIZE"])
     if on_gpu:
         num_gpus = torch.cuda.device_count()
@@ -253,6 +357,7 @@ def join_torchrun(on_gpu: bool) -> None:
                 "GPUs: --nproc-per-node must be at most that."
             )
         torch.cuda.set_device(local_rank)
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    timeout = datetime.timedelta(minutes=minutes)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timeout)
     comm.create_local_process_group(local_size)
     comm.synchronize()

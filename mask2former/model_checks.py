@@ -9,15 +9,22 @@ import re
 from detectron2.config import CfgNode
 
 from .config_schema import (
+    CONFIGURABLE_DECODER,
+    FAPN,
     MASK_FORMER_HEAD,
-    MASKED_DECODER,
+    MASKED_DECODERS,
     MSDEFORMATTN,
     OUR_DECODERS,
     OUR_PIXEL_DECODERS,
+    PIXEL_DECODERS_WITH_ENCODER,
     bad_value,
+    has_resnet,
 )
 from .modeling.backbone.swin import check_stages
-from .utils.registry import is_mask_former
+from .modeling.layers import CROSS_ATTENTION_REGISTRY
+from .modeling.pixel_decoder.fapn import OFFSET_GROUPS
+from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
+from .utils.registry import is_mask_former, registered_names
 
 _MULTI_SCALE = "multi_scale_pixel_decoder"
 # Features of Detectron2's backbones, whose stride is 2 to the power of the number.
@@ -50,8 +57,10 @@ def check_head(cfg: CfgNode) -> None:
         )
     if head.PIXEL_DECODER_NAME == MSDEFORMATTN:
         _check_msdeformattn(cfg)
-    if mask_former.TRANSFORMER_DECODER_NAME == MASKED_DECODER:
+    if mask_former.TRANSFORMER_DECODER_NAME in MASKED_DECODERS:
         _check_masked_decoder(cfg)
+        if mask_former.TRANSFORMER_DECODER_NAME == CONFIGURABLE_DECODER:
+            _check_configurable_decoder(cfg)
         if head.NAME == MASK_FORMER_HEAD and head.PIXEL_DECODER_NAME in OUR_PIXEL_DECODERS:
             _check_scales(cfg)
     elif mask_former.TRANSFORMER_DECODER_NAME in OUR_DECODERS and head.NAME == MASK_FORMER_HEAD:
@@ -65,7 +74,7 @@ def check_attention_heads(cfg: CfgNode) -> None:
             f"MODEL.MASK_FORMER.HIDDEN_DIM is {mask_former.HIDDEN_DIM}; allowed: multiples of "
             f"MODEL.MASK_FORMER.NHEADS, which is {mask_former.NHEADS}."
         )
-    has_encoder = head.PIXEL_DECODER_NAME in (MSDEFORMATTN, "TransformerEncoderPixelDecoder")
+    has_encoder = head.PIXEL_DECODER_NAME in PIXEL_DECODERS_WITH_ENCODER
     if has_encoder and head.CONVS_DIM % mask_former.NHEADS:
         raise ValueError(
             f"MODEL.SEM_SEG_HEAD.CONVS_DIM is {head.CONVS_DIM}; allowed: multiples of "
@@ -74,12 +83,18 @@ def check_attention_heads(cfg: CfgNode) -> None:
 
 
 def check_groups(cfg: CfgNode) -> None:
-    """The channels of the pixel decoders' GroupNorm."""
+    """The channels of the pixel decoders' GroupNorm, and of FaPN's deformable convolutions."""
     head = cfg.MODEL.SEM_SEG_HEAD
     has_groups = head.NORM == "GN" or head.PIXEL_DECODER_NAME == MSDEFORMATTN
     if head.PIXEL_DECODER_NAME in OUR_PIXEL_DECODERS and has_groups and head.CONVS_DIM % _GROUPS:
         raise bad_value(
             "MODEL.SEM_SEG_HEAD.CONVS_DIM", head.CONVS_DIM, f"multiples of {_GROUPS} (groups)"
+        )
+    if head.PIXEL_DECODER_NAME == FAPN and head.CONVS_DIM % OFFSET_GROUPS:
+        raise bad_value(
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM",
+            head.CONVS_DIM,
+            f"multiples of {OFFSET_GROUPS} (groups of offsets) with {FAPN}",
         )
 
 
@@ -97,31 +112,66 @@ def _check_msdeformattn(cfg: CfgNode) -> None:
 
 
 def _check_scales(cfg: CfgNode) -> None:
-    """The number of scales that the pixel decoder gives the masked decoder."""
-    head = cfg.MODEL.SEM_SEG_HEAD
+    """The scales that the pixel decoder gives the masked decoder."""
+    head, decoder = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME
     key, features, num_scales = "IN_FEATURES", head.IN_FEATURES, len(head.IN_FEATURES)
     if head.PIXEL_DECODER_NAME == MSDEFORMATTN:
         key = "DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES"
         features = head[key]
-        if not all(_LEVEL.fullmatch(name) for name in features):
+    levels = sorted((int(name[-1]) for name in features if _LEVEL.fullmatch(name)), reverse=True)
+    is_known = len(levels) == len(features)
+    if head.PIXEL_DECODER_NAME == MSDEFORMATTN:
+        if not is_known:
             return
         # The FPN adds the levels between the finest encoded one and the mask features.
-        finest = min(int(name[-1]) for name in features)
-        num_scales = len(features) + max(finest - int(math.log2(head.COMMON_STRIDE)), 0)
+        levels += range(levels[-1] - 1, int(math.log2(head.COMMON_STRIDE)) - 1, -1)
+        num_scales = len(levels)
     if num_scales < _NUM_SCALES:
         raise bad_value(
             f"MODEL.SEM_SEG_HEAD.{key}",
             features,
-            f"features for {_NUM_SCALES} scales, to which {MASKED_DECODER} attends; with "
+            f"features for {_NUM_SCALES} scales, to which {decoder} attends; with "
             f"{head.PIXEL_DECODER_NAME} these give {num_scales}",
+        )
+    if decoder != CONFIGURABLE_DECODER or not is_known:
+        return
+    strides = tuple(2**level for level in levels[:_NUM_SCALES])
+    if strides != STRIDES:
+        raise bad_value(
+            f"MODEL.SEM_SEG_HEAD.{key}",
+            features,
+            f"features from which {head.PIXEL_DECODER_NAME} gives strides {list(STRIDES)}, of "
+            f"which MODEL.MASK_FORMER.DECODER.SCALES chooses; these give {list(strides)}",
+        )
+    if has_resnet(cfg) and cfg.MODEL.RESNETS.RES5_DILATION != 1:
+        raise bad_value(
+            "MODEL.RESNETS.RES5_DILATION",
+            cfg.MODEL.RESNETS.RES5_DILATION,
+            f"1 with {decoder}, whose MODEL.MASK_FORMER.DECODER.SCALES are strides",
+        )
+
+
+def _check_configurable_decoder(cfg: CfgNode) -> None:
+    decoder, prefix = cfg.MODEL.MASK_FORMER.DECODER, "MODEL.MASK_FORMER.DECODER"
+    names = registered_names(CROSS_ATTENTION_REGISTRY)
+    if decoder.CROSS_ATTENTION not in names:
+        raise bad_value(
+            f"{prefix}.CROSS_ATTENTION", decoder.CROSS_ATTENTION, ", ".join(map(repr, names))
+        )
+    if decoder.CONCATENATE_SCALES and len(set(decoder.SCALES)) < len(decoder.SCALES):
+        raise bad_value(
+            f"{prefix}.SCALES",
+            decoder.SCALES,
+            f"a list without repetition with {prefix}.CONCATENATE_SCALES True",
         )
 
 
 def _check_masked_decoder(cfg: CfgNode) -> None:
     mask_former = cfg.MODEL.MASK_FORMER
+    decoder = mask_former.TRANSFORMER_DECODER_NAME
     if mask_former.ENC_LAYERS != 0:
         raise ValueError(
-            f"MODEL.MASK_FORMER.ENC_LAYERS is {mask_former.ENC_LAYERS}, which {MASKED_DECODER} "
+            f"MODEL.MASK_FORMER.ENC_LAYERS is {mask_former.ENC_LAYERS}, which {decoder} "
             "does not read; allowed: 0. For layers in the pixel decoder set "
             "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS."
         )
@@ -137,7 +187,7 @@ def _check_masked_decoder(cfg: CfgNode) -> None:
     ):
         raise ValueError(
             f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {mask_former.TRANSFORMER_IN_FEATURE!r}; "
-            f"allowed with {MASKED_DECODER}: {_MULTI_SCALE!r}. A config of MaskFormer, the "
+            f"allowed with {decoder}: {_MULTI_SCALE!r}. A config of MaskFormer, the "
             "predecessor, names no decoder: set MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME to "
             "StandardTransformerDecoder and, to train with its losses, MATCHER_NAME to "
             "MaskFormerMatcher and CRITERION_NAME to MaskFormerCriterion."
@@ -155,7 +205,10 @@ def _check_standard_decoder(cfg: CfgNode) -> None:
             f"'transformer_encoder', 'pixel_embedding' or a feature of the backbone with "
             f"{cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME}",
         )
-    if in_feature == "transformer_encoder" and pixel_decoder == "BasePixelDecoder":
+    has_encoder = pixel_decoder in PIXEL_DECODERS_WITH_ENCODER
+    if in_feature == "transformer_encoder" and (
+        pixel_decoder in OUR_PIXEL_DECODERS and not has_encoder
+    ):
         raise bad_value(
             key,
             in_feature,

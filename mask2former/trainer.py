@@ -11,8 +11,10 @@ same; on a GPU only with DETERMINISTIC, since gradients are otherwise added in a
 
 import logging
 import os
+import sys
 import weakref
 from collections import OrderedDict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +25,7 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.projects.deeplab import build_lr_scheduler
 from detectron2.utils import comm
+from detectron2.utils.events import EventWriter
 from detectron2.utils.logger import setup_logger
 from torch import nn
 from torch.optim import Optimizer
@@ -48,7 +51,10 @@ from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
 from .utils.determinism import use_deterministic_algorithms
+from .utils.files import WriteError, make_folder
+from .utils.interrupts import Progress, reports_progress
 from .utils.output_lock import lock_output
+from .writers import build_writers
 
 _logger = logging.getLogger(__name__)
 
@@ -153,6 +159,9 @@ class Trainer(DefaultTrainer):
             AmpleMemory() if chooses else None,
         ]
 
+    def build_writers(self) -> list[EventWriter]:
+        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint if `resume` and there is one, else MODEL.WEIGHTS.
 
@@ -161,12 +170,23 @@ class Trainer(DefaultTrainer):
         # The start is the iteration after this one, which the state of training sets.
         self.iter = -1
         super().resume_or_load(resume)
-        if self.iter == -1 and resume and self.checkpointer.has_checkpoint():
+        if resume and not self.checkpointer.has_checkpoint():
+            self._warn_of_unnamed_checkpoints()
+        elif self.iter == -1 and resume:
             _logger.warning(
                 f"{self.checkpointer.get_checkpoint_file()} holds no state of training, only "
                 "weights: training starts at iteration 0, with a new optimiser and schedule."
             )
         self.iter = max(self.iter, 0)
+
+    def _warn_of_unnamed_checkpoints(self) -> None:
+        unnamed = sorted(Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
+        if unnamed:
+            _logger.warning(
+                f"{self.cfg.OUTPUT_DIR} has checkpoints ({unnamed[-1].name}), but no "
+                "last_checkpoint, which would name the one to resume from: training starts at "
+                "iteration 0 and will replace them."
+            )
 
     def before_train(self) -> None:
         super().before_train()
@@ -243,6 +263,10 @@ class Trainer(DefaultTrainer):
         try:
             self._flush()
         finally:
+            if isinstance(sys.exc_info()[1], KeyboardInterrupt):
+                # The hooks of evaluation would run after an interrupt in the last iteration.
+                evaluating = (hooks.EvalHook, hooks.BestCheckpointer)
+                self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, evaluating)]
             super().after_train()
 
     def train(self) -> OrderedDict | None:
@@ -250,6 +274,7 @@ class Trainer(DefaultTrainer):
 
         Raises:
             RuntimeError: another training writes to OUTPUT_DIR.
+            WriteError: a file cannot be written, such as on a full disk.
         """
         batch_sampler = getattr(self.data_loader, "batch_sampler", None)
         if isinstance(batch_sampler, ResumableBatchSampler):
@@ -259,8 +284,33 @@ class Trainer(DefaultTrainer):
                 "The training loader is not from mask2former.data.loader: after resuming, samples "
                 "come in another order than in an uninterrupted run."
             )
-        with lock_output(self.cfg.OUTPUT_DIR):
-            return super().train()
+        written = self._checkpoint_written()
+
+        def progress() -> Progress:
+            # An earlier run may have left checkpoints in the folder.
+            is_ours = self.start_iter > 0 or self._checkpoint_written() != written
+            done = self.iter >= self.max_iter
+            return Progress(
+                "the evaluation after training"
+                if done
+                else f"iteration {self.iter} of {self.max_iter}",
+                self.checkpointer.get_checkpoint_file() or None if is_ours else None,
+            )
+
+        with lock_output(self.cfg.OUTPUT_DIR), reports_progress(progress):
+            try:
+                return super().train()
+            except WriteError as error:
+                raise WriteError(
+                    f"{error} Then --resume continues from the last checkpoint in OUTPUT_DIR."
+                ) from error
+
+    def _checkpoint_written(self) -> int | None:
+        """When the last checkpoint was written, in nanoseconds."""
+        try:
+            return os.stat(os.path.join(self.cfg.OUTPUT_DIR, "last_checkpoint")).st_mtime_ns
+        except OSError:
+            return None
 
     def state_dict(self) -> dict[str, Any]:
         self._flush()
@@ -362,7 +412,7 @@ class Trainer(DefaultTrainer):
         cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
         cfg.OUTPUT_DIR = os.path.join(cfg.OUTPUT_DIR, "inference_TTA")
         cfg.freeze()
-        os.makedirs(cfg.OUTPUT_DIR, exist_ok=True)
+        make_folder(cfg.OUTPUT_DIR)
         _logger.info("Evaluating with test-time augmentation")
         model = SemanticSegmentorWithTTA(cfg, model)
         try:

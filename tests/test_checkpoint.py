@@ -2,6 +2,8 @@
 
 import os
 import pickle
+import re
+import resource
 import sys
 
 import numpy as np
@@ -12,6 +14,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
+from mask2former.utils.files import WriteError
 
 
 class Model(nn.Module):
@@ -77,7 +80,9 @@ def test_imagenet_backbone(tmp_path, caplog):
     assert "not found in the checkpoint" in caplog.text
 
     # It cannot be evaluated.
-    with pytest.raises(ValueError, match=r"R-50\.pkl does not fit.*5 missing \(criterion.empty_w"):
+    with pytest.raises(
+        ValueError, match=r"R-50\.pkl does not fit.*4 parameters missing .*\(sem_seg"
+    ):
         Mask2FormerCheckpointer(target).load(path)
 
 
@@ -89,9 +94,10 @@ def test_fine_tuning_to_other_classes(tmp_path, caplog):
         start_training(target, path)
         assert equal(source.backbone, target.backbone)
         assert torch.equal(source.sem_seg_head.proj.weight, target.sem_seg_head.proj.weight)
-        assert "Fine-tuning to other classes: criterion.empty_weight, sem_seg_head" in caplog.text
+        assert "Fine-tuning to other classes: sem_seg_head.class_embed.bias, sem" in caplog.text
+        assert "has 3 classes and the config 8" in caplog.text
         with pytest.raises(
-            ValueError, match=r"3 of another shape \(criterion.empty_weight \(4,\) i"
+            ValueError, match=r"number of classes: 3 in the file, 8 .*NUM_CLASSES to 3\."
         ):
             Mask2FormerCheckpointer(target).load(path)
         caplog.clear()
@@ -118,7 +124,7 @@ def test_another_architecture(tmp_path):
 def test_resume_must_fit_completely(tmp_path):
     Mask2FormerCheckpointer(Model(num_classes=3), str(tmp_path)).save("model_0000001")
     checkpointer = Mask2FormerCheckpointer(Model(num_classes=8), str(tmp_path), partial_init=True)
-    with pytest.raises(ValueError, match=r"model_0000001\.pth does not fit.*3 of another shape"):
+    with pytest.raises(ValueError, match=r"model_0000001\.pth does not fit.*3 in the file, 8"):
         checkpointer.resume_or_load("", resume=True)
 
 
@@ -277,7 +283,7 @@ def test_safetensors(tmp_path):
     start_training(target, f"{path}?matching_heuristics=True")
     assert equal(source, target, "backbone")
     with pytest.raises(
-        ValueError, match=r"model\.safetensors\S* does not fit the model.*5 missing"
+        ValueError, match=r"model\.safetensors\S* does not fit the model.*4 parameters"
     ):
         Mask2FormerCheckpointer(target).load(f"{path}?matching_heuristics=True")
 
@@ -341,3 +347,83 @@ def test_odd_structures(tmp_path, file):
         path = write(tmp_path / file, data)
         with pytest.raises(ValueError, match=rf"Checkpoint \S*{file}"):
             Mask2FormerCheckpointer(Model()).load(path)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (b"", "is empty"),
+        (b" \n", "is empty"),
+        (b"\x89PNG\r\n\xff\xfe", "holds something else than the name of a file"),
+        (b"model\0.pth", "holds something else than the name of a file"),
+        (b"model.pth\nmodel.pth", "holds something else than the name of a file"),
+        (b"m" * 10_000, "holds something else than the name of a file"),
+        (b"model_0000009.pth", "names model_0000009.pth, which is not a file in its folder"),
+        (b"folder", "names folder, which is not a file in its folder"),
+        (b"..", "names .., which is not a file in its folder"),
+        (b"../other/model.pth", "names ../other/model.pth, but a checkpoint must be in the same"),
+        (b"/other/model.pth", "names /other/model.pth, but a checkpoint must be in the same"),
+    ],
+)
+def test_broken_last_checkpoint(tmp_path, content, problem):
+    folder = tmp_path / "output"
+    for name in ("other", "output", "output/folder"):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "model.pth", Model().state_dict())
+    checkpointer = Mask2FormerCheckpointer(Model(), str(folder), partial_init=True)
+    (folder / "last_checkpoint").write_bytes(content)
+    expected = (
+        rf"output/last_checkpoint {re.escape(problem)}.* \(the newest is model\.pth\), or del"
+    )
+    with pytest.raises(ValueError, match=expected):
+        checkpointer.resume_or_load("", resume=True)
+    (folder / "last_checkpoint").write_text("model.pth\n")
+    checkpointer.resume_or_load("", resume=True)
+
+
+@pytest.mark.parametrize("kind", ["folder", "dangling link", "pipe"])
+def test_last_checkpoint_that_is_no_file(tmp_path, kind):
+    path = tmp_path / "last_checkpoint"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nowhere")
+    checkpointer = Mask2FormerCheckpointer(Model(), str(tmp_path), partial_init=True)
+    with pytest.raises(
+        ValueError, match=r"last_checkpoint is not a file, or a .*its folder has no"
+    ):
+        checkpointer.resume_or_load("", resume=True)
+
+
+def test_without_last_checkpoint(tmp_path):
+    for folder in ("", str(tmp_path)):
+        checkpointer = Mask2FormerCheckpointer(Model(), folder, partial_init=True)
+        assert not checkpointer.has_checkpoint()
+        assert checkpointer.get_checkpoint_file() == ""
+
+
+def test_weights_that_the_system_cannot_read():
+    # Reading it at 0 fails, for every user.
+    with pytest.raises(ValueError, match=r"/proc/self/mem cannot be read: Input/output error\. Ma"):
+        start_training(Model(), "/proc/self/mem")
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 20_000, 39_000])
+def test_save_that_fails_at_any_size(tmp_path, size):
+    """torch hides the system's error."""
+    model = Model(width=2000)
+    checkpointer = Mask2FormerCheckpointer(model, str(tmp_path))
+    checkpointer.save("model_0000001")
+    assert (tmp_path / "model_0000001.pth").stat().st_size > 40_000
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        with pytest.raises(WriteError) as caught:
+            checkpointer.save("model_0000002")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert re.search(r"model_0000002\.pth: File too large\. Raise the limit", str(caught.value))
+    assert sorted(os.listdir(tmp_path)) == ["last_checkpoint", "model_0000001.pth"]
+    checkpointer.resume_or_load("", resume=True)

@@ -39,7 +39,8 @@ PAPER_FIGURES = {
     "ade20k/semantic": {
         "R50": "mIoU 47.2, with TEST.AUG.ENABLED True 49.2",
         "swin_tiny": "mIoU 47.7, with TEST.AUG.ENABLED True 49.6",
-        "swin_large": "mIoU 56.1, with TEST.AUG.ENABLED True 57.3",
+        "swin_large_IN21k_384_bs16": "mIoU 56.1, with TEST.AUG.ENABLED True 57.3",
+        "swin_large_IN21k_384_fapn": "mIoU 56.4, with TEST.AUG.ENABLED True 57.7",
     },
     "cityscapes/panoptic": {
         "R50": "PQ 62.1, AP 37.3, mIoU 77.5",
@@ -56,14 +57,25 @@ PAPER_FIGURES = {
 # Keys that the original release does not have.
 ADDED = {
     "DETERMINISTIC": False,
+    "DISTRIBUTED_TIMEOUT": 30.0,
     "MODEL.FAST": True,
     "MODEL.CHECKPOINTING": "auto",
     "MODEL.MASK_FORMER.CRITERION_NAME": "SetCriterion",
     "MODEL.MASK_FORMER.EXTRA_LOSSES": [],
     "MODEL.MASK_FORMER.MATCHER_NAME": "HungarianMatcher",
+    "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS": 9,
+    "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": "masked",
+    "MODEL.MASK_FORMER.DECODER.SCALES": [32, 16, 8],
+    "MODEL.MASK_FORMER.DECODER.CONCATENATE_SCALES": False,
+    "MODEL.MASK_FORMER.DECODER.LEARNABLE_QUERY_FEATURES": True,
+    "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST": True,
+    "MODEL.MASK_FORMER.DECODER.DROPOUT": 0.0,
     "SOLVER.AMP.DTYPE": "float16",
 }
 COCO_SEMANTIC = "coco/semantic-segmentation/maskformer2_R50_bs16_50ep.yaml"
+FAPN = (
+    "ade20k/semantic-segmentation/swin/maskformer2_swin_large_IN21k_384_fapn_bs16_160k_res640.yaml"
+)
 LVIS = "lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
 
 
@@ -118,7 +130,7 @@ def test_recipe_resolves_to_the_original_values(path):
     assert {k: v for k, v in resolved.items() if v != defaults[k]} == RECIPES[path]
 
 
-@pytest.mark.parametrize("path", [*RECIPES, LVIS])
+@pytest.mark.parametrize("path", [*RECIPES, FAPN, LVIS])
 def test_recipe_opens_with_its_command_hardware_and_figures(path):
     lines = (CONFIGS / path).read_text().splitlines()
     assert lines[1] == f"#   tools/train_net.py --config-file configs/{path} --num-gpus 8"
@@ -138,7 +150,36 @@ def test_every_recipe_is_known():
     files = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("maskformer*.yaml")}
     # Recipes of models and tasks that the original release lacks: test_maskformer_recipes.py.
     added = {path for path in files if path.startswith(("_base/", "shapes/", "maskformer/"))}
-    assert files - added == {*RECIPES, LVIS, COCO_SEMANTIC}
+    assert files - added == {*RECIPES, FAPN, LVIS, COCO_SEMANTIC}
+
+
+def test_fapn_recipe():
+    msdeformattn = flatten(load_config(str(CONFIGS / FAPN.replace("_fapn", ""))))
+    fapn = flatten(load_config(str(CONFIGS / FAPN)))
+    assert {k: v for k, v in fapn.items() if v != msdeformattn[k]} == {
+        "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "FaPNPixelDecoder"
+    }
+
+
+@pytest.mark.parametrize(
+    ("row", "pixel_decoder"),
+    [
+        ("fpn", "BasePixelDecoder"),
+        ("semantic_fpn", "SemanticFPNPixelDecoder"),
+        ("fapn", "FaPNPixelDecoder"),
+        ("bifpn", "BiFPNPixelDecoder"),
+        ("msdeformattn", "MSDeformAttnPixelDecoder"),
+    ],
+)
+def test_pixel_decoders_of_table_4e(row, pixel_decoder, caplog):
+    path = CONFIGS / f"ablations/table4e/{row}.yaml"
+    cfg = load_config(str(path))
+    assert "not read" not in caplog.text
+    base = load_config(str(CONFIGS / "coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"))
+    base.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = pixel_decoder
+    assert cfg == base
+    command = f"python tools/train_net.py --num-gpus 8 --config-file {path.relative_to(ROOT)}"
+    assert path.read_text().splitlines()[1] == f"#   {command}"
 
 
 def test_lvis_recipe():
@@ -369,6 +410,12 @@ def test_deterministic_mode_is_checked(cfg, architecture):
     cfg.MODEL.DEVICE = "cuda"
     with pytest.raises(ValueError, match=r"DETERMINISTIC and MODEL\.SWIN\.APE are both True"):
         check_config(cfg)
+    cfg.MODEL.SWIN.APE = False
+    cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = "FaPNPixelDecoder"
+    with pytest.raises(ValueError, match=r"DETERMINISTIC is True and .*'FaPNPixelDecoder', but"):
+        check_config(cfg)
+    cfg.MODEL.DEVICE = "cpu"
+    check_config(cfg)
 
 
 def test_registered_mappers_are_accepted(cfg, registries):
@@ -402,6 +449,7 @@ def test_written_config_is_readable_for_the_original_release(cfg):
     for key in ADDED:
         section, _, name = key.rpartition(".")
         del get_value(original, section)[name]
+    del original.MODEL.MASK_FORMER["DECODER"]
     text = without_added_defaults(cfg).dump()
     original.merge_from_other_cfg(CfgNode.load_cfg(text))
     assert {*flatten(cfg)} - {*flatten(original)} == {*ADDED}

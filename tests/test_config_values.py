@@ -26,7 +26,17 @@ SWIN = "ade20k/semantic-segmentation/swin/maskformer2_swin_tiny_bs16_160k.yaml"
 BASES = {
     "R50": (R50, {}),
     "Swin": (SWIN, {}),
-    "LVIS": ("lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml", {}),
+    "LVIS": (
+        "lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml",
+        {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BiFPNPixelDecoder"},
+    ),
+    "Ablation": (
+        R50,
+        {
+            "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME": "ConfigurableTransformerDecoder",
+            "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": "smca",
+        },
+    ),
     "SGD": (
         "cityscapes/semantic-segmentation/maskformer2_R101_bs16_90k.yaml",
         {
@@ -165,6 +175,7 @@ ACCEPTED = {
             "*BASE_LR_END",
             "*BIAS_LR_FACTOR",
             "MODEL.PIXEL_*",
+            "DISTRIBUTED_TIMEOUT",
             "INPUT.CROP.SIZE",  # in pixels, or read by no mapper
         ),
     ),
@@ -189,6 +200,7 @@ ACCEPTED = {
         ("shorter", "empty list"),
         ("DATASETS.TEST", "*IN_FEATURES", "*OUT_FEATURES"),
     ),
+    "scales, in any order": (("shorter", "longer", "twice"), ("*DECODER.SCALES",)),
     "one size": (("number",), ("INPUT.MIN_SIZE_TRAIN",)),
     "right values": (
         ("flag items", "zero", "shorter", "twice", "longer"),
@@ -377,8 +389,57 @@ CONTRADICTIONS = [
         {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder"},
         "TRANSFORMER_IN_FEATURE is 'transformer_encoder'.*BasePixelDecoder has no encoder",
     ),
+    (
+        "FPN",
+        {"MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "FaPNPixelDecoder"},
+        "TRANSFORMER_IN_FEATURE is 'transformer_encoder'.*FaPNPixelDecoder has no encoder",
+    ),
+    (
+        "R50",
+        {
+            "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "FaPNPixelDecoder",
+            "MODEL.SEM_SEG_HEAD.NORM": "LN",
+            "MODEL.SEM_SEG_HEAD.CONVS_DIM": 100,
+        },
+        "CONVS_DIM is 100; allowed: multiples of 8 .groups of offsets. with FaPN",
+    ),
+    (
+        "LVIS",
+        {"MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res4", "res5"]},
+        "IN_FEATURES.*3 scales.*with BiFPNPixelDecoder these give 2",
+    ),
+    ("LVIS", {"MODEL.SEM_SEG_HEAD.CONVS_DIM": 48}, "CONVS_DIM is 48; allowed: multiples of 32"),
     ("Swin", {"MODEL.SWIN.NUM_HEADS": [3, 6, 12, 24, 48]}, "MODEL.SWIN.DEPTHS.*NUM_HEADS"),
     ("Swin", {"MODEL.SWIN.EMBED_DIM": 97}, "MODEL.SWIN.NUM_HEADS.*EMBED_DIM 97"),
+    (
+        "Ablation",
+        {"MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": "soft"},
+        "CROSS_ATTENTION is 'soft'; allowed: .*'masked', 'smca'",
+    ),
+    (
+        "Ablation",
+        {
+            "MODEL.MASK_FORMER.DECODER.SCALES": [8, 32, 8],
+            "MODEL.MASK_FORMER.DECODER.CONCATENATE_SCALES": True,
+        },
+        r"DECODER.SCALES is \[8, 32, 8\]; allowed: .*without repetition",
+    ),
+    ("Ablation", {NESTED: ["res4"]}, r"gives strides \[32, 16, 8\].* these give \[16, 8, 4\]"),
+    ("Ablation", {NESTED: ["res3"]}, "Configurable.* attends; .*these give 2"),
+    (
+        "Ablation",
+        {
+            "MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME": "BasePixelDecoder",
+            "MODEL.SEM_SEG_HEAD.IN_FEATURES": ["res2", "res3", "res4"],
+        },
+        r"SEM_SEG_HEAD.IN_FEATURES.* these give \[16, 8, 4\]",
+    ),
+    ("Ablation", {"MODEL.RESNETS.RES5_DILATION": 2}, "RES5_DILATION is 2; allowed: 1 with Config"),
+    (
+        "Ablation",
+        {"MODEL.MASK_FORMER.ENC_LAYERS": 1},
+        "ENC_LAYERS is 1, which ConfigurableTransformerDecoder does not read",
+    ),
     ("Swin", {"MODEL.BACKBONE.FREEZE_AT": 5}, "FREEZE_AT is 5; allowed: 0, because.*Swin"),
 ]
 

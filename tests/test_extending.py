@@ -98,6 +98,7 @@ def test_sections_are_complete():
         "A backbone",
         "A pixel decoder",
         "A transformer decoder",
+        "A cross-attention",
     ]
     for title, blocks in SECTIONS.items():
         assert set(blocks) == {"python", "yaml"}, title

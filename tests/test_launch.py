@@ -1,6 +1,7 @@
 """How processes are started."""
 
 import contextlib
+import datetime
 
 import pytest
 import torch
@@ -92,11 +93,18 @@ def test_spawned_arguments(config_file, monkeypatch):
     )
     args = parse(
         *("--config-file", config_file, "--num-gpus", "2", "--num-machines", "3"),
-        *("--machine-rank", "1", "--dist-url", "tcp://host:1"),
+        *("--machine-rank", "1", "--dist-url", "tcp://host:1", "DISTRIBUTED_TIMEOUT", "1.5"),
     )
     launch(print, args)
-    expected = {"num_machines": 3, "machine_rank": 1, "dist_url": "tcp://host:1", "args": (args,)}
-    assert calls == [((print, 2), expected)]
+    (((main, num_processes), kwargs),) = calls
+    assert (main, num_processes) == (launch_module._run_spawned, 2)
+    assert kwargs.pop("args")[:2] == (print, args)
+    assert kwargs == {
+        "num_machines": 3,
+        "machine_rank": 1,
+        "dist_url": "tcp://host:1",
+        "timeout": datetime.timedelta(minutes=1.5),
+    }
 
 
 @pytest.mark.parametrize(("device", "expected"), [("cpu", [True]), ("cuda", [])])

@@ -21,6 +21,7 @@ from detectron2.modeling import (
 import mask2former
 from mask2former.config import load_config
 from mask2former.modeling.criterion import CRITERION_REGISTRY
+from mask2former.modeling.layers import CROSS_ATTENTION_REGISTRY
 from mask2former.modeling.matcher import MATCHER_REGISTRY
 from mask2former.modeling.transformer_decoder.maskformer_transformer_decoder import (
     TRANSFORMER_DECODER_REGISTRY,
@@ -52,6 +53,9 @@ REGISTERED = [
     (SEM_SEG_HEADS_REGISTRY, "MSDeformAttnPixelDecoder"),
     (SEM_SEG_HEADS_REGISTRY, "BasePixelDecoder"),
     (SEM_SEG_HEADS_REGISTRY, "TransformerEncoderPixelDecoder"),
+    (SEM_SEG_HEADS_REGISTRY, "SemanticFPNPixelDecoder"),
+    (SEM_SEG_HEADS_REGISTRY, "FaPNPixelDecoder"),
+    (SEM_SEG_HEADS_REGISTRY, "BiFPNPixelDecoder"),
     (BACKBONE_REGISTRY, "D2SwinTransformer"),
     (TRANSFORMER_DECODER_REGISTRY, "MultiScaleMaskedTransformerDecoder"),
     (TRANSFORMER_DECODER_REGISTRY, "StandardTransformerDecoder"),
@@ -61,6 +65,8 @@ REGISTERED = [
     (CRITERION_REGISTRY, "SetCriterion"),
     (CRITERION_REGISTRY, "FullMaskCriterion"),
     (CRITERION_REGISTRY, "MaskFormerCriterion"),
+    (TRANSFORMER_DECODER_REGISTRY, "ConfigurableTransformerDecoder"),
+    *((CROSS_ATTENTION_REGISTRY, name) for name in ("masked", "full", "smca", "mask_pooling")),
 ]
 # Parameters, without self, of each method that subclasses override or call.
 METHODS = {
@@ -128,6 +134,9 @@ METHODS = {
         "gather_masks": "outputs targets indices",
     },
     "modeling.pixel_decoder.fpn.BasePixelDecoder": {"forward_features": "features"},
+    "modeling.pixel_decoder.semantic_fpn.SemanticFPNPixelDecoder": {"forward_features": "features"},
+    "modeling.pixel_decoder.fapn.FaPNPixelDecoder": {"forward_features": "features"},
+    "modeling.pixel_decoder.bifpn.BiFPNPixelDecoder": {"forward_features": "features"},
     "modeling.pixel_decoder.msdeformattn.MSDeformAttnPixelDecoder": {
         "forward_features": "features"
     },
@@ -173,6 +182,13 @@ CONSTRUCTORS = {
     "modeling.pixel_decoder.fpn.TransformerEncoderPixelDecoder": (
         "input_shape transformer_dropout transformer_nheads transformer_dim_feedforward "
         "transformer_enc_layers transformer_pre_norm conv_dim mask_dim norm"
+    ),
+    "modeling.pixel_decoder.semantic_fpn.SemanticFPNPixelDecoder": (
+        "input_shape conv_dim mask_dim norm"
+    ),
+    "modeling.pixel_decoder.fapn.FaPNPixelDecoder": "input_shape conv_dim mask_dim norm",
+    "modeling.pixel_decoder.bifpn.BiFPNPixelDecoder": (
+        "input_shape conv_dim mask_dim norm num_layers last_bottom_up"
     ),
     "modeling.pixel_decoder.ops.modules.MSDeformAttn": "d_model n_levels n_heads n_points",
     "modeling.transformer_decoder.mask2former_transformer_decoder"

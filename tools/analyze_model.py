@@ -3,22 +3,29 @@
 
     python tools/analyze_model.py --tasks parameter flop --config-file configs/... [KEY VALUE ...]
     python tools/analyze_model.py --tasks flop --dataset coco_2017_val --config-file configs/...
+    python tools/analyze_model.py --tasks fps --config-file configs/... [MODEL.WEIGHTS model.pth]
 
 Multiply-adds cover the network from the image to class and mask logits. Post-processing, whose cost
-depends on the predictions, is excluded. As usual, convolutions, matrix products, attention and
-deformable attention are counted, and elementwise operations (norms, activation functions, resizing,
-softmax) are not. A multiply-add counts once.
+depends on the predictions, is excluded. As usual, convolutions, matrix products, attention, and
+deformable convolutions and attention with their sampling are counted, and elementwise operations
+(norms, activation functions, resizing, softmax) are not. A multiply-add counts once.
 
 The counts depend on the image size only, so the tool reads neither images nor weights and does not
 execute the counted operators. Sizes are `COCO_SIZES` by default, or those of --dataset.
 
-The paper counts the masks of every decoder layer. Inference here computes full masks of the last
-layer only; both numbers are printed.
+The paper counts the masks of every decoder layer, and its counter does not see the sampling of
+deformable attention. Inference here computes full masks of the last layer only; both numbers are
+printed.
+
+Task "fps" runs the model on MODEL.DEVICE with random images, one at a time, post-processing
+included. Set MODEL.WEIGHTS on the command line to time a trained model: what post-processing does
+depends on the predictions.
 """
 
 import argparse
 import statistics
 import sys
+import time
 from collections import Counter, defaultdict
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -35,9 +42,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
 from mask2former.data.formats.images import read_header
 from mask2former.data.loader import check_dataset_names
+from mask2former.preflight import check_device
+from mask2former.utils.interrupts import run_program
 from mask2former.utils.twins import runs_fast
 
 # {(height, width): images out of 100}: COCO image shapes, similar ones grouped.
@@ -71,6 +81,16 @@ def _attention(args: tuple, out: tuple[Tensor, ...]) -> int:
     return (query.numel() + out[0].numel()) * key.shape[-2]
 
 
+def _deformable_convolution(args: tuple, out: Tensor) -> int:
+    """Count the convolution and the sampling of its inputs, `_PER_SAMPLE` with modulation."""
+    value, weight = args[:2]
+    out_positions, kernel_size = out.numel() // out.shape[1], weight[0, 0].numel()
+    has_modulation = args[13]
+    per_sample = _PER_SAMPLE if has_modulation else _PER_SAMPLE - 1
+    samples = out_positions * kernel_size * value.shape[1]
+    return out.numel() * weight[0].numel() + samples * per_sample
+
+
 def _sampling(value: Tensor, locations: Tensor) -> int:
     """Count sampling of values (B, S, M, D) at locations (B, Q, M, L, P, 2)."""
     return locations.numel() // 2 * value.shape[-1] * _PER_SAMPLE
@@ -85,6 +105,7 @@ class _Operator(NamedTuple):
 
 _OPERATORS = {
     "aten::convolution": _Operator("convolution", _convolution),
+    "torchvision::deform_conv2d": _Operator("deformable convolution", _deformable_convolution),
     "aten::mm": _Operator("matrix product", lambda args, out: out.numel() * args[0].shape[-1]),
     "aten::bmm": _Operator("matrix product", lambda args, out: out.numel() * args[0].shape[-1]),
     "aten::addmm": _Operator("matrix product", lambda args, out: out.numel() * args[1].shape[-1]),
@@ -211,16 +232,15 @@ class Counts(NamedTuple):
         return sum(n for (part, _), n in self.multiply_adds.items() if part != _EARLIER_MASKS)
 
     def as_in_the_paper(self) -> int:
-        """Multiply-adds with the masks of every layer."""
-        return sum(self.multiply_adds.values())
+        """Multiply-adds with the masks of every layer, without deformable attention's sampling."""
+        return sum(n for (_, label), n in self.multiply_adds.items() if label != _NO_ACTIVATIONS)
 
 
 def count(model: nn.Module, height: int, width: int) -> Counts:
     """Count one image.
 
     Args:
-        model: on the CPU, with `backbone` and `sem_seg_head` like those of `MaskFormer`, or a
-            per-pixel head.
+        model: on the CPU, with `backbone` and `sem_seg_head`, as `MaskFormer`.
         height: of the padded image.
         width: of the padded image.
 
@@ -236,12 +256,14 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
     if skips_earlier_masks:
         num_values = sum(layer["pred_masks"].numel() for layer in outputs["aux_outputs"])
         per_value = model.sem_seg_head.pixel_decoder.mask_dim
+        reads_masks = model.sem_seg_head.predictor.reads_masks
         for counter, number in (
             (mode.multiply_adds, num_values * per_value),
             (mode.activations, num_values),
         ):
             counter["transformer decoder", "matrix product"] -= number
-            counter[_EARLIER_MASKS, "matrix product"] += number
+            if reads_masks:  # otherwise the paper does not count them either (table 4c)
+                counter[_EARLIER_MASKS, "matrix product"] += number
     return Counts(mode.multiply_adds, mode.activations)
 
 
@@ -282,10 +304,8 @@ def fixed_size(cfg: CfgNode) -> tuple[int, int]:
 
 
 def padding_step(model: nn.Module) -> int:
-    """Return the number of pixels to whose multiples a model pads images, at least 1.
-
-    Meta-architectures of Detectron2, such as that of the per-pixel heads, ask the backbone.
-    """
+    """Return the number of pixels to whose multiples a model pads images, at least 1."""
+    # Meta-architectures of Detectron2, such as that of the per-pixel heads, ask the backbone.
     return max(getattr(model, "size_divisibility", model.backbone.size_divisibility), 1)
 
 
@@ -343,13 +363,7 @@ def _mean_and_deviation(values: list[int]) -> str:
 
 def report_counts(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> None:
     """Print the tasks "flop" and "activation"."""
-    if args.use_fixed_input_size:
-        sizes, source = {fixed_size(cfg): 1}, "the size of training images"
-    elif args.dataset:
-        number = args.num_inputs or 100
-        sizes, source = dataset_sizes(args.dataset, number), f"the first images of {args.dataset}"
-    else:
-        sizes, source = COCO_SIZES, "the usual sizes of COCO images"
+    sizes, source = image_sizes(args, cfg)
     images = count_all(cfg, model, sizes, resize=not args.use_fixed_input_size)
     listed = ", ".join(f"{n} of {h}x{w}" for (h, w), n in list(sizes.items())[:12])
     print(f"Means over {len(images)} images, {source}: {listed}{', ...' * (len(sizes) > 12)}")
@@ -362,7 +376,72 @@ def report_counts(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> N
     print(f"\n{_table(images, 0)}\n\n{_table(images, 1)}\n")
     print(f"Multiply-adds: {_mean_and_deviation([x.executed() for x in images])}")
     paper = _mean_and_deviation([x.as_in_the_paper() for x in images])
-    print(f"Multiply-adds with the masks of every layer, as in the paper: {paper}")
+    print(
+        "Multiply-adds with the masks of every layer and without sampling, as in the paper: "
+        f"{paper}"
+    )
+
+
+def image_sizes(args: argparse.Namespace, cfg: CfgNode) -> tuple[dict[tuple[int, int], int], str]:
+    """Return {(height, width): number of images} that the arguments choose, and their source."""
+    if args.use_fixed_input_size:
+        return {fixed_size(cfg): 1}, "the size of training images"
+    if args.dataset:
+        number = args.num_inputs or 100
+        return dataset_sizes(args.dataset, number), f"the first images of {args.dataset}"
+    return COCO_SIZES, "the usual sizes of COCO images"
+
+
+def frames_per_second(
+    cfg: CfgNode, model: nn.Module, sizes: dict[tuple[int, int], int], resize: bool
+) -> float:
+    """Time inference with batches of one image, post-processing included.
+
+    Args:
+        cfg: INPUT.{MIN,MAX}_SIZE_TEST are read.
+        model: a meta-architecture of Detectron2, on any device.
+        sizes: {(height, width): number of images}; a size with several images is timed three
+            times.
+        resize: whether to resize as at test time.
+
+    Returns:
+        Images per second, averaged over the images.
+    """
+    device = next(model.parameters()).device
+
+    def seconds(inputs: list[dict[str, Any]]) -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            model(inputs)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter() - start
+
+    total = 0.0
+    for (height, width), number in sizes.items():
+        shape = padded_size(cfg, 1, height, width) if resize else (height, width)
+        image = torch.randint(256, (3, *shape), dtype=torch.uint8)
+        inputs = [{"image": image, "height": height, "width": width}]
+        seconds(inputs)  # warm-up
+        repeats = min(number, 3)
+        total += number * statistics.mean(seconds(inputs) for _ in range(repeats))
+    return sum(sizes.values()) / total
+
+
+def report_speed(args: argparse.Namespace, cfg: CfgNode) -> None:
+    """Print the task "fps"."""
+    model = build_model(cfg).eval()
+    weights = "random weights"
+    if "MODEL.WEIGHTS" in args.opts[::2]:
+        Mask2FormerCheckpointer(model).load(cfg.MODEL.WEIGHTS)
+        weights = cfg.MODEL.WEIGHTS
+    sizes, source = image_sizes(args, cfg)
+    speed = frames_per_second(cfg, model, sizes, resize=not args.use_fixed_input_size)
+    device = torch.device(cfg.MODEL.DEVICE)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
+    print(f"Images per second: {speed:.2f} ({name}, batch 1, {weights}, {source})")
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -372,8 +451,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--tasks",
         required=True,
         nargs="+",
-        choices=["flop", "activation", "parameter", "structure"],
-        help="what to print; flop and activation share a table",
+        choices=["flop", "activation", "parameter", "structure", "fps"],
+        help="what to print; flop and activation share a table; fps runs the model",
     )
     parser.add_argument("--dataset", metavar="NAME", help="take the image sizes from this data set")
     parser.add_argument(
@@ -406,9 +485,13 @@ def main(argv: list[str] | None = None) -> None:
             report_counts(args, cfg, model)
         if "structure" in args.tasks:
             print(model)
+        if "fps" in args.tasks:
+            cfg = load_config(args.config_file, args.opts)
+            check_device(cfg)
+            report_speed(args, cfg)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -34,6 +34,8 @@ from mask2former.data.check.report import (
 from mask2former.data.class_counts import check_class_counts
 from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
+from mask2former.utils.files import WriteError, require_writable
+from mask2former.utils.interrupts import run_program
 
 # Findings printed per data set; the report has all.
 _NUM_PRINTED = 10
@@ -132,8 +134,28 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         names, mismatch, tested = resolve_names(args)
+        require_writable(args.output)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
+    try:
+        has_problems = check_all(args, names, mismatch, tested)
+    except WriteError as error:
+        sys.exit(f"error: {error}")
+    sys.exit(has_problems)
+
+
+def check_all(
+    args: argparse.Namespace, names: list[str], mismatch: str | None, tested: set[str]
+) -> bool:
+    """Check data sets, print findings and write the reports. Returns whether there are problems.
+
+    Args:
+        args: the command's arguments.
+        names, mismatch, tested: of `resolve_names`.
+
+    Raises:
+        WriteError: a report cannot be written.
+    """
     indices = [build_index(name, for_training=name not in tested) for name in names]
     if mismatch:
         indices[0].problem(args.config_file, None, mismatch)
@@ -162,8 +184,8 @@ def main(argv: list[str] | None = None) -> None:
         print_findings("problem", problems)
         print_findings("warning", warnings)
     print(f"report: {os.path.join(args.output, 'report.md')}")
-    sys.exit(any(summary["problems"] for summary in summaries.values()))
+    return any(summary["problems"] for summary in summaries.values())
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -26,6 +26,7 @@ from mask2former.utils.files import (
     load_safetensors,
     load_torch,
 )
+from mask2former.utils.interrupts import run_program
 
 _NAMES = {"torchvision": "a ResNet of torchvision", "swin": "an official Swin Transformer"}
 # Keys that each kind of file must have, and patterns of all keys that it may have.
@@ -188,4 +189,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -23,7 +23,8 @@ from tqdm import tqdm
 from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
-from mask2former.utils.files import atomic_write
+from mask2former.utils.files import WriteError, atomic_write, make_folder, require_writable
+from mask2former.utils.interrupts import run_program
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
 
@@ -163,7 +164,7 @@ def draw_all(
                 confidence_threshold=confidence_threshold,
             )
             target = planned[path, task]
-            target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(str(target.parent))
             with atomic_write(str(target), "wb") as file:
                 Image.fromarray(drawing).save(file, format="PNG")
     return failed
@@ -175,12 +176,17 @@ def main(argv: list[str] | None = None) -> None:
         cfg = load_and_check(args.config_file, args.opts, "predict")
         tasks = choose_tasks(args.task, enabled_tasks(cfg))
         planned = plan_outputs(find_images(args.input), tasks, args.output)
+        for folder in {target.parent for target in planned.values()}:
+            require_writable(str(folder))
         if torch.device(cfg.MODEL.DEVICE).type == "cpu":
             keep_freed_memory()
         predictor = Predictor(cfg)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
-    failed = draw_all(predictor, planned, args.confidence_threshold)
+    try:
+        failed = draw_all(predictor, planned, args.confidence_threshold)
+    except WriteError as error:
+        sys.exit(f"error: {error}")
     written = [path for (image, _), path in planned.items() if image not in failed]
     print(f"wrote {len(written)} drawings to {args.output}")
     if failed:
@@ -189,4 +195,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

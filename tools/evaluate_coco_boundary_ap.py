@@ -13,6 +13,8 @@ import sys
 
 from mask2former.evaluation.boundary_ap import DILATION_RATIO, evaluate_boundary_ap
 from mask2former.evaluation.results import results_table, write_results
+from mask2former.utils.files import WriteError, require_writable
+from mask2former.utils.interrupts import run_program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -45,10 +47,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.output_dir:
+            require_writable(args.output_dir)
         metrics = evaluate_boundary_ap(
             args.gt_json_file, args.dt_json_file, args.dilation_ratio, args.iou_type
         )
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
     results = {args.gt_json_file: {args.iou_type: metrics}}
     print(results_table(results))
@@ -57,4 +61,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

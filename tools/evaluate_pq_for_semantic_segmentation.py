@@ -10,9 +10,7 @@ semantic_pq.md and semantic_pq.json.
 """
 
 import argparse
-import json
 import sys
-from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -20,9 +18,12 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from pycocotools import mask as mask_util
 from tqdm import tqdm
 
-from mask2former.data.loader import check_dataset_names
+from mask2former.data.formats.coco_results import read_semantic_results
+from mask2former.data.loader import explained_dataset_errors
 from mask2former.evaluation import SemanticPQ, results_table, write_results
 from mask2former.evaluation.semantic_evaluation import LabelReader
+from mask2former.utils.files import WriteError, require_writable
+from mask2former.utils.interrupts import run_program
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -39,41 +40,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def load_predictions(json_file: str) -> dict[str, list[dict]]:
-    """Load the predicted masks of each image, by image name without extension.
-
-    Raises:
-        ValueError: the file has another format.
-    """
-    predictions = json.loads(Path(json_file).read_text())
-    keys = {"file_name", "category_id", "segmentation"}
-    if not isinstance(predictions, list) or not all(keys <= set(p) for p in predictions):
-        raise ValueError(
-            f"{json_file} is not a sem_seg_predictions.json, which is a list of masks, each with "
-            f"{', '.join(sorted(keys))}"
-        )
-    by_image = defaultdict(list)
-    for prediction in predictions:
-        by_image[Path(prediction["file_name"]).stem].append(prediction)
-    return dict(by_image)
-
-
 def label_map(masks: list[dict], to_class: dict[int, int]) -> np.ndarray:
     """Paint the masks of one image into a label map (H, W), -1 for uncovered pixels.
 
     Args:
         masks: with `segmentation` and `category_id`.
         to_class: {category id: class}.
-
-    Raises:
-        ValueError: a category id is unknown.
     """
     labels = np.full(masks[0]["segmentation"]["size"], -1)
     for mask in masks:
-        category_id = mask["category_id"]
-        if category_id not in to_class:
-            raise ValueError(f"category_id {category_id} is not one of the data set's categories")
-        labels[mask_util.decode(mask["segmentation"]) == 1] = to_class[category_id]
+        labels[mask_util.decode(mask["segmentation"]) == 1] = to_class[mask["category_id"]]
     return labels
 
 
@@ -84,23 +60,20 @@ def evaluate(dataset_name: str, json_file: str) -> dict[str, float]:
         ValueError: the data set is unknown, or the predictions do not match it.
         FileNotFoundError: a file does not exist.
     """
-    check_dataset_names((dataset_name,))
-    predictions = load_predictions(json_file)
+    with explained_dataset_errors([dataset_name]):
+        records = DatasetCatalog.get(dataset_name)
     metadata = MetadataCatalog.get(dataset_name)
-    records = DatasetCatalog.get(dataset_name)
     if not all("sem_seg_file_name" in record for record in records):
         raise ValueError(f"data set {dataset_name} has no semantic labels (sem_seg_file_name)")
-    images = [Path(record["file_name"]).stem for record in records]
-    missing = [image for image in images if image not in predictions]
-    if missing:
-        raise ValueError(
-            f"{json_file} has no prediction for {len(missing)} of {len(images)} images of "
-            f"{dataset_name}, the first is {missing[0]}"
-        )
+    for key in ("stuff_classes", "ignore_label"):
+        if metadata.get(key) is None:
+            raise ValueError(f"the metadata of data set {dataset_name} has no {key}")
     names = metadata.stuff_classes
     to_class = metadata.get("stuff_dataset_id_to_contiguous_id")
     if to_class is None:
         to_class = {class_id: class_id for class_id in range(len(names))}
+    images = [Path(record["file_name"]).stem for record in records]
+    predictions = read_semantic_results(json_file, images, to_class.keys(), dataset_name)
     read = LabelReader(metadata)
     quality = SemanticPQ(names, metadata.ignore_label)
     for image, record in zip(tqdm(images, unit="image"), records, strict=True):
@@ -115,8 +88,10 @@ def evaluate(dataset_name: str, json_file: str) -> dict[str, float]:
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
+        if args.output_dir:
+            require_writable(args.output_dir)
         metrics = evaluate(args.dataset_name, args.json_file)
-    except (ValueError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
     results = {args.dataset_name: {"semantic_pq": metrics}}
     print(results_table(results))
@@ -125,4 +100,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

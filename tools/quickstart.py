@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mask2former.config import load_config
 from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
+from mask2former.utils.interrupts import ignore_interrupts, run_program
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import (
     contact_sheet,
@@ -106,7 +107,8 @@ def train(output: Path, opts: list[str]) -> None:
         return
     if final.is_file():  # interrupted during evaluation
         command += ["--eval-only"]
-    subprocess.run([*command, "--resume", *opts], check=True)
+    # Ctrl-C ends both, and this program says how to continue.
+    subprocess.run([*command, "--resume", *opts], check=True, preexec_fn=ignore_interrupts)
 
 
 def results_table(results: dict, tasks: list[str]) -> str:
@@ -171,4 +173,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_program(main)

@@ -13,8 +13,10 @@ import copy
 import difflib
 import itertools
 import random
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from json import JSONDecodeError
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -46,11 +48,27 @@ from .dataset_mappers import (
     MaskFormerSemanticDatasetMapper,
 )
 from .datasets.checks import check_builtin
-from .formats.findings import NOTHING_TO_TRAIN_ON
+from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
 from .packed_masks import pin
+from .records import check_records
 
 Mapper = Callable[[dict], dict | None]
+
+# What loaders raise when files or records lack something or have another type.
+_LOADER_ERRORS = (AttributeError, KeyError, IndexError, TypeError, UnicodeError, JSONDecodeError)
+
+# Modules of loaders that check what they read.
+_OWN_LOADERS = re.compile(r"(mask2former|detectron2)\.|functools$")
+
+# The mappers that read records as `records.py` checks them.
+_MAPPERS = (
+    COCOInstanceNewBaselineDatasetMapper,
+    COCOPanopticNewBaselineDatasetMapper,
+    MaskFormerInstanceDatasetMapper,
+    MaskFormerPanopticDatasetMapper,
+    MaskFormerSemanticDatasetMapper,
+)
 
 # How many samples in a row a mapper may reject (return None) before it is an error.
 _MAX_REJECTIONS = 100
@@ -231,7 +249,7 @@ def check_dataset_names(names: Sequence[str]) -> None:
 
 @contextmanager
 def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
-    """Turn Detectron2's assertions about data sets into errors that name the paths.
+    """Turn errors of loaders into errors that name the data set and its paths.
 
     Args:
         names: the data sets loaded in the block.
@@ -239,20 +257,46 @@ def explained_dataset_errors(names: Sequence[str]) -> Iterator[None]:
     Raises:
         FileNotFoundError: a file of a data set registered by Detectron2 is missing.
         ModuleNotFoundError: the package that reads such a data set is missing.
-        ValueError: a data set is not registered or has no usable image.
+        ValueError: a data set is not registered, has no usable image, or its loader fails.
     """
     check_dataset_names(names)
     for name in names:
         check_builtin(name)
     try:
         yield
-    except AssertionError as original:
+    except (AssertionError, *_LOADER_ERRORS) as original:
+        for name in names:
+            _raise_record_problem(name)
         error = str(original)
         if "No valid data" in error:
             error += f" The data {NOTHING_TO_TRAIN_ON}"
+        if not isinstance(original, AssertionError):
+            error = f"reading it ended with {type(original).__name__}: {error}"
         raise ValueError(
             f"Data set {', '.join(names)} cannot be used: {error} (looked for {_places(names)})"
         ) from original
+    except ValueError:
+        # Loaders raise it with a message of their own; Detectron2 also for records, without name.
+        for name in names:
+            if not _OWN_LOADERS.match(getattr(DatasetCatalog[name], "__module__", None) or ""):
+                _raise_record_problem(name)
+        raise
+
+
+def _raise_record_problem(name: str) -> None:
+    """Raise the first problem of the records of a data set, if its loader returns them.
+
+    Raises:
+        ValueError: a record is malformed.
+    """
+    try:
+        records = DatasetCatalog.get(name)
+    except (AssertionError, ValueError, *_LOADER_ERRORS):
+        return
+    if isinstance(records, list):
+        findings = Findings()
+        check_records(records, name, findings)
+        findings.raise_first(name)
 
 
 def _places(names: Sequence[str]) -> str:
@@ -304,6 +348,10 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             "register a list of dicts, or override Trainer.build_train_loader."
         )
     if isinstance(records, list):
+        if any(type(mapper).__call__ is kind.__call__ for kind in _MAPPERS):
+            findings = Findings()
+            check_records(records, ", ".join(cfg.DATASETS.TRAIN), findings)
+            findings.raise_first(", ".join(cfg.DATASETS.TRAIN))
         _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []

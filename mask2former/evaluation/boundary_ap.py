@@ -7,7 +7,6 @@ IoU alone. The rest is official COCO evaluation.
 
 import contextlib
 import io
-import json
 import logging
 
 import cv2
@@ -16,6 +15,7 @@ from pycocotools import mask as mask_util
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from ..data.formats.coco_results import read_instance_results
 from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 
@@ -95,31 +95,18 @@ def evaluate_boundary_ap(
         The twelve COCO metrics in percent, NaN where undefined.
 
     Raises:
-        ValueError: `iou_type` is unknown, or the predictions are in another format.
+        FileNotFoundError: a file does not exist.
+        ValueError: `iou_type` is unknown, or a file has a mistake; see `formats/coco_results.py`.
     """
     if iou_type not in ("boundary", "segm"):
         raise ValueError(f"iou_type is {iou_type!r}; allowed: 'boundary', 'segm'")
-    with open(predictions_file) as file:
-        results = json.load(file)
-    if not isinstance(results, list) or not all("segmentation" in r for r in results):
-        raise ValueError(
-            f"{predictions_file} is not in the COCO result format: a list of masks, each with "
-            "image_id, category_id, score and segmentation."
-        )
-    for result in results:
-        # With a box, pycocotools would take areas from boxes instead of masks.
-        result.pop("bbox", None)
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         gt = read_coco(gt_file)
-        known = set(gt.getImgIds())
-    unknown = {result["image_id"] for result in results} - known
-    if unknown:
-        raise ValueError(
-            f"{predictions_file} has predictions for images that {gt_file} does not list: "
-            f"{sorted(unknown)[:5]}"
-        )
+    sizes = {key: (image["height"], image["width"]) for key, image in gt.imgs.items()}
+    results = read_instance_results(predictions_file, sizes, set(gt.getCatIds()), gt_file)
     if not results:
+        logging.getLogger(__name__).warning(f"{predictions_file} has no predictions.")
         return dict.fromkeys(METRICS, float("nan"))
     with contextlib.redirect_stdout(log):
         if iou_type == "boundary":

@@ -18,6 +18,7 @@ from detectron2.evaluation.cityscapes_evaluation import CityscapesEvaluator
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
 
+from ..utils.files import explained_write_errors
 from .official_packages import import_official, numpy_with_old_names, replaced
 
 _SCRIPTS = "cityscapesscripts.evaluation"
@@ -45,6 +46,10 @@ class _OfficialEvaluation(CityscapesEvaluator):
         self._working_dir = tempfile.TemporaryDirectory(prefix="cityscapes_eval_")
         self._temp_dir = self._working_dir.name
 
+    def process(self, inputs: list[dict], outputs: list[dict]) -> None:
+        with explained_write_errors(self._temp_dir):
+            super().process(inputs, outputs)
+
     def evaluate(self) -> OrderedDict | None:
         """Return {task: {metric: value}} in percent, on the main worker.
 
@@ -66,7 +71,9 @@ class _OfficialEvaluation(CityscapesEvaluator):
         files = {} if main else {p.name: p.read_bytes() for p in Path(self._temp_dir).iterdir()}
         for worker_files in comm.gather(files):
             for name, content in worker_files.items():
-                (Path(self._temp_dir) / name).write_bytes(content)
+                path = Path(self._temp_dir) / name
+                with explained_write_errors(str(path)):
+                    path.write_bytes(content)
 
     def _run(self) -> Mapping[str, Mapping[str, float]]:
         gt_files, predictions = self._pairs()

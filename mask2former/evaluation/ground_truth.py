@@ -14,10 +14,11 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
-from ..data.datasets.loading import check_png
+from ..data.datasets.loading import check_png, read_registered_instances
 from ..data.evaluator_types import builders_of
 from ..data.formats.coco_instances import read_instances
 from ..data.formats.coco_panoptic import Panoptic, read_panoptic
+from ..data.formats.coco_schemas import LVIS_EVALUATION_JSON
 from ..data.formats.findings import Findings
 from ..data.formats.images import Header, is_panoptic_mode, read_header, wrong_panoptic_mode
 from ..data.loader import explained_dataset_errors
@@ -59,6 +60,8 @@ def check_ground_truth(cfg: CfgNode, dataset_name: str) -> None:
         json_file = metadata.get("json_file")
         if json_file:
             read_coco(json_file, metadata.get("image_root", ""), dataset_name)
+    if "INSTANCE_ON" in tasks and metadata.evaluator_type == "lvis":
+        _check_lvis(metadata)
     if "PANOPTIC_ON" in tasks and metadata.evaluator_type in _COCO_PANOPTIC:
         read_panoptic_gt(metadata)
     if isinstance(records, list):
@@ -66,8 +69,21 @@ def check_ground_truth(cfg: CfgNode, dataset_name: str) -> None:
             for problem in pool.map(_file_problem, records):
                 if problem is not None:
                     raise ValueError(f"Data set {dataset_name!r} cannot be evaluated: {problem}.")
-        if metadata.evaluator_type in ("sem_seg", *_COCO_INSTANCES):
+        if metadata.evaluator_type in ("sem_seg", "cityscapes_sem_seg", *_COCO_INSTANCES):
             _check_samples(records, metadata, tasks)
+
+
+def _check_lvis(metadata: Metadata) -> None:
+    """Check that a LVIS JSON has what the official evaluation reads.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file and the record.
+    """
+    findings = Findings()
+    read_registered_instances(
+        metadata.json_file, metadata.image_root, metadata, findings, LVIS_EVALUATION_JSON
+    )
+    findings.raise_first(metadata.name)
 
 
 def _check_samples(records: list[dict[str, Any]], metadata: Metadata, tasks: Iterable[str]) -> None:

@@ -1,8 +1,6 @@
 """Mask AP by the official COCO rules, for data sets with any thing class ids."""
 
 import itertools
-import json
-import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,14 +9,14 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from ..utils.files import atomic_write
 from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 from .mask_encoding import EncodesMasks
 from .official_packages import replaced
+from .results import WritesPredictions
 
 
-class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
+class InstanceSegEvaluator(EncodesMasks, WritesPredictions, COCOEvaluator):
     """Detectron2's COCO evaluator without the restriction of thing classes to ids 0 to n - 1.
 
     In a panoptic data set things may have any class ids. `thing_dataset_id_to_contiguous_id` maps
@@ -60,24 +58,20 @@ class InstanceSegEvaluator(EncodesMasks, COCOEvaluator):
         )
 
     def _eval_predictions(self, predictions: list[dict], img_ids: list[int] | None = None) -> None:
+        self.write_predictions("instances_predictions.pth", predictions)
         if self._to_dataset_id is not None:
             for prediction in predictions:
                 for result in prediction["instances"]:
                     result["category_id"] = self._dataset_id(result["category_id"])
+        results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
+        self.write_predictions("coco_instances_results.json", results)
         if self._evaluates_compiled and self._tasks is not None and set(self._tasks) == {"segm"}:
-            self._eval_masks(predictions, img_ids)
+            self._eval_masks(results, img_ids)
         else:
             super()._eval_predictions(predictions, img_ids)
 
-    def _eval_masks(self, predictions: list[dict], img_ids: list[int] | None) -> None:
+    def _eval_masks(self, results: list[dict], img_ids: list[int] | None) -> None:
         """Do what the base class does for masks, with `evaluate_masks`."""
-        results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
-        if self._output_dir:
-            path = os.path.join(self._output_dir, "coco_instances_results.json")
-            self._logger.info(f"Saving results to {path}")
-            with atomic_write(path) as file:
-                # `dumps` is much faster than `dump`.
-                file.write(json.dumps(results))
         if not self._do_evaluation:
             self._logger.info("Annotations are not available for evaluation.")
             return

@@ -15,7 +15,7 @@ from detectron2.utils.file_io import PathManager
 from panopticapi.evaluation import PQStat
 from tabulate import tabulate
 
-from ..utils.files import atomic_write
+from ..utils.files import atomic_write, explained_write_errors
 from .ground_truth import read_panoptic_gt
 from .panoptic_quality import (
     add_up,
@@ -48,7 +48,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             use_fast_impl: False uses panopticapi instead: the same digits, computed from PNG files
                 after the last image.
         """
-        super().__init__(dataset_name, output_dir)
+        with explained_write_errors(output_dir or ""):
+            super().__init__(dataset_name, output_dir)
         self._use_fast_impl = use_fast_impl
 
     def reset(self) -> None:
@@ -152,8 +153,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         ]
         with tempfile.TemporaryDirectory(prefix="panoptic_eval") as folder:
             for image_id, content in png_files.items():
-                name = predictions[image_id]["file_name"]
-                with open(os.path.join(folder, name), "wb") as file:
+                path = os.path.join(folder, predictions[image_id]["file_name"])
+                with explained_write_errors(path), open(path, "wb") as file:
                     file.write(content)
             return official_image_stats(pairs, self._gt_folder, folder, self._categories)
 

@@ -3,6 +3,7 @@
 K classes, H W pixels of an image.
 """
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from ..data.formats.images import read_image
 from .mask_encoding import encode_transposed
 from .panoptic_quality import read_segment_ids
+from .results import WritesPredictions
 
 _IGNORE = 255
 
@@ -34,7 +36,7 @@ def build_semantic_evaluator(dataset_name: str, output_folder: str | None) -> Se
     )
 
 
-class SemanticEvaluator(SemSegEvaluator):
+class SemanticEvaluator(WritesPredictions, SemSegEvaluator):
     """Detectron2's evaluator with faster per-image CPU work and the same results."""
 
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
@@ -54,6 +56,18 @@ class SemanticEvaluator(SemSegEvaluator):
                 boundaries = [self._mask_to_boundary(x.astype(np.uint8)) for x in (labels, gt)]
                 self._b_conf_matrix += self._confusion(*boundaries)
             self._predictions.extend(self.encode_json_sem_seg(labels, image["file_name"]))
+
+    def evaluate(self) -> OrderedDict | None:
+        """Return {"sem_seg": {metric: value}} in percent, on the main worker.
+
+        Raises:
+            WriteError: a file of the output folder cannot be written.
+        """
+        results = super().evaluate()
+        if results is not None:
+            self.write_predictions("sem_seg_predictions.json", self._predictions)
+            self.write_predictions("sem_seg_evaluation.pth", results["sem_seg"])
+        return results
 
     def _confusion(self, labels: np.ndarray, gt: np.ndarray) -> np.ndarray:
         pairs = (self._num_classes + 1) * labels.ravel() + gt.ravel()

@@ -32,7 +32,7 @@ def decode(
     mask_features: Tensor,
     mask: Tensor | None = None,
 ) -> dict[str, Any]:
-    """Twin of `MultiScaleMaskedTransformerDecoder.forward`."""
+    """Twin of `forward` of `MultiScaleMaskedTransformerDecoder` and its variants."""
     predictions = decode_to_factors(decoder, x, mask_features)
     classes = [prediction["pred_logits"] for prediction in predictions]
     masks = [prediction["pred_masks"].full() for prediction in predictions]
@@ -51,7 +51,7 @@ def decode_to_factors(
     Returns:
         dicts with `pred_logits` (B, Q, K+1) and `pred_masks`, `MaskFactors`.
     """
-    memory, pos, sizes = decoder.project_features(x)
+    scales = decoder.project_features(x)
     batch = mask_features.shape[0]
     query_embed = decoder.query_embed.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
     output = decoder.query_feat.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
@@ -65,33 +65,51 @@ def decode_to_factors(
         predictions.append({"pred_logits": logits, "pred_masks": MaskFactors(embed, mask_features)})
         if i == decoder.num_layers:
             break
-        level = i % decoder.num_feature_levels
-        cross_attention = decoder.transformer_cross_attention_layers[i]
-        takes_one_mask = runs_fast(cross_attention) and why_hooked(cross_attention) is None
-        length = sizes[level][0] * sizes[level][1]
-        with torch.no_grad():
+        level = i % len(scales)
+        scale = scales[level]
+        attn_mask = None
+        if decoder.reads_masks:
             if level not in resized:
-                resized[level] = _pad_rows(_resize(mask_features, sizes[level]).flatten(2))
-            mask_logits = embed @ resized[level]  # (B, Q, L and padding)
-            if takes_one_mask and not mask_logits.is_cpu:
-                attn_mask = _added_mask(mask_logits, length).unsqueeze(1)
-            else:
-                attn_mask = _blocked(mask_logits[..., :length]).unsqueeze(1)
-        if not takes_one_mask:
-            attn_mask = attn_mask.repeat(1, decoder.num_heads, 1, 1).flatten(0, 1)
-        output = cross_attention(
-            output,
-            memory[level],
-            memory_mask=attn_mask,
-            memory_key_padding_mask=None,
-            pos=pos[level],
-            query_pos=query_embed,
-        )
-        output = decoder.transformer_self_attention_layers[i](
-            output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
-        )
-        output = decoder.transformer_ffn_layers[i](output)
+                with torch.no_grad():
+                    resized[level] = _resize_all(mask_features, scale.sizes)
+            attn_mask = _attention_mask(decoder, i, embed, resized[level], len(scale.memory))
+        output = decoder.forward_layer(i, output, query_embed, scale, attn_mask)
     return predictions
+
+
+@torch.no_grad()
+def _attention_mask(
+    decoder: MultiScaleMaskedTransformerDecoder,
+    i: int,
+    embed: Tensor,
+    features: Tensor,
+    length: int,
+) -> Tensor:
+    """The attention mask of layer i, in the form that its cross-attention reads fastest.
+
+    Args:
+        embed: (B, Q, C) mask embeddings.
+        features: (B, C, L and padding), resized.
+        length: L.
+
+    Returns:
+        (B, 1, Q, L) to the twin of cross-attention, otherwise (B·M, Q, L).
+    """
+    cross_attention = decoder.transformer_cross_attention_layers[i]
+    takes_one_mask = runs_fast(cross_attention) and why_hooked(cross_attention) is None
+    mask_logits = embed @ features  # (B, Q, L and padding)
+    if takes_one_mask and not mask_logits.is_cpu:
+        return _added_mask(mask_logits, length).unsqueeze(1)
+    attn_mask = _blocked(mask_logits[..., :length]).unsqueeze(1)
+    if takes_one_mask:
+        return attn_mask
+    return attn_mask.repeat(1, decoder.num_heads, 1, 1).flatten(0, 1)
+
+
+def _resize_all(x: Tensor, sizes: tuple[tuple[int, int], ...]) -> Tensor:
+    """Resize to each size and flatten: (B, C, H, W) → (B, C, L and padding)."""
+    maps = [_resize(x, size).flatten(2) for size in sizes]
+    return _pad_rows(maps[0] if len(maps) == 1 else torch.cat(maps, 2))
 
 
 def _blocked(mask_logits: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..maskformer_model import MaskFormer
 from ..modeling.meta_arch.mask_former_head import MaskFormerHead
-from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
+from ..modeling.transformer_decoder import (
+    ConfigurableTransformerDecoder,
     MultiScaleMaskedTransformerDecoder,
 )
 from ..utils.twins import runs_fast, why_hooked, why_touched
@@ -64,10 +65,12 @@ def why_not_factors(model: MaskFormer) -> str | None:
     """Who needs the full-size masks of all layers, or None: mask logits may stay factors."""
     head = model.sem_seg_head
     decoder = getattr(head, "predictor", None)
+    variant = type(decoder) is ConfigurableTransformerDecoder
+    expected = ConfigurableTransformerDecoder if variant else MultiScaleMaskedTransformerDecoder
     reason = (
         why_touched(head, MaskFormerHead, _HEAD_METHODS)
         or why_hooked(head)
-        or why_touched(decoder, MultiScaleMaskedTransformerDecoder, _DECODER_METHODS)
+        or why_touched(decoder, expected, _DECODER_METHODS)
         or why_hooked(decoder)
     )
     if reason is not None:

@@ -17,7 +17,8 @@ from ..modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnTransformerEncoderLayer,
     MSDeformAttnTransformerEncoderOnly,
 )
-from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
+from ..modeling.transformer_decoder import (
+    ConfigurableTransformerDecoder,
     MultiScaleMaskedTransformerDecoder,
 )
 from ..ops import MSDeformAttn
@@ -93,7 +94,13 @@ TABLE = (
         MultiScaleMaskedTransformerDecoder,
         "forward",
         decoder.decode,
-        stands_for=("forward_prediction_heads",),
+        stands_for=("forward_prediction_heads", "attention_mask"),
+    ),
+    Twin(
+        ConfigurableTransformerDecoder,
+        "forward",
+        decoder.decode,
+        stands_for=("forward_prediction_heads", "attention_mask"),
     ),
     Twin(
         CrossAttentionLayer,

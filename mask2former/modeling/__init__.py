@@ -19,10 +19,10 @@ here reads as the paper's steps; a part with a twin in ../fast/ runs that instea
 numbers for the same random points.
 
 Under autocast, in float16 or bfloat16, these stay in float32: the residual streams of both
-transformers and their layer norms; locations, weights and sums of deformable attention; class
-probabilities and all matching costs; features, masks and targets once they are sampled at points;
-the losses. Convolutions, linear layers, attention and the products that predict masks are in half
-precision.
+transformers and their layer norms; locations, weights and sums of deformable attention; deformable
+convolutions; class probabilities and all matching costs; features, masks and targets once they are
+sampled at points; the losses. Other convolutions, linear layers, attention and the products that
+predict masks are in half precision.
 """
 
 from . import backbone, meta_arch, pixel_decoder, transformer_decoder
@@ -36,13 +36,21 @@ from .full_mask_losses import (
 )
 from .matcher import HungarianMatcher
 from .meta_arch import MaskFormerHead, PerPixelBaselineHead, PerPixelBaselinePlusHead
-from .pixel_decoder import BasePixelDecoder, MSDeformAttnPixelDecoder
+from .pixel_decoder import (
+    BasePixelDecoder,
+    BiFPNPixelDecoder,
+    FaPNPixelDecoder,
+    MSDeformAttnPixelDecoder,
+    SemanticFPNPixelDecoder,
+)
 
 __all__ = [
     "BasePixelDecoder",
+    "BiFPNPixelDecoder",
     "D2SwinTransformer",
     "FullMaskCriterion",
     "FullMaskMatcher",
+    "FaPNPixelDecoder",
     "HungarianMatcher",
     "MSDeformAttnPixelDecoder",
     "MaskFormerCriterion",
@@ -50,6 +58,7 @@ __all__ = [
     "MaskFormerMatcher",
     "PerPixelBaselineHead",
     "PerPixelBaselinePlusHead",
+    "SemanticFPNPixelDecoder",
     "SetCriterion",
     "backbone",
     "meta_arch",

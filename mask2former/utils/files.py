@@ -1,14 +1,17 @@
-"""Files: safe reading of checkpoints from unknown sources, and atomic writing.
+"""Files: safe reading of checkpoints from unknown sources, atomic writing, errors that name files.
 
 Unpickling can execute arbitrary code. Here checkpoints may contain only tensors, NumPy arrays and
 plain containers (`plain_pickle.py`, `torch_files.py`).
 """
 
+import errno
 import os
 import pickle
 import re
+import sys
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO, Any, Literal
 
 import torch
@@ -22,6 +25,78 @@ class MissingPackageError(ValueError):
     """A file is sound, but its format needs a package that is not installed."""
 
 
+class WriteError(OSError):
+    """A file cannot be written; one line names the file, the cause and what to do."""
+
+
+_OTHER_FOLDER = "or choose another folder"
+# Cause, if the system's own words do not tell it, and remedy.
+_WRITE_PROBLEMS = {
+    errno.ENOSPC: ("", f"Free space there, {_OTHER_FOLDER}"),
+    errno.EDQUOT: ("", f"Free some of your quota there, {_OTHER_FOLDER}"),
+    errno.EFBIG: ("", "Raise the limit of file sizes (`ulimit -f`)"),
+    errno.EROFS: ("", f"Mount it writable, {_OTHER_FOLDER}"),
+    errno.EACCES: ("", f"Allow this user to write there, {_OTHER_FOLDER}"),
+    errno.EPERM: ("", f"Allow this user to write there, {_OTHER_FOLDER}"),
+    errno.ENOENT: (
+        "it, or its folder, does not exist",
+        f"Restore it, {_OTHER_FOLDER}",
+    ),
+    errno.EEXIST: ("a file is in the place of a folder", f"Rename it, {_OTHER_FOLDER}"),
+    errno.ENOTDIR: ("a file is in the place of a folder", f"Rename it, {_OTHER_FOLDER}"),
+    errno.EISDIR: ("a folder is in the place of the file", f"Rename it, {_OTHER_FOLDER}"),
+}
+
+
+def _system_error(error: BaseException | None, outer: BaseException | None) -> OSError | None:
+    """The error of the system behind an error: torch hides it behind a RuntimeError.
+
+    Args:
+        error: what was raised.
+        outer: what was being handled before, which is no cause.
+    """
+    while error is not None and error is not outer:
+        if isinstance(error, OSError):
+            return error
+        error = error.__cause__ or error.__context__
+    return None
+
+
+@contextmanager
+def explained_write_errors(path: str) -> Iterator[None]:
+    """Turn errors of the system while writing into errors that name the file.
+
+    Args:
+        path: what is written. Where the system names another file, that one is named.
+
+    Raises:
+        WriteError: the file cannot be written.
+    """
+    outer = sys.exc_info()[1]
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        cause = _system_error(error, outer)
+        if cause is None:
+            raise
+        name = cause.filename
+        if not isinstance(name, str | bytes) or os.fsdecode(name) == _temporary(path):
+            name = path
+        problem, remedy = _WRITE_PROBLEMS.get(
+            cause.errno or 0, ("", f"Make it writable, {_OTHER_FOLDER}")
+        )
+        text = problem or cause.strerror or str(cause)
+        explained = WriteError(f"Cannot write {os.fsdecode(name)}: {text}. {remedy}.")
+        explained.errno = cause.errno
+        raise explained from error
+
+
+def _temporary(path: str) -> str:
+    return f"{path}.tmp"
+
+
 @contextmanager
 def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     """Open a local file for writing; it appears under its name only when it is complete.
@@ -29,18 +104,45 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
     Args:
         path: the file; an existing one is replaced.
         mode: "w" or "wb".
+
+    Raises:
+        WriteError: the file cannot be written. An existing one is as it was.
     """
-    temporary = f"{path}.tmp"
-    file = open(temporary, mode)
-    try:
-        with file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    temporary = _temporary(path)
+    with explained_write_errors(path):
+        file = open(temporary, mode)
+        try:
+            with file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            # It may be gone, with its folder.
+            with suppress(OSError):
+                os.unlink(temporary)
+            raise
+
+
+def make_folder(path: str) -> None:
+    """Make a folder and its parents if missing.
+
+    Raises:
+        WriteError: it cannot be made.
+    """
+    with explained_write_errors(path):
+        os.makedirs(path, exist_ok=True)
+
+
+def require_writable(path: str) -> None:
+    """Make a folder if missing, and try to write a MiB in it: before long work, not after.
+
+    Raises:
+        WriteError: the folder cannot be made or written.
+    """
+    make_folder(path)
+    with explained_write_errors(path), tempfile.NamedTemporaryFile(dir=path, suffix=".tmp") as file:
+        file.write(bytes(2**20))
 
 
 @contextmanager
@@ -54,6 +156,11 @@ def explained_read_errors(path: str) -> Iterator[None]:
         yield
     except MissingPackageError:
         raise
+    except OSError as error:
+        raise ValueError(
+            f"Checkpoint {path} cannot be read: {error.strerror or error}. Make it readable, or "
+            "name another."
+        ) from error
     # Damaged bytes can raise any exception in a decoder.
     except Exception as error:
         refused = re.search(r"GLOBAL (\S+)", str(error))

@@ -132,9 +132,9 @@ def test_sorting_and_limit_of_detections(write_files):
 
 def test_bad_predictions(write_files):
     gt = [entry(square(10, 10), iscrowd=0)]
-    with pytest.raises(ValueError, match=r"not list: \[7\]"):
+    with pytest.raises(ValueError, match=r"\$\[0\]\.image_id: image 7 is not one of"):
         evaluate_boundary_ap(*write_files(gt, [entry(square(1, 1), score=1.0, image_id=7)]))
-    with pytest.raises(ValueError, match="not in the COCO result format"):
+    with pytest.raises(ValueError, match="is not a list of masks, the COCO result"):
         evaluate_boundary_ap(*write_files(gt, {"annotations": []}))
     with pytest.raises(ValueError, match="iou_type is 'bbox'"):
         evaluate_boundary_ap(*write_files(gt, []), iou_type="bbox")

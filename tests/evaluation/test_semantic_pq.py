@@ -125,7 +125,7 @@ def test_tool_with_dataset_ids(predictions):
     assert tool.evaluate(NAME, str(predictions))["PQ"] == 100
     masks[0]["category_id"] = 4
     predictions.write_text(json.dumps(masks))
-    with pytest.raises(ValueError, match="image a: category_id 4 is not one of the data set's"):
+    with pytest.raises(ValueError, match=r"\$\[0\]\.category_id: category_id 4 is not one"):
         tool.evaluate(NAME, str(predictions))
 
 
@@ -138,5 +138,8 @@ def test_tool_with_bad_input(predictions):
     with pytest.raises(ValueError, match="no prediction for 1 of 2 images of .*, the first is b"):
         tool.evaluate(NAME, str(predictions))
     predictions.write_text(json.dumps([{"image_id": 1}]))
+    with pytest.raises(ValueError, match=r"\$\[0\]: a mask has no 'file_name' .* must have file_n"):
+        tool.evaluate(NAME, str(predictions))
+    predictions.write_text("{}")
     with pytest.raises(ValueError, match="is not a sem_seg_predictions.json"):
         tool.evaluate(NAME, str(predictions))

@@ -28,7 +28,8 @@ from mask2former.modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnTransformerEncoderLayer,
     MSDeformAttnTransformerEncoderOnly,
 )
-from mask2former.modeling.transformer_decoder.mask2former_transformer_decoder import (
+from mask2former.modeling.transformer_decoder import (
+    ConfigurableTransformerDecoder,
     MultiScaleMaskedTransformerDecoder,
 )
 from mask2former.utils.twins import register_twin, run_plain, runs_fast
@@ -102,8 +103,8 @@ def pixel_decoder():
     return module, "add_fpn_levels", (leaf(2, 32, 4, 6), [leaf(2, 8, 8, 12)])
 
 
-def decoder():
-    module = MultiScaleMaskedTransformerDecoder(
+def decoder(kind=MultiScaleMaskedTransformerDecoder):
+    module = kind(
         16,
         num_classes=3,
         hidden_dim=16,
@@ -161,6 +162,7 @@ CASES = {
         (torch.zeros(2, 1, 5, 7),),
     ),
     (MultiScaleMaskedTransformerDecoder, "forward"): decoder,
+    (ConfigurableTransformerDecoder, "forward"): lambda: decoder(ConfigurableTransformerDecoder),
     (CrossAttentionLayer, "forward"): lambda: attention_case(CrossAttentionLayer(16, 4), True),
     (SelfAttentionLayer, "forward"): lambda: attention_case(SelfAttentionLayer(16, 4), False),
     (HungarianMatcher, "forward"): matcher,

@@ -17,6 +17,7 @@ from load_script import load_script
 from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.ops import DeformConv2d
 
 from mask2former.config import load_config
 from mask2former.ops import MSDeformAttn, ms_deform_attn
@@ -77,7 +78,9 @@ def test_numbers_of_the_paper(recipe, params, giga, capsys):
     number = NUM_PARAMETERS[f"coco/instance-segmentation/{recipe}"]
     assert f"Parameters: {number / 1e6:.2f} M" in out
     assert number / 1e6 == pytest.approx(params, abs=0.5)
-    paper = float(re.search(r"every layer, as in the paper: ([\d.]+) G", out)[1])
+    paper = float(
+        re.search(r"every layer and without sampling, as in the paper: ([\d.]+) G", out)[1]
+    )
     assert paper == pytest.approx(giga, rel=0.03)
     executed = float(re.search(r"^Multiply-adds: ([\d.]+) G", out, re.M)[1])
     assert 0.9 * paper < executed < paper
@@ -182,6 +185,19 @@ def test_deformable_attention_by_hand(compiled, monkeypatch):
     assert adds == {"deformable attention": sampled * 4 * 5}
 
 
+@pytest.mark.parametrize(("has_modulation", "per_sample"), [(False, 4), (True, 5)])
+def test_deformable_convolution_by_hand(has_modulation, per_sample):
+    """The convolution, and per sampled value four corners and the modulation."""
+    conv = DeformConv2d(6, 4, (3, 2), stride=2, padding=1, groups=2)
+    x = torch.zeros(2, 6, 7, 8)  # → 4 × 5 positions
+    offset = torch.zeros(2, 2 * 3 * 6, 4, 5)  # three groups of channels
+    modulation = torch.zeros(2, 3 * 6, 4, 5) if has_modulation else None
+    adds, activations = count_operators(lambda: conv(x, offset, modulation))
+    products, samples = 2 * 4 * 20 * (3 * 6), 2 * 6 * 20 * 6
+    assert adds == {"deformable convolution": products + samples * per_sample}
+    assert activations == {"deformable convolution": 2 * 4 * 20}
+
+
 def test_counts_equal_torch_flop_counter(small_model):
     """Convolutions, matrix products and attention, as torch counts them in a real run.
 
@@ -197,14 +213,33 @@ def test_counts_equal_torch_flop_counter(small_model):
     by_operator = {}
     for (_, operator), number in counts.multiply_adds.items():
         by_operator[operator] = by_operator.get(operator, 0) + number
-    assert by_operator.pop("deformable attention") > 0
+    sampling = by_operator.pop("deformable attention")
+    assert sampling > 0
     assert set(by_operator) == {"convolution", "matrix product", "attention"}
     assert 2 * sum(by_operator.values()) == counter.get_total_flops()
     parts = {part for part, _ in counts.multiply_adds}
     assert parts == {"backbone", "pixel decoder", "transformer decoder", "masks of earlier layers"}
     # Three earlier layers: 30 queries, 128 channels, 32 × 48 positions.
-    difference = counts.as_in_the_paper() - counts.executed()
+    difference = counts.as_in_the_paper() + sampling - counts.executed()
     assert difference == 3 * 30 * 128 * 32 * 48
+
+
+@pytest.mark.parametrize(
+    ("attention", "reads_masks"),
+    [("masked", True), ("mask_pooling", True), ("full", False), ("smca", False)],
+)
+def test_earlier_masks_count_only_if_attention_reads_them(small_model, attention, reads_masks):
+    opts = ["MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", "ConfigurableTransformerDecoder"]
+    opts += ["MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION", attention, "MODEL.DEVICE", "cpu"]
+    counts = tool.count(build_model(load_config(str(SHAPES), opts)).eval(), 64, 96)
+    base = tool.count(small_model, 64, 96)
+    # Three earlier layers: 30 queries, 128 channels, 16 × 24 positions.
+    masks = counts.multiply_adds["masks of earlier layers", "matrix product"]
+    assert masks == (3 * 30 * 128 * 16 * 24 if reads_masks else 0)
+    # Nor are there attention masks, on three scales.
+    attention_masks = 0 if reads_masks else 30 * 128 * (2 * 3 + 4 * 6 + 8 * 12)
+    if attention in ("masked", "full"):
+        assert counts.executed() == base.executed() - attention_masks
 
 
 def test_counting_leaves_caches_valid(small_model):
@@ -273,3 +308,17 @@ def test_command_line(capsys, register):
     with pytest.raises(SystemExit):
         tool.main(["--tasks", "flop", "--dataset", "x", "--use-fixed-input-size", *config])
     assert "mutually exclusive" in capsys.readouterr().err
+
+
+def test_images_per_second(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(tool, "COCO_SIZES", {(60, 80): 2, (90, 60): 1})
+    tool.main(["--tasks", "fps", "--config-file", str(SHAPES), "MODEL.DEVICE", "cpu"])
+    out = capsys.readouterr().out
+    assert (
+        float(re.search(r"Images per second: ([\d.]+) \(cpu, batch 1, random weights", out)[1]) > 0
+    )
+    with pytest.raises(SystemExit, match="missing.pth"):
+        tool.main(
+            ["--tasks", "fps", "--config-file", str(SHAPES)]
+            + ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", str(tmp_path / "missing.pth")]
+        )

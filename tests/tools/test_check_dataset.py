@@ -188,6 +188,19 @@ def test_bad_arguments(arguments, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_report_on_a_full_disk(config, tmp_path):
+    output = tmp_path / "output"
+    output.mkdir()
+    os.symlink("/dev/full", output / "report.json.tmp")
+    with pytest.raises(SystemExit, match=r"^error: Cannot write \S*report\.json: No space left on"):
+        tool.main(["--config-file", str(config), "--output", str(output), "--workers", "1"])
+    assert not list(output.iterdir())
+    output.rmdir()
+    output.touch()
+    with pytest.raises(SystemExit, match=r"^error: Cannot write \S*output: a file is in the place"):
+        tool.main(["--config-file", str(config), "--output", str(output)])
+
+
 def test_workers_use_one_thread():
     """Workers are forked from a process with several threads, which they do not inherit."""
     torch.rand(1 << 20).exp_()

@@ -1,5 +1,6 @@
 """tools/convert_weights.py: names, loading into our backbones, and rejected files."""
 
+import os
 import pickle
 from pathlib import Path
 
@@ -181,6 +182,9 @@ def test_bad_paths_and_unsafe_files(tmp_path, capsys):
         tool.main([str(source), str(tmp_path / "out.pth")])
     with pytest.raises(SystemExit, match="nowhere"):
         tool.main([str(source), str(tmp_path / "nowhere" / "out.pkl")])
+    os.symlink("/dev/full", tmp_path / "out.pkl.tmp")
+    with pytest.raises(SystemExit, match=r"error: Cannot write \S*out\.pkl: No space left on dev"):
+        tool.main([str(source), str(tmp_path / "out.pkl")])
     done = tmp_path / "done.pkl"
     done.write_bytes(pickle.dumps({"model": {}, "__author__": "torchvision"}))
     with pytest.raises(SystemExit, match="already in Detectron2's format"):

@@ -1,5 +1,6 @@
 """tools/demo.py with a tiny model of random weights."""
 
+import os
 from pathlib import Path
 
 import numpy as np
@@ -140,6 +141,16 @@ def test_weights_are_required(opts, images, tmp_path):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_full_disk(opts, images, tmp_path):
+    output = tmp_path / "out"
+    output.mkdir()
+    for image in images.iterdir():
+        os.symlink("/dev/full", output / f"{image.stem}.png.tmp")
+    with pytest.raises(SystemExit, match=r"^error: Cannot write \S*\.png: No space left on device"):
+        run(opts, "--input", images, "--output", output)
+    assert not list(output.glob("*.png"))
+
+
 def test_missing_gpu(opts, images, tmp_path):
     with pytest.raises(SystemExit, match="MODEL.DEVICE cpu"):
         run([*opts, "MODEL.DEVICE", "cuda"], "--input", images, "--output", tmp_path / "out")

@@ -20,7 +20,7 @@ quickstart = load_script("tools/quickstart.py")
 def commands(monkeypatch) -> list[list[str]]:
     """Record commands instead of running them."""
     recorded: list[list[str]] = []
-    monkeypatch.setattr(subprocess, "run", lambda command, check: recorded.append(command))
+    monkeypatch.setattr(subprocess, "run", lambda command, **_: recorded.append(command))
     return recorded
 
 

@@ -1,7 +1,10 @@
 """Reading never executes code; written files are complete or absent."""
 
+import errno
 import os
 import pickle
+import re
+import shutil
 import zipfile
 from collections import Counter, OrderedDict
 
@@ -10,7 +13,15 @@ import pytest
 import torch
 from torch import nn
 
-from mask2former.utils.files import atomic_write, explained_read_errors, load_pickle, load_torch
+from mask2former.utils.files import (
+    WriteError,
+    atomic_write,
+    explained_read_errors,
+    explained_write_errors,
+    load_pickle,
+    load_torch,
+    require_writable,
+)
 
 
 class Payload:
@@ -139,6 +150,70 @@ def test_atomic_write_replaces_whole_files_only(tmp_path):
         file.write("new")
     assert path.read_text() == "new"
     assert os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_write_on_a_full_disk(tmp_path):
+    path = tmp_path / "file"
+    path.write_text("old")
+    os.symlink("/dev/full", tmp_path / "file.tmp")
+    with pytest.raises(WriteError, match=rf"^Cannot write {path}: No space left on device\. Free "):
+        with atomic_write(str(path)) as file:
+            file.write("new")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["file"]
+
+
+def test_atomic_write_without_its_folder(tmp_path):
+    with pytest.raises(WriteError, match=r"none/file: it, or its folder, does not exist\. Restore"):
+        with atomic_write(str(tmp_path / "none" / "file")):
+            pass
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    with pytest.raises(WriteError, match=r"folder/file: it, or its folder, does not exist"):
+        with atomic_write(str(folder / "file")):
+            shutil.rmtree(folder)
+    (tmp_path / "file").mkdir()
+    with pytest.raises(WriteError, match=r"/file: a folder is in the place of the file\. Rename"):
+        with atomic_write(str(tmp_path / "file")):
+            pass
+    assert os.listdir(tmp_path) == ["file"]
+
+
+@pytest.mark.parametrize(
+    ("number", "text"),
+    [
+        (errno.EROFS, "Read-only file system. Mount it writable, or choose another folder."),
+        (errno.EACCES, "Permission denied. Allow this user to write there, or choose another f"),
+        (errno.EDQUOT, "Disk quota exceeded. Free some of your quota there, or choose another"),
+        (errno.EIO, "Input/output error. Make it writable, or choose another folder."),
+    ],
+)
+def test_causes_of_write_errors(number, text):
+    with pytest.raises(WriteError, match=re.escape(f"Cannot write file: {text}")) as caught:
+        with explained_write_errors("file"):
+            raise OSError(number, os.strerror(number))
+    assert caught.value.errno == number
+    assert pickle.loads(pickle.dumps(caught.value)).args == caught.value.args
+
+
+def test_other_errors_are_not_write_errors():
+    with pytest.raises(ValueError, match="^unrelated$"):
+        try:
+            raise OSError(errno.ENOSPC, "before")
+        except OSError:
+            with explained_write_errors("file"):
+                raise ValueError("unrelated")  # noqa: B904
+
+
+def test_require_writable(tmp_path):
+    require_writable(str(tmp_path / "a" / "b"))
+    assert os.listdir(tmp_path / "a" / "b") == []
+    (tmp_path / "file").touch()
+    with pytest.raises(WriteError, match=r"file/c: a file is in the place of a folder"):
+        require_writable(str(tmp_path / "file" / "c"))
+    # Not even root can.
+    with pytest.raises(WriteError, match=r"Cannot write /proc/1\S*: "):
+        require_writable("/proc/1")
 
 
 def with_attribute(tensor):

@@ -12,7 +12,14 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.structures import BoxMode
 
 from ..class_counts import class_names
-from ..datasets.checks import check_builtin
+from ..datasets.checks import (
+    builtin_findings,
+    check_loaded_panoptic,
+    is_loaded_instances,
+    is_loaded_panoptic,
+    loader_module,
+    read_loaded_instances,
+)
 from ..datasets.loading import read_registered_instances
 from ..datasets.register_ade20k_panoptic import allows_repeated_ids
 from ..evaluator_types import EVALUATOR_TYPES
@@ -20,6 +27,7 @@ from ..formats.coco_instances import raw_annotations
 from ..formats.coco_panoptic import Panoptic, read_panoptic
 from ..formats.findings import NOTHING_TO_TRAIN_ON, Finding, Findings
 from ..formats.semantic_folders import IMAGE_EXTENSIONS, read_semantic_folders
+from ..records import check_records
 
 
 @dataclass
@@ -109,7 +117,7 @@ def build_index(name: str, for_training: bool = True) -> Index:
         )
     if evaluator_type in ("coco", "lvis") and metadata.get("json_file"):
         _index_instances(index, metadata)
-    elif metadata.get("panoptic_json") and evaluator_type != "cityscapes_panoptic_seg":
+    elif metadata.get("panoptic_json") and not _is_trained_otherwise(metadata):
         _index_panoptic(index, metadata)
     elif evaluator_type == "sem_seg" and metadata.get("sem_seg_root"):
         _index_semantic(index, metadata)
@@ -122,6 +130,12 @@ def build_index(name: str, for_training: bool = True) -> Index:
         file = metadata.get("panoptic_json") or metadata.get("json_file") or name
         report(file, None, NOTHING_TO_TRAIN_ON)
     return index
+
+
+def _is_trained_otherwise(metadata: Metadata) -> bool:
+    """Whether training reads another annotation than the panoptic JSON of a data set."""
+    is_separated = "sem_seg_root" in metadata.as_dict() and loader_module(metadata.name) is not None
+    return metadata.evaluator_type == "cityscapes_panoptic_seg" or is_separated
 
 
 def _has_target(item: Item) -> bool:
@@ -150,9 +164,18 @@ def _index_instances(index: Index, metadata: Metadata) -> None:
     if ids is not None and classes is not None and len(ids) != len(classes):
         why = f"the metadata has {len(classes)} class names, but ids of {len(ids)} categories"
         index.problem(index.name, None, why)
-    data, index.contiguous_ids = read_registered_instances(
-        metadata.json_file, metadata.image_root, metadata, index.findings
-    )
+    if not is_loaded_instances(index.name):
+        data, index.contiguous_ids = read_registered_instances(
+            metadata.json_file, metadata.image_root, metadata, index.findings
+        )
+    else:
+        try:
+            data, index.contiguous_ids = read_loaded_instances(
+                index.name, metadata, index.findings, for_evaluation=True
+            )
+        except (FileNotFoundError, ModuleNotFoundError) as error:
+            index.problem(index.name, None, str(error))
+            return
     if data is None:
         return
     names = {category.id: category.name for category in data.categories}
@@ -194,6 +217,8 @@ def _index_panoptic(index: Index, metadata: Metadata) -> None:
         allow_repeated_ids=allows_repeated_ids(index.name),
         allow_unannotated=metadata.evaluator_type == "coco_panoptic_seg",
     )
+    if is_loaded_panoptic(index.name):
+        check_loaded_panoptic(data, metadata.panoptic_json, index.findings)
     if data is None:
         return
     _compare_names(index, data)
@@ -248,7 +273,9 @@ def _index_semantic(index: Index, metadata: Metadata) -> None:
 
 def _index_loaded(index: Index, metadata: Metadata) -> None:
     try:
-        check_builtin(index.name)
+        index.findings.extend(builtin_findings(index.name))
+        if index.problems:
+            return
         records = DatasetCatalog.get(index.name)
     # A loader of another project can raise any error on invalid data.
     except Exception as error:
@@ -259,7 +286,7 @@ def _index_loaded(index: Index, metadata: Metadata) -> None:
         metadata.get("stuff_classes") or metadata.get("thing_classes") or []
     )
     index.contiguous_ids = {i: i for i in range(len(index.classes))}
-    for record in records:
+    for record in check_records(records, index.name, index.findings):
         annotations = record.get("annotations")
         segments = record.get("segments_info", [])
         index.thing_ids |= {s["category_id"] for s in segments if s.get("isthing", True)}

@@ -16,7 +16,7 @@ from detectron2.utils.visualizer import Visualizer
 from panopticapi.utils import rgb2id
 from PIL import Image
 
-from ...utils.files import atomic_write
+from ...utils.files import atomic_write, make_folder
 from ...utils.seeding import isolated_rng
 from ...utils.visualization import contact_sheet
 from ..formats.findings import Finding
@@ -112,8 +112,11 @@ def write_reports(output: str, summaries: dict[str, dict[str, Any]]) -> None:
     Args:
         output: folder, created if necessary.
         summaries: data set name → result of `summarise`.
+
+    Raises:
+        WriteError: a file cannot be written.
     """
-    os.makedirs(output, exist_ok=True)
+    make_folder(output)
     with atomic_write(os.path.join(output, "report.json")) as file:
         json.dump(summaries, file, indent=1)
         file.write("\n")

@@ -4,6 +4,7 @@ Loaders read file listings and JSON but (almost) no images, so they take seconds
 Missing or inconsistent data raises one error, which names a file and says how to fix it.
 """
 
+import importlib.util
 import json
 import os
 from collections.abc import Callable, Iterable, Sequence
@@ -14,8 +15,9 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
 
-from ..formats.coco_instances import Category, Instances, read_instances
+from ..formats.coco_instances import Instances, read_instances
 from ..formats.coco_panoptic import Panoptic, read_panoptic
+from ..formats.coco_schemas import COCO_JSON, Category, InstanceSchema
 from ..formats.findings import Findings
 from ..formats.images import read_panoptic_png
 from ..formats.semantic_folders import read_semantic_folders, warn_of_one_class
@@ -71,6 +73,20 @@ def list_folder(folder: str, what: str, hint: str) -> set[str]:
             f"Folder {folder} of the {what} does not exist.{where_to_look(hint)}"
         )
     return set(PathManager.ls(folder))
+
+
+def require_package(package: str, name: str) -> None:
+    """Check that the package that reads a data set is installed.
+
+    Raises:
+        ModuleNotFoundError: it is not.
+    """
+    if importlib.util.find_spec(package) is None:
+        raise ModuleNotFoundError(
+            f"Data set {name!r} is read with the package {package}, which is not installed: run "
+            f"`pip install {package}`.",
+            name=package,
+        )
 
 
 def require_file(file: str, what: str, hint: str) -> None:
@@ -205,25 +221,30 @@ def load_instances(
 
 
 def read_registered_instances(
-    json_file: str, image_root: str, metadata: Metadata, findings: Findings
+    json_file: str,
+    image_root: str,
+    metadata: Metadata,
+    findings: Findings,
+    schema: InstanceSchema = COCO_JSON,
 ) -> tuple[Instances | None, dict[int | str, int]]:
     """Read a COCO instance JSON and compare its categories with the metadata of the data set.
 
     Args:
-        json_file, image_root, findings: see `read_instances`.
+        json_file, image_root, findings, schema: see `read_instances`.
         metadata: of the data set, possibly without classes.
 
     Returns:
         What `read_instances` does, and the contiguous id of each category id: those of the
         metadata, else in the order of the ids.
     """
-    ids = metadata.get("thing_dataset_id_to_contiguous_id")
-    data = read_instances(json_file, image_root, findings, contiguous_ids=ids)
+    ids, classes = metadata.get("thing_dataset_id_to_contiguous_id"), metadata.get("thing_classes")
+    registered = ids is not None
+    if schema.is_lvis and not registered and classes is not None:
+        ids = {i: i - 1 for i in range(1, len(classes) + 1)}
+    data = read_instances(json_file, image_root, findings, contiguous_ids=ids, schema=schema)
     if data is None:
         return None, dict(ids or {})
-    registered = ids is not None
-    ids = dict(ids) if registered else {key: i for i, key in enumerate(data.category_ids())}
-    classes = metadata.get("thing_classes")
+    ids = {key: i for i, key in enumerate(data.category_ids())} if ids is None else dict(ids)
     if classes is not None:
         # Without registered ids, as in LVIS, names may be other synonyms.
         report = findings.problem if registered else findings.warn

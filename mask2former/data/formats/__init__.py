@@ -1,10 +1,14 @@
 """One typed reader per annotation format, used by loaders, mappers, evaluators and checks.
 
-    coco_instances.py    COCO instance JSON
+    coco_instances.py    COCO instance JSON, LVIS included
+    coco_schemas.py      what its entries must and may have
     coco_panoptic.py     COCO panoptic JSON and its PNGs
+    coco_results.py      predictions in the COCO result format
+    cityscapes.py        polygons and label maps of Cityscapes
     semantic_folders.py  folders of images and label maps
     images.py            pixels of images, label maps and panoptic PNGs
     json_files.py        JSON in any encoding, decoded entry by entry against a schema
+    other_formats.py     names what is given instead of COCO JSON
     masks.py             checks of polygons and RLEs before they reach C code
     findings.py          problems and warnings
 

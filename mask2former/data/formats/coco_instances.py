@@ -19,70 +19,34 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import msgspec
 import numpy as np
 import pycocotools.mask as mask_util
 from detectron2.structures import BoxMode
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import UNSET
 from pycocotools.coco import COCO
 
+from .coco_schemas import (
+    COCO_JSON,
+    Annotation,
+    Category,
+    Id,
+    Image,
+    InstanceSchema,
+    Number,
+    Rle,
+)
 from .findings import Findings
 from .images import read_size
 from .json_files import decode_list, read_sections, without_gc
 from .masks import farthest, polygon_extents, reach_outside, rle_problems
 
-Id = int | str
-Number = int | float
-
 # Pixels that polygons may end outside the image without a warning.
 _TOLERANCE = 2.0
 # Numbers beyond it are mistakes, and not exact as floats.
 _MAX_NUMBER = 1e15
-# Largest side of an image in pixels.
-_MAX_SIDE = 1 << 20
 _COCO_URL = "http://images.cocodataset.org/"
-
-
-class Category(msgspec.Struct, gc=False):
-    id: Id
-    name: str | None = None
-    isthing: Literal[0, 1] | bool | None = None
-    color: Annotated[list[int], Meta(min_length=3, max_length=3)] | None = None
-
-    def as_dict(self) -> dict[str, Any]:
-        """The keys that are present."""
-        keys = ("id", "name", "isthing", "color")
-        return {key: value for key in keys if (value := getattr(self, key)) is not None}
-
-
-class Image(msgspec.Struct, gc=False):
-    id: Id
-    file_name: str | None = None
-    height: Annotated[int, Meta(ge=1, le=_MAX_SIDE)] | None = None
-    width: Annotated[int, Meta(ge=1, le=_MAX_SIDE)] | None = None
-    coco_url: str | None = None
-
-
-class Rle(msgspec.Struct, gc=False):
-    size: Annotated[list[int], Meta(min_length=2, max_length=2)]
-    counts: str | list[int]
-
-    def as_dict(self) -> dict[str, Any]:
-        return {"size": self.size, "counts": self.counts}
-
-
-class Annotation(msgspec.Struct, gc=False):
-    id: Id
-    image_id: Id
-    category_id: Id
-    segmentation: list[list[Number]] | Rle | None = None
-    bbox: Annotated[list[Number], Meta(min_length=4, max_length=4)] | UnsetType = UNSET
-    area: Number | None = None
-    iscrowd: Literal[0, 1] | bool | UnsetType | None = UNSET
-    keypoints: list[Number] | None = None
-    ignore: Number | bool | None = None
 
 
 @dataclass
@@ -165,6 +129,7 @@ def read_instances(
     *,
     contiguous_ids: Iterable[Id] | None = None,
     needs_files: bool = True,
+    schema: InstanceSchema = COCO_JSON,
 ) -> Instances | None:
     """Read and check a COCO instance JSON.
 
@@ -174,6 +139,7 @@ def read_instances(
         findings: gets all mistakes in the JSON.
         contiguous_ids: the registered category ids; default: those that the JSON lists.
         needs_files: whether images need file names; evaluation needs only their sizes.
+        schema: one of `coco_schemas.py`.
 
     Returns:
         What is usable, or None if that is nothing.
@@ -183,27 +149,41 @@ def read_instances(
         if sections is None:
             return None
         data = Instances(json_file, image_root, has_annotations="annotations" in sections)
-        images = decode_list(sections, "images", Image, json_file, findings, "an image")
-        categories = read_categories(sections, json_file, findings)
-        annotations: list[Annotation | None] | None = []
-        if data.has_annotations:
+        images = decode_list(sections, "images", schema.image, json_file, findings, "an image")
+        annotations: Sequence[Annotation | None] | None = []
+        if data.has_annotations or schema.needs_annotations:
+            kind = schema.annotation
             annotations = decode_list(
-                sections, "annotations", Annotation, json_file, findings, "an annotation"
+                sections, "annotations", kind, json_file, findings, "an annotation"
             )
-        if images is None or categories is None or annotations is None:
+        if annotations is None:  # maybe of another task
+            return None
+        categories = read_categories(sections, json_file, findings, kind=schema.category)
+        if images is None or categories is None:
             return None
         del sections
         data.categories = categories
         known = {c.id for c in categories} if contiguous_ids is None else set(contiguous_ids)
-        ids_in_json = [image.id for image in images if image is not None]
-        data.images = _usable_images(data, images, findings, needs_files)
-        _assign(data, annotations, set(ids_in_json), known, findings)
-        _check_masks(data, findings)
+        if not images:
+            findings.problem(json_file, None, "lists no images")
+        listed = [image for image in images if image is not None]
+        if schema.is_lvis:
+            for image in listed:
+                image.file_name = "/".join((image.coco_url or "").split("/")[-2:])
+        ids_in_json = {image.id for image in listed}
+        data.images = _usable_images(data, listed, findings, needs_files)
+        _assign(data, annotations, ids_in_json, known, findings)
+        _check_masks(data, findings, schema.allow_partial)
         return data
 
 
 def read_categories(
-    sections: Mapping[str, Any], json_file: str, findings: Findings, *, needs_names: bool = True
+    sections: Mapping[str, Any],
+    json_file: str,
+    findings: Findings,
+    *,
+    needs_names: bool = True,
+    kind: type[Category] = Category,
 ) -> list[Category] | None:
     """The categories of a COCO JSON, with distinct ids and names; None if it has no list of them.
 
@@ -212,17 +192,24 @@ def read_categories(
         json_file: the JSON.
         findings: gets all mistakes.
         needs_names: whether each must have a name.
+        kind: schema of a category.
     """
-    categories = decode_list(sections, "categories", Category, json_file, findings, "a category")
+    categories = decode_list(sections, "categories", kind, json_file, findings, "a category")
     if categories is None:
         return None
     usable = [category for category in categories if category is not None]
+    if not categories:
+        why = (
+            "lists no categories; for masks without classes list one, such as "
+            '{"id": 1, "name": "object"}, and give all annotations its id'
+        )
+        findings.problem(json_file, None, why)
     for key in ("id", "name"):
         seen: set[Any] = set()
         for category in usable:
             value = getattr(category, key)
             if value in seen and value is not None:
-                why = f"categories: {key} {value!r} occurs more than once"
+                why = f"categories: {key} {value!r} occurs more than once; each class needs its own"
                 findings.problem(json_file, category.id, why)
             seen.add(value)
     for category in usable:
@@ -247,14 +234,12 @@ def check_one_type(what: str, ids: Iterable[Id], file: str, findings: Findings) 
 
 
 def _usable_images(
-    data: Instances, images: Sequence[Image | None], findings: Findings, needs_files: bool
+    data: Instances, images: Sequence[Image], findings: Findings, needs_files: bool
 ) -> list[Image]:
     usable: list[Image] = []
     files: dict[str, Image] = {}
     ids: set[Id] = set()
     for image in images:
-        if image is None:
-            continue
         if image.id in ids:
             findings.problem(data.file, image.id, f"images: id {image.id!r} occurs more than once")
             continue
@@ -282,8 +267,6 @@ def _usable_images(
         usable.append(image)
     if not check_one_type("image", (image.id for image in usable), data.file, findings):
         usable = []
-    if not images:
-        findings.problem(data.file, None, "lists no images")
     return usable
 
 
@@ -292,7 +275,7 @@ def _usable_images(
 
 def _assign(
     data: Instances,
-    annotations: list[Annotation | None],
+    annotations: Sequence[Annotation | None],
     listed: set[Id],
     categories: set[Id],
     findings: Findings,
@@ -332,8 +315,17 @@ def _assign(
         findings.warn(data.file, 0, why)
 
 
-def _check_masks(data: Instances, findings: Findings) -> None:
+def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> None:
     """Check everything that reaches C code; drops annotations with problems."""
+    listed = list(chain.from_iterable(data.annotations.values()))
+    if listed and not any(annotation.segmentation for annotation in listed):
+        why = (
+            "no annotation has a segmentation: the JSON has boxes or keypoints only, but the model "
+            "learns masks, as polygons or RLEs"
+        )
+        findings.problem(data.file, None, why)
+        data.annotations = {image.id: [] for image in data.images}
+        return
     sizes = {image.id: (image.height, image.width) for image in data.images}
     paths = {image.id: data.path(image) for image in data.images}
     bad: set[int] = set()  # identities of annotations
@@ -345,7 +337,7 @@ def _check_masks(data: Instances, findings: Findings) -> None:
     polygons: list[list[Number]] = []
     polygon_owners: list[Annotation] = []
     rles: list[tuple[Annotation, Rle]] = []
-    for annotation in chain.from_iterable(data.annotations.values()):
+    for annotation in listed:
         shape, size = annotation.segmentation, sizes[annotation.image_id]
         why = _number_problem(annotation)
         if why is not None:
@@ -362,7 +354,7 @@ def _check_masks(data: Instances, findings: Findings) -> None:
             kept = [polygon for polygon in shape if _is_polygon(polygon)]
             if len(kept) < len(shape):
                 why = _wrong_length(next(p for p in shape if not _is_polygon(p)))
-                if not kept:
+                if not kept or not allow_partial:
                     problem(annotation, why)
                     continue
                 where = f"annotation {annotation.id}"

@@ -24,7 +24,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from .coco_instances import Category, Id, Number, check_one_type, read_categories
+from .coco_instances import check_one_type, read_categories
+from .coco_schemas import Category, Id, Number
 from .findings import Findings
 from .json_files import decode_list, decode_value, read_sections, without_gc
 
@@ -110,16 +111,16 @@ def read_panoptic(
             return None
         data = Panoptic(json_file)
         known = None if category_ids is None else set(category_ids)
-        if "categories" in sections:
-            categories = read_categories(sections, json_file, findings, needs_names=False)
-            data.categories = categories or []
-            _check_categories(data, known, findings)
-        known = {c.id for c in data.categories} if known is None else known
         typed = decode_list(
             sections, "annotations", _Annotation, json_file, findings, "an annotation"
         )
         if typed is None:
             return None
+        if "categories" in sections:
+            categories = read_categories(sections, json_file, findings, needs_names=False)
+            data.categories = categories or []
+            _check_categories(data, known, findings)
+        known = {c.id for c in data.categories} if known is None else known
         if "images" in sections:
             _read_images(data, sections, findings)
         entries = decode_value(sections["annotations"])
@@ -128,11 +129,18 @@ def read_panoptic(
             _check_images(data, allow_unannotated, findings)
         else:
             findings.problem(json_file, None, "has no annotations, so the data set has no images")
-        data.content = {
-            key: data.annotations if key == "annotations" else decode_value(section)
-            for key, section in sections.items()
-        }
+        data.content = _content(data, sections, findings)
         return data
+
+
+def _content(data: Panoptic, sections: dict[str, Any], findings: Findings) -> dict[str, Any]:
+    content: dict[str, Any] = {}
+    for key, section in sections.items():
+        try:
+            content[key] = data.annotations if key == "annotations" else decode_value(section)
+        except (ValueError, RecursionError) as error:
+            findings.problem(data.file, f"$.{key}", f"is not valid JSON: {error}")
+    return content
 
 
 def _check_categories(data: Panoptic, known: set[Id] | None, findings: Findings) -> None:

@@ -59,12 +59,19 @@ class Findings:
     def warn(self, file: str, id: Any, why: str) -> None:
         self.warnings.append(Finding(file, id, why))
 
-    def raise_first(self, name: str | None = None, hint: str = "") -> None:
+    def extend(self, others: "Findings") -> None:
+        """Add those of another reader."""
+        self.problems += others.problems
+        self.warnings += others.warnings
+        self._missing |= others._missing
+
+    def raise_first(self, name: str | None = None, hint: str = "", *, is_data: bool = True) -> None:
         """Raise the first problem, if any, as an error with one line.
 
         Args:
             name: of the data set, if known.
             hint: what else to say at the end, such as how to get the data.
+            is_data: whether they are about a data set, so that the check lists all.
 
         Raises:
             FileNotFoundError: a file does not exist.
@@ -78,7 +85,8 @@ class Findings:
         text = f"{owner}{first.file}{record} {first.why}."
         if len(self.problems) > 1:
             command = f"`tools/check_dataset.py {name}`" if name else "`tools/check_dataset.py`"
-            text += f" There are {len(self.problems)} problems; {command} lists all."
+            text += f" There are {len(self.problems)} problems"
+            text += f"; {command} lists all." if is_data else "."
         raise (FileNotFoundError if first in self._missing else ValueError)(text + hint)
 
     def log(self, name: str | None = None) -> None:

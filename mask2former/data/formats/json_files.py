@@ -8,7 +8,6 @@ and left to the checks.
 
 import gc
 import json
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, TypeVar
@@ -17,22 +16,12 @@ import msgspec
 from detectron2.utils.file_io import PathManager
 
 from .findings import Findings
+from .other_formats import name_annotations, name_bytes, name_list, name_object
 
 T = TypeVar("T")
 
 # An undecoded or decoded value.
 Section = Any
-
-# Keys of other annotation formats → their name.
-_VIA = "a project of the VGG Image Annotator (VIA)"
-_OTHER_FORMATS = (
-    ({"_via_img_metadata"}, _VIA),
-    ({"shapes", "imagePath"}, "a file of LabelMe, which holds one image"),
-    ({"type", "features"}, "GeoJSON"),
-)
-_EXPORT = "export or convert it as COCO JSON"
-# Class, and a box or polygon in fractions of the image.
-_YOLO_LINE = re.compile(rb"\s*\d+( +[-+.\deE]+){4,}\s*(\n|$)")
 
 
 @contextmanager
@@ -47,15 +36,15 @@ def without_gc() -> Iterator[None]:
             gc.enable()
 
 
-def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
-    """Read the top level of a JSON file; its values are decoded by the functions below.
+def read_json(file: str, findings: Findings) -> Section:
+    """Read a JSON file; `decode_value` decodes it.
 
     Args:
         file: UTF-8, -16 or -32, with or without a byte order mark.
-        findings: gets a problem if the file is not a JSON object.
+        findings: gets a problem if the file is not JSON.
 
     Returns:
-        The values by key, or None.
+        The content, undecoded if it is UTF-8 that follows the standard; None after a problem.
     """
     try:
         with PathManager.open(file, "rb") as stream:
@@ -63,6 +52,8 @@ def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
     except OSError as error:
         is_missing = isinstance(error, FileNotFoundError)
         why = f"cannot be read: {error.strerror or error}"
+        if isinstance(error, IsADirectoryError):
+            why = f"is a folder; name the JSON in it{_jsons_in(file)}"
         findings.problem(file, None, why, is_missing=is_missing)
         return None
     try:
@@ -70,29 +61,50 @@ def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
         if encoding != "utf-8":
             data = data.decode(encoding).encode()
         try:
-            return _named_format(
-                file, msgspec.json.decode(data, type=dict[str, msgspec.Raw]), findings
-            )
-        except msgspec.ValidationError:
-            content = msgspec.json.decode(data)
+            return msgspec.json.decode(data, type=msgspec.Raw)
         except msgspec.DecodeError:
             content = json.loads(data)  # reads NaN, and its errors say the line
             if b"\\ud" in data.lower():
                 # Half a character, which no file name or message can hold.
                 json.dumps(content, ensure_ascii=False).encode()
-        if isinstance(content, dict):
-            return _named_format(file, content, findings)
-        why = f"is {_named(content)}; COCO JSON is an object with lists such as 'images'"
-        first = content[0] if isinstance(content, list) and content else None
-        if isinstance(first, dict) and {"image_id", "score"} <= first.keys():
-            why = "is a list of predictions (COCO results), not ground truth"
-        findings.problem(file, None, why)
+            return content
     except (ValueError, RecursionError) as error:
+        name = name_bytes(data)
         why = f"is not valid JSON: {error or type(error).__name__}"
-        if _YOLO_LINE.match(data):
-            why = f"is a label file of YOLO, which has one for each image; {_EXPORT}"
-        findings.problem(file, None, why)
+        findings.problem(file, None, why if name is None else f"is {name}")
     return None
+
+
+def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
+    """Read the top level of a COCO JSON; its values are decoded by the functions below.
+
+    Args:
+        file, findings: see `read_json`; a problem if it is not a JSON object, too.
+
+    Returns:
+        The values by key, or None.
+    """
+    number = len(findings.problems)
+    content = read_json(file, findings)
+    if len(findings.problems) > number:
+        return None
+    if isinstance(content, msgspec.Raw):
+        try:
+            content = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+        except msgspec.ValidationError:
+            content = decode_value(content)
+    if isinstance(content, dict):
+        return _named_format(file, content, findings)
+    name = name_list(content) if isinstance(content, list) else None
+    if name is None:
+        name = f"{_named(content)}; COCO JSON is an object with lists such as 'images'"
+    findings.problem(file, None, f"is {name}")
+    return None
+
+
+def _jsons_in(folder: str) -> str:
+    names = sorted(name for name in PathManager.ls(folder) if name.endswith(".json"))
+    return f", such as {names[0]}" if names else ""
 
 
 def _named_format(
@@ -101,15 +113,12 @@ def _named_format(
     """The content, unless it is in another format, which becomes a problem."""
     if "annotations" in content or "images" in content:
         return content
-    names = [name for keys, name in _OTHER_FORMATS if keys <= content.keys()]
-    # An older VIA file is an object of images.
     value = next(iter(content.values()), None)
-    first = bytes(value) if isinstance(value, msgspec.Raw) else b""
-    if names or (b'"regions"' in first and b'"filename"' in first):
-        name = names[0] if names else _VIA
-        findings.problem(file, None, f"is {name}, not COCO JSON; {_EXPORT}")
-        return None
-    return content
+    name = name_object(content, bytes(value) if isinstance(value, msgspec.Raw) else b"")
+    if name is None:
+        return content
+    findings.problem(file, None, f"is {name}")
+    return None
 
 
 def decode_value(section: Section) -> Any:
@@ -162,6 +171,12 @@ def decode_list(
         why = f"has no list {key!r}" + (f", but {_named(entries)}" if key in sections else "")
         findings.problem(file, None, why)
         return None
+    fields = msgspec.structs.fields(kind)  # type: ignore[arg-type]
+    required = {field.name for field in fields if field.required}
+    name = name_annotations(entries, required) if key == "annotations" else None
+    if name is not None:
+        findings.problem(file, None, name)
+        return None
     return convert_list(entries, kind, f"$.{key}", file, findings, what)
 
 
@@ -182,12 +197,18 @@ def convert_list(
             place = f"{path}[{i}]"
             known = entry.get("id") if isinstance(entry, dict) else None
             record = known if type(known) in (int, str) else place
-            findings.problem(file, record, _explain(str(error), place, what))
+            findings.problem(file, record, explain(str(error), place, what))
     return converted
 
 
-def _explain(error: str, place: str, what: str) -> str:
-    """An error of msgspec in our words, with the whole path."""
+def explain(error: str, place: str, what: str) -> str:
+    """An error of msgspec in our words, with the whole path.
+
+    Args:
+        error: its text, with a path such as `$.bbox`.
+        place: path of the decoded value.
+        what: the value in words.
+    """
     reason, _, at = error.partition(" - at `$")
     at = f"{place}{at.removesuffix('`')}"
     if reason.startswith("Object missing required field"):

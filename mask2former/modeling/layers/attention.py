@@ -118,6 +118,9 @@ class CrossAttentionLayer(_ResidualLayer):
     Args: as for `SelfAttentionLayer`.
     """
 
+    # Inputs besides queries and memory, see CROSS_ATTENTION_REGISTRY.
+    reads: tuple[str, ...] = ("memory_mask",)
+
     def __init__(
         self,
         d_model: int,
@@ -146,8 +149,8 @@ class CrossAttentionLayer(_ResidualLayer):
         Args:
             tgt: (T, B, C).
             memory: (S, B, C).
-            memory_mask: (T, S) or (B·M, T, S) bool, True where attention is blocked. A row must not
-                be blocked completely.
+            memory_mask: (T, S) or (B·M, T, S) bool, True where attention is blocked, or float,
+                added to the attention logits. A row must not be blocked completely.
             memory_key_padding_mask: (B, S) bool, True at padding.
             pos: (S, B, C), added to the keys.
             query_pos: (T, B, C), added to the queries.

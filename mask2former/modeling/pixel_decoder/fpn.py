@@ -3,7 +3,8 @@
 A pixel decoder turns backbone features into per-pixel embeddings at the finest resolution and into
 the coarser feature maps that the transformer decoder attends to. `BasePixelDecoder` is an FPN;
 `TransformerEncoderPixelDecoder` (the default of MaskFormer, the predecessor) adds a transformer
-encoder on its coarsest map. Mask2Former's own is in `msdeformattn.py`.
+encoder on its coarsest map. Mask2Former's own is in `msdeformattn.py`; `semantic_fpn.py`, `fapn.py`
+and `bifpn.py` have the others that the paper compares.
 
 Shape letters: B batch, C channels of all inner maps, C_i channels and s_i stride in pixels of
 backbone feature i, E mask embedding channels, H W input height and width in pixels.
@@ -32,6 +33,14 @@ __all__ = [
 
 Norm = str | Callable[[int], nn.Module] | None
 PixelDecoderOutput = tuple[Tensor, Tensor | None, list[Tensor]]
+NUM_SCALES = 3  # coarsest maps that the transformer decoder takes
+
+
+def fill_convolutions(module: nn.Module) -> None:
+    """Initialise all convolutions of a module: Xavier-uniform weights, zero biases."""
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d):
+            weight_init.c2_xavier_fill(part)
 
 
 @register_unless_taken(SEM_SEG_HEADS_REGISTRY)
@@ -67,17 +76,11 @@ class BasePixelDecoder(nn.Module):
                 lateral_convs.append(None)  # nothing coarser to add
                 output_conv = self._output_conv(shape.channels, conv_dim, norm)
             else:
-                lateral_conv = Conv2d(
-                    shape.channels,
-                    conv_dim,
-                    kernel_size=1,
-                    bias=self._use_bias,
-                    norm=get_norm(norm, conv_dim),
-                )
+                lateral_conv = self._lateral_conv(shape.channels, conv_dim, norm)
                 # Initialised once both exist, so that a seed gives the original's initial weights.
                 output_conv = self._output_conv(conv_dim, conv_dim, norm, init=False)
-                weight_init.c2_xavier_fill(lateral_conv)
-                weight_init.c2_xavier_fill(output_conv)
+                fill_convolutions(lateral_conv)
+                fill_convolutions(output_conv)
                 self.add_module(f"adapter_{index}", lateral_conv)
                 lateral_convs.append(lateral_conv)
             self.add_module(f"layer_{index}", output_conv)
@@ -90,7 +93,7 @@ class BasePixelDecoder(nn.Module):
         self.mask_features = Conv2d(conv_dim, mask_dim, kernel_size=3, stride=1, padding=1)
         weight_init.c2_xavier_fill(self.mask_features)
 
-        self.maskformer_num_feature_levels = 3  # the transformer decoder always takes three scales
+        self.maskformer_num_feature_levels = NUM_SCALES
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: dict[str, ShapeSpec]) -> dict:
@@ -107,6 +110,16 @@ class BasePixelDecoder(nn.Module):
             "mask_dim": head.MASK_DIM,
             "norm": head.NORM,
         }
+
+    def _lateral_conv(self, in_channels: int, conv_dim: int, norm: Norm) -> nn.Module:
+        """What brings a backbone feature to C channels; its convolutions are initialised later."""
+        return Conv2d(
+            in_channels,
+            conv_dim,
+            kernel_size=1,
+            bias=self._use_bias,
+            norm=get_norm(norm, conv_dim),
+        )
 
     def _output_conv(
         self, in_channels: int, conv_dim: int, norm: Norm, init: bool = True
@@ -133,6 +146,39 @@ class BasePixelDecoder(nn.Module):
         """
         return self.output_convs[0](feature), None
 
+    def _merge(self, index: int, lateral: Tensor, coarser: Tensor) -> Tensor:
+        """Add the pyramid's coarser map to a lateral one.
+
+        Args:
+            index: of the level, 0 the coarsest but one.
+            lateral: (B, C, H/s_i, W/s_i).
+            coarser: map of the level before.
+
+        Returns:
+            (B, C, H/s_i, W/s_i).
+        """
+        return lateral + F.interpolate(coarser, size=lateral.shape[-2:], mode="nearest")
+
+    def _pyramid(self, features: dict[str, Tensor]) -> tuple[list[Tensor], Tensor | None]:
+        """The top-down pass.
+
+        Args:
+            features: see `forward_features`.
+
+        Returns:
+            The map (B, C, H/s_i, W/s_i) of every level, coarsest first, and what `forward_features`
+            returns second.
+        """
+        y, transformer_features = self._coarsest(features[self.in_features[-1]])
+        pyramid = [y]
+        finer = zip(
+            self.in_features[-2::-1], self.lateral_convs[1:], self.output_convs[1:], strict=True
+        )
+        for index, (name, lateral_conv, output_conv) in enumerate(finer):
+            y = output_conv(self._merge(index, lateral_conv(features[name]), y))
+            pyramid.append(y)
+        return pyramid, transformer_features
+
     def forward_features(self, features: dict[str, Tensor]) -> PixelDecoderOutput:
         """Decode backbone features.
 
@@ -144,18 +190,9 @@ class BasePixelDecoder(nn.Module):
             transformer encoder, None without encoder; and the (up to) three coarsest maps
             (B, C, H/s_i, W/s_i), coarsest first.
         """
-        finer_features = [features[name] for name in self.in_features[-2::-1]]
-        y, transformer_features = self._coarsest(features[self.in_features[-1]])
-        pyramid = [y]
-        for x, lateral_conv, output_conv in zip(
-            finer_features, self.lateral_convs[1:], self.output_convs[1:], strict=True
-        ):
-            lateral = lateral_conv(x)
-            y = lateral + F.interpolate(y, size=lateral.shape[-2:], mode="nearest")
-            y = output_conv(y)
-            pyramid.append(y)
+        pyramid, transformer_features = self._pyramid(features)
         multi_scale_features = pyramid[: self.maskformer_num_feature_levels]
-        return self.mask_features(y), transformer_features, multi_scale_features
+        return self.mask_features(pyramid[-1]), transformer_features, multi_scale_features
 
     def forward(self, features: dict[str, Tensor]) -> PixelDecoderOutput:
         """Same as `forward_features`, which is what the head calls."""

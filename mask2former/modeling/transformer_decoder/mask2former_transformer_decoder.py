@@ -9,7 +9,8 @@ Shape letters: B batch, Q queries, C hidden channels, M heads, K classes, L = H�
 scale.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import fvcore.nn.weight_init as weight_init
 import torch
@@ -34,9 +35,29 @@ __all__ = [
     "CrossAttentionLayer",
     "FFNLayer",
     "MultiScaleMaskedTransformerDecoder",
+    "Scale",
     "SelfAttentionLayer",
     "_get_activation_fn",
 ]
+
+
+class Scale(NamedTuple):
+    """What one decoder layer attends to.
+
+    Attributes:
+        memory: (L, B, C) projected features plus level embedding.
+        pos: (L, B, C) position encoding.
+        sizes: (H, W) of each map in `memory`: of one, unless a variant concatenates several.
+    """
+
+    memory: Tensor
+    pos: Tensor
+    sizes: tuple[tuple[int, int], ...]
+
+    @property
+    def mask_size(self) -> tuple[Any, ...]:
+        """The size of attention masks: (H, W) of the map, or `sizes` of several."""
+        return self.sizes[0] if len(self.sizes) == 1 else self.sizes
 
 
 @TRANSFORMER_DECODER_REGISTRY.register()
@@ -55,9 +76,15 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         pre_norm: layer norm before each sub-layer instead of after.
         mask_dim: channels of mask embeddings and of the per-pixel features.
         enforce_input_project: project the features even where in_channels == hidden_dim.
+        num_feature_levels: number of scales.
+        dropout: probability, on attention weights and residual branches. The paper found dropout
+            unnecessary (section 3.2.3).
+        cross_attention: builds the cross-attention of a layer, with the arguments of
+            `CrossAttentionLayer`.
     """
 
     _version = 2
+    reads_masks = True  # cross-attention is called with masks of the previous prediction
 
     @configurable
     def __init__(
@@ -74,6 +101,9 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         pre_norm: bool,
         mask_dim: int,
         enforce_input_project: bool,
+        num_feature_levels: int = 3,
+        dropout: float = 0.0,
+        cross_attention: Callable[..., nn.Module] = CrossAttentionLayer,
     ):
         super().__init__()
         if not mask_classification:
@@ -82,8 +112,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.pe_layer = PositionEmbeddingSine(hidden_dim // 2, normalize=True)
         self.num_heads = nheads
         self.num_layers = dec_layers
-        # The paper found dropout unnecessary (section 3.2.3).
-        layer: dict[str, Any] = {"dropout": 0.0, "normalize_before": pre_norm}
+        layer: dict[str, Any] = {"dropout": dropout, "normalize_before": pre_norm}
         self.transformer_self_attention_layers = nn.ModuleList()
         self.transformer_cross_attention_layers = nn.ModuleList()
         self.transformer_ffn_layers = nn.ModuleList()
@@ -93,7 +122,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
                 SelfAttentionLayer(hidden_dim, nheads, **layer)
             )
             self.transformer_cross_attention_layers.append(
-                CrossAttentionLayer(hidden_dim, nheads, **layer)
+                cross_attention(hidden_dim, nheads, **layer)
             )
             self.transformer_ffn_layers.append(FFNLayer(hidden_dim, dim_feedforward, **layer))
         self.decoder_norm = nn.LayerNorm(hidden_dim)
@@ -102,7 +131,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         self.query_feat = nn.Embedding(num_queries, hidden_dim)
         self.query_embed = nn.Embedding(num_queries, hidden_dim)
 
-        self.num_feature_levels = 3
+        self.num_feature_levels = num_feature_levels
         self.level_embed = nn.Embedding(self.num_feature_levels, hidden_dim)
         self.input_proj = nn.ModuleList()
         for _ in range(self.num_feature_levels):
@@ -161,37 +190,25 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             `aux_outputs`, the same two for each earlier prediction in order.
         """
         del mask
-        memory, pos, sizes = self.project_features(x)
+        scales = self.project_features(x)
         batch = mask_features.shape[0]
         query_embed = self.query_embed.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
         output = self.query_feat.weight.unsqueeze(1).repeat(1, batch, 1)  # (Q, B, C)
 
         predictions_class, predictions_mask = [], []
         outputs_class, outputs_mask, attn_mask = self.forward_prediction_heads(
-            output, mask_features, attn_mask_target_size=sizes[0]
+            output, mask_features, attn_mask_target_size=scales[0].mask_size
         )
         predictions_class.append(outputs_class)
         predictions_mask.append(outputs_mask)
         for i in range(self.num_layers):
-            level = i % self.num_feature_levels
             # A query with an empty mask attends everywhere.
             attn_mask = attn_mask & ~attn_mask.all(-1, keepdim=True)
-            output = self.transformer_cross_attention_layers[i](
-                output,
-                memory[level],
-                memory_mask=attn_mask,
-                memory_key_padding_mask=None,
-                pos=pos[level],
-                query_pos=query_embed,
-            )
-            output = self.transformer_self_attention_layers[i](
-                output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
-            )
-            output = self.transformer_ffn_layers[i](output)
+            output = self.forward_layer(i, output, query_embed, scales[i % len(scales)], attn_mask)
             outputs_class, outputs_mask, attn_mask = self.forward_prediction_heads(
                 output,
                 mask_features,
-                attn_mask_target_size=sizes[(i + 1) % self.num_feature_levels],
+                attn_mask_target_size=scales[(i + 1) % len(scales)].mask_size,
             )
             predictions_class.append(outputs_class)
             predictions_mask.append(outputs_mask)
@@ -202,29 +219,55 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             "aux_outputs": self._set_aux_loss(predictions_class, predictions_mask),
         }
 
-    def project_features(
-        self, x: list[Tensor]
-    ) -> tuple[list[Tensor], list[Tensor], list[tuple[int, int]]]:
-        """Turn feature maps into sequences that attention reads.
-
-        Returns:
-            For each scale the projected features plus level embedding (L, B, C), their position
-            encoding (L, B, C), and (H, W).
-        """
+    def project_features(self, x: list[Tensor]) -> list[Scale]:
+        """Turn feature maps into the sequences to which the layers attend round robin."""
         if len(x) != self.num_feature_levels:
             raise ValueError(f"expected {self.num_feature_levels} feature scales, got {len(x)}")
-        memory, pos, sizes = [], [], []
+        scales = []
         for level, features in enumerate(x):
-            sizes.append((features.shape[-2], features.shape[-1]))
-            pos.append(self.pe_layer(features, None).flatten(2).permute(2, 0, 1))
+            size = (features.shape[-2], features.shape[-1])
+            pos = self.pe_layer(features, None).flatten(2).permute(2, 0, 1)
             features = self.input_proj[level](features).flatten(2)
             features = features + self.level_embed.weight[level][None, :, None]
             # Contiguous, so that the attention of each layer need not copy it.
-            memory.append(features.permute(2, 0, 1).contiguous())
-        return memory, pos, sizes
+            scales.append(Scale(features.permute(2, 0, 1).contiguous(), pos, (size,)))
+        return scales
+
+    def forward_layer(
+        self,
+        i: int,
+        output: Tensor,
+        query_embed: Tensor,
+        scale: Scale,
+        attn_mask: Tensor | None,
+    ) -> Tensor:
+        """Run one layer: masked cross-attention, self-attention, feed-forward network.
+
+        Args:
+            i: index of the layer.
+            output: (Q, B, C) query features.
+            query_embed: (Q, B, C) positional embeddings of the queries.
+            scale: what the layer attends to.
+            attn_mask: (B·M, Q, L) bool, True where attention is blocked, in no row everywhere.
+
+        Returns:
+            (Q, B, C) query features.
+        """
+        output = self.transformer_cross_attention_layers[i](
+            output,
+            scale.memory,
+            memory_mask=attn_mask,
+            memory_key_padding_mask=None,
+            pos=scale.pos,
+            query_pos=query_embed,
+        )
+        output = self.transformer_self_attention_layers[i](
+            output, tgt_mask=None, tgt_key_padding_mask=None, query_pos=query_embed
+        )
+        return self.transformer_ffn_layers[i](output)
 
     def forward_prediction_heads(
-        self, output: Tensor, mask_features: Tensor, attn_mask_target_size: tuple[int, int]
+        self, output: Tensor, mask_features: Tensor, attn_mask_target_size: tuple[Any, ...]
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Predict classes and masks, and from the masks the next layer's attention mask.
 
@@ -241,14 +284,15 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
         outputs_class = self.class_embed(decoder_output)
         mask_embed = self.mask_embed(decoder_output)
         outputs_mask = torch.einsum("bqc,bchw->bqhw", mask_embed, mask_features)
+        return outputs_class, outputs_mask, self.attention_mask(outputs_mask, attn_mask_target_size)
 
-        attn_mask = F.interpolate(
-            outputs_mask, size=attn_mask_target_size, mode="bilinear", align_corners=False
-        )
-        # Background is blocked; one copy of the mask for each head.
+    def attention_mask(self, mask_logits: Tensor, size: tuple[Any, ...]) -> Tensor:
+        """Block the background of mask logits (B, Q, H, W), resized: (B·M, Q, L) bool."""
+        attn_mask = F.interpolate(mask_logits, size=size, mode="bilinear", align_corners=False)
+        # One copy of the mask for each head.
         attn_mask = attn_mask.sigmoid().flatten(2) < 0.5
         attn_mask = attn_mask.unsqueeze(1).repeat(1, self.num_heads, 1, 1).flatten(0, 1)
-        return outputs_class, outputs_mask, attn_mask.detach()
+        return attn_mask.detach()
 
     def _set_aux_loss(
         self, outputs_class: list[Tensor], outputs_seg_masks: list[Tensor]

@@ -3,7 +3,8 @@
 Each case changes one value of a sound data set of three images. Training means: register, load, map
 every record, and read the ground truth as the evaluators do before a run. It either accepts the
 data or refuses it by one ValueError or FileNotFoundError; the check reports a problem if and only
-if training refuses.
+if training refuses. Evaluation, which reads the test images and ground truth to the end, refuses
+only what the check reports, in the same way.
 """
 
 import copy
@@ -19,9 +20,11 @@ import numpy as np
 import own_data
 import pycocotools.mask as mask_util
 import pytest
-from dataset_trees import save
-from detectron2.config import CfgNode
+from dataset_trees import save, write_json
+from detectron2.config import CfgNode, get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
+from detectron2.data.datasets import register_coco_instances, register_coco_panoptic
+from detectron2.data.datasets.lvis import get_lvis_instances_meta, register_lvis_instances
 from detectron2.data.detection_utils import SizeMismatchError
 from PIL import Image
 
@@ -33,8 +36,10 @@ from mask2former.data import (
 from mask2former.data.check.images import ItemChecker
 from mask2former.data.check.index import build_index
 from mask2former.data.datasets.custom_entries import register_entries
-from mask2former.data.loader import _check_targets, explained_dataset_errors
+from mask2former.data.datasets.loading import check_png
+from mask2former.data.loader import InferenceMapper, _check_targets, explained_dataset_errors
 from mask2former.evaluation.ground_truth import check_ground_truth
+from mask2former.evaluation.semantic_evaluation import LabelReader
 
 ABSENT = object()
 VALUES = (
@@ -185,13 +190,13 @@ def file_cases(folder: str, is_label: bool) -> Iterator[tuple[str, Callable[[Pat
 
 def train(kind: str, root: Path) -> str | None:
     """None if training accepts the data, else why it refuses; other errors are raised."""
-    file = {"instance": "instances.json", "panoptic": "panoptic.json"}.get(kind, str(root))
+    file, name = FILES.get(kind, str(root)), NAMES[kind]
     try:
-        register_entries([own_data.entry(kind, root)])
-        with explained_dataset_errors(["own_train"]):
-            records = DatasetCatalog.get("own_train")
-        _check_targets(["own_train"], records)
-        check_ground_truth(CONFIG, "own_train")
+        REGISTER[kind](root)
+        with explained_dataset_errors([name]):
+            records = DatasetCatalog.get(name)
+        _check_targets([name], records)
+        check_ground_truth(CONFIG, name)
         mapper = MAPPERS[kind]()
         for record in records:
             mapper(copy.deepcopy(record))
@@ -205,13 +210,33 @@ def train(kind: str, root: Path) -> str | None:
     return None
 
 
+def evaluate(kind: str, root: Path) -> str | None:
+    """None if a test set can be read to its end, else why not; other errors are raised."""
+    name = NAMES[kind]
+    try:
+        REGISTER[kind](root)
+        check_ground_truth(CONFIG, name)
+        mapper = InferenceMapper(get_cfg())
+        for record in DatasetCatalog.get(name):
+            mapper(record)
+            if "pan_seg_file_name" in record:
+                check_png(record, MetadataCatalog.get(name).panoptic_json)
+            elif "sem_seg_file_name" in record:
+                LabelReader(MetadataCatalog.get(name))(record["sem_seg_file_name"])
+    except (ValueError, FileNotFoundError) as error:
+        text = str(error)
+        assert str(root) in text, f"an error without a file: {type(error).__name__}: {error}"
+        return text
+    return None
+
+
 def check(kind: str, root: Path) -> list[str]:
     """The problems that the check reports."""
     try:
-        register_entries([own_data.entry(kind, root)])
+        REGISTER[kind](root)
     except (ValueError, FileNotFoundError) as error:
         return [str(error)]
-    index = build_index("own_train")
+    index = build_index(NAMES[kind])
     reports = map(ItemChecker(index), index.items)
     problems = [*index.problems, *itertools.chain(*(report.problems for report in reports))]
     raw = [f for f in problems if "Error:" in f.why and "JSON" not in f.why]
@@ -228,30 +253,95 @@ def outcome(kind: str, root: Path) -> str | None:
     """What is wrong with how a case is treated; None if nothing."""
     try:
         results = []
-        for judge in (train, check):
+        for judge in (train, evaluate, check):
             for catalog in (DatasetCatalog, MetadataCatalog):
-                catalog.pop("own_train", None)
+                catalog.pop(NAMES[kind], None)
             results.append(judge(kind, root))
     except Exception as error:
         return f"{type(error).__name__}: {str(error)[:300]}"
-    refused, problems = results
+    refused, unreadable, problems = results
+    if unreadable is not None and not problems:
+        return f"evaluation: {unreadable[:250]}; the check: nothing"
     if (refused is None) != (not problems):
         return f"training: {str(refused)[:250]}; the check: {str(problems)[:250]}"
     return None
 
 
+# ---- kinds of data ----
+
+
+def coco_metadata(categories: list[dict[str, Any]]) -> dict[str, Any]:
+    """Metadata of Detectron2 for categories of a COCO panoptic JSON."""
+    ids = {c["id"]: i for i, c in enumerate(categories)}
+    names = [category["name"] for category in categories]
+    things = {c["id"] for c in categories if c["isthing"]}
+    return {
+        "thing_classes": names,
+        "stuff_classes": names,
+        "thing_dataset_id_to_contiguous_id": {k: v for k, v in ids.items() if k in things},
+        "stuff_dataset_id_to_contiguous_id": {k: v for k, v in ids.items() if k not in things},
+    }
+
+
+def lvis(root: Path) -> dict[str, Any]:
+    """Writes instances of COCO classes as LVIS has them."""
+    content = own_data.instances(root)
+    ids = COCO["thing_dataset_id_to_contiguous_id"]
+    content["categories"] = [
+        {"id": i, "name": COCO["thing_classes"][c], "frequency": "c"} for i, c in ids.items()
+    ]
+    for image in content["images"]:
+        image["coco_url"] = f"http://host/images/{image.pop('file_name')}"
+        image |= {"neg_category_ids": [5], "not_exhaustive_category_ids": []}
+    write_json(root / "instances.json", content)
+    return content
+
+
+def own(kind: str) -> Callable[[Path], None]:
+    return lambda root: register_entries([own_data.entry(kind, root)])
+
+
+COCO = get_lvis_instances_meta("cocofied")
+FILES = {"instance": "instances.json", "panoptic": "panoptic.json"}
+FILES |= {"detectron2 instance": "instances.json", "lvis": "instances.json"}
+FILES["detectron2 panoptic"] = "panoptic.json"
+NAMES = dict.fromkeys((*FILES, "semantic"), "own_train") | {"lvis": "own_cocofied"}
 WRITERS = {
     "instance": own_data.instances,
     "panoptic": own_data.panoptic,
     "semantic": own_data.semantic,
+    "detectron2 instance": own_data.instances,
+    "detectron2 panoptic": own_data.panoptic,
+    "lvis": lvis,
+}
+REGISTER: dict[str, Callable[[Path], None]] = {
+    **{kind: own(kind) for kind in ("instance", "panoptic", "semantic")},
+    "detectron2 instance": lambda root: register_coco_instances(
+        "own_train", {}, str(root / "instances.json"), str(root / "images")
+    ),
+    "lvis": lambda root: register_lvis_instances(
+        "own_cocofied", COCO, str(root / "instances.json"), f"{root}/"
+    ),
+    "detectron2 panoptic": lambda root: register_coco_panoptic(
+        "own_train",
+        coco_metadata(own_data.CATEGORIES),
+        *(str(root / name) for name in ("images", "panoptic", "panoptic.json")),
+    ),
+}
+MAPPERS |= {
+    "detectron2 instance": MAPPERS["instance"],
+    "detectron2 panoptic": MAPPERS["panoptic"],
+    "lvis": lambda: COCOInstanceNewBaselineDatasetMapper(
+        True, tfm_gens=[], image_format="RGB", num_classes=80
+    ),
 }
 
 
 def run_json(kind: str, root: Path) -> tuple[int, list[str]]:
     content = WRITERS[kind](root)
-    file = root / {"instance": "instances.json", "panoptic": "panoptic.json"}[kind]
+    file = root / FILES[kind]
     cases = list(json_cases(content))
-    if kind == "instance":
+    if kind in ("instance", "detectron2 instance", "lvis"):
         cases += mask_cases(content)
     wrong = []
     for name, data in cases:
@@ -284,6 +374,9 @@ def run_files(kind: str, root: Path) -> tuple[int, list[str]]:
     [
         (run_json, "instance", 500),
         (run_json, "panoptic", 400),
+        (run_json, "detectron2 instance", 500),
+        (run_json, "detectron2 panoptic", 400),
+        (run_json, "lvis", 500),
         (run_files, "instance", 20),
         (run_files, "panoptic", 40),
         (run_files, "semantic", 40),

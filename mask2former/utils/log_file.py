@@ -1,0 +1,69 @@
+"""A log file that cannot be written ends the run, with an error that names it."""
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from .files import explained_write_errors
+
+_LOGGERS = ("detectron2", "fvcore", "mask2former")
+# Detectron2's, of rank 0; others append theirs.
+_FILE = "log.txt"
+
+
+@contextlib.contextmanager
+def checked_log_file() -> Iterator[None]:
+    """Set up Detectron2's loggers in the block; their file's errors are raised from its end on.
+
+    Detectron2's handlers print a traceback for each line that cannot be written, and one more when
+    the process ends, after the error that ended the run.
+
+    Raises:
+        WriteError: lines of the block cannot be written.
+    """
+    try:
+        yield
+    finally:
+        for logger in map(logging.getLogger, _LOGGERS):
+            for handler in logger.handlers[:]:
+                if type(handler) is logging.StreamHandler and _is_log_file(handler.stream):
+                    checked = _CheckedHandler(handler.stream)
+                    checked.setLevel(handler.level)
+                    checked.setFormatter(handler.formatter)
+                    logger.removeHandler(handler)
+                    logger.addHandler(checked)
+                    checked.flush()
+
+
+def _is_log_file(stream: Any) -> bool:
+    name = getattr(stream, "name", None)
+    return isinstance(name, str) and os.path.basename(name).startswith(_FILE)
+
+
+class _CheckedHandler(logging.StreamHandler):
+    def flush(self) -> None:
+        if self.stream.closed:
+            return
+        with explained_write_errors(self.stream.name):
+            try:
+                super().flush()
+            except OSError:
+                # Else what is buffered would be tried again at the end of the process.
+                self.stream.buffer.raw.close()
+                raise
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # After an error, which has been raised.
+        if not self.stream.closed:
+            super().emit(record)
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        # A record of an exception comes before that exception.
+        elif record.exc_info is None:
+            raise error

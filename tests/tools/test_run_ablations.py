@@ -1,0 +1,186 @@
+"""tools/run_ablations.py: rows of the paper's tables, trained and shown beside its numbers."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from detectron2.modeling import build_model
+from load_script import load_script
+
+from mask2former.config import load_config
+from mask2former.config_file import read_config_file
+
+ROOT = Path(__file__).resolve().parents[2]
+CONFIGS = ROOT / "configs"
+TINY = {
+    "MODEL.RESNETS.NORM": "FrozenBN",
+    "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
+    "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
+    "MODEL.MASK_FORMER.HIDDEN_DIM": 32,
+    "MODEL.MASK_FORMER.NHEADS": 4,
+    "MODEL.MASK_FORMER.DIM_FEEDFORWARD": 64,
+    "MODEL.MASK_FORMER.TRAIN_NUM_POINTS": 256,
+    "INPUT.IMAGE_SIZE": 64,
+    "INPUT.MIN_SIZE_TEST": 64,
+    "SOLVER.IMS_PER_BATCH": 2,
+    "SOLVER.MAX_ITER": 2,
+}
+
+tool = load_script("tools/run_ablations.py")
+page = sys.modules["ablation_page"]
+TABLES = tool.read_tables(CONFIGS / "ablations/paper.yaml")
+
+
+def own_values(param):
+    path = CONFIGS / param.values[1].config
+    return tool.own_values(path) if path.is_file() else {}
+
+
+ROWS = [
+    pytest.param(table, row, id=f"{table.key}-{row.slug}")
+    for table in TABLES.values()
+    for row in table.rows
+    if row.config
+]
+ABLATIONS = [param for param in ROWS if param.values[0].kind == "ablation"]
+
+
+@pytest.mark.parametrize(("table", "row"), ROWS)
+def test_every_row_has_a_config(table, row):
+    """The header repeats the paper's numbers and names the command."""
+    path = CONFIGS / row.config
+    load_config(str(path), ["MODEL.DEVICE", "cpu"])
+    header = "".join(line for line in path.read_text().splitlines(True) if line.startswith("#"))
+    assert f"--config-file configs/{row.config}" in header
+    for metric in ("AP", "PQ", "mIoU"):
+        if metric in row.paper:
+            assert re.search(rf"\b{row.paper[metric]}\b", header), (metric, header)
+
+
+@pytest.mark.parametrize(
+    ("table", "row"),
+    # A row without differences is the recipe, which tests/tools/test_analyze_model.py counts.
+    [p for p in ABLATIONS if "FLOPs" in p.values[1].paper and own_values(p)],
+)
+def test_multiply_adds_of_the_paper(table, row, monkeypatch):
+    # The commonest sizes, and close to the mean over all.
+    monkeypatch.setattr(tool, "COCO_SIZES", {(480, 640): 1, (427, 640): 1})
+    size = tool.model_size(CONFIGS / row.config, fps=False)
+    assert size["FLOPs"] == pytest.approx(row.paper["FLOPs"], rel=0.03)
+
+
+@pytest.mark.parametrize(("table", "row"), ABLATIONS)
+def test_rows_state_only_their_differences(table, row, tmp_path):
+    """Applied to a recipe, a row changes its own keys only, and the model can be built."""
+    file = read_config_file(str(CONFIGS / row.config))
+    bases = yaml.safe_load((CONFIGS / row.config).read_text())["_BASE_"]
+    assert bases == "../../coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
+    config = tmp_path / "row.yaml"
+    tool.write_row_config(row, tool.SHAPES, config)
+    base, changed = (
+        load_config(str(path), ["MODEL.DEVICE", "cpu"]) for path in (tool.SHAPES, config)
+    )
+    flat, flat_base = ({k: v for k, v in _leaves(cfg)} for cfg in (changed, base))
+    differing = {key for key in flat if flat[key] != flat_base[key]}
+    assert differing <= file.own_keys
+    build_model(changed)
+
+
+def _leaves(node, prefix=""):
+    for key, value in node.items():
+        if isinstance(value, dict):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def test_order_differences():
+    paper = {"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}
+    assert page.order_differences(paper, paper) == []
+    # b and c are equal in the paper: they have no order. e is not in the paper.
+    here = {"a": 1.5, "b": 1.0, "c": 2.0, "d": 1.2, "e": 9.0}
+    assert page.order_differences(paper, here) == [("c", "a"), ("d", "b")]
+
+
+def test_page(tmp_path):
+    rows = [
+        page.Row("one", "", "", None, {"AP": 2.0, "FLOPs": 10}),
+        page.Row("two", "", "", None, {"AP": 1.0}),
+    ]
+    table = page.Table("4a", "ablation", "Title", rows)
+    results = {
+        ("4a", "one"): [page.Result({"AP": 1.0}, 2**20, 60), page.Result({"AP": 3.0}, 2**21, 60)],
+        ("4a", "two"): [page.Result({"AP": 4.0}, 2**20, 120)],
+    }
+    text = page.write_page(tmp_path, [table], results, {}, "base.yaml").read_text()
+    assert "| one   | 2.0 (1)     | 2.0 ± 1.4 (2) |" in text
+    assert "two > one (+2.0 here, -1.0 in the paper)" in text
+    assert "Trained: base.yaml, 2 seeds." in text
+    assert (tmp_path / "table_4a.png").read_bytes().startswith(b"\x89PNG")
+    content = json.loads((tmp_path / "ablations.json").read_text())
+    assert content[0]["runs"][1] == {"scores": {"AP": 3.0}, "memory": 2**21, "seconds": 60}
+    # Nothing was trained: no plot, no order.
+    text = page.write_page(tmp_path / "counted", [table], {}, {}, "base.yaml").read_text()
+    assert "Trained" not in text and "order" not in text
+    assert not (tmp_path / "counted/table_4a.png").exists()
+
+
+def test_recipes_of_other_tasks():
+    path = tool.task_recipe(tool.SHAPES, "instance-segmentation")
+    assert path.parts[-2:] == ("instance-segmentation", tool.SHAPES.name)
+    with pytest.raises(FileNotFoundError, match="recipe per task"):
+        tool.task_recipe(CONFIGS / "lvis/instance-segmentation/a.yaml", "panoptic-segmentation")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["9"], "table '9' is not one of 1, 2, 3, 4a"),
+        (["4a", "--rows", "wrong"], "row 'wrong' is not one of Mask2Former, no masked"),
+        (["4a", "--base", "missing.yaml"], "missing.yaml"),
+        (["4a", "--opts", "SOLVER.MAX_ITERS", "3"], "Did you mean SOLVER.MAX_ITER"),
+    ],
+)
+def test_mistakes_are_found_before_training(arguments, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(tool, "train_all", lambda *_: pytest.fail("training started"))
+    monkeypatch.setattr(tool, "prepare_data", lambda: None)
+    with pytest.raises(SystemExit, match=message):
+        tool.main([*arguments, "--output", str(tmp_path)])
+
+
+def test_two_tables_of_one_training(tmp_path):
+    """Rows without differences share a training; a second call trains nothing; a failure shows."""
+    environment = os.environ | {
+        "DETECTRON2_DATASETS": str(tmp_path / "data"),
+        "PYTHONPATH": str(ROOT),
+    }
+    prepare = [sys.executable, str(ROOT / "datasets/prepare_shapes.py"), "--size", "64"]
+    prepare += ["--output", str(tmp_path / "data/shapes"), "--num-train", "4", "--num-val", "2"]
+    subprocess.run(prepare, check=True, capture_output=True, env=environment)
+
+    def call(*opts):
+        command = [sys.executable, str(ROOT / "tools/run_ablations.py"), "4a", "fig3"]
+        command += ["--rows", "Mask2Former", "layer 3", "--output", str(tmp_path / "out")]
+        pairs = [str(item) for pair in TINY.items() for item in pair]
+        return subprocess.run(
+            [*command, "--opts", *pairs, *opts], env=environment, capture_output=True, text=True
+        )
+
+    first = call()
+    assert first.returncode == 0, first.stderr
+    assert "[1/1] 4a_mask2former seed 1" in first.stdout
+    content = json.loads((tmp_path / "out/ablations.json").read_text())
+    assert content[0]["runs"][0]["scores"].keys() == {"AP", "PQ", "mIoU"}
+    assert content[0]["runs"][0]["memory"] > 2**27
+    assert content[1]["runs"][0]["scores"].keys() == {"AR"}
+    log = (tmp_path / "out/runs/4a_mask2former_seed1/output.txt").read_text()
+    again = call()
+    assert again.returncode == 0
+    assert (tmp_path / "out/runs/4a_mask2former_seed1/output.txt").read_text() == log
+    other = call("SOLVER.BASE_LR", "0.1")
+    assert other.returncode and "different SOLVER.BASE_LR" in other.stderr
