@@ -1,7 +1,7 @@
 """The per-pixel classification baselines that MaskFormer is compared with (MaskFormer, table 4).
 
 They share Mask2Former's backbones and pixel decoders but classify every pixel instead of predicting
-masks. Use them with Detectron2's `SemanticSegmentor`:
+masks. Use them with Detectron2's `SemanticSegmentor`, as configs/maskformer/ade20k-150 does:
 
     MODEL:
       META_ARCHITECTURE: SemanticSegmentor
