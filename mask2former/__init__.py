@@ -8,6 +8,7 @@ from .config import add_maskformer2_config
 from .data.dataset_mappers import (
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
+    DETRPanopticDatasetMapper,
     MaskFormerInstanceDatasetMapper,
     MaskFormerPanopticDatasetMapper,
     MaskFormerSemanticDatasetMapper,
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "COCOInstanceNewBaselineDatasetMapper",
     "COCOPanopticNewBaselineDatasetMapper",
+    "DETRPanopticDatasetMapper",
     "InstanceSegEvaluator",
     "MaskFormer",
     "MaskFormerInstanceDatasetMapper",

@@ -35,7 +35,7 @@ from .config_kinds import (
     Whole,
     exactly,
 )
-from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
+from .data.dataset_mappers import DATASET_MAPPER_REGISTRY, DETRPanopticDatasetMapper
 from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
 from .modeling.backbone.swin import D2SwinTransformer
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
@@ -157,10 +157,10 @@ def _schedule(*names: str) -> _Condition:
     return _named("SOLVER.LR_SCHEDULER_NAME", *names)
 
 
-def _mapped_by(base: type) -> _Condition:
+def _mapped_by(*bases: type) -> _Condition:
     def is_mapped(cfg: CfgNode) -> bool:
         mapper = _registered(cfg, DATASET_MAPPER_REGISTRY, "INPUT.DATASET_MAPPER_NAME")
-        return isinstance(mapper, type) and issubclass(mapper, base)
+        return isinstance(mapper, type) and issubclass(mapper, bases)
 
     return is_mapped
 
@@ -446,6 +446,12 @@ GROUPS = (
             "INPUT.MIN_SIZE_TRAIN": Either(_SIZE_OR_NONE, ListOf(_SIZE_OR_NONE, 1)),
             "INPUT.MIN_SIZE_TRAIN_SAMPLING": Text(),
             "INPUT.MAX_SIZE_TRAIN": Whole(1),
+        },
+        _mapped_by(ResizeCropDatasetMapper, DETRPanopticDatasetMapper),
+    ),
+    Group(
+        _is_mask_former,
+        {
             "INPUT.COLOR_AUG_SSD": Flag(),
             "INPUT.SIZE_DIVISIBILITY": Whole(-1, 2**16),
         },

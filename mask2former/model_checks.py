@@ -187,7 +187,10 @@ def _check_masked_decoder(cfg: CfgNode) -> None:
     ):
         raise ValueError(
             f"MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE is {mask_former.TRANSFORMER_IN_FEATURE!r}; "
-            f"allowed with {decoder}: {_MULTI_SCALE!r}."
+            f"allowed with {decoder}: {_MULTI_SCALE!r}. A config of MaskFormer, the "
+            "predecessor, names no decoder: set MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME to "
+            "StandardTransformerDecoder and, to train with its losses, MATCHER_NAME to "
+            "MaskFormerMatcher and CRITERION_NAME to MaskFormerCriterion."
         )
 
 

@@ -20,6 +20,7 @@ from detectron2.modeling import (
 
 import mask2former
 from mask2former.config import load_config
+from mask2former.data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from mask2former.modeling.criterion import CRITERION_REGISTRY
 from mask2former.modeling.layers import CROSS_ATTENTION_REGISTRY
 from mask2former.modeling.matcher import MATCHER_REGISTRY
@@ -65,6 +66,7 @@ REGISTERED = [
     (CRITERION_REGISTRY, "SetCriterion"),
     (CRITERION_REGISTRY, "FullMaskCriterion"),
     (CRITERION_REGISTRY, "MaskFormerCriterion"),
+    (DATASET_MAPPER_REGISTRY, "detr_panoptic"),
     (TRANSFORMER_DECODER_REGISTRY, "ConfigurableTransformerDecoder"),
     *((CROSS_ATTENTION_REGISTRY, name) for name in ("masked", "full", "smca", "mask_pooling")),
 ]
@@ -148,6 +150,7 @@ CONSTRUCTORS = {
         "num_classes matcher weight_dict eos_coef losses num_points oversample_ratio "
         "importance_sample_ratio"
     ),
+    "data.dataset_mappers.DETRPanopticDatasetMapper": "is_train crop_gen tfm_gens image_format",
     "maskformer_model.MaskFormer": (
         "backbone sem_seg_head criterion num_queries object_mask_threshold overlap_threshold "
         "metadata size_divisibility sem_seg_postprocess_before_inference pixel_mean pixel_std "

@@ -42,6 +42,8 @@ CROPS = {
     "INPUT.SIZE_DIVISIBILITY": 96,
 }
 WIDE_CROPS = CROPS | {"INPUT.CROP.SIZE": [64, 128], "INPUT.SIZE_DIVISIBILITY": -1}
+# Crops of DETR's augmentation that keep both halves of an image, from whatever size is drawn.
+DETR = {"INPUT.MIN_SIZE_TRAIN": [64], "INPUT.CROP.SIZE": [600, 900]}
 JITTERING = {"INPUT.IMAGE_SIZE": 64, "INPUT.MIN_SCALE": 0.9, "INPUT.MAX_SCALE": 1.1}
 
 PERFECT = {"PQ": 100, "PQ_th": 100, "PQ_st": 100}
@@ -200,6 +202,41 @@ FAMILIES = {
             "sem_seg": {"IoU-rug-merged": 100, "IoU-toothbrush": 0},
         },
     ),
+    # Targets are classes: the crowd counts.
+    "coco semantic": Family(
+        ("coco/semantic-segmentation/maskformer2_R50_bs16_50ep.yaml",),
+        CROPS | {"INPUT.MIN_SIZE_TRAIN": [68, 68]},
+        [0, 79, 132],
+        {"sem_seg": (MIOU, 133)},
+        {"sem_seg": {"mIoU": 100, "IoU-rug-merged": 100, "IoU-toothbrush": 100}},
+    ),
+    "maskformer coco panoptic": Family(
+        (
+            "maskformer/coco-panoptic/maskformer_panoptic_R50_bs64_554k.yaml",
+            "maskformer/coco-panoptic/swin/maskformer_panoptic_swin_large_IN21k_384_bs64_554k.yaml",
+        ),
+        DETR,
+        [0, 132],
+        {"panoptic_seg": (PQ, 0), "segm": (AP, 80), "sem_seg": (MIOU, 133)},
+        {"panoptic_seg": PERFECT, "segm": PERFECT_COCO},
+    ),
+    "maskformer coco instance": Family(
+        ("maskformer/coco-instance/maskformer_instance_R50_bs64_554k.yaml",),
+        {"INPUT.MIN_SIZE_TRAIN": [64]},
+        [0],
+        {"segm": (AP, 80)},
+        {"segm": PERFECT_COCO},
+    ),
+    "maskformer ade20k semantic": Family(
+        (
+            "maskformer/ade20k-150/maskformer_R50_bs16_160k.yaml",
+            "maskformer/ade20k-150/swin/maskformer_swin_large_IN21k_384_bs16_160k_res640.yaml",
+        ),
+        CROPS,
+        [0, 2, 6, 48],
+        {"sem_seg": (MIOU, 150)},
+        {"sem_seg": {"mIoU": 100}},
+    ),
     "lvis instance": Family(
         ("lvis/instance-segmentation/maskformer2_R50_bs16_50ep.yaml",),
         JITTERING,
@@ -207,6 +244,23 @@ FAMILIES = {
         {"segm": (LVIS_AP, 0)},
         {"segm": {"AP": 100, "APr": 100, "APf": 100, "APc": None, "APm": None}},
     ),
+}
+
+
+# Recipes of per-pixel classification → their losses in two steps on ADE20K, with a decoder of three
+# layers. Detectron2 logs a single loss as the total only.
+PER_PIXEL = {
+    "maskformer/ade20k-150/per_pixel_baseline_R50_bs16_160k.yaml": [],
+    "maskformer/ade20k-150/per_pixel_baseline_plus_R50_bs16_160k.yaml": [
+        "loss_sem_seg",
+        "loss_sem_seg_0",
+        "loss_sem_seg_1",
+    ],
+}
+PER_PIXEL_OVERRIDES = CROPS | {
+    "MODEL.MASK_FORMER.NUM_OBJECT_QUERIES": 150,
+    "SOLVER.MAX_ITER": 2,
+    "GT_DATASET": None,
 }
 
 
@@ -246,6 +300,7 @@ def runs(tmp_path_factory) -> dict[str, dict]:
         for name, recipe in CASES
         if not is_missing(name)
     ]
+    jobs += [(recipe, recipe, PER_PIXEL_OVERRIDES) for recipe in PER_PIXEL]
     return recipe_runs.run_apart(root, tmp_path_factory.mktemp("output"), jobs)
 
 
@@ -261,10 +316,17 @@ def test_from_download_to_metrics(runs, name, recipe):
         assert actual == pytest.approx(expected), task
 
 
+@pytest.mark.parametrize("recipe", PER_PIXEL)
+def test_per_pixel_recipe_from_download_to_metrics(runs, recipe):
+    recipe_runs.check_run(runs[recipe], {"sem_seg": (MIOU, 150)}, PER_PIXEL[recipe])
+
+
 def test_every_family_has_a_case():
     """A new folder of recipes must be added above."""
     tested = {Path(recipe).parts[:2] for _, recipe in CASES}
     existing = {
-        p.relative_to(ROOT / "configs").parts[:2] for p in (ROOT / "configs").glob("*/*-seg*")
+        p.relative_to(ROOT / "configs").parts[:2]
+        for pattern in ("*/*-seg*", "maskformer/*")
+        for p in (ROOT / "configs").glob(pattern)
     }
     assert {parts for parts in existing if parts[0] != "shapes"} == tested

@@ -240,7 +240,7 @@ def count(model: nn.Module, height: int, width: int) -> Counts:
     """Count one image.
 
     Args:
-        model: on the CPU, with `backbone` and `sem_seg_head` like those of `MaskFormer`.
+        model: on the CPU, with `backbone` and `sem_seg_head`, as `MaskFormer`.
         height: of the padded image.
         width: of the padded image.
 
@@ -303,6 +303,12 @@ def fixed_size(cfg: CfgNode) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def padding_step(model: nn.Module) -> int:
+    """Return the number of pixels to whose multiples a model pads images, at least 1."""
+    # Meta-architectures of Detectron2, such as that of the per-pixel heads, ask the backbone.
+    return max(getattr(model, "size_divisibility", model.backbone.size_divisibility), 1)
+
+
 def padded_size(cfg: CfgNode, divisibility: int, height: int, width: int) -> tuple[int, int]:
     """Return the size of a test image after resizing and padding to multiples."""
     short = cfg.INPUT.MIN_SIZE_TEST
@@ -325,7 +331,7 @@ def count_all(
         sizes: {(height, width): number of images}.
         resize: whether to resize as at test time.
     """
-    divisibility = model.size_divisibility
+    divisibility = padding_step(model)
     cache: dict[tuple[int, int], Counts] = {}
     images = []
     for (height, width), number in sizes.items():
@@ -365,7 +371,7 @@ def report_counts(args: argparse.Namespace, cfg: CfgNode, model: nn.Module) -> N
         print(
             f"(height x width), resized to a short side of {cfg.INPUT.MIN_SIZE_TEST} and a long "
             f"side of at most {cfg.INPUT.MAX_SIZE_TEST}, padded to multiples of "
-            f"{model.size_divisibility}."
+            f"{padding_step(model)}."
         )
     print(f"\n{_table(images, 0)}\n\n{_table(images, 1)}\n")
     print(f"Multiply-adds: {_mean_and_deviation([x.executed() for x in images])}")

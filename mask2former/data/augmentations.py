@@ -13,6 +13,8 @@ __all__ = [
     "ColorAugSSDTransform",
     "ResizeScale",
     "ResizeShortestEdge",
+    "build_detr_crop_gen",
+    "build_detr_gen",
     "build_resize_crop_gen",
     "build_transform_gen",
 ]
@@ -114,3 +116,38 @@ def build_transform_gen(cfg: CfgNode, is_train: bool) -> list:
         T.FixedSizeCrop((side, side)),
     ]
     return augmentations
+
+
+# Short sides in pixels to which DETR resizes an image before it crops it.
+_DETR_SIZES_BEFORE_CROP = (400, 500, 600)
+
+
+def build_detr_gen(cfg: CfgNode, is_train: bool) -> list:
+    """DETR's augmentation without crops: flip in training, then resize shortest edge.
+
+    Reads `INPUT.{MIN_SIZE_TRAIN, MAX_SIZE_TRAIN, MIN_SIZE_TRAIN_SAMPLING}`, or in inference
+    `INPUT.{MIN_SIZE_TEST, MAX_SIZE_TEST}`.
+
+    Returns:
+        Detectron2 augmentations, the resize last.
+    """
+    sizes = cfg.INPUT
+    if not is_train:
+        return [ResizeShortestEdge(sizes.MIN_SIZE_TEST, sizes.MAX_SIZE_TEST)]
+    resize = ResizeShortestEdge(
+        sizes.MIN_SIZE_TRAIN, sizes.MAX_SIZE_TRAIN, sizes.MIN_SIZE_TRAIN_SAMPLING
+    )
+    return [T.RandomFlip(), resize]
+
+
+def build_detr_crop_gen(cfg: CfgNode) -> list:
+    """What DETR puts before the resize of half of the images: resize shortest edge, then crop.
+
+    Reads `INPUT.CROP.{TYPE, SIZE}`.
+
+    Returns:
+        Detectron2 augmentations.
+    """
+    crop = cfg.INPUT.CROP
+    resize = ResizeShortestEdge(_DETR_SIZES_BEFORE_CROP, sample_style="choice")
+    return [resize, T.RandomCrop(crop.TYPE, crop.SIZE)]

@@ -24,6 +24,7 @@ from mask2former.ops import MSDeformAttn, ms_deform_attn
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = ROOT / "configs/coco/instance-segmentation"
+MASKFORMER = ROOT / "configs/maskformer"
 SHAPES = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
 ADE20K = ROOT / "configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml"
 NUM_PARAMETERS = json.loads((ROOT / "tests/contracts/num_parameters.json").read_text())
@@ -85,6 +86,50 @@ def test_numbers_of_the_paper(recipe, params, giga, capsys):
     assert 0.9 * paper < executed < paper
     assert "36 of 480x640, 28 of 427x640" in out and "multiples of 32" in out
     assert sum(tool.COCO_SIZES.values()) == 100
+
+
+@pytest.mark.parametrize(
+    ("recipe", "params", "giga"),
+    [
+        ("maskformer_panoptic_R50_bs64_554k.yaml", 45, 181),
+        ("maskformer_panoptic_R101_bs64_554k.yaml", 64, 248),
+        ("swin/maskformer_panoptic_swin_large_IN21k_384_bs64_554k.yaml", 212, 792),
+    ],
+)
+def test_numbers_of_maskformer(recipe, params, giga):
+    """Table 1 of the paper. The masks of all layers are one product, so none is left out."""
+    cfg = load_config(str(MASKFORMER / "coco-panoptic" / recipe), ["MODEL.DEVICE", "cpu"])
+    model = build_model(cfg).eval()
+    number = sum(parameter.numel() for parameter in model.parameters())
+    assert number / 1e6 == pytest.approx(params, abs=0.5)
+    images = tool.count_all(cfg, model, tool.COCO_SIZES, resize=True)
+    paper = [counts.as_in_the_paper() for counts in images]
+    assert sum(paper) / len(paper) / 1e9 == pytest.approx(giga, rel=0.03)
+    assert paper == [counts.executed() for counts in images]
+
+
+@pytest.mark.parametrize(("head", "params"), [("baseline", 31.03), ("baseline_plus", 41.23)])
+def test_per_pixel_heads(head, params, capsys):
+    recipe = MASKFORMER / f"ade20k-150/per_pixel_{head}_R50_bs16_160k.yaml"
+    tasks = ["--tasks", "parameter", "flop", "--use-fixed-input-size"]
+    tool.main([*tasks, "--config-file", str(recipe)])
+    out = capsys.readouterr().out
+    assert f"Parameters: {params:.2f} M" in out
+    # The 1x1 convolution to 150 classes, or the decoder, is a part of its own.
+    adds = float(re.search(r"^transformer decoder +([\d.]+)", out, re.M)[1])
+    if head == "baseline":
+        assert adds == pytest.approx(128 * 128 * 256 * 150 / 1e9, abs=0.005)
+    else:
+        assert adds > 6 * 128 * 128 * 256 * 150 / 1e9  # of the masks alone
+
+
+def test_padding_step(small_model):
+    """Detectron2's meta-architectures have no size_divisibility, and 0 is no padding."""
+    assert tool.padding_step(small_model) == 32
+    small_model.size_divisibility = 0
+    assert tool.padding_step(small_model) == 1
+    del small_model.size_divisibility
+    assert tool.padding_step(small_model) == max(small_model.backbone.size_divisibility, 1)
 
 
 def test_convolutions_and_products_by_hand():

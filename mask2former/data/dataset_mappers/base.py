@@ -1,9 +1,10 @@
-"""What the five mappers share: reading, augmenting and padding, and the two kinds of constructor.
+"""What the mappers share: reading, augmenting and padding, and the two kinds of constructor.
 
     record (dict)
       → load_record                  copy of the record, image read and checked
       → load_pan_seg, load_sem_seg   label maps read and checked as stored on disk
       → augment_image                image and labels, and the transforms to apply to targets
+      → panoptic_sample              all of these, for panoptic mappers that do not pad
       → padding, pad_image           fixed size of the mask_former_* mappers
 
 The steps are functions, because a subclass may use any name for its own methods and attributes.
@@ -26,8 +27,9 @@ from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen
 from ..formats.images import read_image, read_panoptic_png
+from ..label_maps import layers_to_boxes, pack_layers, transform_layers
 from ..lazy_augmentation import augment
-from ..targets import check_sem_seg, check_size, segment_layers
+from ..targets import build_instances, check_sem_seg, check_size, segment_layers
 
 # ---- mappers ----
 
@@ -285,6 +287,41 @@ def augment_image(
     """
     image, sem_seg, transforms = augment(augmentations, image, sem_seg)
     return torch.from_numpy(image.transpose(2, 0, 1).copy()), sem_seg, transforms
+
+
+def panoptic_sample(mapper: BaseDatasetMapper, augmentations: list, record: dict) -> dict:
+    """Make the sample of a panoptic mapper that does not pad.
+
+    Args:
+        mapper: reads the record; its `tfm_gens` are not used.
+        augmentations: Detectron2 augmentations and transforms, applied in this order.
+        record: with `file_name` and, for training, `pan_seg_file_name` and `segments_info`.
+
+    Returns:
+        The record with `image` (3, H, W) uint8. For training on a record with `pan_seg_file_name`
+        also `instances`, with `gt_classes` (N,) int64, `gt_masks` (N, H, W) bool and `gt_boxes`, in
+        the order of `segments_info` without crowds. Segments outside the crop are kept with an
+        empty mask.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is unreadable, or the annotation does not fit the image or config.
+    """
+    sample, image = load_record(record, mapper.img_format)
+    if mapper.is_train and "annotations" in record:
+        # Not read here, but kept for subclasses.
+        sample["annotations"] = copy.deepcopy(record["annotations"])
+    if not mapper.is_train or "pan_seg_file_name" not in sample:
+        sample["image"], _, _ = augment_image(augmentations, image)
+        return sample
+
+    classes, layers = load_pan_seg(sample, image.shape[:2], mapper)
+    sample["image"], _, transforms = augment_image(augmentations, image)
+    layers = transform_layers(layers, transforms)
+    masks = pack_layers(layers, len(classes), tuple(sample["image"].shape[-2:]))
+    boxes = layers_to_boxes(layers, len(classes))
+    sample["instances"] = build_instances(classes, masks, boxes)
+    return sample
 
 
 def padding(image: Tensor, size: int, file_name: str) -> list[int]:

@@ -3,21 +3,12 @@
 Shape letters: H W pixels of the jittered square, N segments.
 """
 
-import copy
 from typing import Any
 
 from detectron2.config import CfgNode
 
 from ..augmentations import build_transform_gen
-from ..label_maps import layers_to_boxes, pack_layers, transform_layers
-from ..targets import build_instances
-from .base import (
-    LargeScaleJitterDatasetMapper,
-    augment_image,
-    load_pan_seg,
-    load_record,
-    lsj_arguments,
-)
+from .base import LargeScaleJitterDatasetMapper, lsj_arguments, panoptic_sample
 from .build import register_mapper
 
 __all__ = ["COCOPanopticNewBaselineDatasetMapper", "build_transform_gen"]
@@ -50,18 +41,4 @@ class COCOPanopticNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
             FileNotFoundError: a file does not exist.
             ValueError: a file is unreadable, or the annotation does not fit the image or config.
         """
-        sample, image = load_record(dataset_dict, self.img_format)
-        if self.is_train and "annotations" in dataset_dict:
-            # Not read here, but kept for subclasses.
-            sample["annotations"] = copy.deepcopy(dataset_dict["annotations"])
-        if not self.is_train or "pan_seg_file_name" not in sample:
-            sample["image"], _, _ = augment_image(self.tfm_gens, image)
-            return sample
-
-        classes, layers = load_pan_seg(sample, image.shape[:2], self)
-        sample["image"], _, transforms = augment_image(self.tfm_gens, image)
-        layers = transform_layers(layers, transforms)
-        masks = pack_layers(layers, len(classes), tuple(sample["image"].shape[-2:]))
-        boxes = layers_to_boxes(layers, len(classes))
-        sample["instances"] = build_instances(classes, masks, boxes)
-        return sample
+        return panoptic_sample(self, self.tfm_gens, dataset_dict)

@@ -1,7 +1,7 @@
 """The per-pixel classification baselines that MaskFormer is compared with (MaskFormer, table 4).
 
 They share Mask2Former's backbones and pixel decoders but classify every pixel instead of predicting
-masks. Use them with Detectron2's `SemanticSegmentor`:
+masks. Use them with Detectron2's `SemanticSegmentor`, as configs/maskformer/ade20k-150 does:
 
     MODEL:
       META_ARCHITECTURE: SemanticSegmentor
@@ -117,7 +117,9 @@ class PerPixelBaselineHead(nn.Module):
                 f'{type(self).__name__} needs "sem_seg" label maps in training, but the inputs '
                 "have none: choose a semantic mapper (INPUT.DATASET_MAPPER_NAME)."
             )
-        logits = self._upsample(predictions.float())
+        height, width = targets.shape[-2:]
+        # Larger than the image, if its size is no multiple of the stride.
+        logits = self._upsample(predictions.float())[..., :height, :width]
         # The sum over a map would add in any order on a GPU.
         reduction = "none" if is_deterministic(logits) else "sum"
         loss = F.cross_entropy(logits, targets, reduction=reduction, ignore_index=self.ignore_value)

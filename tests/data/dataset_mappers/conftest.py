@@ -16,6 +16,7 @@ from mask2former import add_maskformer2_config
 from mask2former.data.dataset_mappers import (
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
+    DETRPanopticDatasetMapper,
     MaskFormerInstanceDatasetMapper,
     MaskFormerPanopticDatasetMapper,
     MaskFormerSemanticDatasetMapper,
@@ -24,6 +25,7 @@ from mask2former.data.dataset_mappers import (
 MAPPERS = {
     "coco_instance_lsj": COCOInstanceNewBaselineDatasetMapper,
     "coco_panoptic_lsj": COCOPanopticNewBaselineDatasetMapper,
+    "detr_panoptic": DETRPanopticDatasetMapper,
     "mask_former_instance": MaskFormerInstanceDatasetMapper,
     "mask_former_panoptic": MaskFormerPanopticDatasetMapper,
     "mask_former_semantic": MaskFormerSemanticDatasetMapper,
@@ -121,6 +123,7 @@ def records(files) -> dict[str, dict]:
     return {
         "coco_instance_lsj": instance,
         "coco_panoptic_lsj": panoptic,
+        "detr_panoptic": panoptic,
         "mask_former_instance": instance,
         "mask_former_panoptic": panoptic | semantic,
         "mask_former_semantic": semantic,
@@ -138,6 +141,8 @@ def build() -> Callable:
         kwargs |= {"is_train": True, "image_format": "RGB"}
         if name.endswith("lsj"):
             return MAPPERS[name](tfm_gens=augmentations, **kwargs)
+        if name == "detr_panoptic":
+            return MAPPERS[name](tfm_gens=augmentations, crop_gen=None, **kwargs)
         if name != "mask_former_instance":
             kwargs["ignore_label"] = 255
         return MAPPERS[name](

@@ -1,4 +1,4 @@
-"""The five mappers on a 4x6 image whose samples can be worked out by hand."""
+"""The mappers on a 4x6 image whose samples can be worked out by hand."""
 
 import copy
 import random
@@ -13,6 +13,7 @@ from PIL import Image
 from mask2former.data.dataset_mappers import (
     COCOInstanceNewBaselineDatasetMapper,
     COCOPanopticNewBaselineDatasetMapper,
+    DETRPanopticDatasetMapper,
     MaskFormerInstanceDatasetMapper,
     MaskFormerPanopticDatasetMapper,
     MaskFormerSemanticDatasetMapper,
@@ -24,12 +25,13 @@ from mask2former.data.dataset_mappers import (
 MAPPERS = {
     "coco_instance_lsj": COCOInstanceNewBaselineDatasetMapper,
     "coco_panoptic_lsj": COCOPanopticNewBaselineDatasetMapper,
+    "detr_panoptic": DETRPanopticDatasetMapper,
     "mask_former_instance": MaskFormerInstanceDatasetMapper,
     "mask_former_panoptic": MaskFormerPanopticDatasetMapper,
     "mask_former_semantic": MaskFormerSemanticDatasetMapper,
 }
 LSJ = [name for name in MAPPERS if name.endswith("lsj")]
-RESIZE_CROP = [name for name in MAPPERS if name not in LSJ]
+RESIZE_CROP = [name for name in MAPPERS if name.startswith("mask_former")]
 NAME = "tests_mappers"
 
 

@@ -4,6 +4,7 @@ import logging
 
 import pytest
 from detectron2.config import get_cfg
+from detectron2.projects.deeplab import add_deeplab_config
 
 from mask2former import add_maskformer2_config
 from mask2former.data.dataset_mappers import (
@@ -16,6 +17,7 @@ from mask2former.data.dataset_mappers import (
 BUILTIN = [
     "coco_instance_lsj",
     "coco_panoptic_lsj",
+    "detr_panoptic",
     "mask_former_instance",
     "mask_former_panoptic",
     "mask_former_semantic",
@@ -82,6 +84,7 @@ def test_first_registration_stays(registry, caplog):
 @pytest.mark.parametrize("name", BUILTIN)
 def test_unread_keys_accept_the_defaults(name, mappers):
     defaults = get_cfg()
+    add_deeplab_config(defaults)
     add_maskformer2_config(defaults)
     assert mappers[name].unread_keys
     for key, value in mappers[name].unread_keys.items():

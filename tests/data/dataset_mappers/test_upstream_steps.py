@@ -1,4 +1,4 @@
-"""The five mappers against the original's steps: full-size arrays, a boolean mask per target."""
+"""The original's mappers against its own steps: full-size arrays, a boolean mask per target."""
 
 import copy
 import random

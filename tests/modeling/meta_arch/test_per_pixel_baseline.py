@@ -106,6 +106,17 @@ def test_loss_is_the_mean_cross_entropy_of_pixels_not_ignored(deterministic, mon
     assert losses["loss_sem_seg"].item() == pytest.approx(2 * (zero + 2 * one) / 3, rel=1e-6)
 
 
+def test_image_of_any_size_is_like_a_padded_one():
+    """Logits reach beyond an image of 5 x 7 pixels, whose features are 2 x 2."""
+    head = fixed_head()
+    x = torch.randn(1, 1, 2, 2)
+    targets = torch.randint(0, 2, (1, 5, 7))
+    padded = torch.full((1, 8, 8), IGNORED)
+    padded[:, :5, :7] = targets
+    losses = [head({"res2": x}, labels)[1]["loss_sem_seg"] for labels in (targets, padded)]
+    torch.testing.assert_close(*losses)
+
+
 def test_image_without_labels_has_zero_loss_and_gradient():
     head = fixed_head()
     _, losses = head(one_cell(3.0), torch.full((1, 4, 4), IGNORED))
