@@ -16,7 +16,8 @@ from detectron2.projects.deeplab import add_deeplab_config
 
 from .config_checks import check_config, check_once, check_set_keys
 from .config_file import read_config_file
-from .config_schema import check_values, get_value, has_key
+from .config_parts import get_value, has_key
+from .config_schema import check_values
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 

@@ -14,12 +14,10 @@ from typing import Any
 from detectron2.config import CfgNode, get_cfg
 from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY, SEM_SEG_HEADS_REGISTRY
 
-from .config_schema import (
+from .config_parts import (
     FAPN,
     MASK_FORMER_HEAD,
     OUR_HEADS,
-    bad_value,
-    check_values,
     get_value,
     has_key,
     has_only_known_parts,
@@ -27,8 +25,8 @@ from .config_schema import (
     has_resnet,
     has_swin,
     is_plain,
-    unread_keys,
 )
+from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from .model_checks import (
     check_attention_heads,

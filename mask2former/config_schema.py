@@ -10,13 +10,11 @@ Detectron2 or of this project.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from detectron2.config import CfgNode
-from detectron2.modeling import BACKBONE_REGISTRY
-from detectron2.utils.registry import Registry
 
 from .config_kinds import (
     Anything,
@@ -35,155 +33,35 @@ from .config_kinds import (
     Whole,
     exactly,
 )
-from .data.dataset_mappers import DATASET_MAPPER_REGISTRY, DETRPanopticDatasetMapper
-from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
-from .modeling.backbone.swin import D2SwinTransformer
-from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
-from .utils.registry import is_mask_former
-
-MASK_FORMER_HEAD = "MaskFormerHead"
-OUR_HEADS = (MASK_FORMER_HEAD, "PerPixelBaselineHead", "PerPixelBaselinePlusHead")
-MASKED_DECODER = "MultiScaleMaskedTransformerDecoder"
-CONFIGURABLE_DECODER = "ConfigurableTransformerDecoder"
-MASKED_DECODERS = (MASKED_DECODER, CONFIGURABLE_DECODER)
-OUR_DECODERS = (*MASKED_DECODERS, "StandardTransformerDecoder")
-MSDEFORMATTN = "MSDeformAttnPixelDecoder"
-FULL_MASK_MATCHERS = ("FullMaskMatcher", "MaskFormerMatcher")
-FULL_MASK_CRITERIA = ("FullMaskCriterion", "MaskFormerCriterion")
-FAPN, BIFPN = "FaPNPixelDecoder", "BiFPNPixelDecoder"
-PIXEL_DECODERS_WITH_ENCODER = (MSDEFORMATTN, "TransformerEncoderPixelDecoder")
-OUR_PIXEL_DECODERS = (
-    *PIXEL_DECODERS_WITH_ENCODER,
-    "BasePixelDecoder",
-    "SemanticFPNPixelDecoder",
-    FAPN,
+from .config_parts import (
     BIFPN,
+    CONFIGURABLE_DECODER,
+    MSDEFORMATTN,
+    OUR_HEADS,
+    OUR_PIXEL_DECODERS,
+    PIXEL_DECODERS_WITH_ENCODER,
+    Condition,
+    all_of,
+    always,
+    get_value,
+    has_key,
+    has_losses_at_points,
+    has_mask_former,
+    has_our_head,
+    has_our_mapper,
+    has_resnet,
+    has_swin,
+    is_plain,
+    mapped_by,
+    matches_at_points,
+    named,
+    never,
+    scheduled_by,
+    turned_on,
 )
-RESNETS = (
-    "build_resnet_backbone",
-    "build_resnet_deeplab_backbone",
-    "build_resnet_fpn_backbone",
-)
-_Condition = Callable[[CfgNode], bool]
-
-# ---- which part reads the keys ----
-
-
-def get_value(cfg: CfgNode, key: str) -> Any:
-    """The value, or the section, at a dotted key; the config itself at an empty one."""
-    value = cfg
-    for part in key.split(".") if key else ():
-        value = value[part]
-    return value
-
-
-def has_key(cfg: CfgNode, key: str) -> bool:
-    """Whether a dotted key exists."""
-    node = cfg
-    for part in str(key).split("."):
-        if not isinstance(node, CfgNode) or part not in node:
-            return False
-        node = node[part]
-    return True
-
-
-def is_plain(cfg: CfgNode) -> bool:
-    """Whether the architecture is `MaskFormer` itself.
-
-    A subclass belongs to another project, which may train with its own trainer, mapper and
-    optimizer: the names of those are its own.
-    """
-    return get_value(cfg, "MODEL.META_ARCHITECTURE") == "MaskFormer"
-
-
-def has_our_head(cfg: CfgNode) -> bool:
-    """Whether the head reads the keys of MODEL.MASK_FORMER as this project does."""
-    return _is_mask_former(cfg) or get_value(cfg, "MODEL.SEM_SEG_HEAD.NAME") in OUR_HEADS
-
-
-def has_swin(cfg: CfgNode) -> bool:
-    """Whether the backbone is this project's Swin, not one of another project or a subclass."""
-    return _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME") is D2SwinTransformer
-
-
-def has_resnet(cfg: CfgNode) -> bool:
-    """Whether the backbone is one of Detectron2's ResNets."""
-    builder = _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME")
-    is_builtin = getattr(builder, "__module__", "").startswith("detectron2.")
-    return is_builtin and get_value(cfg, "MODEL.BACKBONE.NAME") in RESNETS
-
-
-def has_our_mapper(cfg: CfgNode) -> bool:
-    """Whether images are read by a mapper of this project."""
-    mapper = _registered(cfg, DATASET_MAPPER_REGISTRY, "INPUT.DATASET_MAPPER_NAME")
-    return getattr(mapper, "__module__", "").startswith(f"{__package__}.data.")
-
-
-def has_only_known_parts(cfg: CfgNode) -> bool:
-    """Whether no part of another project, which may read any key, is chosen."""
-    head, decoder = cfg.MODEL.SEM_SEG_HEAD, cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME
-    return (
-        is_plain(cfg)
-        and has_our_mapper(cfg)
-        and (has_swin(cfg) or has_resnet(cfg))
-        and head.NAME in OUR_HEADS
-        and head.PIXEL_DECODER_NAME in OUR_PIXEL_DECODERS
-        and decoder in OUR_DECODERS
-    )
-
-
-def _registered(cfg: CfgNode, registry: Registry, key: str) -> Any:
-    name = get_value(cfg, key) if has_key(cfg, key) else None
-    return registry.get(name) if name in registry else None
-
-
-def _always(_: CfgNode) -> bool:
-    return True
-
-
-def _never(_: CfgNode) -> bool:
-    return False
-
-
-def _is_mask_former(cfg: CfgNode) -> bool:
-    return is_mask_former(get_value(cfg, "MODEL.META_ARCHITECTURE"))
-
-
-def _named(key: str, *names: str) -> _Condition:
-    return lambda cfg: has_key(cfg, key) and get_value(cfg, key) in names
-
-
-def _schedule(*names: str) -> _Condition:
-    return _named("SOLVER.LR_SCHEDULER_NAME", *names)
-
-
-def _mapped_by(*bases: type) -> _Condition:
-    def is_mapped(cfg: CfgNode) -> bool:
-        mapper = _registered(cfg, DATASET_MAPPER_REGISTRY, "INPUT.DATASET_MAPPER_NAME")
-        return isinstance(mapper, type) and issubclass(mapper, bases)
-
-    return is_mapped
-
-
-def _on(key: str) -> _Condition:
-    return lambda cfg: has_key(cfg, key) and get_value(cfg, key) is True
-
-
-def _matches_at_points(cfg: CfgNode) -> bool:
-    return not _named("MODEL.MASK_FORMER.MATCHER_NAME", *FULL_MASK_MATCHERS)(cfg)
-
-
-def _has_losses_at_points(cfg: CfgNode) -> bool:
-    """Whether the criterion draws points; those of whole masks do for additional losses."""
-    is_full = _named("MODEL.MASK_FORMER.CRITERION_NAME", *FULL_MASK_CRITERIA)(cfg)
-    return not is_full or bool(get_value(cfg, "MODEL.MASK_FORMER").get("EXTRA_LOSSES"))
-
-
-def _all(*conditions: _Condition) -> _Condition:
-    return lambda cfg: all(condition(cfg) for condition in conditions)
-
-
-# ---- the table ----
+from .data.dataset_mappers import DETRPanopticDatasetMapper
+from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
+from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 
 _SIZE = Whole(1, 2**16)  # pixels, channels, queries
 _SIZE_OR_NONE = Whole(0, 2**16)  # 0: images are not resized
@@ -212,16 +90,16 @@ class Group:
         is_read: whether the config chooses what reads the keys; default: if they apply.
     """
 
-    applies: _Condition
+    applies: Condition
     keys: Mapping[str, Kind]
-    is_read: _Condition | None = None
+    is_read: Condition | None = None
 
 
 GROUPS = (
     # The names first, because the conditions below read them. A name is looked up when the part is
     # built, since its project may register it after the config is loaded.
     Group(
-        _always,
+        always,
         {
             "MODEL.META_ARCHITECTURE": Text(),
             "MODEL.DEVICE": Device(),
@@ -237,7 +115,7 @@ GROUPS = (
     ),
     # ---- training and evaluation of any architecture, as in Detectron2 ----
     Group(
-        _always,
+        always,
         {
             "OUTPUT_DIR": Path(),
             "SEED": _SEED,
@@ -273,100 +151,100 @@ GROUPS = (
         },
     ),
     Group(
-        _always,
+        always,
         {"TEST.PRECISE_BN.NUM_ITER": Whole(1)},
-        _on("TEST.PRECISE_BN.ENABLED"),
+        turned_on("TEST.PRECISE_BN.ENABLED"),
     ),
     Group(
-        _always,
+        always,
         {
             "TEST.AUG.MIN_SIZES": ListOf(_SIZE),
             "TEST.AUG.MAX_SIZE": Whole(1),
             "TEST.AUG.FLIP": Flag(),
         },
-        _on("TEST.AUG.ENABLED"),
+        turned_on("TEST.AUG.ENABLED"),
     ),
     Group(
-        _always,
+        always,
         {
             "DATALOADER.REPEAT_THRESHOLD": _FRACTION,
             "DATALOADER.REPEAT_SQRT": Flag(),
         },
-        _named(
+        named(
             "DATALOADER.SAMPLER_TRAIN",
             "RepeatFactorTrainingSampler",
             "WeightedCategoryTrainingSampler",
         ),
     ),
     Group(
-        _always,
+        always,
         {"DATALOADER.RANDOM_SUBSET_RATIO": Number(0, 1, above=True)},
-        _named("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
+        named("DATALOADER.SAMPLER_TRAIN", "RandomSubsetTrainingSampler"),
     ),
     Group(
-        _always,
+        always,
         {
             "SOLVER.MOMENTUM": _RATE,
             "SOLVER.NESTEROV": Flag(),
         },
-        _named("SOLVER.OPTIMIZER", "SGD"),
+        named("SOLVER.OPTIMIZER", "SGD"),
     ),
     Group(
-        _always,
+        always,
         {
             "SOLVER.BIAS_LR_FACTOR": _WEIGHT,
             "SOLVER.WEIGHT_DECAY_BIAS": Either(Null(), _DECAY),
             "VIS_PERIOD": _LENGTH,
         },
-        _never,
+        never,
     ),
     Group(
-        _always,
+        always,
         {"SOLVER.STEPS": ListOf(Whole(0))},
-        _schedule("WarmupMultiStepLR"),
+        scheduled_by("WarmupMultiStepLR"),
     ),
     Group(
-        _always,
+        always,
         {"SOLVER.GAMMA": Number(0, 1000, above=True)},
-        _schedule("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),
+        scheduled_by("WarmupMultiStepLR", "WarmupStepWithFixedGammaLR"),
     ),
     Group(
-        _always,
+        always,
         {"SOLVER.NUM_DECAYS": Whole(1, 10**6)},
-        _schedule("WarmupStepWithFixedGammaLR"),
+        scheduled_by("WarmupStepWithFixedGammaLR"),
     ),
     Group(
-        _always,
+        always,
         {
             "SOLVER.POLY_LR_POWER": Number(0, 100),
             "SOLVER.POLY_LR_CONSTANT_ENDING": _FRACTION,
         },
-        _schedule("WarmupPolyLR"),
+        scheduled_by("WarmupPolyLR"),
     ),
     Group(
-        _always,
+        always,
         {"SOLVER.BASE_LR_END": Number(0, 1000)},
-        _schedule("WarmupCosineLR"),
+        scheduled_by("WarmupCosineLR"),
     ),
     Group(
-        _always,
+        always,
         {"SOLVER.RESCALE_INTERVAL": Flag()},
-        _schedule("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
+        scheduled_by("WarmupMultiStepLR", "WarmupCosineLR", "WarmupStepWithFixedGammaLR"),
     ),
     Group(
-        _always,
+        always,
         {
             "SOLVER.CLIP_GRADIENTS.CLIP_TYPE": Text(),
             "SOLVER.CLIP_GRADIENTS.CLIP_VALUE": _WEIGHT,
         },
-        _on("SOLVER.CLIP_GRADIENTS.ENABLED"),
+        turned_on("SOLVER.CLIP_GRADIENTS.ENABLED"),
     ),
     Group(
-        _always,
+        always,
         {"SOLVER.CLIP_GRADIENTS.NORM_TYPE": Either(Number(0, 1000, above=True), OneOf(math.inf))},
-        _all(
-            _on("SOLVER.CLIP_GRADIENTS.ENABLED"),
-            _named("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm", "full_model"),
+        all_of(
+            turned_on("SOLVER.CLIP_GRADIENTS.ENABLED"),
+            named("SOLVER.CLIP_GRADIENTS.CLIP_TYPE", "norm", "full_model"),
         ),
     ),
     # ---- what this project's trainer reads; a subclass may come with another trainer ----
@@ -394,7 +272,7 @@ GROUPS = (
     ),
     # ---- MaskFormer and its subclasses ----
     Group(
-        _is_mask_former,
+        has_mask_former,
         {
             "DATASETS.TEST": ListOf(Text(), distinct=True),
             "SOLVER.BACKBONE_MULTIPLIER": Number(0, 1000),
@@ -428,81 +306,81 @@ GROUPS = (
         },
     ),
     Group(
-        _is_mask_former,
+        has_mask_former,
         {"MODEL.MASK_FORMER.TRAIN_NUM_POINTS": Whole(1, 2**24)},
-        lambda cfg: _matches_at_points(cfg) or _has_losses_at_points(cfg),
+        lambda cfg: matches_at_points(cfg) or has_losses_at_points(cfg),
     ),
     Group(
-        _is_mask_former,
+        has_mask_former,
         {
             "MODEL.MASK_FORMER.OVERSAMPLE_RATIO": Number(1, 1000),
             "MODEL.MASK_FORMER.IMPORTANCE_SAMPLE_RATIO": _FRACTION,
         },
-        _has_losses_at_points,
+        has_losses_at_points,
     ),
     Group(
-        _is_mask_former,
+        has_mask_former,
         {
             "INPUT.MIN_SIZE_TRAIN": Either(_SIZE_OR_NONE, ListOf(_SIZE_OR_NONE, 1)),
             "INPUT.MIN_SIZE_TRAIN_SAMPLING": Text(),
             "INPUT.MAX_SIZE_TRAIN": Whole(1),
         },
-        _mapped_by(ResizeCropDatasetMapper, DETRPanopticDatasetMapper),
+        mapped_by(ResizeCropDatasetMapper, DETRPanopticDatasetMapper),
     ),
     Group(
-        _is_mask_former,
+        has_mask_former,
         {
             "INPUT.COLOR_AUG_SSD": Flag(),
             "INPUT.SIZE_DIVISIBILITY": Whole(-1, 2**16),
         },
-        _mapped_by(ResizeCropDatasetMapper),
+        mapped_by(ResizeCropDatasetMapper),
     ),
     Group(
-        _is_mask_former,
+        has_mask_former,
         {
             "INPUT.RANDOM_FLIP": OneOf("horizontal", "vertical", "none"),
             "INPUT.IMAGE_SIZE": _SIZE,
             "INPUT.MIN_SCALE": Number(0, 1000),
             "INPUT.MAX_SCALE": Number(0, 1000),
         },
-        _mapped_by(LargeScaleJitterDatasetMapper),
+        mapped_by(LargeScaleJitterDatasetMapper),
     ),
     Group(
-        _all(_is_mask_former, has_our_mapper),
+        all_of(has_mask_former, has_our_mapper),
         {"INPUT.MIN_SIZE_TRAIN_SAMPLING": OneOf("choice", "range")},
     ),
     Group(
-        _all(_is_mask_former, _on("SOLVER.CLIP_GRADIENTS.ENABLED")),
+        all_of(has_mask_former, turned_on("SOLVER.CLIP_GRADIENTS.ENABLED")),
         {"SOLVER.CLIP_GRADIENTS.CLIP_TYPE": OneOf("value", "norm", "full_model")},
     ),
     Group(
-        _is_mask_former,
+        has_mask_former,
         {
             "INPUT.CROP.TYPE": OneOf("relative_range", "relative", "absolute", "absolute_range"),
             "INPUT.CROP.SIZE": exactly(2, Number(0, 2**16, above=True)),
             "INPUT.CROP.SINGLE_CATEGORY_MAX_AREA": _FRACTION,
         },
-        _on("INPUT.CROP.ENABLED"),
+        turned_on("INPUT.CROP.ENABLED"),
     ),
     Group(
-        _all(
-            _is_mask_former,
-            _on("INPUT.CROP.ENABLED"),
-            _named("INPUT.CROP.TYPE", "absolute", "absolute_range"),
+        all_of(
+            has_mask_former,
+            turned_on("INPUT.CROP.ENABLED"),
+            named("INPUT.CROP.TYPE", "absolute", "absolute_range"),
         ),
         {"INPUT.CROP.SIZE": exactly(2, _SIZE)},
     ),
     Group(
-        _all(
-            _is_mask_former,
-            _on("INPUT.CROP.ENABLED"),
-            _named("INPUT.CROP.TYPE", "relative", "relative_range"),
+        all_of(
+            has_mask_former,
+            turned_on("INPUT.CROP.ENABLED"),
+            named("INPUT.CROP.TYPE", "relative", "relative_range"),
         ),
         {"INPUT.CROP.SIZE": exactly(2, Number(0, 1, above=True))},
     ),
     # ---- heads and decoders ----
     Group(
-        _named("MODEL.SEM_SEG_HEAD.NAME", *OUR_HEADS),
+        named("MODEL.SEM_SEG_HEAD.NAME", *OUR_HEADS),
         {
             "MODEL.SEM_SEG_HEAD.IN_FEATURES": _FEATURES,
             "MODEL.SEM_SEG_HEAD.IGNORE_VALUE": Whole(-(2**31), 2**31 - 1),  # of an int32 map
@@ -511,7 +389,7 @@ GROUPS = (
         },
     ),
     Group(
-        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *OUR_PIXEL_DECODERS),
+        named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *OUR_PIXEL_DECODERS),
         {
             "MODEL.SEM_SEG_HEAD.CONVS_DIM": _SIZE,
             "MODEL.SEM_SEG_HEAD.MASK_DIM": _SIZE,
@@ -519,15 +397,15 @@ GROUPS = (
         },
     ),
     Group(
-        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *PIXEL_DECODERS_WITH_ENCODER),
+        named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", *PIXEL_DECODERS_WITH_ENCODER),
         {"MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS": Whole(0, 1000)},
     ),
     Group(
-        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", BIFPN),
+        named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", BIFPN),
         {"MODEL.SEM_SEG_HEAD.BIFPN_LAYERS": Whole(1, 1000)},
     ),
     Group(
-        _named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", MSDEFORMATTN),
+        named("MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME", MSDEFORMATTN),
         {
             "MODEL.SEM_SEG_HEAD.COMMON_STRIDE": OneOf(4, 8, 16, 32),
             "MODEL.SEM_SEG_HEAD.DEFORMABLE_TRANSFORMER_ENCODER_IN_FEATURES": _FEATURES,
@@ -551,7 +429,7 @@ GROUPS = (
         },
     ),
     Group(
-        _named("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", CONFIGURABLE_DECODER),
+        named("MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME", CONFIGURABLE_DECODER),
         {
             "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION": Text(),
             "MODEL.MASK_FORMER.DECODER.SCALES": ListOf(OneOf(*STRIDES), 1),
@@ -584,7 +462,7 @@ GROUPS = (
         },
     ),
     # Swin freezes nothing; `config_checks.py` has the accepted values.
-    Group(has_swin, {"MODEL.BACKBONE.FREEZE_AT": Whole(None)}, _never),
+    Group(has_swin, {"MODEL.BACKBONE.FREEZE_AT": Whole(None)}, never),
     Group(
         has_resnet,
         {
@@ -605,7 +483,7 @@ GROUPS = (
         },
     ),
     Group(
-        _all(has_resnet, _named("MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone")),
+        all_of(has_resnet, named("MODEL.BACKBONE.NAME", "build_resnet_deeplab_backbone")),
         {
             "MODEL.RESNETS.DEPTH": OneOf(50, 101, 152),
             "MODEL.RESNETS.RES4_DILATION": OneOf(1, 2),
@@ -614,7 +492,7 @@ GROUPS = (
         },
     ),
     Group(
-        _all(has_resnet, _named("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")),
+        all_of(has_resnet, named("MODEL.BACKBONE.NAME", "build_resnet_fpn_backbone")),
         {
             "MODEL.FPN.IN_FEATURES": _FEATURES,
             "MODEL.FPN.OUT_CHANNELS": _SIZE,

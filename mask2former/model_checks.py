@@ -8,7 +8,7 @@ import re
 
 from detectron2.config import CfgNode
 
-from .config_schema import (
+from .config_parts import (
     CONFIGURABLE_DECODER,
     FAPN,
     MASK_FORMER_HEAD,
@@ -17,9 +17,9 @@ from .config_schema import (
     OUR_DECODERS,
     OUR_PIXEL_DECODERS,
     PIXEL_DECODERS_WITH_ENCODER,
-    bad_value,
     has_resnet,
 )
+from .config_schema import bad_value
 from .modeling.backbone.swin import check_stages
 from .modeling.layers import CROSS_ATTENTION_REGISTRY
 from .modeling.pixel_decoder.fapn import OFFSET_GROUPS

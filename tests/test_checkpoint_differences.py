@@ -12,7 +12,7 @@ from mask2former.architecture import SETTINGS, describe_parts
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.checkpoint_differences import compare, explain
 from mask2former.config import load_config
-from mask2former.config_schema import MSDEFORMATTN, OUR_PIXEL_DECODERS
+from mask2former.config_parts import MSDEFORMATTN, OUR_PIXEL_DECODERS
 from mask2former.modeling.backbone.swin import SwinTransformer
 from mask2former.modeling.pixel_decoder import build_pixel_decoder
 

@@ -14,7 +14,8 @@ from detectron2.modeling import BACKBONE_REGISTRY, META_ARCH_REGISTRY
 
 from mask2former.config import check_config, load_config
 from mask2former.config_checks import check_parts, check_training
-from mask2former.config_schema import GROUPS, get_value, unread_keys
+from mask2former.config_parts import get_value
+from mask2former.config_schema import GROUPS, unread_keys
 from mask2former.data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from mask2former.maskformer_model import MaskFormer
 from mask2former.modeling.backbone.swin import D2SwinTransformer

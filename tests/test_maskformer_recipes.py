@@ -14,7 +14,7 @@ from detectron2.modeling import SEM_SEG_HEADS_REGISTRY, build_model
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
-from mask2former.config_schema import get_value
+from mask2former.config_parts import get_value
 from mask2former.modeling.full_mask_losses import MaskFormerCriterion, MaskFormerMatcher
 
 CONFIGS = Path(__file__).parents[1] / "configs"

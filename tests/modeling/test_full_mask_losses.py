@@ -17,7 +17,8 @@ from torch import nn
 
 from mask2former.config import check_config, load_config
 from mask2former.config_checks import check_set_keys
-from mask2former.config_schema import FULL_MASK_CRITERIA, FULL_MASK_MATCHERS, unread_keys
+from mask2former.config_parts import FULL_MASK_CRITERIA, FULL_MASK_MATCHERS
+from mask2former.config_schema import unread_keys
 from mask2former.modeling import full_mask_losses, matcher
 from mask2former.modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
 from mask2former.modeling.full_mask_losses import (
