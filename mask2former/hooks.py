@@ -1,10 +1,13 @@
 """Hooks of the trainer, and which hooks read the losses in which iterations."""
 
+import json
 import logging
+import os
+from collections.abc import Iterable
 
 import torch
 from detectron2.engine import hooks
-from detectron2.engine.train_loop import HookBase
+from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from .fast.checkpointing import has_room, set_checkpointing
@@ -38,7 +41,6 @@ class MetricWindow(HookBase):
         return {
             name: history.values()[-storage.count_samples(name, self._NUM_ITERATIONS) :]
             for name, history in storage.histories().items()
-            # A restored metric has no hint until it is written again.
             if hints.get(name, True)
         }
 
@@ -46,9 +48,89 @@ class MetricWindow(HookBase):
         self._restored = state_dict
 
     def before_train(self) -> None:
-        for name, values in self._restored.items():
-            for value, iteration in values:
-                self.trainer.storage.histories()[name].update(value, iteration)
+        _restore(self.trainer, self._restored, smoothing_hint=True)
+
+
+class UnfinishedIteration(HookBase):
+    """Does what a killed run had not done in the iteration of the checkpoint it resumes from.
+
+    Checkpoints are saved before the evaluation and the metrics of the same iteration are written,
+    and metrics of other iterations may be waiting for their writer. Must come after the other hooks
+    and after `MetricWindow`.
+    """
+
+    def __init__(self) -> None:
+        self._restored: dict[str, list[tuple[float, int]]] = {}
+
+    def state_dict(self) -> dict:
+        storage = self.trainer.storage
+        hints = storage.smoothing_hints()
+        # `MetricWindow` saves the others.
+        return {
+            name: history.values()[-1:]
+            for name, history in storage.histories().items()
+            if not hints.get(name, True)
+        }
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        self._restored = state_dict
+
+    def before_train(self) -> None:
+        _restore(self.trainer, self._restored, smoothing_hint=False)
+        trainer = self.trainer
+        done = trainer.start_iter - 1
+        # Hooks do the rest of the last iteration after training.
+        if not 0 <= done < trainer.max_iter - 1:
+            return
+        is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done
+        if any(comm.all_gather(is_written)):
+            return
+        trainer.iter = trainer.storage.iter = done
+        for hook in trainer._hooks:
+            if isinstance(hook, hooks.EvalHook | hooks.PeriodicWriter):
+                hook.after_step()
+        trainer.iter = trainer.storage.iter = trainer.start_iter
+
+
+def _restore(
+    trainer: TrainerBase,
+    metrics: dict[str, list[tuple[float, int]]],
+    *,
+    smoothing_hint: bool,
+) -> None:
+    """Put metrics of an earlier run into the storage; those not written yet will be.
+
+    Args:
+        trainer: whose OUTPUT_DIR says what is written.
+        metrics: {name: pairs of value and iteration}.
+        smoothing_hint: whether writers smooth them.
+    """
+    storage = trainer.storage
+    last_written = _last_written(trainer.cfg.OUTPUT_DIR) if metrics else -1
+    for name, values in metrics.items():
+        for value, iteration in values:
+            storage.put_scalar(name, value, smoothing_hint, cur_iter=iteration)
+        if values and iteration <= last_written:
+            # Writers write the latest values, and know nothing of an earlier run.
+            del storage.latest()[name]
+
+
+def _last_written(output_dir: str) -> int:
+    """The last iteration in metrics.json, or -1. A writer has written all until then."""
+    path = os.path.join(output_dir, "metrics.json")
+    if not output_dir or not os.path.exists(path):
+        return -1
+    with open(path) as file:
+        return max(_iterations(file), default=-1)
+
+
+def _iterations(lines: Iterable[str]) -> Iterable[int]:
+    for line in lines:
+        try:
+            yield json.loads(line)["iteration"]
+        except ValueError:
+            # Cut off by a kill.
+            continue
 
 
 class AmpleMemory(HookBase):
@@ -99,5 +181,6 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     hooks.PeriodicWriter: "_period",
     IterationSeed: None,
     MetricWindow: None,
+    UnfinishedIteration: None,
     AmpleMemory: None,
 }

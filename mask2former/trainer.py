@@ -40,7 +40,7 @@ from .data.loader import (
 )
 from .evaluation import build_evaluator, write_results
 from .fast.setup import apply_config
-from .hooks import READING_PERIODS, AmpleMemory, IterationSeed, MetricWindow
+from .hooks import READING_PERIODS, AmpleMemory, IterationSeed, MetricWindow, UnfinishedIteration
 from .maskformer_model import MaskFormer
 from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
@@ -151,6 +151,7 @@ class Trainer(DefaultTrainer):
             IterationSeed(),
             MetricWindow(),
             AmpleMemory() if chooses else None,
+            UnfinishedIteration(),
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
