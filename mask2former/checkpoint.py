@@ -1,19 +1,38 @@
 """Checkpoints: loaded without executing code, checked against the model, written atomically.
 
 A file must fill the whole model, except at the start of a training run from other weights: an
-ImageNet backbone, or the same model for other classes.
+ImageNet backbone, or the same model for other classes or with another number of queries.
 """
 
 import os
-import re
 from typing import Any
 from urllib.parse import parse_qs
 
-import numpy as np
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
+from detectron2.layers import FrozenBatchNorm2d
 from torch import nn
 
+from .architecture import CLASSES, QUERIES, has_class_layer
+from .checkpoint_differences import (
+    Differences,
+    compare,
+    explain,
+    first_names,
+    other_parts,
+    other_setting,
+)
+from .checkpoint_weights import (
+    CLASS_WEIGHTS,
+    as_tensors,
+    drop_class_weights,
+    find_weights,
+    from_pickle,
+    from_pycls,
+    keep_queries,
+    non_finite,
+    update_names,
+)
 from .utils.files import (
     atomic_write,
     checkpoint_format,
@@ -23,35 +42,10 @@ from .utils.files import (
     load_torch,
 )
 
-# Parameters whose shapes depend on the number of classes.
-_CLASS_DEPENDENT = re.compile(r"(^|\.)(class_embed\.(weight|bias)|empty_weight)$")
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-# May be missing or unexpected in older files; they come from the config or are not used.
-_HARMLESS = ("num_batches_tracked", "pixel_mean", "pixel_std")
-
+# May be missing or unexpected: they come from the config or are not used.
+_HARMLESS = ("num_batches_tracked", "pixel_mean", "pixel_std", CLASS_WEIGHTS)
 # What objects raise for a state that is not theirs.
 _STATE_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
-# Names of Mask2Former in the transformers package.
-_OF_TRANSFORMERS = ("model.pixel_level_module.", "model.transformer_module.", "class_predictor.")
-
-
-def _first_names(names: list[str], limit: int = 5) -> str:
-    return ", ".join(sorted(names)[:limit]) + (", ..." if len(names) > limit else "")
-
-
-def _non_finite(tensors: dict[str, torch.Tensor]) -> set[str]:
-    """Names of the tensors with NaN or infinite values. One device sync."""
-    checked = {
-        name: value.detach()
-        for name, value in tensors.items()
-        if value.dtype in _FLOATS and value.numel() and not value.is_meta
-    }
-    if not checked:
-        return set()
-    # Extremes are much faster than `isfinite` of all elements; NaN is both.
-    finite = [torch.stack(value.aminmax()).isfinite().all() for value in checked.values()]
-    flags = torch.stack([flag.to(finite[0].device) for flag in finite]).tolist()
-    return {name for name, is_finite in zip(checked, flags, strict=True) if not is_finite}
 
 
 class Mask2FormerCheckpointer(DetectionCheckpointer):
@@ -81,10 +75,12 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         """
         super().__init__(model, save_dir, save_to_disk=save_to_disk, **checkpointables)
         self._partial_init = partial_init
-        # The file being loaded, its names, and whether it need not fill the model.
+        # The file being loaded, its shapes, and whether it need not fill the model.
         self._path = ""
-        self._names: list[str] = []
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._partial = False
+        # Number of queries in the file and in the model, by embedding.
+        self._kept_queries: dict[str, tuple[int, int]] = {}
         self._model_is_loaded = False
 
     def save(self, name: str, **kwargs: Any) -> None:
@@ -158,11 +154,11 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             else:
                 data = self._torch_load(filename)
         if file_format == "pickle":
-            loaded = self._from_pickle(data, filename)
+            loaded = from_pickle(data, filename, self.checkpointables)
         elif filename.endswith(".pyth"):
-            loaded = self._from_pycls(data, filename)
+            loaded = from_pycls(data, filename)
         else:
-            loaded = data if "model" in data else {"model": data}
+            loaded = find_weights(data, filename, self.checkpointables)
         url: Any = self._parsed_url_during_load
         queries = parse_qs(url.query)
         if queries.pop("matching_heuristics", None) == ["True"]:
@@ -172,7 +168,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
                 f"Checkpoint {self._path}: nothing reads {', '.join(queries)} after the question "
                 "mark; allowed: matching_heuristics=True."
             )
-        loaded["model"] = self._as_tensors(loaded["model"], filename)
+        loaded["model"] = as_tensors(loaded["model"], filename)
         return loaded
 
     def _torch_load(self, f: str) -> Any:
@@ -181,63 +177,36 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             raise TypeError(f"expected a dict, got {type(data).__name__}")
         return data
 
-    @staticmethod
-    def _from_pickle(data: Any, path: str) -> dict[str, Any]:
-        """Distinguish Detectron2's and Caffe2's model zoo formats, as Detectron2 does."""
-        if not isinstance(data, dict):
-            raise ValueError(f"Checkpoint {path} holds {type(data).__name__}, not a dict.")
-        if "model" in data and "__author__" in data:
-            return data
-        data = data.get("blobs", data)
-        if not isinstance(data, dict):
-            raise ValueError(f"Checkpoint {path}: its 'blobs' are no dict.")
-        weights = {k: v for k, v in data.items() if not str(k).endswith("_momentum")}
-        return {"model": weights, "__author__": "Caffe2", "matching_heuristics": True}
-
-    @staticmethod
-    def _from_pycls(data: dict, path: str) -> dict[str, Any]:
-        weights = data.get("model_state")
-        if not isinstance(weights, dict):
-            raise ValueError(f"Checkpoint {path} is no pycls file: it has no 'model_state'.")
-        weights = {k: v for k, v in weights.items() if not str(k).endswith("num_batches_tracked")}
-        return {"model": weights, "__author__": "pycls", "matching_heuristics": True}
-
-    @staticmethod
-    def _as_tensors(weights: Any, path: str) -> dict[str, torch.Tensor]:
-        """Arrays become tensors, in place."""
-        if not isinstance(weights, dict):
-            raise ValueError(
-                f"Checkpoint {path}: its 'model' is a {type(weights).__name__}, not a dict."
-            )
-        for name, value in weights.items():
-            kind = f"of type {type(value).__name__}"
-            if isinstance(value, np.ndarray):
-                if value.dtype.kind in "biufc" and value.dtype.itemsize <= 16:
-                    native = value.astype(value.dtype.newbyteorder("="), copy=False)
-                    value = torch.from_numpy(np.require(native, requirements="W"))
-                else:
-                    kind = f"an array of {value.dtype}"
-            if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-                raise ValueError(
-                    f"Checkpoint {path} is not a state dict: its entry {name!r} is {kind}. "
-                    "Weights belong under the key 'model'."
-                )
-            weights[name] = value
-        return weights
-
     def _load_model(self, checkpoint: dict[str, Any]) -> Any:
         weights = checkpoint["model"]
-        shapes = {name: tuple(value.shape) for name, value in weights.items()}
-        self._names = list(weights)
-        self._require_number_types(weights, checkpoint.get("matching_heuristics", False))
-        with_infinity = _non_finite(dict(self.model.named_buffers()))
+        in_model = self.model.state_dict()
+        update_names(weights, in_model)
+        self._shapes = {name: tuple(value.shape) for name, value in weights.items()}
+        by_suffix = checkpoint.get("matching_heuristics", False)
+        self._require_number_types(weights, by_suffix)
+        changed = drop_class_weights(weights, in_model)
+        if changed and self._partial_init:  # evaluation does not use them
+            self.logger.warning(
+                f"{self._path} was trained with MODEL.MASK_FORMER.NO_OBJECT_WEIGHT {changed[0]:g}; "
+                f"this training uses the config's, {changed[1]:g}."
+            )
+        self._kept_queries = keep_queries(weights, in_model) if self._partial else {}
+        with_infinity = non_finite(dict(self.model.named_buffers()))
         try:
             incompatible = super()._load_model(checkpoint)
         # Name matching and conversion rely on names and shapes of known files.
         except (AssertionError, *_STATE_ERRORS) as error:
+            model_shapes = {name: tuple(value.shape) for name, value in in_model.items()}
+            bare = {f"backbone.{name}": shape for name, shape in self._shapes.items()}
+            differences = compare(model_shapes, list(in_model), bare, [])
+            if differences.has_other_backbone:
+                raise self._misfit(differences) from error
             raise ValueError(
                 f"Checkpoint {self._path}: its weights cannot be matched with the model: {error}"
             ) from error
+        incompatible.missing_keys.extend(
+            self._filled_statistics(incompatible.missing_keys, by_suffix)
+        )
         not_loaded = {
             *incompatible.missing_keys,
             *(name for name, *_ in incompatible.incorrect_shapes),
@@ -246,15 +215,43 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self._require_finite(
             {k: v for k, v in loaded.items() if k not in not_loaded}, with_infinity
         )
-        # Name matching silently drops backbone weights of another shape.
-        for name in incompatible.unexpected_keys[:]:
-            full_name = f"backbone.{name}"
-            if full_name in incompatible.missing_keys and name in shapes:
-                incompatible.missing_keys.remove(full_name)
-                incompatible.unexpected_keys.remove(name)
-                in_model = tuple(self.model.state_dict()[full_name].shape)
-                incompatible.incorrect_shapes.append((full_name, shapes[name], in_model))
+        if by_suffix:
+            self._name_rest_of_backbone(incompatible, in_model)
         return incompatible
+
+    def _name_rest_of_backbone(self, incompatible: Any, in_model: dict[str, torch.Tensor]) -> None:
+        """Give weights that name matching left over their names in the model.
+
+        These are of another shape, which matching drops silently, or of a deeper backbone.
+        """
+        modules = {name.split(".")[1] for name in in_model if name.startswith("backbone.")}
+        unexpected = incompatible.unexpected_keys
+        for i, name in reversed(list(enumerate(unexpected))):
+            full_name = f"backbone.{name}"
+            if full_name in incompatible.missing_keys and name in self._shapes:
+                del unexpected[i]
+                incompatible.missing_keys.remove(full_name)
+                shape = tuple(in_model[full_name].shape)
+                incompatible.incorrect_shapes.append((full_name, self._shapes[name], shape))
+            elif name.split(".")[0] in modules:
+                unexpected[i] = full_name
+
+    def _filled_statistics(self, missing: list[str], by_suffix: bool) -> list[str]:
+        """The missing statistics of frozen norms, which Detectron2 fills with zeros and ones."""
+
+        def is_given(name: str) -> bool:
+            parts = name.split(".")
+            suffixes = [".".join(parts[i:]) for i in range(len(parts) if by_suffix else 1)]
+            return any(suffix in self._shapes for suffix in suffixes)
+
+        filled = []
+        for prefix, module in self.model.named_modules():
+            # Names that neither are given nor missing are converted: nothing is known of these.
+            weight = f"{prefix}.weight"
+            if isinstance(module, FrozenBatchNorm2d) and (weight in missing or is_given(weight)):
+                names = [f"{prefix}.running_mean", f"{prefix}.running_var"]
+                filled += [name for name in names if name not in missing and not is_given(name)]
+        return filled
 
     def _require_number_types(self, weights: dict[str, torch.Tensor], by_suffix: bool) -> None:
         """Integers and complex numbers would be converted, or cut, in silence."""
@@ -280,12 +277,12 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             loaded: the model's tensors that come from the file.
             with_infinity: buffers that the model itself sets to infinite values, such as masks.
         """
-        bad = _non_finite(loaded)
+        bad = non_finite(loaded)
         bad -= {name for name in bad & with_infinity if not loaded[name].isnan().any()}
         if bad:
             raise ValueError(
                 f"Checkpoint {self._path}: {len(bad)} of its weights hold NaN or infinite values "
-                f"({_first_names(list(bad))}). The training that wrote it diverged, or the file is "
+                f"({first_names(list(bad))}). The training that wrote it diverged, or the file is "
                 "damaged: use an earlier checkpoint."
             )
 
@@ -293,59 +290,84 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         """Raise for keys that do not fit, or warn if partial weights are allowed.
 
         Raises:
-            ValueError: the file was written by another architecture.
+            ValueError: the file does not fit, with the cause.
         """
         for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
             keys[:] = [key for key in keys if not key.endswith(_HARMLESS)]
+        in_model = {k: tuple(v.shape) for k, v in self.model.state_dict().items()}
+        differences = compare(
+            {name: shape for name, shape in in_model.items() if not name.endswith(_HARMLESS)},
+            incompatible.missing_keys,
+            {name: self._shapes.get(name, ()) for name in incompatible.unexpected_keys},
+            incompatible.incorrect_shapes,
+        )
         if self._partial:
-            self._check_partial(incompatible)
+            self._check_partial(incompatible, differences)
             super()._log_incompatible_keys(incompatible)
         elif any(incompatible):
-            raise self._misfit(incompatible)
+            raise self._misfit(differences)
         self._model_is_loaded = True
 
-    def _check_partial(self, incompatible: Any) -> None:
+    def _check_partial(self, incompatible: Any, differences: Differences) -> None:
         shapes = {name for name, *_ in incompatible.incorrect_shapes}
-        if not all(map(_CLASS_DEPENDENT.search, shapes)):
-            raise self._misfit(incompatible)
         names = [name for name in self.model.state_dict() if not name.endswith(_HARMLESS)]
+        # A model without class layer has one query per class.
+        per_class = [CLASSES.decides]
+        if not has_class_layer(names):
+            per_class.append(QUERIES.decides)
+        for name, in_file, of_model in incompatible.incorrect_shapes:
+            is_per_class = any(pattern.fullmatch(name) for pattern in per_class)
+            if not is_per_class or in_file[1:] != of_model[1:]:
+                raise self._misfit(differences)
         # A model without a submodule of this name counts as its own backbone.
         backbone = {name for name in names if name.startswith("backbone.")} or set(names)
-        if not backbone - shapes - set(incompatible.missing_keys):
-            raise self._misfit(incompatible)
+        fits_backbone = bool(backbone - shapes - set(incompatible.missing_keys))
+        if not fits_backbone or differences.has_other_backbone or differences.foreign:
+            raise self._misfit(differences)
         if shapes:
+            numbers = differences.settings.get(CLASSES) or differences.settings.get(QUERIES)
+            if numbers is None:
+                raise self._misfit(differences)
             self.logger.warning(
-                f"Fine-tuning to other classes: {_first_names(list(shapes))} keep their random "
-                f"initialisation, because {self._path} has another number of classes."
+                f"Fine-tuning to other classes: {first_names(shapes)} keep their random "
+                f"initialisation, because {self._path} has {numbers[0]} classes and the config "
+                f"{numbers[1]} ({CLASSES.key})."
+            )
+        self._log_kept(differences)
+
+    def _log_kept(self, differences: Differences) -> None:
+        """What else a training starts with that differs from the file."""
+        self.logger.info(
+            f"{self._path} fills {differences.num_fitting} of the model's {differences.num_names} "
+            "parameters and buffers."
+        )
+        others = [other_parts(differences)] if differences.parts else []
+        for setting, values in differences.settings.items():
+            if setting not in (QUERIES, CLASSES):
+                others.append(other_setting(setting, *values))
+        if others:
+            self.logger.warning(
+                f"{self._path} is of another architecture ({'; '.join(others)}): what it lacks "
+                "keeps its random initialisation."
+            )
+        for in_file, in_model in set(self._kept_queries.values()):
+            names = [k for k, sizes in self._kept_queries.items() if sizes == (in_file, in_model)]
+            if in_file < in_model:
+                rest = f"the other {in_model - in_file} keep their random initialisation"
+            else:
+                rest = f"its other {in_file - in_model} are not used"
+            self.logger.warning(
+                f"Fine-tuning with another number of queries, {in_model} ({QUERIES.key}) instead "
+                f"of {in_file}: the first {min(in_file, in_model)} rows of {first_names(names)} "
+                f"come from {self._path}; {rest}."
             )
 
-    def _misfit(self, incompatible: Any) -> ValueError:
-        shapes = [
-            f"{name} {in_file} instead of {in_model}"
-            for name, in_file, in_model in incompatible.incorrect_shapes
-        ]
-        # Detectron2 also lists keys of another shape as missing.
-        misshapen = {name for name, *_ in incompatible.incorrect_shapes}
-        problems = {
-            "missing": [name for name in incompatible.missing_keys if name not in misshapen],
-            "unknown to the model": incompatible.unexpected_keys,
-            "of another shape": shapes,
-        }
-        text = "; ".join(
-            f"{len(names)} {what} ({_first_names(names)})"
-            for what, names in problems.items()
-            if names
-        )
-        parts = [type(self.model).__name__]
-        parts += [type(self.model.backbone).__name__] if hasattr(self.model, "backbone") else []
-        remedy = "Use the config file that the checkpoint was trained with."
-        if any(name.startswith(_OF_TRANSFORMERS) for name in self._names):
-            remedy = (
-                "Its names are those of the transformers package, which are not converted: use the "
-                "checkpoint in Detectron2's format."
-            )
+    def _misfit(self, differences: Differences) -> ValueError:
+        model = type(self.model).__name__
+        if hasattr(self.model, "backbone"):
+            model += f" with {type(self.model.backbone).__name__}"
+        buffers = {name for name, _ in self.model.named_buffers()}
         return ValueError(
-            f"Checkpoint {self._path} does not fit the model of this config "
-            f"({' with '.join(parts)}); it was written by another architecture: keys {text}. "
-            f"{remedy}"
+            f"Checkpoint {self._path} does not fit the model of this config ({model}): "
+            f"{explain(differences, buffers)}"
         )

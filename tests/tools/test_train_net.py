@@ -182,8 +182,15 @@ def test_checkpoint_of_another_architecture(full_run, data_root, tmp_path):
     weights = str(full_run / "model_final.pth")
     with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*MaskFormer with ResNet"):
         run(tmp_path, "--eval-only", MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__DEC_LAYERS=5)
-    with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*of another shape"):
-        run(tmp_path, MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__NUM_OBJECT_QUERIES=31)
+    with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*QUERIES to \d+\."):
+        run(
+            tmp_path,
+            "--eval-only",
+            MODEL__WEIGHTS=weights,
+            MODEL__MASK_FORMER__NUM_OBJECT_QUERIES=31,
+        )
+    with pytest.raises(ValueError, match=r"model_final\.pth does not fit .*DIM_FEEDFORWARD to"):
+        run(tmp_path, MODEL__WEIGHTS=weights, MODEL__MASK_FORMER__DIM_FEEDFORWARD=40)
 
 
 def test_fine_tuning_to_other_classes(full_run, data_root, tmp_path):
