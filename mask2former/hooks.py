@@ -31,6 +31,7 @@ class MetricWindow(HookBase):
     """
 
     _NUM_ITERATIONS = 20
+    _SMOOTHED = True
 
     def __init__(self) -> None:
         self._restored: dict[str, list[tuple[float, int]]] = {}
@@ -41,55 +42,52 @@ class MetricWindow(HookBase):
         return {
             name: history.values()[-storage.count_samples(name, self._NUM_ITERATIONS) :]
             for name, history in storage.histories().items()
-            if hints.get(name, True)
+            if hints.get(name, True) == self._SMOOTHED
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         self._restored = state_dict
 
     def before_train(self) -> None:
-        _restore(self.trainer, self._restored, smoothing_hint=True)
+        _restore(self.trainer, self._restored, smoothing_hint=self._SMOOTHED)
 
 
-class UnfinishedIteration(HookBase):
-    """Does what a killed run had not done in the iteration of the checkpoint it resumes from.
+class UnwrittenMetrics(MetricWindow):
+    """Saves values of other metrics, such as an evaluation's, that are waiting for their writer."""
 
-    Checkpoints are saved before the evaluation and the metrics of the same iteration are written,
-    and metrics of other iterations may be waiting for their writer. Must come after the other hooks
-    and after `MetricWindow`.
-    """
-
-    def __init__(self) -> None:
-        self._restored: dict[str, list[tuple[float, int]]] = {}
+    _NUM_ITERATIONS = 1
+    _SMOOTHED = False
 
     def state_dict(self) -> dict:
-        storage = self.trainer.storage
-        hints = storage.smoothing_hints()
-        # `MetricWindow` saves the others.
+        iteration = self.trainer.iter
+        periods = [h._period for h in self.trainer._hooks if isinstance(h, hooks.PeriodicWriter)]
+        # Without what the undisturbed run has written: a resumed one need not know it.
+        first_unwritten = min((iteration - iteration % period for period in periods), default=0)
         return {
-            name: history.values()[-1:]
-            for name, history in storage.histories().items()
-            if not hints.get(name, True)
+            name: values
+            for name, values in super().state_dict().items()
+            if values[-1][1] >= first_unwritten
         }
 
-    def load_state_dict(self, state_dict: dict) -> None:
-        self._restored = state_dict
 
-    def before_train(self) -> None:
-        _restore(self.trainer, self._restored, smoothing_hint=False)
-        trainer = self.trainer
-        done = trainer.start_iter - 1
-        # Hooks do the rest of the last iteration after training.
-        if not 0 <= done < trainer.max_iter - 1:
-            return
-        is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done
-        if any(comm.all_gather(is_written)):
-            return
-        trainer.iter = trainer.storage.iter = done
-        for hook in trainer._hooks:
-            if isinstance(hook, hooks.EvalHook | hooks.PeriodicWriter):
-                hook.after_step()
-        trainer.iter = trainer.storage.iter = trainer.start_iter
+def finish_iteration(trainer: TrainerBase) -> None:
+    """Do what a killed run had not done in the iteration of the checkpoint it resumes from.
+
+    Checkpoints are saved before the evaluation of the same iteration, and before its row of metrics
+    is written. All ranks together, after all hooks' `before_train`.
+
+    Args:
+        trainer: with `start_iter` from 1 to `max_iter` - 1.
+    """
+    done = trainer.start_iter - 1
+    is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done
+    if any(comm.all_gather(is_written)):
+        return
+    trainer.iter = trainer.storage.iter = done
+    for hook in trainer._hooks:
+        if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter):
+            hook.after_step()
+    trainer.iter = trainer.storage.iter = trainer.start_iter
 
 
 def _restore(
@@ -181,6 +179,6 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     hooks.PeriodicWriter: "_period",
     IterationSeed: None,
     MetricWindow: None,
-    UnfinishedIteration: None,
+    UnwrittenMetrics: None,
     AmpleMemory: None,
 }

@@ -40,7 +40,14 @@ from .data.loader import (
 )
 from .evaluation import build_evaluator, write_results
 from .fast.setup import apply_config
-from .hooks import READING_PERIODS, AmpleMemory, IterationSeed, MetricWindow, UnfinishedIteration
+from .hooks import (
+    READING_PERIODS,
+    AmpleMemory,
+    IterationSeed,
+    MetricWindow,
+    UnwrittenMetrics,
+    finish_iteration,
+)
 from .maskformer_model import MaskFormer
 from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
@@ -150,8 +157,8 @@ class Trainer(DefaultTrainer):
             *super().build_hooks(),
             IterationSeed(),
             MetricWindow(),
+            UnwrittenMetrics(),
             AmpleMemory() if chooses else None,
-            UnfinishedIteration(),
         ]
 
     def resume_or_load(self, resume: bool = True) -> None:
@@ -173,6 +180,8 @@ class Trainer(DefaultTrainer):
         super().before_train()
         if 0 < self.max_iter <= self.start_iter:
             self._save_final()
+        elif 0 < self.start_iter < self.max_iter:
+            finish_iteration(self)
         # A subclass may make its own step.
         delays = getattr(self, "_delays_metrics", False)
         if delays and isinstance(self._trainer, DelayedMetrics):

@@ -68,7 +68,7 @@ def check_trainer_state(trainer: DefaultTrainer, state: Any) -> None:
     # Other schedulers keep no state.
     if "LRScheduler" in hooks and isinstance(trainer.scheduler, LRScheduler):
         _check_scheduler(trainer.scheduler, hooks["LRScheduler"])
-    for name in ("MetricWindow", "UnfinishedIteration"):
+    for name in ("MetricWindow", "UnwrittenMetrics"):
         if name in hooks:
             _check_metrics(name, hooks[name])
     if "grad_scaler" in inner:

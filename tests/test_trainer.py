@@ -433,9 +433,11 @@ class StopInEvaluation(Evaluating):
     """Stops like a kill in the evaluation at an iteration: nothing more is written."""
 
     stop_at = -1
+    is_ready = False
 
     @classmethod
     def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        assert cls.is_ready
         if cls.stop_at == get_event_storage().iter:
             raise SystemExit
         return CountImages()
@@ -443,6 +445,13 @@ class StopInEvaluation(Evaluating):
     def after_train(self):
         if self.stop_at < 0:
             super().after_train()
+
+
+class GetReady(HookBase):
+    """Sets up what the evaluation needs."""
+
+    def before_train(self):
+        StopInEvaluation.is_ready = True
 
 
 @pytest.mark.parametrize(
@@ -459,11 +468,13 @@ def test_evaluation_that_was_cut_off(tmp_path, monkeypatch, stop_at, period):
     options += ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD")
     for folder, stop in (("whole", -1), ("resumed", stop_at), ("resumed", -1)):
         monkeypatch.setattr(StopInEvaluation, "stop_at", stop)
+        monkeypatch.setattr(StopInEvaluation, "is_ready", False)
         checkpoint_period = str(stop_at + 1)
         torch.manual_seed(0)
         trainer = StopInEvaluation(
             toy.toy_config(tmp_path / folder, *options, checkpoint_period), delay_metrics=False
         )
+        trainer.register_hooks([GetReady()])
         trainer.resume_or_load(resume=True)
         if stop >= 0:
             with pytest.raises(SystemExit):
@@ -479,7 +490,7 @@ def test_finished_iteration_is_not_repeated(tmp_path, monkeypatch):
     """Killed behind the row of metrics: the evaluation before it was done."""
     options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "20", "SEED", "1")
     options += ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "20")
-    evaluated = []
+    evaluated, saved = [], []
     original = Evaluating.build_evaluator.__func__
 
     def build_evaluator(cls, *args):
@@ -491,9 +502,14 @@ def test_finished_iteration_is_not_repeated(tmp_path, monkeypatch):
         trainer = Evaluating(toy.toy_config(tmp_path, *options), delay_metrics=False)
         trainer.resume_or_load(resume=resume)
         trainer.train()
+        checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+        saved.append(checkpoint["trainer"]["hooks"])
         (tmp_path / "last_checkpoint").write_text("model_0000019.pth")
     assert trainer.start_iter == 20
     assert evaluated == [19, 40, 40]
+    # The resumed run does not know of the first evaluation, so it may not be in later checkpoints.
+    unwritten = [hooks["UnwrittenMetrics"].keys() - TIMES for hooks in saved]
+    assert unwritten == [{"lr"}, {"lr"}]
 
 
 def test_results_of_several_datasets(tmp_path):
