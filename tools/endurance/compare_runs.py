@@ -21,12 +21,13 @@ def differences(first: Path, second: Path) -> list[str]:
     All checkpoints must hold the same bits: weights, optimiser, schedule, trainer. So must the
     values of all metrics but times, and the evaluation. The second run may have written a row of
     metrics.json twice, because what was done since its last checkpoint is done again, but not with
-    other values. No file may be left half written.
+    other values. Both must have left the same files, so none half written, but for TensorBoard's,
+    one for each start.
 
     Returns:
         one line for each difference.
     """
-    found = _checkpoints(first, second)
+    found = _files(first, second) + _checkpoints(first, second)
     for name in ("last_checkpoint", "evaluation.json"):
         contents = [_content(folder / name) for folder in (first, second)]
         if contents[0] != contents[1]:
@@ -35,7 +36,6 @@ def differences(first: Path, second: Path) -> list[str]:
         found += _compare_metrics(*(read_metrics(folder) for folder in (first, second)))
     except ValueError as error:
         found.append(str(error))
-    found += [f"{path.relative_to(second)} is left" for path in sorted(second.rglob("*.tmp"))]
     return found
 
 
@@ -43,14 +43,24 @@ def _content(path: Path) -> str | None:
     return path.read_text() if path.is_file() else None
 
 
+def _files(first: Path, second: Path) -> list[str]:
+    names = [
+        {
+            str(path.relative_to(folder))
+            for path in folder.rglob("*")
+            if not path.name.startswith("events.out.tfevents.")
+        }
+        for folder in (first, second)
+    ]
+    differ = sorted(names[0] ^ names[1])
+    return [f"files in one run only: {_some(differ)}"] if differ else []
+
+
 def _checkpoints(first: Path, second: Path) -> list[str]:
     names = [sorted(path.name for path in folder.glob("*.pth")) for folder in (first, second)]
     if not names[0]:
         return ["the first run has no checkpoint"]
     found = []
-    if names[0] != names[1]:
-        differ = sorted(set(names[0]) ^ set(names[1]))
-        found.append(f"checkpoints in one run only: {_some(differ)}")
     for name in sorted(set(names[0]) & set(names[1])):
         states = [load_torch(str(folder / name)) for folder in (first, second)]
         different = [f"{key} {what}" for key, what in compare_states(*states)]

@@ -2,6 +2,7 @@
 
 import argparse
 import random
+import signal
 import statistics
 import sys
 import time
@@ -20,7 +21,7 @@ MOMENTS = {
     "save": "while saving",
     "evaluate": "in evaluation",
 }
-_POLL_SECONDS = 0.001
+_POLL_SECONDS = 0.004
 
 
 class Kill(NamedTuple):
@@ -146,40 +147,60 @@ def run_killed(
 ) -> list[dict[str, object]]:
     """Run a training that is killed at each of the moments and resumed, and lastly to its end.
 
+    A run that ends before its kill is followed by another one, which is killed earlier.
+
     Returns:
-        for each kill the columns of a table.
+        for each run but the last the columns of a table; those that were killed have a number.
 
     Raises:
-        _Failed: a run ended with an error or took too long.
+        _Failed: a run ended with an error or took too long, or half of the runs ended before their
+            kills.
     """
     rows: list[dict[str, object]] = []
-    last = [Kill("start", 0, 0.0)]
-    for number, kill in enumerate(tqdm([*kills, *last], desc=name, unit="run", file=sys.stderr), 1):
-        is_last = number > len(kills)
-        with training.start(name, resume=number > 1) as run:
-            status = _wait(run, None if is_last else kill, usual, max_seconds)
-            seconds = time.time() - run.started
-        run.poll()
-        starts = [event.iteration for event in run.events if event.kind == "train"]
-        if rows:
-            rows[-1]["resumed at"] = starts[0] if starts else ""
-        if not is_last:
+    todo = list(kills)
+    num_killed = 0
+    with tqdm(total=len(kills), desc=name, unit="kill", file=sys.stderr) as progress:
+        while True:
+            kill = todo.pop(0) if todo else None
+            with training.start(name, resume=bool(rows)) as run:
+                _wait(run, kill, usual, max_seconds)
+                seconds = time.time() - run.started
+            run.poll()
+            starts = [event.iteration for event in run.events if event.kind == "train"]
+            if rows:
+                rows[-1]["resumed at"] = starts[0] if starts else ""
+            if kill is None:
+                return rows
+            # It may have ended between the last look at it and the signal.
+            is_killed = run.process.returncode == -signal.SIGKILL
             cut = sorted(path.name for path in run.folder.rglob("*.tmp"))
+            if is_killed:
+                num_killed += 1
+                progress.update()
+            elif len(rows) - num_killed >= len(kills):
+                raise _Failed(f"{len(rows) + 1 - num_killed} runs ended before they were killed")
+            else:
+                todo.insert(0, earlier(kill))
             rows.append(
                 {
-                    "kill": number,
+                    "kill": num_killed if is_killed else "",
                     "moment": MOMENTS[kill.moment],
                     "after s": f"{seconds:.2f}",
                     "iteration": run.iteration,
-                    "what happened": "the run had ended"
-                    if status is not None
+                    "what happened": "ended before"
+                    if not is_killed
                     else f"killed, {', '.join(cut)} half written"
                     if cut
                     else "killed",
                     "resumed at": "",
                 }
             )
-    return rows
+
+
+def earlier(kill: Kill) -> Kill:
+    """A kill in place of one that came too late, at a moment that a finished training has too."""
+    moment = kill.moment if kill.moment == "evaluate" else "start"
+    return Kill(moment, kill.iteration, kill.share / 2)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -217,6 +238,6 @@ def run(options: argparse.Namespace) -> int:
     table = tabulate(rows, headers="keys", tablefmt="pipe")
     verdict = "\n".join(f"DIFFERENT: {line}" for line in found)
     if not found:
-        verdict = f"SAME: {len(rows)} kills changed no bit of checkpoints, metrics and evaluation"
+        verdict = f"SAME: {len(kills)} kills changed no bit of checkpoints, metrics and evaluation"
     print(f"\n{table}\n\n{verdict}")
     return int(bool(found))

@@ -9,6 +9,10 @@ _PROC = Path("/proc")
 _GONE = (FileNotFoundError, ProcessLookupError, PermissionError)
 # Of memory in /dev/shm, whose file may be deleted while it is in use.
 _SHARED = ("/dev/shm/", "/torch_")
+# Pages of several processes count in parts. Those of files, such as libraries, are left out: the
+# part of a process changes when others map the same file, and the kernel may drop and read them
+# again at any time.
+_PRIVATE = frozenset({"Pss_Anon", "Pss_Shmem"})
 
 
 def has_proc() -> bool:
@@ -52,17 +56,22 @@ def measure(root: int) -> dict[str, float]:
     """Sums over the tree of a process.
 
     Returns:
-        "rss" and "pss" in MiB (shared pages count once for each process in the first, once in all
-        in the second), and numbers of "descriptors", "threads", "processes" and "shared_segments"
+        "private", memory in MiB without files such as libraries, or "rss" where the kernel does
+        not tell that; and numbers of "descriptors", "threads", "processes" and "shared_segments"
         (mappings of /dev/shm).
     """
-    total = dict.fromkeys(
-        ("rss", "pss", "descriptors", "threads", "processes", "shared_segments"), 0.0
-    )
+    memory = "private" if _PRIVATE <= _rollup("self").keys() else "rss"
+    total = dict.fromkeys((memory, "descriptors", "threads", "processes", "shared_segments"), 0.0)
     for pid in tree(root):
         with suppress(*_GONE):
             folder = _PROC / str(pid)
-            memory = _kibibytes((folder / "smaps_rollup").read_text())
+            if memory == "rss":
+                pages = int((folder / "statm").read_text().split()[1])
+                mebibytes = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+            else:
+                rollup = _rollup(str(pid))
+                # The last reading of a process that ends may be empty.
+                mebibytes = sum(rollup.get(name, 0) for name in _PRIVATE) / 1024
             segments = {
                 line.split(maxsplit=5)[5]
                 for line in (folder / "maps").read_text().splitlines()
@@ -71,12 +80,16 @@ def measure(root: int) -> dict[str, float]:
             total["descriptors"] += len(os.listdir(folder / "fd"))
             total["threads"] += len(os.listdir(folder / "task"))
             total["processes"] += 1
-            total["rss"] += memory["Rss"] / 1024
-            total["pss"] += memory["Pss"] / 1024
             total["shared_segments"] += len(segments)
+            total[memory] += mebibytes
     return total
 
 
-def _kibibytes(text: str) -> dict[str, int]:
+def _rollup(process: str) -> dict[str, int]:
+    """Kinds of memory of a process in KiB; empty if the kernel does not tell."""
+    try:
+        text = (_PROC / process / "smaps_rollup").read_text()
+    except _GONE:
+        return {}
     rows = (line.split() for line in text.splitlines())
     return {row[0].rstrip(":"): int(row[1]) for row in rows if len(row) == 3 and row[2] == "kB"}

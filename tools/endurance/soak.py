@@ -20,7 +20,7 @@ from mask2former.utils.files import atomic_write
 
 # With checkpoints and evaluations.
 TOY = {"SOLVER.CHECKPOINT_PERIOD": 250, "TEST.EVAL_PERIOD": 250}
-MEMORY = ("rss", "pss")
+MEMORY = ("private", "rss")
 # How much the judged part may grow: memory in parts of its median, and counts.
 MEMORY_TOLERANCE, COUNT_TOLERANCE = 0.02, 0.5
 MIN_SAMPLES = 10
