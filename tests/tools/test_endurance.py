@@ -66,7 +66,7 @@ def soaked(killed, tmp_path_factory):
 
 def test_another_seed_is_another_training(killed, soaked):
     lines = kill_test.differences(killed[1] / "undisturbed", soaked[1] / "run")
-    assert any(line.startswith("model_0000019.pth: model.") for line in lines)
+    assert any(line.startswith("model_0000019.pth: model.") for line in lines), lines
     assert any(line.startswith("metrics.json: not the same: ") for line in lines)
 
 

@@ -80,8 +80,10 @@ def compare_states(first: Any, second: Any, key: str = "") -> Iterator[tuple[str
     elif isinstance(first, dict):
         if single := (first.keys() ^ second.keys()) - _MACHINE:
             yield key, f"has {sorted(map(str, single))} in one run only"
-        for name in (first.keys() & second.keys()) - _MACHINE:
-            yield from compare_states(first[name], second[name], f"{key}.{name}".lstrip("."))
+        # In the order of the checkpoint: weights first.
+        for name, value in first.items():
+            if name in second and name not in _MACHINE:
+                yield from compare_states(value, second[name], f"{key}.{name}".lstrip("."))
     elif isinstance(first, list | tuple):
         if len(first) != len(second):
             yield key, f"has {len(first)} and {len(second)} items"
