@@ -77,7 +77,7 @@ def finish_iteration(trainer: TrainerBase) -> None:
     is written. All ranks together, after all hooks' `before_train`.
 
     Args:
-        trainer: with `start_iter` from 1 to `max_iter` - 1.
+        trainer: with `start_iter` from 1 to `max_iter`.
     """
     done = trainer.start_iter - 1
     is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done

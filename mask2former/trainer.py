@@ -180,7 +180,7 @@ class Trainer(DefaultTrainer):
         super().before_train()
         if 0 < self.max_iter <= self.start_iter:
             self._save_final()
-        elif 0 < self.start_iter < self.max_iter:
+        if 0 < self.start_iter <= self.max_iter:
             finish_iteration(self)
         # A subclass may make its own step.
         delays = getattr(self, "_delays_metrics", False)

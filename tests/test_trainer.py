@@ -486,6 +486,25 @@ def test_evaluation_that_was_cut_off(tmp_path, monkeypatch, stop_at, period):
     assert "sem_seg/images" in metrics(tmp_path / "resumed")[stop_at]
 
 
+def test_evaluation_before_the_last_checkpoint_is_written(tmp_path):
+    """Killed behind the last checkpoint, with an evaluation that waits for the last row."""
+    options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "14", "SEED", "1")
+    options += ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "20")
+    path = tmp_path / "metrics.json"
+    for resume in (False, True):
+        trainer = Evaluating(toy.toy_config(tmp_path, *options), delay_metrics=False)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        if not resume:
+            whole = metrics(tmp_path)
+            rows = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(r for r in rows if json.loads(r)["iteration"] < 20))
+            (tmp_path / "last_checkpoint").write_text("model_0000039.pth")
+    assert trainer.start_iter == 40
+    assert "sem_seg/images" in whole[27]
+    assert metrics(tmp_path) == whole
+
+
 def test_finished_iteration_is_not_repeated(tmp_path, monkeypatch):
     """Killed behind the row of metrics: the evaluation before it was done."""
     options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "20", "SEED", "1")

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from training_runs import Event, Run, Training
 
 # Evaluations and checkpoints within training, alone and in the same iteration.
-TOY = {"SOLVER.MAX_ITER": 60, "SOLVER.CHECKPOINT_PERIOD": 4, "TEST.EVAL_PERIOD": 14}
+TOY = {"SOLVER.MAX_ITER": 120, "SOLVER.CHECKPOINT_PERIOD": 4, "TEST.EVAL_PERIOD": 14}
 MOMENTS = {
     "start": "during start-up",
     "train": "in training",
