@@ -1,10 +1,13 @@
 """Hooks of the trainer, and which hooks read the losses in which iterations."""
 
+import json
 import logging
+import os
+from collections.abc import Iterable
 
 import torch
 from detectron2.engine import hooks
-from detectron2.engine.train_loop import HookBase
+from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from .fast.checkpointing import has_room, set_checkpointing
@@ -28,6 +31,7 @@ class MetricWindow(HookBase):
     """
 
     _NUM_ITERATIONS = 20
+    _SMOOTHED = True
 
     def __init__(self) -> None:
         self._restored: dict[str, list[tuple[float, int]]] = {}
@@ -38,17 +42,93 @@ class MetricWindow(HookBase):
         return {
             name: history.values()[-storage.count_samples(name, self._NUM_ITERATIONS) :]
             for name, history in storage.histories().items()
-            # A restored metric has no hint until it is written again.
-            if hints.get(name, True)
+            if hints.get(name, True) == self._SMOOTHED
         }
 
     def load_state_dict(self, state_dict: dict) -> None:
         self._restored = state_dict
 
     def before_train(self) -> None:
-        for name, values in self._restored.items():
-            for value, iteration in values:
-                self.trainer.storage.histories()[name].update(value, iteration)
+        _restore(self.trainer, self._restored, smoothing_hint=self._SMOOTHED)
+
+
+class UnwrittenMetrics(MetricWindow):
+    """Saves values of other metrics, such as an evaluation's, that are waiting for their writer."""
+
+    _NUM_ITERATIONS = 1
+    _SMOOTHED = False
+
+    def state_dict(self) -> dict:
+        iteration = self.trainer.iter
+        periods = [h._period for h in self.trainer._hooks if isinstance(h, hooks.PeriodicWriter)]
+        # Without what the undisturbed run has written: a resumed one need not know it.
+        first_unwritten = min((iteration - iteration % period for period in periods), default=0)
+        return {
+            name: values
+            for name, values in super().state_dict().items()
+            if values[-1][1] >= first_unwritten
+        }
+
+
+def finish_iteration(trainer: TrainerBase) -> None:
+    """Do what a killed run had not done in the iteration of the checkpoint it resumes from.
+
+    Checkpoints are saved before the evaluation of the same iteration, and before its row of metrics
+    is written. All ranks together, after all hooks' `before_train`.
+
+    Args:
+        trainer: with `start_iter` from 1 to `max_iter`.
+    """
+    done = trainer.start_iter - 1
+    is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done
+    if any(comm.all_gather(is_written)):
+        return
+    trainer.iter = trainer.storage.iter = done
+    for hook in trainer._hooks:
+        if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter):
+            hook.after_step()
+    trainer.iter = trainer.storage.iter = trainer.start_iter
+
+
+def _restore(
+    trainer: TrainerBase,
+    metrics: dict[str, list[tuple[float, int]]],
+    *,
+    smoothing_hint: bool,
+) -> None:
+    """Put metrics of an earlier run into the storage; those not written yet will be.
+
+    Args:
+        trainer: whose OUTPUT_DIR says what is written.
+        metrics: {name: pairs of value and iteration}.
+        smoothing_hint: whether writers smooth them.
+    """
+    storage = trainer.storage
+    last_written = _last_written(trainer.cfg.OUTPUT_DIR) if metrics else -1
+    for name, values in metrics.items():
+        for value, iteration in values:
+            storage.put_scalar(name, value, smoothing_hint, cur_iter=iteration)
+        if values and iteration <= last_written:
+            # Writers write the latest values, and know nothing of an earlier run.
+            del storage.latest()[name]
+
+
+def _last_written(output_dir: str) -> int:
+    """The last iteration in metrics.json, or -1. A writer has written all until then."""
+    path = os.path.join(output_dir, "metrics.json")
+    if not output_dir or not os.path.exists(path):
+        return -1
+    with open(path) as file:
+        return max(_iterations(file), default=-1)
+
+
+def _iterations(lines: Iterable[str]) -> Iterable[int]:
+    for line in lines:
+        try:
+            yield json.loads(line)["iteration"]
+        except ValueError:
+            # Cut off by a kill.
+            continue
 
 
 class AmpleMemory(HookBase):
@@ -99,5 +179,6 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     hooks.PeriodicWriter: "_period",
     IterationSeed: None,
     MetricWindow: None,
+    UnwrittenMetrics: None,
     AmpleMemory: None,
 }

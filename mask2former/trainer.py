@@ -43,7 +43,14 @@ from .data.loader import (
 )
 from .evaluation import build_evaluator, write_results
 from .fast.setup import apply_config
-from .hooks import READING_PERIODS, AmpleMemory, IterationSeed, MetricWindow
+from .hooks import (
+    READING_PERIODS,
+    AmpleMemory,
+    IterationSeed,
+    MetricWindow,
+    UnwrittenMetrics,
+    finish_iteration,
+)
 from .maskformer_model import MaskFormer
 from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
@@ -156,6 +163,7 @@ class Trainer(DefaultTrainer):
             *super().build_hooks(),
             IterationSeed(),
             MetricWindow(),
+            UnwrittenMetrics(),
             AmpleMemory() if chooses else None,
         ]
 
@@ -192,6 +200,8 @@ class Trainer(DefaultTrainer):
         super().before_train()
         if 0 < self.max_iter <= self.start_iter:
             self._save_final()
+        if 0 < self.start_iter <= self.max_iter:
+            finish_iteration(self)
         # A subclass may make its own step.
         delays = getattr(self, "_delays_metrics", False)
         if delays and isinstance(self._trainer, DelayedMetrics):

@@ -68,8 +68,9 @@ def check_trainer_state(trainer: DefaultTrainer, state: Any) -> None:
     # Other schedulers keep no state.
     if "LRScheduler" in hooks and isinstance(trainer.scheduler, LRScheduler):
         _check_scheduler(trainer.scheduler, hooks["LRScheduler"])
-    if "MetricWindow" in hooks:
-        _check_metrics(hooks["MetricWindow"])
+    for name in ("MetricWindow", "UnwrittenMetrics"):
+        if name in hooks:
+            _check_metrics(name, hooks[name])
     if "grad_scaler" in inner:
         _check_scaler(inner["grad_scaler"])
 
@@ -207,7 +208,7 @@ def _check_scheduler(scheduler: LRScheduler, state: dict) -> None:
         raise ValueError(f"{where}.base_lrs is {describe(state['base_lrs'])}; allowed: at least 0.")
 
 
-def _check_metrics(state: dict) -> None:
+def _check_metrics(hook: str, state: dict) -> None:
     for name, values in state.items():
         is_history = isinstance(name, str) and isinstance(values, list | tuple)
         pairs = values if is_history else [None]
@@ -216,7 +217,7 @@ def _check_metrics(state: dict) -> None:
             # A metric may be NaN or infinite.
             if not is_pair or not isinstance(pair[0], int | float) or not _is_count(pair[1]):
                 raise ValueError(
-                    f"trainer.hooks.MetricWindow.{name!s:.80} holds {describe(pair)}; "
+                    f"trainer.hooks.{hook}.{name!s:.80} holds {describe(pair)}; "
                     "allowed: pairs of value and iteration."
                 )
 

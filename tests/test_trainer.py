@@ -19,7 +19,7 @@ from detectron2.engine import AMPTrainer
 from detectron2.engine.train_loop import HookBase
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils import comm
-from detectron2.utils.events import EventStorage
+from detectron2.utils.events import EventStorage, get_event_storage
 from torch import nn
 
 from mask2former import MaskFormer
@@ -427,6 +427,108 @@ def test_periodic_evaluation_is_written(tmp_path):
     written = json.loads((tmp_path / "evaluation.json").read_text())
     counts = {"images": 11.0, "without_autograd": 11.0}
     assert written == {"toy_train": {"sem_seg": counts | {"mIoU": None}}}
+
+
+class StopInEvaluation(Evaluating):
+    """Stops like a kill in the evaluation at an iteration: nothing more is written."""
+
+    stop_at = -1
+    is_ready = False
+
+    @classmethod
+    def build_evaluator(cls, cfg, dataset_name, output_folder=None):
+        assert cls.is_ready
+        if cls.stop_at == get_event_storage().iter:
+            raise SystemExit
+        return CountImages()
+
+    def after_train(self):
+        if self.stop_at < 0:
+            super().after_train()
+
+
+class GetReady(HookBase):
+    """Sets up what the evaluation needs."""
+
+    def before_train(self):
+        StopInEvaluation.is_ready = True
+
+
+@pytest.mark.parametrize(
+    ("stop_at", "period"),
+    [
+        (19, "20"),  # with a row of metrics due in the same iteration
+        (13, "14"),  # without one
+        (27, "14"),  # behind rows of metrics
+    ],
+)
+def test_evaluation_that_was_cut_off(tmp_path, monkeypatch, stop_at, period):
+    """It is run again after resuming, and no row of metrics is lost."""
+    options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", period, "SEED", "1")
+    options += ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD")
+    for folder, stop in (("whole", -1), ("resumed", stop_at), ("resumed", -1)):
+        monkeypatch.setattr(StopInEvaluation, "stop_at", stop)
+        monkeypatch.setattr(StopInEvaluation, "is_ready", False)
+        checkpoint_period = str(stop_at + 1)
+        torch.manual_seed(0)
+        trainer = StopInEvaluation(
+            toy.toy_config(tmp_path / folder, *options, checkpoint_period), delay_metrics=False
+        )
+        trainer.register_hooks([GetReady()])
+        trainer.resume_or_load(resume=True)
+        if stop >= 0:
+            with pytest.raises(SystemExit):
+                trainer.train()
+        else:
+            trainer.train()
+    assert trainer.start_iter == stop_at + 1
+    assert metrics(tmp_path / "resumed") == metrics(tmp_path / "whole")
+    assert "sem_seg/images" in metrics(tmp_path / "resumed")[stop_at]
+
+
+def test_evaluation_before_the_last_checkpoint_is_written(tmp_path):
+    """Killed behind the last checkpoint, with an evaluation that waits for the last row."""
+    options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "14", "SEED", "1")
+    options += ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "20")
+    path = tmp_path / "metrics.json"
+    for resume in (False, True):
+        trainer = Evaluating(toy.toy_config(tmp_path, *options), delay_metrics=False)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        if not resume:
+            whole = metrics(tmp_path)
+            rows = path.read_text().splitlines(keepends=True)
+            path.write_text("".join(r for r in rows if json.loads(r)["iteration"] < 20))
+            (tmp_path / "last_checkpoint").write_text("model_0000039.pth")
+    assert trainer.start_iter == 40
+    assert "sem_seg/images" in whole[27]
+    assert metrics(tmp_path) == whole
+
+
+def test_finished_iteration_is_not_repeated(tmp_path, monkeypatch):
+    """Killed behind the row of metrics: the evaluation before it was done."""
+    options = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "20", "SEED", "1")
+    options += ("SOLVER.MAX_ITER", "40", "SOLVER.CHECKPOINT_PERIOD", "20")
+    evaluated, saved = [], []
+    original = Evaluating.build_evaluator.__func__
+
+    def build_evaluator(cls, *args):
+        evaluated.append(get_event_storage().iter)
+        return original(cls, *args)
+
+    monkeypatch.setattr(Evaluating, "build_evaluator", classmethod(build_evaluator))
+    for resume in (False, True):
+        trainer = Evaluating(toy.toy_config(tmp_path, *options), delay_metrics=False)
+        trainer.resume_or_load(resume=resume)
+        trainer.train()
+        checkpoint = torch.load(tmp_path / "model_final.pth", weights_only=True)
+        saved.append(checkpoint["trainer"]["hooks"])
+        (tmp_path / "last_checkpoint").write_text("model_0000019.pth")
+    assert trainer.start_iter == 20
+    assert evaluated == [19, 40, 40]
+    # The resumed run does not know of the first evaluation, so it may not be in later checkpoints.
+    unwritten = [hooks["UnwrittenMetrics"].keys() - TIMES for hooks in saved]
+    assert unwritten == [{"lr"}, {"lr"}]
 
 
 def test_results_of_several_datasets(tmp_path):
