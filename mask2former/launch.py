@@ -231,14 +231,16 @@ def launch(
     purpose: Purpose = "unknown"
     if main is _OWN_MAIN:
         purpose = "evaluate" if args.eval_only else "train"
-    cfg = load_and_check(
-        args.config_file,
-        args.opts,
-        purpose,
-        num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
-        extend_config=extend_config,
-        own_evaluators=has_own_evaluators(Trainer),
-    )
+    # Reading the annotations of a large data set takes a while.
+    with interruptible(lambda signum: _message_before_start(signum, args.opts)):
+        cfg = load_and_check(
+            args.config_file,
+            args.opts,
+            purpose,
+            num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
+            extend_config=extend_config,
+            own_evaluators=has_own_evaluators(Trainer),
+        )
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if num_spawned > 1 and not on_gpu and torch.cuda.is_available():
         # Detectron2's launcher uses NCCL if there is a GPU, and NCCL cannot send CPU tensors.
@@ -258,6 +260,16 @@ def launch(
                 detectron2.engine.launch(main, 1, args=(args,))
     finally:
         del args.checked
+
+
+def _message_before_start(signum: int, opts: list[str]) -> str | None:
+    """What to say if the signal comes while the config is checked."""
+    if not started_by_torchrun():
+        return interrupt_message(signum, own_command(), opts)
+    # One line per machine; and torchrun sends SIGTERM when another rank has found a mistake.
+    if signum == signal.SIGTERM or os.environ["LOCAL_RANK"] != "0":
+        return None
+    return interrupt_message(signum, torchrun_command(), opts)
 
 
 def _spawn(
