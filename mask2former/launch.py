@@ -7,6 +7,7 @@ your own registers its data sets and calls `run`.
 import argparse
 import contextlib
 import datetime
+import logging
 import multiprocessing
 import os
 import signal
@@ -38,7 +39,7 @@ from .utils.interrupts import (
     unblock_signals,
     wait_for_spawned,
 )
-from .utils.log_file import checked_log_file
+from .utils.log_file import checked_log_file, kept_warnings, write_to_log_file
 from .utils.memory import keep_freed_memory
 from .utils.output_lock import lock_output
 from .utils.ranks import Peers, explained_failures, set_timeout
@@ -55,12 +56,14 @@ class _Checked(NamedTuple):
     Attributes:
         config_file, opts, extend_config: what `cfg` was loaded from.
         cfg: the checked config.
+        warnings: of the checks, for the log file.
     """
 
     config_file: str
     opts: list[str]
     extend_config: ExtendConfig | None
     cfg: CfgNode
+    warnings: list[logging.LogRecord]
 
     def __repr__(self) -> str:
         # Programs log their arguments.
@@ -85,12 +88,15 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
     if checked is not None and extend_config is None:
         extend_config = checked.extend_config
     if checked is not None and checked[:3] == (args.config_file, list(args.opts), extend_config):
-        cfg = checked.cfg
+        cfg, warnings = checked.cfg, checked.warnings
         # A spawned process lacks what its parent registered.
         register_custom_datasets(cfg)
     else:
         # The caller may still register data sets; `main` and `Trainer` check the rest.
-        cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
+        with kept_warnings() as warnings:
+            cfg = load_and_check(
+                args.config_file, args.opts, "unknown", extend_config=extend_config
+            )
     cfg.freeze()
     # Before a full disk leaves a part of config.yaml.
     if comm.is_main_process() and cfg.OUTPUT_DIR:
@@ -99,6 +105,8 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
     with checked_log_file(), explained_write_errors(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
         default_setup(without_added_defaults(cfg), _loggable(args))
         setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    if comm.is_main_process():
+        write_to_log_file(warnings)
     if cfg.get("DETERMINISTIC", False):
         use_deterministic_algorithms()
     return cfg
@@ -232,7 +240,10 @@ def launch(
     if main is _OWN_MAIN:
         purpose = "evaluate" if args.eval_only else "train"
     # Reading the annotations of a large data set takes a while.
-    with interruptible(lambda signum: _message_before_start(signum, args.opts)):
+    with (
+        interruptible(lambda signum: _message_before_start(signum, args.opts)),
+        kept_warnings() as warnings,
+    ):
         cfg = load_and_check(
             args.config_file,
             args.opts,
@@ -248,7 +259,7 @@ def launch(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} with --num-gpus {args.num_gpus} on a machine "
             "with GPUs: start the processes with torchrun instead."
         )
-    args.checked = _Checked(args.config_file, list(args.opts), extend_config, cfg)
+    args.checked = _Checked(args.config_file, list(args.opts), extend_config, cfg, warnings)
     try:
         if by_torchrun:
             run_rank = record(_run_rank)
