@@ -82,6 +82,7 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         The config, frozen. It is also written to OUTPUT_DIR/config.yaml.
 
     Raises:
+        ValueError: the config has a mistake, or OUTPUT_DIR is empty.
         WriteError: OUTPUT_DIR cannot be written.
     """
     checked: _Checked | None = getattr(args, "checked", None)
@@ -98,8 +99,10 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
                 args.config_file, args.opts, "unknown", extend_config=extend_config
             )
     cfg.freeze()
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is empty: name the folder of the log and the results.")
     # Before a full disk leaves a part of config.yaml.
-    if comm.is_main_process() and cfg.OUTPUT_DIR:
+    if comm.is_main_process():
         require_writable(cfg.OUTPUT_DIR)
     # Writes config.yaml, which programs of the original release should be able to read.
     with checked_log_file(), explained_write_errors(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):

@@ -78,6 +78,11 @@ def test_warnings_of_the_checks_are_in_the_log_file(tmp_path, monkeypatch):
     assert text.count("Set but not read with these parts: INPUT.IMAGE_SIZE") == 2
 
 
+def test_empty_output_folder(config_file):
+    with pytest.raises(ValueError, match="OUTPUT_DIR is empty"):
+        setup(parse("--config-file", config_file, "OUTPUT_DIR", ""))
+
+
 def test_torchrun_and_num_gpus_at_once(config_file, monkeypatch):
     for name, value in TORCHRUN.items():
         monkeypatch.setenv(name, value)
