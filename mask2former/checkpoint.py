@@ -7,6 +7,7 @@ ImageNet backbone, or the same model for other classes or with another number of
 import os
 from pathlib import Path
 from typing import Any
+from urllib.error import URLError
 from urllib.parse import parse_qs
 
 import torch
@@ -175,8 +176,8 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
 
         Raises:
             FileNotFoundError: the file does not exist.
-            ValueError: no path is given but one is needed, the file cannot be read safely, or it
-                does not fit the model.
+            ValueError: no path is given but one is needed, the file cannot be downloaded or read
+                safely, or it does not fit the model.
         """
         self._partial = self._partial_init and checkpointables == []
         if not path and not self._partial:
@@ -189,6 +190,11 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self._model_is_loaded = False
         try:
             return super().load(path, checkpointables)
+        except (URLError, ConnectionError, TimeoutError) as error:
+            raise ValueError(
+                f"Checkpoint {path} cannot be downloaded: {getattr(error, 'reason', error)}. "
+                "Without network, fetch it on another machine and set MODEL.WEIGHTS to the file."
+            ) from error
         except _STATE_ERRORS as error:
             if not self._model_is_loaded:
                 raise

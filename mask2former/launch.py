@@ -7,6 +7,7 @@ your own registers its data sets and calls `run`.
 import argparse
 import contextlib
 import datetime
+import logging
 import multiprocessing
 import os
 import signal
@@ -38,7 +39,7 @@ from .utils.interrupts import (
     unblock_signals,
     wait_for_spawned,
 )
-from .utils.log_file import checked_log_file
+from .utils.log_file import checked_log_file, kept_warnings, write_to_log_file
 from .utils.memory import keep_freed_memory
 from .utils.output_lock import lock_output
 from .utils.ranks import Peers, explained_failures, set_timeout
@@ -55,12 +56,14 @@ class _Checked(NamedTuple):
     Attributes:
         config_file, opts, extend_config: what `cfg` was loaded from.
         cfg: the checked config.
+        warnings: of the checks, for the log file.
     """
 
     config_file: str
     opts: list[str]
     extend_config: ExtendConfig | None
     cfg: CfgNode
+    warnings: list[logging.LogRecord]
 
     def __repr__(self) -> str:
         # Programs log their arguments.
@@ -79,26 +82,34 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         The config, frozen. It is also written to OUTPUT_DIR/config.yaml.
 
     Raises:
+        ValueError: the config has a mistake, or OUTPUT_DIR is empty.
         WriteError: OUTPUT_DIR cannot be written.
     """
     checked: _Checked | None = getattr(args, "checked", None)
     if checked is not None and extend_config is None:
         extend_config = checked.extend_config
     if checked is not None and checked[:3] == (args.config_file, list(args.opts), extend_config):
-        cfg = checked.cfg
+        cfg, warnings = checked.cfg, checked.warnings
         # A spawned process lacks what its parent registered.
         register_custom_datasets(cfg)
     else:
         # The caller may still register data sets; `main` and `Trainer` check the rest.
-        cfg = load_and_check(args.config_file, args.opts, "unknown", extend_config=extend_config)
+        with kept_warnings() as warnings:
+            cfg = load_and_check(
+                args.config_file, args.opts, "unknown", extend_config=extend_config
+            )
     cfg.freeze()
+    if not cfg.OUTPUT_DIR:
+        raise ValueError("OUTPUT_DIR is empty: name the folder of the log and the results.")
     # Before a full disk leaves a part of config.yaml.
-    if comm.is_main_process() and cfg.OUTPUT_DIR:
+    if comm.is_main_process():
         require_writable(cfg.OUTPUT_DIR)
     # Writes config.yaml, which programs of the original release should be able to read.
     with checked_log_file(), explained_write_errors(os.path.join(cfg.OUTPUT_DIR, "config.yaml")):
         default_setup(without_added_defaults(cfg), _loggable(args))
         setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
+    if comm.is_main_process():
+        write_to_log_file(warnings)
     if cfg.get("DETERMINISTIC", False):
         use_deterministic_algorithms()
     return cfg
@@ -231,14 +242,19 @@ def launch(
     purpose: Purpose = "unknown"
     if main is _OWN_MAIN:
         purpose = "evaluate" if args.eval_only else "train"
-    cfg = load_and_check(
-        args.config_file,
-        args.opts,
-        purpose,
-        num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
-        extend_config=extend_config,
-        own_evaluators=has_own_evaluators(Trainer),
-    )
+    # Reading the annotations of a large data set takes a while.
+    with (
+        interruptible(lambda signum: _message_before_start(signum, args.opts)),
+        kept_warnings() as warnings,
+    ):
+        cfg = load_and_check(
+            args.config_file,
+            args.opts,
+            purpose,
+            num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
+            extend_config=extend_config,
+            own_evaluators=has_own_evaluators(Trainer),
+        )
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if num_spawned > 1 and not on_gpu and torch.cuda.is_available():
         # Detectron2's launcher uses NCCL if there is a GPU, and NCCL cannot send CPU tensors.
@@ -246,7 +262,7 @@ def launch(
             f"MODEL.DEVICE is {cfg.MODEL.DEVICE!r} with --num-gpus {args.num_gpus} on a machine "
             "with GPUs: start the processes with torchrun instead."
         )
-    args.checked = _Checked(args.config_file, list(args.opts), extend_config, cfg)
+    args.checked = _Checked(args.config_file, list(args.opts), extend_config, cfg, warnings)
     try:
         if by_torchrun:
             run_rank = record(_run_rank)
@@ -258,6 +274,16 @@ def launch(
                 detectron2.engine.launch(main, 1, args=(args,))
     finally:
         del args.checked
+
+
+def _message_before_start(signum: int, opts: list[str]) -> str | None:
+    """What to say if the signal comes while the config is checked."""
+    if not started_by_torchrun():
+        return interrupt_message(signum, own_command(), opts)
+    # One line per machine; and torchrun sends SIGTERM when another rank has found a mistake.
+    if signum == signal.SIGTERM or os.environ["LOCAL_RANK"] != "0":
+        return None
+    return interrupt_message(signum, torchrun_command(), opts)
 
 
 def _spawn(

@@ -159,6 +159,13 @@ def test_nothing_to_load():
         start_training(Model(), "nowhere/model.pth")
 
 
+def test_no_network():
+    """As on a cluster node that starts a published recipe, whose backbone has a URL."""
+    url = "http://127.0.0.1:9/R-50.pkl"
+    with pytest.raises(ValueError, match=rf"Checkpoint {url} cannot be downloaded: .*WEIGHTS to"):
+        start_training(Model(), url)
+
+
 def test_files_without_a_state_dict(tmp_path):
     for name, data in {
         "number.pkl": {"model": {"w": 3}, "__author__": "x"},

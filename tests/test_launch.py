@@ -2,6 +2,8 @@
 
 import contextlib
 import datetime
+import logging
+import pickle
 
 import pytest
 import torch
@@ -53,6 +55,32 @@ def test_config_in_another_encoding(tmp_path, encoding):
     path.write_bytes(text.encode(encoding))
     assert setup(parse("--config-file", str(path))).OUTPUT_DIR == str(output)
     assert load_config(str(output / "config.yaml")).MODEL.META_ARCHITECTURE == "Toy"
+
+
+def test_warnings_of_the_checks_are_in_the_log_file(tmp_path, monkeypatch):
+    """They come before the log file, and must be in it, also of a spawned process."""
+    # Other tests leave log files.
+    monkeypatch.setattr(logging.getLogger("mask2former"), "handlers", [])
+    path, output = tmp_path / "config.yaml", tmp_path / "output"
+    base = ROOT / "configs/shapes/semantic-segmentation/maskformer2_R18_quickstart.yaml"
+    path.write_text(
+        f"_BASE_: {base}\nMODEL: {{DEVICE: cpu}}\nINPUT: {{IMAGE_SIZE: 64}}\nOUTPUT_DIR: {output}\n"
+    )
+
+    def main(args):
+        setup(pickle.loads(pickle.dumps(args)))
+        setup(parse("--config-file", str(path)))
+
+    launch(main, parse("--config-file", str(path)))
+    for handler in logging.getLogger("mask2former").handlers:
+        handler.flush()
+    text = (output / "log.txt").read_text()
+    assert text.count("Set but not read with these parts: INPUT.IMAGE_SIZE") == 2
+
+
+def test_empty_output_folder(config_file):
+    with pytest.raises(ValueError, match="OUTPUT_DIR is empty"):
+        setup(parse("--config-file", config_file, "OUTPUT_DIR", ""))
 
 
 def test_torchrun_and_num_gpus_at_once(config_file, monkeypatch):

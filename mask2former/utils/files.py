@@ -29,6 +29,25 @@ class WriteError(OSError):
     """A file cannot be written; one line names the file, the cause and what to do."""
 
 
+def list_names(folder: str) -> set[str]:
+    """The names in a folder of what a program can read: files and folders.
+
+    Links to nothing, which a listing shows like files, and pipes, which may never end, are left
+    out.
+    """
+    if not os.path.isdir(folder):  # not local
+        return set(PathManager.ls(folder))
+    names = set()
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            # Unlike the entry, these answer False for a link to itself.
+            path = entry.path if entry.is_symlink() else None
+            is_file = os.path.isfile(path) if path else entry.is_file()
+            if is_file or (os.path.isdir(path) if path else entry.is_dir()):
+                names.add(entry.name)
+    return names
+
+
 _OTHER_FOLDER = "or choose another folder"
 # Cause, if the system's own words do not tell it, and remedy.
 _WRITE_PROBLEMS = {

@@ -1,10 +1,13 @@
-"""A log file that cannot be written ends the run, with an error that names it."""
+"""The log file of a run: it holds the warnings of the checks that come before it, too.
+
+If it cannot be written, the run ends with an error that names it.
+"""
 
 import contextlib
 import logging
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from .files import explained_write_errors
@@ -36,6 +39,58 @@ def checked_log_file() -> Iterator[None]:
                     logger.removeHandler(handler)
                     logger.addHandler(checked)
                     checked.flush()
+
+
+@contextlib.contextmanager
+def kept_warnings() -> Iterator[list[logging.LogRecord]]:
+    """Collect the warnings of the block, which comes before the log file is set up.
+
+    They are printed as well. For `write_to_log_file`, also in a process spawned later; none if
+    there is a log file already.
+    """
+    logger = logging.getLogger("mask2former")
+    if _log_files():
+        yield []
+        return
+    collector = _Collector(logging.lastResort if not logger.hasHandlers() else None)
+    logger.addHandler(collector)
+    try:
+        yield collector.records
+    finally:
+        logger.removeHandler(collector)
+
+
+def write_to_log_file(records: Iterable[logging.LogRecord]) -> None:
+    """Write records to the log file only, if there is one.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    for handler in _log_files():
+        for record in records:
+            handler.handle(record)
+
+
+def _log_files() -> list[logging.Handler]:
+    return [
+        handler
+        for handler in logging.getLogger("mask2former").handlers
+        if isinstance(handler, logging.StreamHandler) and _is_log_file(handler.stream)
+    ]
+
+
+class _Collector(logging.Handler):
+    def __init__(self, printer: logging.Handler | None) -> None:
+        super().__init__(logging.WARNING)
+        self.records: list[logging.LogRecord] = []
+        self._printer = printer
+
+    def emit(self, record: logging.LogRecord) -> None:
+        # Arguments may be anything, which spawned processes cannot get.
+        record.msg, record.args, record.exc_info = record.getMessage(), None, None
+        self.records.append(record)
+        if self._printer is not None:
+            self._printer.handle(record)
 
 
 def _is_log_file(stream: Any) -> bool:

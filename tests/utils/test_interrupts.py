@@ -190,6 +190,28 @@ def test_launch(capsys, tmp_path):
     assert capsys.readouterr().err.startswith("Interrupted by SIGTERM. To run it again: python")
 
 
+@pytest.mark.parametrize(
+    ("variables", "signum", "line"),
+    [
+        ({}, signal.SIGINT, "Interrupted by SIGINT. To run it again: python"),
+        ({"LOCAL_RANK": "0"}, signal.SIGINT, "Interrupted by SIGINT. To run it again: torchrun"),
+        ({"LOCAL_RANK": "1"}, signal.SIGINT, ""),
+        ({"LOCAL_RANK": "0"}, signal.SIGTERM, ""),
+    ],
+)
+def test_launch_while_the_config_is_checked(capsys, monkeypatch, variables, signum, line):
+    """Which takes a while if data sets are large."""
+    shared = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "localhost"}
+    for name, value in (shared | variables if variables else {}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr("mask2former.launch.load_and_check", lambda *_, **__: send(signum))
+    with pytest.raises(SystemExit) as ended:
+        launch(lambda args: None, default_argument_parser().parse_args([]))
+    assert ended.value.code == 128 + signum
+    printed = capsys.readouterr().err
+    assert printed.startswith(line) if line else not printed
+
+
 def test_torchrun_command_where_another_program_started_this_one(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["train.py", "--an-option"])
     assert torchrun_command() == ["torchrun", "...", "train.py", "--an-option"]

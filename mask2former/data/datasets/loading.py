@@ -15,6 +15,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from panopticapi.utils import rgb2id
 
+from ...utils.files import list_names
 from ..formats.coco_instances import Instances, read_instances
 from ..formats.coco_panoptic import Panoptic, read_panoptic
 from ..formats.coco_schemas import COCO_JSON, Category, InstanceSchema
@@ -63,7 +64,7 @@ def where_to_look(hint: str) -> str:
 
 
 def list_folder(folder: str, what: str, hint: str) -> set[str]:
-    """The file names in a folder.
+    """The names in a folder, see `list_names`.
 
     Raises:
         FileNotFoundError: the folder does not exist.
@@ -72,7 +73,7 @@ def list_folder(folder: str, what: str, hint: str) -> set[str]:
         raise FileNotFoundError(
             f"Folder {folder} of the {what} does not exist.{where_to_look(hint)}"
         )
-    return set(PathManager.ls(folder))
+    return list_names(folder)
 
 
 def require_package(package: str, name: str) -> None:
@@ -286,13 +287,13 @@ def compare_categories(
 
 
 def missing_files(files: Iterable[str]) -> list[str]:
-    """Those of the files that do not exist; lists each folder once."""
+    """Those of the files that do not exist, or are links to nothing; lists each folder once."""
     present: dict[str, set[str]] = {}
     missing = []
     for file in files:
         folder, name = os.path.split(file)
         if folder not in present:
-            present[folder] = set(PathManager.ls(folder)) if PathManager.isdir(folder) else set()
+            present[folder] = list_names(folder) if PathManager.isdir(folder) else set()
         if name not in present[folder]:
             missing.append(file)
     return missing

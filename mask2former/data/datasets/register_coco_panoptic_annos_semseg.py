@@ -100,7 +100,8 @@ def load_coco_panoptic_json(
             raise FileNotFoundError(
                 f"Folder {folder} of the {what} of {json_file} does not exist.{_where_to_look()}"
             )
-    data = read_registered_panoptic(json_file, meta, _where_to_look())
+    # No advice about folders: what is there is wrong.
+    data = read_registered_panoptic(json_file, meta, "")
     with_sem_seg = semseg_dir is not None and PathManager.isdir(semseg_dir)
     records = []
     for annotation in data.annotations:
@@ -125,7 +126,7 @@ def load_coco_panoptic_json(
                 f"{missing[0]}, named by {json_file}, does not exist ({len(missing)} of "
                 f"{len(records)} such files are missing)."
             )
-    check_png(records[0], json_file, _where_to_look())
+    check_png(records[0], json_file)
     return records
 
 

@@ -12,6 +12,7 @@ h w pixels of the image as shown.
 """
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
@@ -47,6 +48,8 @@ class Header(NamedTuple):
 @contextmanager
 def _named_errors(file_name: str) -> Iterator[None]:
     """Turn errors of decoders into ValueErrors that name the file."""
+    if os.path.exists(file_name) and not os.path.isfile(file_name):  # a pipe may never end
+        raise ValueError(f"{file_name} is not a file")
     try:
         yield
     except Image.DecompressionBombError as error:

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 from detectron2.utils.file_io import PathManager
 
+from ...utils.files import list_names
 from .findings import Findings
 from .images import read_image
 
@@ -71,7 +72,12 @@ def _files_by_stem(
         why = f"the folder of the {what} does not exist"
         findings.problem(folder, None, why, is_missing=True)
         return None
-    names = sorted(PathManager.ls(folder))
+    present = list_names(folder)
+    for name in sorted(set(PathManager.ls(folder)) - present):
+        if name.lower().endswith(IMAGE_EXTENSIONS):
+            why = "is a link to a file that does not exist, or no file"
+            findings.problem(os.path.join(folder, name), None, why, is_missing=True)
+    names = sorted(present)
     stated = [n for n in names if extension is not None and _has_extension(n, extension)]
     others = [n for n in names if n.lower().endswith(IMAGE_EXTENSIONS)]
     files: dict[str, str] = {}

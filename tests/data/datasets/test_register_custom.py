@@ -202,6 +202,16 @@ def test_inconsistent_panoptic_json(tmp_path):
         )
 
 
+def test_advice_is_not_that_of_the_benchmarks(tmp_path):
+    """DETECTRON2_DATASETS has no effect on data that is registered by its paths."""
+    content = own_data.panoptic(tmp_path)
+    write_json(tmp_path / "panoptic.json", content | {"annotations": content["annotations"] * 2})
+    register_entries([own_data.entry("panoptic", tmp_path)])
+    with pytest.raises(ValueError, match=r"image_id 1 occurs more than once") as caught:
+        DatasetCatalog.get("own_train")
+    assert "DETECTRON2_DATASETS" not in str(caught.value)
+
+
 def test_annotation_of_an_unknown_category(tmp_path):
     content = own_data.instances(tmp_path)
     content["annotations"][0]["category_id"] = 4

@@ -1,5 +1,7 @@
 """Pixels of unusual images, and what headers say."""
 
+import os
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -41,6 +43,16 @@ def test_other_modes_are_converted(tmp_path, mode):
     file = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
     Image.new("L", (3, 2), 255).convert(mode).save(file)
     assert read_image(str(file), "RGB").tolist() == [[[255] * 3] * 3] * 2
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir])
+def test_pipes_and_folders(tmp_path, make):
+    """A pipe would be waited for without end."""
+    path = str(tmp_path / "a.png")
+    make(path)
+    for read in (read_image, read_header):
+        with pytest.raises(ValueError, match=rf"{path} is not a file"):
+            read(path)
 
 
 def test_more_pixels_than_the_limit(tmp_path, monkeypatch):

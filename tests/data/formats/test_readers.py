@@ -151,6 +151,33 @@ def test_missing_images(tmp_path):
         DatasetCatalog.get("own_train")
 
 
+@pytest.mark.parametrize("target", ["nothing.jpg", "b.jpg"])
+def test_links_to_nothing(tmp_path, target):
+    """A listing shows them like files."""
+    own_data.instances(tmp_path)
+    own_data.semantic(tmp_path)
+    register_entries(
+        [own_data.entry("instance", tmp_path), own_data.entry("semantic", tmp_path, "own_labels")]
+    )
+    (tmp_path / "images/b.jpg").unlink()
+    (tmp_path / "images/b.jpg").symlink_to(target)
+    with pytest.raises(FileNotFoundError, match=r"images/b\.jpg does not exist: 1 of 3 images are"):
+        DatasetCatalog.get("own_train")
+    match = r"'own_labels' .*images/b\.jpg is a link to a file that does not exist"
+    with pytest.raises(FileNotFoundError, match=match):
+        DatasetCatalog.get("own_labels")
+
+
+def test_links_to_files(tmp_path):
+    own_data.instances(tmp_path)
+    (tmp_path / "images").rename(tmp_path / "elsewhere")
+    (tmp_path / "images").mkdir()
+    for stem in own_data.STEMS:
+        (tmp_path / f"images/{stem}.jpg").symlink_to(tmp_path / f"elsewhere/{stem}.jpg")
+    register_entries([own_data.entry("instance", tmp_path)])
+    assert len(DatasetCatalog.get("own_train")) == 3
+
+
 def test_rles_of_random_masks():
     """Sound RLEs pass, and no damaged one changes the verdict on its neighbours."""
     random = np.random.default_rng(0)
