@@ -17,8 +17,9 @@ from tabulate import tabulate
 
 from mask2former.utils.files import atomic_write
 
-# {name: (evaluator task, metric)}, in the paper's order.
-METRICS = {"AP": ("segm", "AP"), "PQ": ("panoptic_seg", "PQ"), "mIoU": ("sem_seg", "mIoU")}
+# {name: (evaluator task, names of the metric)}, in the paper's order. The official evaluation of
+# Cityscapes calls its mean over classes IoU.
+METRICS = {"AP": ("segm", "AP"), "PQ": ("panoptic_seg", "PQ"), "mIoU": ("sem_seg", "mIoU", "IoU")}
 _SCORES = (*METRICS, "AR")
 _KINDS = ("ablation", "recipe", "proposals", "tasks")
 # Numbers of a row that are no scores, with the name of the column.
@@ -26,8 +27,9 @@ _SIZES = {"params": "params (M)", "FLOPs": "multiply-adds (G)", "fps": "images/s
 _NUMBERS = {*_SCORES, *_SIZES, "memory"}
 _NOTE = """\
 Scores in percent, as mean ± standard deviation over seeds, with the rank among the rows in
-parentheses. Parameters and multiply-adds are those of the row's own config (COCO, 800 x 1333), with
-the masks of every layer and without the sampling of deformable attention, as the paper counts them.
+parentheses. Parameters and multiply-adds are those of the row's own config, for the usual sizes of
+COCO images resized to its test size, with the masks of every layer and without the sampling of
+deformable attention, as the paper counts them.
 Memory is the peak of the training process: of the GPU, or on a CPU all of its memory."""
 
 
@@ -234,7 +236,7 @@ def draw_table(table: Table, results: dict[tuple[str, str], list[Result]]) -> by
             panel.set_ylim(len(names) - 0.5, -0.5)
             panel.grid(axis="x", alpha=0.3)
             panel.tick_params(axis="x", labelsize=8)
-    figure.suptitle(f"{_heading(table)}", fontsize=10)
+    figure.suptitle(_heading(table), fontsize=10)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()

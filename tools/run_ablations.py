@@ -4,13 +4,15 @@
     python tools/run_ablations.py 4a 4c                     # on Shapes, also on a CPU
     python tools/run_ablations.py 4e --seeds 1 2 3 --jobs 2
     python tools/run_ablations.py 4a --base configs/coco/panoptic-segmentation/... --num-gpus 8
+    python tools/run_ablations.py 7b --base configs/ade20k/panoptic-segmentation/... --num-gpus 8
     python tools/run_ablations.py 1 2 3 6 [--fps]           # parameters and multiply-adds
     python tools/run_ablations.py --list
 
 Tables 4a to 4e and 5 apply the differences of each row in configs/ablations to one recipe, --base.
-Table 7 trains the recipes of the three tasks beside it, fig3 evaluates the proposals of the base
-model by decoder layer. A finished run is reused and an interrupted one resumed, so the same command
-goes on where it stopped. The page is OUTPUT/ablations.md, with a plot per table.
+Tables 7a to 7c (COCO, ADE20K, Cityscapes) train the recipes of the three tasks beside it, fig3
+evaluates the proposals of the base model by decoder layer. A finished run is reused and an
+interrupted one resumed, so the same command goes on where it stopped. The page is
+OUTPUT/ablations.md, with a plot per table.
 """
 
 import argparse
@@ -108,7 +110,7 @@ def task_recipe(base: Path, folder: str) -> Path:
     path = Path(*parts)
     if folder not in parts or not path.is_file():
         raise FileNotFoundError(
-            f"Table 7 needs a recipe per task, but {path} does not exist beside {base}"
+            f"Tables 7a to 7c need a recipe per task, but {path} does not exist beside {base}"
         )
     return path
 
@@ -118,6 +120,9 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
 
     Rows with the same config share a run. All configs are loaded, so that a mistake is found before
     the first training.
+
+    Raises:
+        ValueError: a config has several test sets, or a folder holds a run of another config.
     """
     runs: dict[tuple[str, str, int], Run] = {}
     shared: dict[str, Run] = {}
@@ -137,7 +142,12 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
                 key = f"{content}{seed}"
                 if key not in shared:
                     cfg = load_config(str(config), opts)
-                    check_same_config(folder, cfg)
+                    if len(cfg.DATASETS.TEST) != 1:
+                        raise ValueError(
+                            f"DATASETS.TEST is {list(cfg.DATASETS.TEST)}, but a table shows the "
+                            "scores of one data set: name it after --opts DATASETS.TEST"
+                        )
+                    check_same_config(folder, cfg, "delete that folder")
                     shared[key] = Run(f"{name} seed {seed}", config, folder, opts)
                 runs[table.key, row.name, seed] = shared[key]
     return runs
@@ -208,8 +218,8 @@ def layer_recall(run: Run, layers: list[int], num_gpus: int) -> dict[int, float]
     """
     folder = run.folder / "proposals"
     file = folder / "proposals.json"
-    wanted = {f"layer {layer}" for layer in layers}
-    if not file.is_file() or wanted - next(iter(json.loads(file.read_text()).values())).keys():
+    names = {f"layer {layer}" for layer in layers}
+    if not file.is_file() or names - next(iter(json.loads(file.read_text()).values())).keys():
         command = [sys.executable, str(ROOT / "tools/evaluate_proposals.py")]
         command += ["--config-file", str(run.config), "--layer", ",".join(map(str, layers))]
         weights = str(run.folder / "model_final.pth")
@@ -225,7 +235,8 @@ def read_result(run: Run) -> Result:
     tasks = next(iter(results.values()))
     scores = {
         name: tasks[task][metric]
-        for name, (task, metric) in METRICS.items()
+        for name, (task, *metrics) in METRICS.items()
+        for metric in metrics
         if task in tasks and tasks[task].get(metric) is not None
     }
     record = json.loads((run.folder / _RECORD).read_text())
@@ -316,7 +327,7 @@ def main(argv: list[str] | None = None) -> None:
         results: dict[tuple[str, str], list[Result]] = {}
         errors: dict[str, str] = {}
         if not args.count_only:
-            if args.base == SHAPES:
+            if args.base.resolve() == SHAPES:
                 prepare_data()
             results, errors = run_tables(tables, args)
         path = write_page(args.output, tables, results, sizes_of(tables, args.fps), args.base.name)

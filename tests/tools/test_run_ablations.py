@@ -138,12 +138,38 @@ def test_recipes_of_other_tasks():
 
 
 @pytest.mark.parametrize(
+    ("table", "base"),
+    [
+        ("7a", "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"),
+        ("7b", "ade20k/panoptic-segmentation/maskformer2_R50_bs16_160k.yaml"),
+        ("7c", "cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k.yaml"),
+    ],
+)
+def test_table_7_has_the_numbers_of_its_recipes(table, base):
+    for row in TABLES[table].rows:
+        text = tool.task_recipe(CONFIGS / base, row.recipe).read_text()
+        for metric, score in row.paper.items():
+            assert f"{metric} {score}" in text
+
+
+@pytest.mark.parametrize("metric", ["mIoU", "IoU"])
+def test_results_of_a_run(tmp_path, metric):
+    """The official evaluation of Cityscapes writes IoU. A metric without a value is left out."""
+    tasks = {"sem_seg": {metric: 70.5, "iIoU": 1.0}, "segm": {"AP": None, "AP50": 2.0}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"val": tasks}))
+    (tmp_path / "run.json").write_text(json.dumps({"memory": 3, "seconds": 4}))
+    result = tool.read_result(tool.Run("name", tmp_path / "config.yaml", tmp_path, []))
+    assert result == page.Result({"mIoU": 70.5}, 3, 4)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["9"], "table '9' is not one of 1, 2, 3, 4a"),
         (["4a", "--rows", "wrong"], "row 'wrong' is not one of Mask2Former, no masked"),
         (["4a", "--base", "missing.yaml"], "missing.yaml"),
         (["4a", "--opts", "SOLVER.MAX_ITERS", "3"], "Did you mean SOLVER.MAX_ITER"),
+        (["4a", "--opts", "DATASETS.TEST", "('a','b')"], r"TEST is \['a', 'b'\], but a table"),
     ],
 )
 def test_mistakes_are_found_before_training(arguments, message, tmp_path, monkeypatch):
@@ -183,4 +209,4 @@ def test_two_tables_of_one_training(tmp_path):
     assert again.returncode == 0
     assert (tmp_path / "out/runs/4a_mask2former_seed1/output.txt").read_text() == log
     other = call("SOLVER.BASE_LR", "0.1")
-    assert other.returncode and "different SOLVER.BASE_LR" in other.stderr
+    assert other.returncode and "different SOLVER.BASE_LR: delete that folder" in other.stderr
