@@ -31,6 +31,9 @@ parentheses. Parameters and multiply-adds are those of the row's own config, for
 COCO images resized to its test size, with the masks of every layer and without the sampling of
 deformable attention, as the paper counts them.
 Memory is the peak of the training process: of the GPU, or on a CPU all of its memory."""
+_ABLATION_NOTE = """\
+The paper's scores in tables 4 and 5 are AP of instance models and PQ of panoptic models on COCO,
+and mIoU of semantic models on ADE20K. Only scores of these recipes can be compared with them."""
 
 
 class Row(NamedTuple):
@@ -270,6 +273,8 @@ def write_page(
     seeds = max((len(runs) for runs in results.values()), default=0)
     trained = f" Trained: {base}, {seeds} seed{'s' * (seeds != 1)}." if results else ""
     parts = [f"# The paper's tables\n\n{_NOTE}{trained}"]
+    if results and any(table.kind == "ablation" for table in tables):
+        parts.append(_ABLATION_NOTE)
     for table in tables:
         parts += [f"## {_heading(table)}", _table_text(table, results, sizes)]
         if lines := _order_text(table, results):

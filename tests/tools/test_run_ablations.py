@@ -121,6 +121,7 @@ def test_page(tmp_path):
     assert "| one   | 2.0 (1)     | 2.0 ± 1.4 (2) |" in text
     assert "two > one (+2.0 here, -1.0 in the paper)" in text
     assert "Trained: base.yaml, 2 seeds." in text
+    assert "mIoU of semantic models on ADE20K" in text
     assert (tmp_path / "table_4a.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "ablations.json").read_text())
     assert content[0]["runs"][1] == {"scores": {"AP": 3.0}, "memory": 2**21, "seconds": 60}
