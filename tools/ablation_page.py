@@ -17,8 +17,9 @@ from tabulate import tabulate
 
 from mask2former.utils.files import atomic_write
 
-# {name: (evaluator task, metric)}, in the paper's order.
-METRICS = {"AP": ("segm", "AP"), "PQ": ("panoptic_seg", "PQ"), "mIoU": ("sem_seg", "mIoU")}
+# {name: (evaluator task, names of the metric)}, in the paper's order. The official evaluation of
+# Cityscapes calls its mean over classes IoU.
+METRICS = {"AP": ("segm", "AP"), "PQ": ("panoptic_seg", "PQ"), "mIoU": ("sem_seg", "mIoU", "IoU")}
 _SCORES = (*METRICS, "AR")
 _KINDS = ("ablation", "recipe", "proposals", "tasks")
 # Numbers of a row that are no scores, with the name of the column.
@@ -26,9 +27,13 @@ _SIZES = {"params": "params (M)", "FLOPs": "multiply-adds (G)", "fps": "images/s
 _NUMBERS = {*_SCORES, *_SIZES, "memory"}
 _NOTE = """\
 Scores in percent, as mean ± standard deviation over seeds, with the rank among the rows in
-parentheses. Parameters and multiply-adds are those of the row's own config (COCO, 800 x 1333), with
-the masks of every layer and without the sampling of deformable attention, as the paper counts them.
+parentheses. Parameters and multiply-adds are those of the row's own config, for the usual sizes of
+COCO images resized to its test size, with the masks of every layer and without the sampling of
+deformable attention, as the paper counts them.
 Memory is the peak of the training process: of the GPU, or on a CPU all of its memory."""
+_ABLATION_NOTE = """\
+The paper's scores in tables 4 and 5 are AP of instance models and PQ of panoptic models on COCO,
+and mIoU of semantic models on ADE20K. Only scores of these recipes can be compared with them."""
 
 
 class Row(NamedTuple):
@@ -167,7 +172,7 @@ def _table_text(
     if any((table.key, row.name) in results for row in table.rows):
         for row, cells in zip(table.rows, rows, strict=True):
             runs = results.get((table.key, row.name), [])
-            cells["memory (MiB)"] = f"{max(r.memory for r in runs) / 2**20:.0f}" if runs else ""
+            cells["memory (GB)"] = f"{max(r.memory for r in runs) / 2**30:.2f}" if runs else ""
             cells["minutes"] = (
                 f"{statistics.mean(r.seconds for r in runs) / 60:.1f}" if runs else ""
             )
@@ -234,7 +239,7 @@ def draw_table(table: Table, results: dict[tuple[str, str], list[Result]]) -> by
             panel.set_ylim(len(names) - 0.5, -0.5)
             panel.grid(axis="x", alpha=0.3)
             panel.tick_params(axis="x", labelsize=8)
-    figure.suptitle(f"{_heading(table)}", fontsize=10)
+    figure.suptitle(_heading(table), fontsize=10)
     file = io.BytesIO()
     figure.savefig(file, format="png", dpi=120)
     return file.getvalue()
@@ -268,6 +273,8 @@ def write_page(
     seeds = max((len(runs) for runs in results.values()), default=0)
     trained = f" Trained: {base}, {seeds} seed{'s' * (seeds != 1)}." if results else ""
     parts = [f"# The paper's tables\n\n{_NOTE}{trained}"]
+    if results and any(table.kind == "ablation" for table in tables):
+        parts.append(_ABLATION_NOTE)
     for table in tables:
         parts += [f"## {_heading(table)}", _table_text(table, results, sizes)]
         if lines := _order_text(table, results):

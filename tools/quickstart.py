@@ -66,8 +66,15 @@ def clear_run(output: Path) -> None:
     shutil.rmtree(output)
 
 
-def check_same_config(output: Path, cfg: CfgNode) -> None:
+def check_same_config(
+    output: Path, cfg: CfgNode, remedy: str = "add --fresh to replace it"
+) -> None:
     """Check that the run in `output`, if any, was started with `cfg`.
+
+    Args:
+        output: an OUTPUT_DIR.
+        cfg: the config of the run to come.
+        remedy: what the error proposes, besides another folder.
 
     Raises:
         ValueError: the config of the run differs.
@@ -83,8 +90,8 @@ def check_same_config(output: Path, cfg: CfgNode) -> None:
     changed = [key for key in keys if current.get(key) != recorded.get(key)]
     if changed:
         raise ValueError(
-            f"{output} holds a run with different {', '.join(changed)}: add --fresh to "
-            "replace it, or choose another --output"
+            f"{output} holds a run with different {', '.join(changed)}: {remedy}, or choose "
+            "another --output"
         )
 
 

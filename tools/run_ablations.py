@@ -4,18 +4,22 @@
     python tools/run_ablations.py 4a 4c                     # on Shapes, also on a CPU
     python tools/run_ablations.py 4e --seeds 1 2 3 --jobs 2
     python tools/run_ablations.py 4a --base configs/coco/panoptic-segmentation/... --num-gpus 8
+    python tools/run_ablations.py 7b --base configs/ade20k/panoptic-segmentation/... --num-gpus 8
     python tools/run_ablations.py 1 2 3 6 [--fps]           # parameters and multiply-adds
     python tools/run_ablations.py --list
 
 Tables 4a to 4e and 5 apply the differences of each row in configs/ablations to one recipe, --base.
-Table 7 trains the recipes of the three tasks beside it, fig3 evaluates the proposals of the base
-model by decoder layer. A finished run is reused and an interrupted one resumed, so the same command
-goes on where it stopped. The page is OUTPUT/ablations.md, with a plot per table.
+Tables 7a to 7c (COCO, ADE20K, Cityscapes) train the recipes of the three tasks beside it, fig3
+evaluates the proposals of the base model by decoder layer. A finished run is reused and an
+interrupted one resumed, so the same command goes on where it stopped. The page is
+OUTPUT/ablations.md, with a plot per table.
 """
 
 import argparse
+import hashlib
 import json
 import os
+import queue
 import re
 import subprocess
 import sys
@@ -108,7 +112,7 @@ def task_recipe(base: Path, folder: str) -> Path:
     path = Path(*parts)
     if folder not in parts or not path.is_file():
         raise FileNotFoundError(
-            f"Table 7 needs a recipe per task, but {path} does not exist beside {base}"
+            f"Tables 7a to 7c need a recipe per task, but {path} does not exist beside {base}"
         )
     return path
 
@@ -118,6 +122,9 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
 
     Rows with the same config share a run. All configs are loaded, so that a mistake is found before
     the first training.
+
+    Raises:
+        ValueError: a config has several test sets, or a folder holds a run of another config.
     """
     runs: dict[tuple[str, str, int], Run] = {}
     shared: dict[str, Run] = {}
@@ -129,22 +136,52 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
             name = f"{table.key}_{row.slug}"
             config = args.output / "configs" / f"{name}.yaml"
             write_row_config(row, base, config)
-            # Rows without differences, such as the layers of fig3, share a run.
-            content = config.read_text()
+            # Rows of the same config, such as those without differences, share a run.
+            digest = hashlib.sha256(config.read_bytes()).hexdigest()[:8]
             for seed in args.seeds:
-                folder = args.output / "runs" / f"{name}_seed{seed}"
+                key = f"{digest}_seed{seed}"
+                earlier = sorted((args.output / "runs").glob(f"*_{key}"))
+                folder = earlier[0] if earlier else args.output / "runs" / f"{name}_{key}"
                 opts = [*args.device, *args.opts, "SEED", str(seed), "OUTPUT_DIR", str(folder)]
-                key = f"{content}{seed}"
                 if key not in shared:
                     cfg = load_config(str(config), opts)
-                    check_same_config(folder, cfg)
+                    if len(cfg.DATASETS.TEST) != 1:
+                        raise ValueError(
+                            f"DATASETS.TEST is {list(cfg.DATASETS.TEST)}, but a table shows the "
+                            "scores of one data set: name it after --opts DATASETS.TEST"
+                        )
+                    check_same_config(folder, cfg, "delete that folder")
                     shared[key] = Run(f"{name} seed {seed}", config, folder, opts)
                 runs[table.key, row.name, seed] = shared[key]
     return runs
 
 
-def train(run: Run, num_gpus: int, threads: int | None) -> None:
+def devices_of_jobs(num_gpus: int, jobs: int) -> list[str | None]:
+    """The CUDA_VISIBLE_DEVICES of each job, so that no two share a GPU; None without GPUs.
+
+    Raises:
+        ValueError: the machine has fewer GPUs.
+    """
+    if num_gpus == 0:
+        return [None] * jobs
+    number = torch.cuda.device_count()
+    if jobs * num_gpus > number:
+        raise ValueError(
+            f"--jobs {jobs} with --num-gpus {num_gpus} needs {jobs * num_gpus} GPUs, but this "
+            f"machine has {number}"
+        )
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    names = visible.split(",") if visible else [str(i) for i in range(number)]
+    return [",".join(names[i * num_gpus : (i + 1) * num_gpus]) for i in range(jobs)]
+
+
+def train(run: Run, num_gpus: int, environment: dict[str, str]) -> None:
     """Train and evaluate, or resume, unless the run is finished.
+
+    Args:
+        run: the training.
+        num_gpus: 0 on a CPU.
+        environment: variables in addition to those of this process.
 
     Raises:
         subprocess.CalledProcessError: it failed; its output is in OUTPUT_DIR/output.txt.
@@ -154,10 +191,11 @@ def train(run: Run, num_gpus: int, threads: int | None) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, str(ROOT / "tools/train_net.py"), "--config-file", str(run.config)]
     command += ["--num-gpus", str(num_gpus), "--resume", *run.opts]
-    environment = os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     start = time.perf_counter()
     with open(run.folder / "output.txt", "ab") as output:
-        process = subprocess.Popen(command, env=environment, stdout=output, stderr=output)
+        process = subprocess.Popen(
+            command, env=os.environ | environment, stdout=output, stderr=output
+        )
         # The peak of this process, not of all that have ended.
         _, status, usage = os.wait4(process.pid, 0)
         process.returncode = os.waitstatus_to_exitcode(status)
@@ -177,24 +215,37 @@ def train_all(runs: list[Run], args: argparse.Namespace) -> dict[str, str]:
     errors: dict[str, str] = {}
     lock = threading.Lock()
     done = 0
-    threads = max((os.cpu_count() or 1) // args.jobs, 1) if args.jobs > 1 else None
+    common = {}
+    if args.jobs > 1:
+        common["OMP_NUM_THREADS"] = str(max((os.cpu_count() or 1) // args.jobs, 1))
+    free: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+    for devices in devices_of_jobs(args.num_gpus, args.jobs):
+        free.put(devices)
 
     def work(run: Run) -> None:
         nonlocal done
         start = time.perf_counter()
+        devices = free.get()
+        own = {} if devices is None else {"CUDA_VISIBLE_DEVICES": devices}
         try:
-            train(run, args.num_gpus, threads)
+            train(run, args.num_gpus, common | own)
             text = f"{time.perf_counter() - start:.0f} s"
         except subprocess.CalledProcessError as error:
             text = f"failed with status {error.returncode}, see {run.folder / 'output.txt'}"
             errors[run.name] = text
+        finally:
+            free.put(devices)
         with lock:
             done += 1
             print(f"[{done}/{len(runs)}] {run.name}: {text}", flush=True)
 
     with ThreadPoolExecutor(args.jobs) as pool:
-        for future in [pool.submit(work, run) for run in runs]:
-            future.result()
+        try:
+            for future in [pool.submit(work, run) for run in runs]:
+                future.result()
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
     return errors
 
 
@@ -208,8 +259,8 @@ def layer_recall(run: Run, layers: list[int], num_gpus: int) -> dict[int, float]
     """
     folder = run.folder / "proposals"
     file = folder / "proposals.json"
-    wanted = {f"layer {layer}" for layer in layers}
-    if not file.is_file() or wanted - next(iter(json.loads(file.read_text()).values())).keys():
+    names = {f"layer {layer}" for layer in layers}
+    if not file.is_file() or names - next(iter(json.loads(file.read_text()).values())).keys():
         command = [sys.executable, str(ROOT / "tools/evaluate_proposals.py")]
         command += ["--config-file", str(run.config), "--layer", ",".join(map(str, layers))]
         weights = str(run.folder / "model_final.pth")
@@ -225,7 +276,8 @@ def read_result(run: Run) -> Result:
     tasks = next(iter(results.values()))
     scores = {
         name: tasks[task][metric]
-        for name, (task, metric) in METRICS.items()
+        for name, (task, *metrics) in METRICS.items()
+        for metric in metrics
         if task in tasks and tasks[task].get(metric) is not None
     }
     record = json.loads((run.folder / _RECORD).read_text())
@@ -316,7 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         results: dict[tuple[str, str], list[Result]] = {}
         errors: dict[str, str] = {}
         if not args.count_only:
-            if args.base == SHAPES:
+            if args.base.resolve() == SHAPES:
                 prepare_data()
             results, errors = run_tables(tables, args)
         path = write_page(args.output, tables, results, sizes_of(tables, args.fps), args.base.name)

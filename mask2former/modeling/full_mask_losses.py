@@ -2,7 +2,7 @@
 
 `FullMaskMatcher` and `FullMaskCriterion` are the rows "mask" of Table 5, with the terms and weights
 of Mask2Former; either may be combined with the other's version on points. `MaskFormerMatcher` and
-`MaskFormerCriterion` are those of MaskFormer, with focal loss in place of binary cross-entropy.
+`MaskFormerCriterion` are those of MaskFormer, with focal loss instead of binary cross-entropy.
 
 The paper does not say at which resolution masks are compared. As in MaskFormer, matching compares
 at the resolution of the predictions, a quarter of the image, to which targets are resized (nearest

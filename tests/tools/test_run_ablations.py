@@ -120,6 +120,7 @@ def test_page(tmp_path):
     assert "| one   | 2.0 (1)     | 2.0 ± 1.4 (2) |" in text
     assert "two > one (+2.0 here, -1.0 in the paper)" in text
     assert "Trained: base.yaml, 2 seeds." in text
+    assert "mIoU of semantic models on ADE20K" in text
     assert (tmp_path / "table_4a.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "ablations.json").read_text())
     assert content[0]["runs"][1] == {"scores": {"AP": 3.0}, "memory": 2**21, "seconds": 60}
@@ -137,12 +138,38 @@ def test_recipes_of_other_tasks():
 
 
 @pytest.mark.parametrize(
+    ("table", "base"),
+    [
+        ("7a", "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"),
+        ("7b", "ade20k/panoptic-segmentation/maskformer2_R50_bs16_160k.yaml"),
+        ("7c", "cityscapes/panoptic-segmentation/maskformer2_R50_bs16_90k.yaml"),
+    ],
+)
+def test_table_7_has_the_numbers_of_its_recipes(table, base):
+    for row in TABLES[table].rows:
+        text = tool.task_recipe(CONFIGS / base, row.recipe).read_text()
+        for metric, score in row.paper.items():
+            assert f"{metric} {score}" in text
+
+
+@pytest.mark.parametrize("metric", ["mIoU", "IoU"])
+def test_results_of_a_run(tmp_path, metric):
+    """The official evaluation of Cityscapes writes IoU. A metric without a value is left out."""
+    tasks = {"sem_seg": {metric: 70.5, "iIoU": 1.0}, "segm": {"AP": None, "AP50": 2.0}}
+    (tmp_path / "evaluation.json").write_text(json.dumps({"val": tasks}))
+    (tmp_path / "run.json").write_text(json.dumps({"memory": 3, "seconds": 4}))
+    result = tool.read_result(tool.Run("name", tmp_path / "config.yaml", tmp_path, []))
+    assert result == page.Result({"mIoU": 70.5}, 3, 4)
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["9"], "table '9' is not one of 1, 2, 3, 4a"),
         (["4a", "--rows", "wrong"], "row 'wrong' is not one of Mask2Former, no masked"),
         (["4a", "--base", "missing.yaml"], "missing.yaml"),
         (["4a", "--opts", "SOLVER.MAX_ITERS", "3"], "Did you mean SOLVER.MAX_ITER"),
+        (["4a", "--opts", "DATASETS.TEST", "('a','b')"], r"TEST is \['a', 'b'\], but a table"),
     ],
 )
 def test_mistakes_are_found_before_training(arguments, message, tmp_path, monkeypatch):
@@ -161,10 +188,11 @@ def test_two_tables_of_one_training(tmp_path, monkeypatch, capsys):
     prepare += ["--output", str(tmp_path / "data/shapes"), "--num-train", "4", "--num-val", "2"]
     subprocess.run(prepare, check=True, capture_output=True)
 
+    common = ["--output", str(tmp_path / "out"), "--opts"]
+    common += [str(item) for pair in TINY.items() for item in pair]
+
     def call(*opts):
-        arguments = ["4a", "fig3", "--rows", "Mask2Former", "layer 3"]
-        pairs = [str(item) for pair in TINY.items() for item in pair]
-        tool.main([*arguments, "--output", str(tmp_path / "out"), "--opts", *pairs, *opts])
+        tool.main(["4a", "fig3", "--rows", "Mask2Former", "layer 3", *common, *opts])
 
     call()
     assert "[1/1] 4a_mask2former seed 1" in capsys.readouterr().out
@@ -175,5 +203,33 @@ def test_two_tables_of_one_training(tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
     call()
-    with pytest.raises(SystemExit, match="different SOLVER.BASE_LR"):
+    # Another table with a row without differences reuses the run.
+    tool.main(["4b", "--rows", "Mask2Former", *common])
+    with pytest.raises(SystemExit, match="different SOLVER.BASE_LR: delete that folder"):
         call("SOLVER.BASE_LR", "0.1")
+
+
+def test_an_interrupt_starts_no_further_training(tmp_path, monkeypatch):
+    started = []
+
+    def interrupted(run, *_):
+        started.append(run)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tool, "train", interrupted)
+    args = tool.parse_args(["4a", "--output", str(tmp_path)])
+    runs = [tool.Run(str(i), tmp_path, tmp_path / str(i), []) for i in range(3)]
+    with pytest.raises(KeyboardInterrupt):
+        tool.train_all(runs, args)
+    assert len(started) == 1
+
+
+def test_each_job_has_its_own_gpus(tmp_path, monkeypatch):
+    monkeypatch.setattr(tool.torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1,3,5,7")
+    assert tool.devices_of_jobs(2, 2) == ["1,3", "5,7"]
+    assert tool.devices_of_jobs(0, 2) == [None, None]
+    with pytest.raises(ValueError, match="--jobs 3 with --num-gpus 2 needs 6 GPUs.* has 4"):
+        tool.devices_of_jobs(2, 3)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES")
+    assert tool.devices_of_jobs(1, 2) == ["0", "1"]

@@ -88,8 +88,9 @@ class SMCALayer(CrossAttentionLayer):
 
         log G(x, y) = -(x - c_x - Δ_x)² / (β s_x²) - (y - c_y - Δ_y)² / (β s_y²)
 
-    As in that paper: the centre is the sigmoid of an MLP, relative to the image; offsets and scales
-    are linear; β is fixed. Our choices, which that paper leaves open or which several scales need:
+    As in that paper: the centre is the sigmoid of an MLP, relative to the image; offsets and widths
+    come from linear layers; β is fixed. Our choices, which that paper leaves open or which several
+    scales need:
 
     - all are predicted in every layer, from query features plus positional embeddings;
     - x and y count cells of a 32x32 grid over the image, whatever the scale, which are the cells of
@@ -154,12 +155,13 @@ class SMCALayer(CrossAttentionLayer):
 
 @register_unless_taken(CROSS_ATTENTION_REGISTRY, "mask_pooling")
 class MaskPoolingLayer(_ResidualLayer):
-    """Mask pooling (Zhang et al., K-Net, NeurIPS 2021), in place of attention.
+    """Mask pooling (Zhang et al., K-Net, NeurIPS 2021) instead of attention.
 
-    The features within the query's binary mask are averaged and projected; residual connection and
-    norm are those of the other layers. K-Net also gates the update by the query, which we leave
-    out, to replace cross-attention alone. Our addition: the query's positional embedding is added
-    to the mean. Without it, queries that start from the same features would stay equal for ever.
+    The features within the query's binary mask are averaged, as Mask2Former's paper describes it
+    (K-Net sums them), and projected; residual connection and norm are those of the other layers.
+    K-Net also gates the update by the query, which we leave out, to replace cross-attention alone.
+    Our addition: the query's positional embedding is added to the mean. Without it, queries that
+    start from zero would stay equal: their masks are, and so are the values of self-attention.
 
     Args:
         d_model: C.

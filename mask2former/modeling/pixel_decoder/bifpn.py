@@ -6,9 +6,9 @@ a norm and SiLU follow.
 
 Mask2Former's paper compares it in Table 4e without stating the number of layers. Our choice:
 NUM_LAYERS = 9, with which the model has the paper's 204 GFLOPs (202 on COCO's sizes; with 8: 195,
-with 10: 208). As in EfficientDet, maps are upsampled by nearest neighbour and downsampled by
-max-pooling, and a norm follows the pointwise convolution only. There are no levels coarser than the
-backbone's.
+with 10: 208). As in EfficientDet's code, maps are upsampled by nearest neighbour and downsampled by
+max-pooling, and a norm follows the pointwise convolution only; SiLU follows the convolution, as in
+its paper, while its code applies it before. There are no levels coarser than the backbone's.
 
 Shape letters: B batch, C channels of all inner maps, C_i channels and s_i stride in pixels of
 backbone feature i, E mask embedding channels, H W input height and width in pixels, or of a map.

@@ -47,8 +47,8 @@ class ConfigurableTransformerDecoder(MultiScaleMaskedTransformerDecoder):
     Without learnable query features the first prediction, before the first layer, is the same for
     all queries: what the prediction heads make of zeros. It is supervised, and masks the first
     layer's attention, as any other; the paper leaves that open. If self-attention comes first too,
-    then without dropout that of the first layer gives a constant, and its input projection has a
-    gradient of 0, as in DETR.
+    the values of the first layer's are all equal: without dropout its output is constant, and the
+    weight of its input projection has a gradient of 0, as in DETR.
 
     Args:
         in_channels: channels of the pixel decoder's multi-scale features.
