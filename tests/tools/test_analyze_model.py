@@ -27,6 +27,7 @@ COCO = ROOT / "configs/coco/instance-segmentation"
 MASKFORMER = ROOT / "configs/maskformer"
 SHAPES = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
 ADE20K = ROOT / "configs/ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml"
+MEAN_SIZE = {(450, 640): 1}  # with about as many multiply-adds as the mean over COCO_SIZES
 NUM_PARAMETERS = json.loads((ROOT / "tests/contracts/num_parameters.json").read_text())
 
 
@@ -72,7 +73,10 @@ def small_model():
         ("swin/maskformer2_swin_large_IN21k_384_bs16_100ep.yaml", 216, 868),
     ],
 )
-def test_numbers_of_the_paper(recipe, params, giga, capsys):
+def test_numbers_of_the_paper(recipe, params, giga, capsys, monkeypatch):
+    is_first = "_R50_" in recipe
+    if not is_first:  # one size is quicker
+        monkeypatch.setattr(tool, "COCO_SIZES", MEAN_SIZE)
     tool.main(["--tasks", "parameter", "flop", "--config-file", str(COCO / recipe)])
     out = capsys.readouterr().out
     number = NUM_PARAMETERS[f"coco/instance-segmentation/{recipe}"]
@@ -84,8 +88,9 @@ def test_numbers_of_the_paper(recipe, params, giga, capsys):
     assert paper == pytest.approx(giga, rel=0.03)
     executed = float(re.search(r"^Multiply-adds: ([\d.]+) G", out, re.M)[1])
     assert 0.9 * paper < executed < paper
-    assert "36 of 480x640, 28 of 427x640" in out and "multiples of 32" in out
-    assert sum(tool.COCO_SIZES.values()) == 100
+    if is_first:
+        assert "36 of 480x640, 28 of 427x640" in out and "multiples of 32" in out
+        assert sum(tool.COCO_SIZES.values()) == 100
 
 
 @pytest.mark.parametrize(
@@ -102,7 +107,7 @@ def test_numbers_of_maskformer(recipe, params, giga):
     model = build_model(cfg).eval()
     number = sum(parameter.numel() for parameter in model.parameters())
     assert number / 1e6 == pytest.approx(params, abs=0.5)
-    images = tool.count_all(cfg, model, tool.COCO_SIZES, resize=True)
+    images = tool.count_all(cfg, model, MEAN_SIZE, resize=True)
     paper = [counts.as_in_the_paper() for counts in images]
     assert sum(paper) / len(paper) / 1e9 == pytest.approx(giga, rel=0.03)
     assert paper == [counts.executed() for counts in images]
