@@ -51,7 +51,7 @@ from .datasets.checks import check_builtin
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
 from .packed_masks import pin
-from .records import check_records
+from .records import check_records, with_whole_numbers
 
 Mapper = Callable[[dict], dict | None]
 
@@ -462,6 +462,7 @@ class InferenceMapper(DatasetMapper):
             ValueError: one of them cannot be read, or the image has another size than the record.
         """
         sample = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
+        sample = with_whole_numbers(sample)
         image = read_image(sample["file_name"], self.image_format)
         detection_utils.check_image_size(sample, image)
         file = sample.pop("sem_seg_file_name", None)

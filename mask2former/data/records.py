@@ -13,6 +13,7 @@ import numpy as np
 
 from .formats.findings import Findings
 from .formats.masks import rle_problems
+from .formats.whole_numbers import as_whole
 
 _FILE_KEYS = ("file_name", "pan_seg_file_name", "sem_seg_file_name")
 
@@ -66,7 +67,17 @@ def _problems(record: dict[str, Any]) -> Iterator[str]:
     yield from _rle_problems(record)
 
 
+def with_whole_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its size and id as int, where a loader read them as whole floats.
+
+    The record is not copied deeply.
+    """
+    keys = [key for key in ("height", "width", "image_id") if key in record]
+    return record | {key: as_whole(record[key]) for key in keys}
+
+
 def _is_whole(value: Any) -> bool:
+    value = as_whole(value)
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
 
 

@@ -29,6 +29,7 @@ from ..augmentations import build_resize_crop_gen
 from ..formats.images import read_image, read_panoptic_png
 from ..label_maps import layers_to_boxes, pack_layers, transform_layers
 from ..lazy_augmentation import augment
+from ..records import with_whole_numbers
 from ..targets import build_instances, check_sem_seg, check_size, segment_layers
 
 # ---- mappers ----
@@ -175,6 +176,7 @@ def load_record(record: dict, image_format: str) -> tuple[dict, np.ndarray]:
     """
     # Annotations are large, and targets are made from the original record.
     sample = copy.deepcopy({k: v for k, v in record.items() if k != "annotations"})
+    sample = with_whole_numbers(sample)
     image = read_image(sample["file_name"], image_format)
     utils.check_image_size(sample, image)
     return sample, image

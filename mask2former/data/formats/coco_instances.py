@@ -9,7 +9,7 @@ What may be absent, and what it then means everywhere (null means the same, exce
                  `bbox`, `keypoints` nothing: masks do not need them
     `annotations`                    nothing to train on or to compare with
 
-Ids of images, categories and annotations are numbers or texts, kept as written.
+Ids of images, categories and annotations are numbers or texts, kept as written, but 3.0 is 3.
 
 Polygons of fewer than three points are left out with a warning; an object needs at least one other.
 Polygons may end a little outside the image. The farthest accepted is one image side away.
@@ -178,7 +178,7 @@ def read_instances(
 
 
 def read_categories(
-    sections: Mapping[str, Any],
+    sections: dict[str, Any],
     json_file: str,
     findings: Findings,
     *,

@@ -43,7 +43,7 @@ from mask2former.evaluation.semantic_evaluation import LabelReader
 
 ABSENT = object()
 VALUES = (
-    *(ABSENT, None, True, -1, 0, 0.5, 7, 1e9, 10**30, math.nan, math.inf),
+    *(ABSENT, None, True, -1, 0, 0.5, 3.0, 7, 1e9, 10**30, math.nan, math.inf),
     *("", "text", "\ud800", "a\0b", [], [[]], {}, [None], {"size": [8, 12], "counts": "x"}),
 )
 
