@@ -50,6 +50,7 @@ from .dataset_mappers import (
 from .datasets.checks import check_builtin
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
+from .label_maps import check_whole
 from .packed_masks import pin
 from .records import check_records, with_whole_numbers
 
@@ -459,7 +460,8 @@ class InferenceMapper(DatasetMapper):
         """
         Raises:
             FileNotFoundError: the image or its label map does not exist.
-            ValueError: one of them cannot be read, or the image has another size than the record.
+            ValueError: one of them cannot be read, the image has another size than the record, or
+                labels are not whole numbers.
         """
         sample = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
         sample = with_whole_numbers(sample)
@@ -468,6 +470,7 @@ class InferenceMapper(DatasetMapper):
         file = sample.pop("sem_seg_file_name", None)
         labels = None if file is None else read_image(file)
         if labels is not None and labels.dtype != np.uint8:
+            check_whole(labels, file)
             labels = labels.astype(np.float64)  # which Detectron2 can resize
         augmented = T.AugInput(image, sem_seg=labels)
         self.augmentations(augmented)

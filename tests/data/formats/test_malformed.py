@@ -183,6 +183,13 @@ def file_cases(folder: str, is_label: bool) -> Iterator[tuple[str, Callable[[Pat
                 f"all {value}",
                 lambda root, value=value: save(find(root), np.full((8, 12), value, np.uint8)),
             )
+        for value in (1, 0.5, math.nan, math.inf, -1e30):
+            array = np.full((8, 12), value, np.float32)
+            array[4:] = 0
+            yield (
+                f"float {value}",
+                lambda root, array=array: Image.fromarray(array).save(find(root), format="TIFF"),
+            )
 
 
 # ---- what is compared ----
