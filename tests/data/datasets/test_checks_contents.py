@@ -178,7 +178,7 @@ def test_missing_files_of_panoptic_versions(panoptic, root):
     label.rename(label.with_name("x.png"))
     with pytest.raises(FileNotFoundError, match=r"000000000139\.png does not exist: 1 of 1 semant"):
         check_builtin(f"{PANOPTIC}_separated")
-    with pytest.raises(FileNotFoundError, match=r"x\.png the label map has no image"):
+    with pytest.raises(FileNotFoundError, match=r"x\.png: the label map has no image"):
         check_builtin(f"{PANOPTIC}_stuffonly")
     (root / "coco/val2017/000000000139.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"000000000139\.jpg does not exist: 1 of 1"):
