@@ -47,7 +47,7 @@ from .dataset_mappers import (
     MaskFormerPanopticDatasetMapper,
     MaskFormerSemanticDatasetMapper,
 )
-from .datasets.checks import check_builtin
+from .datasets.checks import check_builtin, drop_unusable_objects
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
 from .label_maps import check_whole
@@ -353,6 +353,7 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             findings = Findings()
             check_records(records, ", ".join(cfg.DATASETS.TRAIN), findings)
             findings.raise_first(", ".join(cfg.DATASETS.TRAIN))
+        drop_unusable_objects(cfg.DATASETS.TRAIN, records)
         _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []
