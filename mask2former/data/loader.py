@@ -52,7 +52,7 @@ from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
 from .label_maps import check_whole
 from .packed_masks import pin
-from .records import check_records, with_whole_numbers
+from .records import check_labels, check_records, with_whole_numbers
 
 Mapper = Callable[[dict], dict | None]
 
@@ -350,9 +350,12 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         )
     if isinstance(records, list):
         if any(type(mapper).__call__ is kind.__call__ for kind in _MAPPERS):
-            findings = Findings()
-            check_records(records, ", ".join(cfg.DATASETS.TRAIN), findings)
-            findings.raise_first(", ".join(cfg.DATASETS.TRAIN))
+            findings, names = Findings(), ", ".join(cfg.DATASETS.TRAIN)
+            check_records(records, names, findings)
+            if not findings.problems:
+                ignore_label = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("ignore_label")
+                check_labels(records, ignore_label, findings)
+            findings.raise_first(names)
         drop_unusable_objects(cfg.DATASETS.TRAIN, records)
         _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]

@@ -13,6 +13,10 @@ NOTHING_TO_TRAIN_ON = (
     "has nothing to train on: no image has an object or segment in 'annotations', crowds apart; is "
     "it the JSON of a test split?"
 )
+NO_LABELLED_PIXEL = (
+    "has nothing to train on: every pixel of every label map has the ignore label {ignore_label}; "
+    "if that is the label of a class, correct the label maps or the ignore label"
+)
 
 
 class Finding(NamedTuple):
