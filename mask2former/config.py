@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
+from detectron2.config import CfgNode, get_cfg
 from detectron2.config.compat import guess_version
 from detectron2.projects.deeplab import add_deeplab_config
 
@@ -273,10 +273,9 @@ def load_config(
         if not has_key(cfg, key):
             raise ValueError(_unknown_key(key, known, places[key]))
         if isinstance(get_value(cfg, key), CfgNode) and not isinstance(value, dict):
-            raise ValueError(
-                f"{places[key]} sets {key} to {value!r}, but that is a section with keys of its "
-                "own."
-            )
+            raise ValueError(_value_of_section(key, value, places[key]))
+    if "VERSION" in loaded:
+        _check_version(loaded["VERSION"], places["VERSION"])
     _merge(cfg, loaded, config_file)
 
     if len(opts) % 2:
@@ -286,10 +285,15 @@ def load_config(
     for key, value in zip(opts[::2], opts[1::2], strict=True):
         if not has_key(cfg, key):
             raise ValueError(_unknown_key(key, known, "The command line"))
+        section = get_value(cfg, key)
+        if isinstance(section, CfgNode):
+            text = _value_of_section(key, value, "The command line")
+            raise ValueError(f"{text} Set them one by one, such as {key}.{min(section)}.")
         try:
             cfg.merge_from_list([key, value])
         except _MERGE_ERRORS as error:
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
+    _check_version(cfg.VERSION, "The command line")
 
     cfg.__dict__[_UNSET] = frozenset(known) - {key for key, _ in _leaves(loaded)} - set(opts[::2])
     check_values(cfg)  # before the first of them is used
@@ -347,24 +351,32 @@ def _unknown_key(key: str, known: list[str], where: str) -> str:
     return f"{where} sets {key!r}, which is not a config key.{hint}"
 
 
+def _value_of_section(key: str, value: Any, where: str) -> str:
+    return f"{where} sets {key} to {value!r}, but that is a section with keys of its own."
+
+
+def _check_version(version: Any, where: str) -> None:
+    """Check the version of the config format; Mask2Former has known one only.
+
+    Raises:
+        ValueError: another one than Detectron2's current one.
+    """
+    current = get_cfg().VERSION
+    if version != current:
+        raise ValueError(
+            f"{where} sets VERSION to {version!r}; allowed: {current}, the version of Detectron2's "
+            f"config keys. Write {current}, and rename keys of older versions, such as "
+            "MODEL.WEIGHT."
+        )
+
+
 def _merge(cfg: CfgNode, values: dict[str, Any], config_file: str) -> None:
     """Merge what a file says, as `CfgNode.merge_from_file` does but without reading it again."""
     try:
         loaded = CfgNode(values)
-        version = loaded.get("VERSION")
-        if version is None:
-            version = guess_version(loaded, config_file)
-        if version == cfg.VERSION:
-            cfg.merge_from_other_cfg(loaded)
-            return
-        if version not in range(1, cfg.VERSION):
-            raise ValueError(f"VERSION is {version!r}; allowed: 1 to {cfg.VERSION}.")
-        _logger.warning(f"Config file {config_file!r} is of version {version} and is upgraded.")
-        old = downgrade_config(cfg, to_version=version)
-        old.merge_from_other_cfg(loaded)
-        upgraded = upgrade_config(old)
-        cfg.clear()
-        cfg.update(upgraded)
+        if "VERSION" not in loaded:
+            guess_version(loaded, config_file)  # logs that the current one is assumed
+        cfg.merge_from_other_cfg(loaded)
     except _MERGE_ERRORS as error:
         raise ValueError(f"Config file {config_file!r}: {error}") from error
 

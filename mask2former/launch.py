@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config import ExtendConfig, register_custom_datasets, without_added_defaults
+from .evaluation.expected_results import check_expected_results
 from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
 from .utils.determinism import use_deterministic_algorithms
@@ -164,6 +165,7 @@ def _train_or_evaluate(args: argparse.Namespace, compile_mode: str | None) -> di
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
         if comm.is_main_process():
+            check_expected_results(cfg, results)
             verify_results(cfg, results)
         return results
 

@@ -21,6 +21,7 @@ from .config_checks import check_config, check_once, check_parts, check_training
 from .data.class_counts import check_class_counts
 from .data.evaluator_types import builders_of
 from .data.loader import check_batch_size, check_dataset_names
+from .evaluation.expected_results import check_expected_tasks
 from .evaluation.ground_truth import check_ground_truth
 
 Purpose = Literal["train", "evaluate", "predict", "unknown"]
@@ -93,6 +94,9 @@ def check_run(
         check_once(cfg, f"data sets {needed}", lambda _: check_dataset_names(needed))
     if purpose in ("train", "evaluate") and not own_evaluators:
         check_once(cfg, "evaluator types", check_evaluator_types)
+        # Training does not evaluate with augmentation.
+        check_tasks = partial(check_expected_tasks, with_tta=purpose == "evaluate")
+        check_once(cfg, f"expected results {purpose}", check_tasks)
         for name in cfg.DATASETS.TEST:
             check_once(cfg, f"ground truth {name}", partial(check_ground_truth, dataset_name=name))
     if purpose == "train":

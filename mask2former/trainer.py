@@ -42,6 +42,7 @@ from .data.loader import (
     has_fixed_size,
 )
 from .evaluation import build_evaluator, write_results
+from .evaluation.expected_results import check_expected_results
 from .fast.setup import apply_config
 from .hooks import (
     READING_PERIODS,
@@ -278,12 +279,18 @@ class Trainer(DefaultTrainer):
                 evaluating = (hooks.EvalHook, hooks.BestCheckpointer)
                 self._hooks[:] = [hook for hook in self._hooks if not isinstance(hook, evaluating)]
             super().after_train()
+        # Before Detectron2 compares them, if training has come to its end.
+        if self.iter >= self.max_iter and comm.is_main_process():
+            results = getattr(self, "_last_eval_results", None)
+            if results is not None:
+                check_expected_results(self.cfg, results)
 
     def train(self) -> OrderedDict | None:
         """Train from the iteration that `resume_or_load` set. Returns what DefaultTrainer does.
 
         Raises:
             RuntimeError: another training writes to OUTPUT_DIR.
+            ValueError: the last evaluation lacks what TEST.EXPECTED_RESULTS names.
             WriteError: a file cannot be written, such as on a full disk.
         """
         batch_sampler = getattr(self.data_loader, "batch_sampler", None)

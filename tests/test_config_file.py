@@ -79,15 +79,34 @@ def test_files_with_a_byte_order_mark(tmp_path, mark):
     assert read_config_file(str(tmp_path / "config.yaml")).values == {"A": "größe", "B": 2}
 
 
-def test_old_versions_are_upgraded(tmp_path):
+def test_other_versions_of_the_format(tmp_path):
     (tmp_path / "old.yaml").write_text("VERSION: 1\nMODEL: {WEIGHT: w.pkl}")
     with pytest.raises(ValueError, match=r"old\.yaml', line 2 sets 'MODEL.WEIGHT', which is not a"):
         load_config(str(tmp_path / "old.yaml"))
-    (tmp_path / "old.yaml").write_text(f"_BASE_: {BASE}\nVERSION: 3")
-    with pytest.raises(ValueError, match=r"old\.yaml.*VERSION is 3; allowed: 1 to 2"):
-        load_config(str(tmp_path / "old.yaml"))
-    (tmp_path / "old.yaml").write_text("VERSION: 1\nSOLVER: {MAX_ITER: 7}")
-    assert load_config(str(tmp_path / "old.yaml")).SOLVER.MAX_ITER == 7
+    for version, listed in (("1", "1"), ("3", "3"), ("'2'", "'2'"), ("true", "True")):
+        (tmp_path / "old.yaml").write_text(f"_BASE_: {BASE}\nVERSION: {version}")
+        match = rf"old\.yaml', line 2 sets VERSION to {listed}; allowed: 2, .* Write 2"
+        with pytest.raises(ValueError, match=match):
+            load_config(str(tmp_path / "old.yaml"))
+    with pytest.raises(ValueError, match="The command line sets VERSION to 1; allowed: 2"):
+        load_config(str(BASE), ["VERSION", "1"])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "name"),
+    [
+        ("SOLVER", "5", "SOLVER.AMP"),
+        ("SOLVER", "{'MAX_ITER': 5}", "SOLVER.AMP"),
+        ("MODEL.SWIN", "None", "MODEL.SWIN.APE"),
+    ],
+)
+def test_section_on_the_command_line(key, value, name):
+    with pytest.raises(ValueError) as error:
+        load_config(str(BASE), [key, value])
+    assert str(error.value) == (
+        f"The command line sets {key} to {value!r}, but that is a section with keys of its own. "
+        f"Set them one by one, such as {name}."
+    )
 
 
 @pytest.mark.parametrize(

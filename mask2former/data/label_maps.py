@@ -24,6 +24,28 @@ def present_values(labels: np.ndarray) -> np.ndarray:
     return Runs(labels).values
 
 
+def check_whole(labels: np.ndarray, file_name: str) -> None:
+    """Check that a label map of floats holds whole numbers; others do.
+
+    Args:
+        labels: (h, w), as stored.
+        file_name: of the label map, for the error.
+
+    Raises:
+        ValueError: it has other labels, such as NaN, which no cast to int tells from classes.
+    """
+    if labels.dtype.kind != "f":
+        return
+    is_whole = np.isfinite(labels) & (np.floor(labels) == labels)
+    if not is_whole.all():
+        listed = [f"{value:g}" for value in np.unique(labels[~is_whole])[:6].tolist()]
+        raise ValueError(
+            f"{file_name} has labels that are not whole numbers: {', '.join(listed[:5])}"
+            f"{', ...' * (len(listed) > 5)}; a label map stores the class of each pixel, so save "
+            "it with integers"
+        )
+
+
 def count_values(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values of a label map, ascending, and how many pixels each has."""
     runs = Runs(labels)

@@ -47,11 +47,12 @@ from .dataset_mappers import (
     MaskFormerPanopticDatasetMapper,
     MaskFormerSemanticDatasetMapper,
 )
-from .datasets.checks import check_builtin
+from .datasets.checks import check_builtin, drop_unusable_objects
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
+from .label_maps import check_whole
 from .packed_masks import pin
-from .records import check_records
+from .records import check_labels, check_records, with_whole_numbers
 
 Mapper = Callable[[dict], dict | None]
 
@@ -349,9 +350,13 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         )
     if isinstance(records, list):
         if any(type(mapper).__call__ is kind.__call__ for kind in _MAPPERS):
-            findings = Findings()
-            check_records(records, ", ".join(cfg.DATASETS.TRAIN), findings)
-            findings.raise_first(", ".join(cfg.DATASETS.TRAIN))
+            findings, names = Findings(), ", ".join(cfg.DATASETS.TRAIN)
+            check_records(records, names, findings)
+            if not findings.problems:
+                ignore_label = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("ignore_label")
+                check_labels(records, ignore_label, findings)
+            findings.raise_first(names)
+        drop_unusable_objects(cfg.DATASETS.TRAIN, records)
         _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []
@@ -459,14 +464,17 @@ class InferenceMapper(DatasetMapper):
         """
         Raises:
             FileNotFoundError: the image or its label map does not exist.
-            ValueError: one of them cannot be read, or the image has another size than the record.
+            ValueError: one of them cannot be read, the image has another size than the record, or
+                labels are not whole numbers.
         """
         sample = copy.deepcopy({k: v for k, v in dataset_dict.items() if k != "annotations"})
+        sample = with_whole_numbers(sample)
         image = read_image(sample["file_name"], self.image_format)
         detection_utils.check_image_size(sample, image)
         file = sample.pop("sem_seg_file_name", None)
         labels = None if file is None else read_image(file)
         if labels is not None and labels.dtype != np.uint8:
+            check_whole(labels, file)
             labels = labels.astype(np.float64)  # which Detectron2 can resize
         augmented = T.AugInput(image, sem_seg=labels)
         self.augmentations(augmented)

@@ -5,14 +5,17 @@ RLEs, which reach C code. Records of the loaders here have been checked by their
 """
 
 import math
+import os
 from collections.abc import Iterable, Iterator, Sequence
 from numbers import Integral, Real
 from typing import Any
 
 import numpy as np
 
-from .formats.findings import Findings
+from .formats.findings import NO_LABELLED_PIXEL, Findings
 from .formats.masks import rle_problems
+from .formats.semantic_folders import has_labelled_pixel
+from .formats.whole_numbers import as_whole
 
 _FILE_KEYS = ("file_name", "pan_seg_file_name", "sem_seg_file_name")
 
@@ -42,6 +45,24 @@ def check_records(records: Iterable[Any], name: str, findings: Findings) -> list
     return usable
 
 
+def check_labels(
+    records: Sequence[dict[str, Any]], ignore_label: int | None, findings: Findings
+) -> None:
+    """Check that semantic training data has a pixel of a class.
+
+    Args:
+        records: of training, checked.
+        ignore_label: label of pixels without a class.
+        findings: gets a problem if there are only label maps, without any other label.
+    """
+    objects = {"annotations", "segments_info"}
+    label_maps = [r["sem_seg_file_name"] for r in records if "sem_seg_file_name" in r]
+    is_semantic = len(label_maps) == len(records) and not any(objects & {*r} for r in records)
+    if label_maps and is_semantic and not has_labelled_pixel(label_maps, ignore_label):
+        why = NO_LABELLED_PIXEL.format(ignore_label=ignore_label)
+        findings.problem(os.path.dirname(label_maps[0]), None, why)
+
+
 def _problems(record: dict[str, Any]) -> Iterator[str]:
     if "file_name" not in record:
         yield "has no 'file_name'"
@@ -66,7 +87,17 @@ def _problems(record: dict[str, Any]) -> Iterator[str]:
     yield from _rle_problems(record)
 
 
+def with_whole_numbers(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with its size and id as int, where a loader read them as whole floats.
+
+    The record is not copied deeply.
+    """
+    keys = [key for key in ("height", "width", "image_id") if key in record]
+    return record | {key: as_whole(record[key]) for key in keys}
+
+
 def _is_whole(value: Any) -> bool:
+    value = as_whole(value)
     return isinstance(value, Integral) and not isinstance(value, bool | np.bool_)
 
 

@@ -14,11 +14,12 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
 from pycocotools.coco import COCO
 
+from ..data.datasets.checks import is_loaded_coco
 from ..data.datasets.loading import check_png, read_registered_instances
 from ..data.evaluator_types import builders_of
 from ..data.formats.coco_instances import read_instances
 from ..data.formats.coco_panoptic import Panoptic, read_panoptic
-from ..data.formats.coco_schemas import LVIS_EVALUATION_JSON
+from ..data.formats.coco_schemas import COCO_JSON, DETECTRON2_COCO_GT, LVIS_EVALUATION_JSON
 from ..data.formats.findings import Findings
 from ..data.formats.images import Header, is_panoptic_mode, read_header, wrong_panoptic_mode
 from ..data.loader import explained_dataset_errors
@@ -135,7 +136,7 @@ def read_coco(json_file: str, image_root: str = "", name: str | None = None) -> 
     Args:
         json_file: the JSON.
         image_root: folder of the images, whose sizes are read if the JSON lacks them.
-        name: of the data set, for errors.
+        name: of the data set, for errors. If Detectron2 loads it, unusable objects are left out.
 
     Returns:
         Its content with all optional keys filled in, see `formats/coco_instances.py`.
@@ -145,8 +146,12 @@ def read_coco(json_file: str, image_root: str = "", name: str | None = None) -> 
     """
     findings = Findings()
     file = PathManager.get_local_path(json_file)
-    data = read_instances(file, image_root, findings, needs_files=False)
+    is_loaded = name is not None and is_loaded_coco(name)
+    schema = DETECTRON2_COCO_GT if is_loaded else COCO_JSON
+    data = read_instances(file, image_root, findings, needs_files=False, schema=schema)
     findings.raise_first(name)
+    if is_loaded:  # the loaders of others have logged them
+        findings.log(name)
     if not data.has_annotations:
         logging.getLogger(__name__).warning(
             f"{json_file} has no list 'annotations': its images are predicted, but not evaluated."

@@ -15,6 +15,7 @@ from detectron2.evaluation import SemSegEvaluator
 from torch import Tensor
 
 from ..data.formats.images import read_image
+from ..data.label_maps import check_whole
 from .mask_encoding import encode_transposed
 from .panoptic_quality import read_segment_ids
 from .results import WritesPredictions
@@ -145,7 +146,9 @@ class LabelReader:
         Raises:
             ValueError: the file is not a label image, or has labels outside the class range.
         """
-        labels = load_label_map(file_name, dtype)
+        labels = load_label_map(file_name)
+        check_whole(labels, file_name)
+        labels = labels.astype(dtype)
         if labels.ndim != 2:
             raise ValueError(
                 f"{file_name} has shape {labels.shape}: a label image has one channel."

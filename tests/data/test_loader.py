@@ -7,11 +7,17 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import get_cfg
-from detectron2.data import DatasetCatalog, DatasetMapper, build_detection_train_loader
+from detectron2.data import (
+    DatasetCatalog,
+    DatasetMapper,
+    MetadataCatalog,
+    build_detection_train_loader,
+)
 from detectron2.utils import comm
 from PIL import Image
 from torch.utils.data import IterableDataset
 
+from mask2former.data import MaskFormerSemanticDatasetMapper
 from mask2former.data import loader as loader_module
 from mask2former.data.loader import build_test_loader, build_train_loader
 from mask2former.data.packed_masks import TargetInstances
@@ -39,6 +45,7 @@ def register():
     yield register
     for name in names:
         DatasetCatalog.remove(name)
+        MetadataCatalog.pop(name, None)
 
 
 @pytest.fixture
@@ -278,6 +285,32 @@ def test_nothing_to_train_on(register, record):
     name = register("loader_bare", [record])
     with pytest.raises(ValueError, match="loader_bare has nothing to train on: .*'annotations'"):
         build_train_loader(config(name), draw_numbers)
+
+
+def test_label_maps_without_class(register, tmp_path):
+    """A single labelled pixel in the last of 20 label maps is something to learn."""
+    records = []
+    for i in range(20):
+        record = {"file_name": f"{tmp_path}/{i}.jpg", "sem_seg_file_name": f"{tmp_path}/{i}.png"}
+        Image.fromarray(np.full((8, 12), 7, np.uint8)).save(record["sem_seg_file_name"])
+        records.append(record)
+    name = register("loader_ignored", records)
+    MetadataCatalog.get(name).ignore_label = 7
+    mapper = MaskFormerSemanticDatasetMapper(
+        True, augmentations=[], image_format="RGB", ignore_label=7, size_divisibility=-1
+    )
+    message = r"'loader_ignored' cannot be used: /.* nothing to train on: .* the ignore label 7; "
+    with pytest.raises(ValueError, match=message):
+        build_train_loader(config(name), mapper)
+    # A mapper of another project may read them otherwise.
+    build_train_loader(config(name), draw_numbers)
+    labels = np.full((8, 12), 7, np.uint8)
+    labels[3, 4] = 0
+    Image.fromarray(labels).save(tmp_path / "19.png")
+    build_train_loader(config(name), mapper)
+    # The mapper names what cannot be read.
+    (tmp_path / "0.png").write_bytes(b"no image")
+    build_train_loader(config(name), mapper)
 
 
 def test_inference_mapper_equals_detectron2(tmp_path):

@@ -454,6 +454,11 @@ def test_labels_outside_the_classes(dataset, tmp_path):
         ValueError, match=r"semantic_3.png has labels \[7\].* 0 to 3 and the ignore label 255"
     ):
         evaluate(evaluator, dataset, outputs)
+    floats = _semantic_gt(3).astype(np.float32)
+    floats[0, 0] = np.nan
+    Image.fromarray(floats).save(tmp_path / "semantic_3.png", format="TIFF")
+    with pytest.raises(ValueError, match=r"semantic_3.png has labels .* not whole numbers: nan;"):
+        evaluate(evaluator, dataset, outputs)
     Image.new("RGB", (WIDTH, HEIGHT)).save(tmp_path / "semantic_3.png")
     with pytest.raises(ValueError, match=r"semantic_3.png has shape \(40, 60, 3\)"):
         evaluate(evaluator, dataset, outputs)

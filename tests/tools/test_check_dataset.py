@@ -228,3 +228,17 @@ def test_real_coco(tmp_path, monkeypatch):
     )
     for summary in report.values():
         assert summary["num_images"] == 50 and summary["problems"] == summary["warnings"] == []
+
+
+def test_label_maps_without_class(config, tmp_path):
+    for stem in own_data.STEMS:
+        save(tmp_path / "labels" / f"{stem}.png", np.full((8, 12), 255, np.uint8))
+    status, report = run(tmp_path / "out", "own/semantic", "--config-file", config)
+    why = "every pixel of every label map has the ignore label 255"
+    # Only evaluated, according to the config.
+    assert status == 0 and any(why in w["why"] for w in report["own/semantic"]["warnings"])
+    text = Path(config).read_text().replace("- own/semantic", "- own_instances")
+    Path(config).write_text(text.replace("- own_panoptic", "- own/semantic"))
+    status, report = run(tmp_path / "out", "own/semantic", "--config-file", config)
+    problems = report["own/semantic"]["problems"]
+    assert status == 1 and any(why in problem["why"] for problem in problems), problems

@@ -14,6 +14,7 @@ from panopticapi.utils import rgb2id
 
 from ..formats.findings import Finding
 from ..formats.images import orientation_warning, read_header, read_image, read_panoptic_png
+from ..label_maps import check_whole
 from ..targets import annotation_boxes, present_values, rasterise, read_annotations
 from .index import Index, Item
 
@@ -225,6 +226,11 @@ class ItemChecker:
             return
         if size is not None and labels.shape != tuple(size):
             problem(f"is {_by(labels.shape)} pixels, but its image {item.file_name} {_by(size)}")
+        try:
+            check_whole(labels, file)
+        except ValueError as error:
+            problem(str(error).removeprefix(f"{file} "))
+            return
         values = present_values(labels)
         bad = values[
             ((values < 0) | (values >= self._num_classes)) & (values != self._ignore_label)

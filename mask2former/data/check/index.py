@@ -65,6 +65,7 @@ class Index:
         thing_ids: contiguous ids of things.
         contiguous_ids: category id of the data set → contiguous id.
         ignore_label: ignore label of label maps.
+        for_training: whether it is a problem if it has nothing to train on.
         items: the images.
         folders: folders that should contain only files of the data set.
         findings: mistakes in the JSON and the folders, and irregularities.
@@ -75,6 +76,7 @@ class Index:
     thing_ids: set[int] = field(default_factory=set)
     contiguous_ids: dict[int | str, int] = field(default_factory=dict)
     ignore_label: int = 255
+    for_training: bool = True
     items: list[Item] = field(default_factory=list)
     folders: set[str] = field(default_factory=set)
     findings: Findings = field(default_factory=Findings)
@@ -106,7 +108,7 @@ def build_index(name: str, for_training: bool = True) -> Index:
     """
     metadata = MetadataCatalog.get(name)
     evaluator_type = metadata.get("evaluator_type")
-    index = Index(name, list(class_names(name) or []))
+    index = Index(name, list(class_names(name) or []), for_training=for_training)
     index.ignore_label = metadata.get("ignore_label", 255)
     if evaluator_type not in EVALUATOR_TYPES:
         index.warn(

@@ -19,7 +19,7 @@ from PIL import Image
 from ...utils.files import atomic_write, make_folder
 from ...utils.seeding import isolated_rng
 from ...utils.visualization import contact_sheet
-from ..formats.findings import Finding
+from ..formats.findings import NO_LABELLED_PIXEL, Finding
 from ..formats.images import read_image, read_panoptic_png
 from ..formats.semantic_folders import hidden_classes
 from ..targets import rasterise, read_annotations
@@ -67,6 +67,9 @@ def summarise(index: Index, reports: Sequence[ItemReport]) -> dict[str, Any]:
         }
         for i, name in enumerate(index.classes)
     ]
+    if _is_all_ignored(index, reports):
+        why = NO_LABELLED_PIXEL.format(ignore_label=index.ignore_label)
+        (problems if index.for_training else warnings).append(Finding(index.name, None, why))
     never_seen = [name for i, name in enumerate(index.classes) if not pixels[i]]
     if never_seen and any(report.num_ignored for report in reports):
         why = hidden_classes(never_seen, index.ignore_label)
@@ -95,6 +98,17 @@ def summarise(index: Index, reports: Sequence[ItemReport]) -> dict[str, Any]:
             "pixels": _spread(areas.tolist()),
         },
     }
+
+
+def _is_all_ignored(index: Index, reports: Sequence[ItemReport]) -> bool:
+    """Whether a semantic data set has no pixel of a class."""
+    is_semantic = all(
+        item.sem_seg_file_name and item.annotations is None and item.pan_seg_file_name is None
+        for item in index.items
+    )
+    # An image with a problem may have had some.
+    is_unsure = not reports or any(report.problems or report.pixels for report in reports)
+    return is_semantic and not is_unsure
 
 
 def _spread(values: list[int]) -> dict[str, float] | None:

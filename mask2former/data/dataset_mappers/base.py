@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen
 from ..formats.images import read_image, read_panoptic_png
-from ..label_maps import layers_to_boxes, pack_layers, transform_layers
+from ..label_maps import check_whole, layers_to_boxes, pack_layers, transform_layers
 from ..lazy_augmentation import augment
+from ..records import with_whole_numbers
 from ..targets import build_instances, check_sem_seg, check_size, segment_layers
 
 # ---- mappers ----
@@ -175,6 +176,7 @@ def load_record(record: dict, image_format: str) -> tuple[dict, np.ndarray]:
     """
     # Annotations are large, and targets are made from the original record.
     sample = copy.deepcopy({k: v for k, v in record.items() if k != "annotations"})
+    sample = with_whole_numbers(sample)
     image = read_image(sample["file_name"], image_format)
     utils.check_image_size(sample, image)
     return sample, image
@@ -254,7 +256,8 @@ def load_sem_seg(
         (h, w) float64 labels.
 
     Raises:
-        ValueError: the map has several channels, another size than the image or unknown labels.
+        ValueError: the map has several channels, another size than the image, or labels that are
+            unknown or not whole.
     """
     file_name = sample.pop("sem_seg_file_name")
     sem_seg = read_image(file_name)
@@ -263,6 +266,7 @@ def load_sem_seg(
             f"{file_name} has {sem_seg.shape[-1]} channels; a semantic map has one, the label."
         )
     check_size(sem_seg.shape, image_size, file_name, sample["file_name"])
+    check_whole(sem_seg, file_name)
     if num_classes is not None:
         check_sem_seg(sem_seg, num_classes, ignore_label, file_name)
     # Detectron2 cannot resize 16-bit labels, and picks other pixels for uint8 than for float64.

@@ -10,7 +10,9 @@ loader, so those that a program registers with Detectron2's functions are checke
 
 import json
 import os
+from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import Any
 
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.utils.file_io import PathManager
@@ -125,6 +127,36 @@ def _require(name: str, file: str, what: str, image_root: str) -> None:
 def is_loaded_instances(name: str) -> bool:
     """Whether a loader of Detectron2 reads the instance JSON of a data set."""
     return loader_module(name) in ("coco", "lvis")
+
+
+def is_loaded_coco(name: str) -> bool:
+    """Whether Detectron2's `load_coco_json` reads the instance JSON of a data set.
+
+    It drops objects whose polygons are all too short, and hands on those without segmentation.
+    """
+    module, metadata = loader_module(name), MetadataCatalog.get(name)
+    # Of panoptic data sets it reads the separated versions.
+    is_separated = bool(metadata.get("sem_seg_root") and metadata.get("json_file"))
+    return module == "coco" or (module == "coco_panoptic" and is_separated)
+
+
+def drop_unusable_objects(names: Sequence[str], records: Iterable[dict[str, Any]]) -> None:
+    """Drop objects without segmentation from the records of Detectron2's `load_coco_json`.
+
+    The check of these data sets has warned of each.
+
+    Args:
+        names: the data sets.
+        records: of all of them, changed in place.
+    """
+    loaded = [name for name in names if is_loaded_coco(name)]
+    roots = tuple(os.path.join(MetadataCatalog.get(name).image_root, "") for name in loaded)
+    for record in records if loaded else ():
+        annotations = record.get("annotations")
+        # A loader of another project is not to lose objects.
+        is_theirs = len(loaded) == len(names) or record.get("file_name", "").startswith(roots)
+        if annotations and is_theirs:
+            record["annotations"] = [one for one in annotations if "segmentation" in one]
 
 
 def read_loaded_instances(

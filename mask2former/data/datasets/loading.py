@@ -363,12 +363,14 @@ def read_registered_panoptic(
     where_to_look: str,
     allow_repeated_ids: bool = False,
     allow_unannotated: bool = True,
+    name: str | None = None,
 ) -> Panoptic:
     """Read a COCO panoptic JSON of registered classes; see `read_panoptic`.
 
     Args:
         meta: see `load_panoptic`.
         where_to_look: how to get the data, for errors.
+        name: of the data set, for errors, if known.
 
     Raises:
         FileNotFoundError, ValueError: the JSON has a problem; warnings are logged.
@@ -384,8 +386,8 @@ def read_registered_panoptic(
         allow_repeated_ids=allow_repeated_ids,
         allow_unannotated=allow_unannotated,
     )
-    findings.raise_first(hint=where_to_look)
-    findings.log()
+    findings.raise_first(name, where_to_look)
+    findings.log(name)
     return data
 
 

@@ -73,6 +73,7 @@ def load_coco_panoptic_json(
     gt_dir: str,
     semseg_dir: str | None,
     meta: dict[str, Any],
+    name: str | None = None,
 ) -> list[dict]:
     """Load a data set in the COCO panoptic format.
 
@@ -83,6 +84,7 @@ def load_coco_panoptic_json(
         gt_dir: folder of the panoptic PNGs.
         semseg_dir: folder of semantic PNGs with the same names; None or absent: no semantic labels.
         meta: with `thing_dataset_id_to_contiguous_id` and `stuff_dataset_id_to_contiguous_id`.
+        name: of the data set, for errors.
 
     Returns:
         Records with `file_name`, `image_id`, `pan_seg_file_name`, `sem_seg_file_name` (if the
@@ -101,7 +103,7 @@ def load_coco_panoptic_json(
                 f"Folder {folder} of the {what} of {json_file} does not exist.{_where_to_look()}"
             )
     # No advice about folders: what is there is wrong.
-    data = read_registered_panoptic(json_file, meta, "")
+    data = read_registered_panoptic(json_file, meta, "", name=name)
     with_sem_seg = semseg_dir is not None and PathManager.isdir(semseg_dir)
     records = []
     for annotation in data.annotations:
@@ -168,6 +170,7 @@ def register_coco_panoptic_annos_sem_seg(
             panoptic_root,
             sem_seg_root,
             metadata,
+            name,
         ),
     )
     MetadataCatalog.get(name).set(

@@ -9,9 +9,10 @@ What may be absent, and what it then means everywhere (null means the same, exce
                  `bbox`, `keypoints` nothing: masks do not need them
     `annotations`                    nothing to train on or to compare with
 
-Ids of images, categories and annotations are numbers or texts, kept as written.
+Ids of images, categories and annotations are numbers or texts, kept as written, but 3.0 is 3.
 
-Polygons of fewer than three points are left out with a warning; an object needs at least one other.
+Polygons of fewer than three points are left out with a warning; an object needs at least one other,
+except in data that Detectron2 loads, where the object is then left out as well.
 Polygons may end a little outside the image. The farthest accepted is one image side away.
 """
 
@@ -173,12 +174,12 @@ def read_instances(
         ids_in_json = {image.id for image in listed}
         data.images = _usable_images(data, listed, findings, needs_files)
         _assign(data, annotations, ids_in_json, known, findings)
-        _check_masks(data, findings, schema.allow_partial)
+        _check_masks(data, findings, schema)
         return data
 
 
 def read_categories(
-    sections: Mapping[str, Any],
+    sections: dict[str, Any],
     json_file: str,
     findings: Findings,
     *,
@@ -315,8 +316,8 @@ def _assign(
         findings.warn(data.file, 0, why)
 
 
-def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> None:
-    """Check everything that reaches C code; drops annotations with problems."""
+def _check_masks(data: Instances, findings: Findings, schema: InstanceSchema) -> None:
+    """Check everything that reaches C code; drops annotations with problems and unusable ones."""
     listed = list(chain.from_iterable(data.annotations.values()))
     if listed and not any(annotation.segmentation for annotation in listed):
         why = (
@@ -334,6 +335,14 @@ def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> No
         bad.add(id(annotation))
         findings.problem(paths[annotation.image_id], f"annotation {annotation.id}", why)
 
+    def unusable(annotation: Annotation, why: str) -> None:
+        if not schema.allow_unusable:
+            problem(annotation, why)
+            return
+        bad.add(id(annotation))
+        where = f"annotation {annotation.id}"
+        findings.warn(paths[annotation.image_id], where, f"{why}. The object is left out")
+
     polygons: list[list[Number]] = []
     polygon_owners: list[Annotation] = []
     rles: list[tuple[Annotation, Rle]] = []
@@ -349,12 +358,15 @@ def _check_masks(data: Instances, findings: Findings, allow_partial: bool) -> No
             why = f"has an RLE of (height, width) {tuple(shape.size)}, but its image has {size}"
             problem(annotation, why)
         elif not shape:
-            problem(annotation, "has no segmentation; it must be a list of polygons or an RLE")
+            unusable(annotation, "has no segmentation; it must be a list of polygons or an RLE")
         else:
             kept = [polygon for polygon in shape if _is_polygon(polygon)]
             if len(kept) < len(shape):
                 why = _wrong_length(next(p for p in shape if not _is_polygon(p)))
-                if not kept or not allow_partial:
+                if not kept:
+                    unusable(annotation, why)
+                    continue
+                if not schema.allow_partial:
                     problem(annotation, why)
                     continue
                 where = f"annotation {annotation.id}"

@@ -12,8 +12,8 @@ What may be absent or null, and what it then means everywhere:
     `categories`             those of the registered classes
     categories   `isthing`   as registered
 
-Ids of images and categories are numbers or texts, kept as written. Ids of segments are the colours
-of the PNG, red + 256 green + 65536 blue. Id 0, black, is void and never a segment.
+Ids of images and categories are numbers or texts, kept as written, but 3.0 is 3. Ids of segments
+are the colours of the PNG, red + 256 green + 65536 blue. Id 0, black, is void and never a segment.
 """
 
 import os

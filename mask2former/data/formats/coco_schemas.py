@@ -1,7 +1,8 @@
 """Schemas of COCO instance JSON and of its relatives: what each entry must and may have.
 
 COCO_JSON             what the reader of this project needs
-DETECTRON2_COCO_JSON  what Detectron2's `load_coco_json` needs besides
+DETECTRON2_COCO_JSON  what Detectron2's `load_coco_json` needs besides; it drops unusable objects
+DETECTRON2_COCO_GT    COCO_JSON for the evaluation of such data
 LVIS_JSON             what Detectron2's `load_lvis_json` needs
 LVIS_EVALUATION_JSON  what the official LVIS evaluation needs besides
 """
@@ -101,6 +102,7 @@ class InstanceSchema(NamedTuple):
         image, annotation, category: of the entries of the three lists.
         needs_annotations: whether there must be a list of annotations.
         allow_partial: whether parts of an object that are no polygons are left out.
+        allow_unusable: whether objects without any polygon or RLE are left out.
         is_lvis: whether the URL of an image says its file, and category ids count from 1.
     """
 
@@ -109,11 +111,13 @@ class InstanceSchema(NamedTuple):
     category: type[Category] = Category
     needs_annotations: bool = False
     allow_partial: bool = True
+    allow_unusable: bool = False
     is_lvis: bool = False
 
 
 COCO_JSON = InstanceSchema()
-DETECTRON2_COCO_JSON = InstanceSchema(image=_SizedImage)
+DETECTRON2_COCO_JSON = InstanceSchema(image=_SizedImage, allow_unusable=True)
+DETECTRON2_COCO_GT = COCO_JSON._replace(allow_unusable=True)
 LVIS_JSON = InstanceSchema(
     _LvisImage, _LvisAnnotation, needs_annotations=True, allow_partial=False, is_lvis=True
 )

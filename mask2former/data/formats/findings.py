@@ -4,12 +4,18 @@ import logging
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
+# How a finding begins that goes on from the name of its file, such as "is not valid JSON".
+_PREDICATES = ("is ", "has ", "lists ", "holds ", "does not ", "cannot ")
 # Warnings logged per data set; `tools/check_dataset.py` reports all.
 _NUM_LOGGED = 10
 
 NOTHING_TO_TRAIN_ON = (
     "has nothing to train on: no image has an object or segment in 'annotations', crowds apart; is "
     "it the JSON of a test split?"
+)
+NO_LABELLED_PIXEL = (
+    "has nothing to train on: every pixel of every label map has the ignore label {ignore_label}; "
+    "if that is the label of a class, correct the label maps or the ignore label"
 )
 
 
@@ -19,12 +25,19 @@ class Finding(NamedTuple):
     Attributes:
         file: the file it is about.
         id: id of the record, or its place in the JSON, such as `$.annotations[3]`.
-        why: what is wrong and what to do.
+        why: what is wrong and what to do: a sentence, or a predicate of the file.
     """
 
     file: str
     id: Any
     why: str
+
+    def text(self) -> str:
+        """File, record and what is wrong, in one line without full stop."""
+        if self.id is None:
+            colon = "" if self.why.startswith(_PREDICATES) else ":"
+            return f"{self.file}{colon} {self.why}"
+        return f"{self.file}, {self.id}: {self.why}"
 
 
 # Warnings that this process has logged.
@@ -81,8 +94,7 @@ class Findings:
             return
         first = self.problems[0]
         owner = f"Data set {name!r} cannot be used: " if name else ""
-        record = "" if first.id is None else f", {first.id}:"
-        text = f"{owner}{first.file}{record} {first.why}."
+        text = f"{owner}{first.text()}."
         if len(self.problems) > 1:
             command = f"`tools/check_dataset.py {name}`" if name else "`tools/check_dataset.py`"
             text += f" There are {len(self.problems)} problems"

@@ -8,7 +8,7 @@ and left to the checks.
 
 import gc
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
@@ -17,6 +17,7 @@ from detectron2.utils.file_io import PathManager
 
 from .findings import Findings
 from .other_formats import name_annotations, name_bytes, name_list, name_object
+from .whole_numbers import fix_whole_numbers
 
 T = TypeVar("T")
 
@@ -136,7 +137,7 @@ def decode_value(section: Section) -> Any:
 
 
 def decode_list(
-    sections: Mapping[str, Section],
+    sections: dict[str, Section],
     key: str,
     kind: type[T],
     file: str,
@@ -146,7 +147,8 @@ def decode_list(
     """Decode a list of the JSON.
 
     Args:
-        sections: from `read_sections`.
+        sections: from `read_sections`. Its list has whole floats as int afterwards where the schema
+            asks for int.
         key: of the list.
         kind: schema of its entries.
         file: of the JSON.
@@ -177,17 +179,24 @@ def decode_list(
     if name is not None:
         findings.problem(file, None, name)
         return None
+    sections[key] = entries
     return convert_list(entries, kind, f"$.{key}", file, findings, what)
 
 
 def convert_list(
     entries: list, kind: type[T], path: str, file: str, findings: Findings, what: str
 ) -> list[T | None]:
-    """Check decoded entries against a schema; see `decode_list`."""
-    try:
-        return msgspec.convert(entries, list[kind])  # type: ignore[valid-type]
-    except (msgspec.ValidationError, RecursionError):
-        pass
+    """Check decoded entries against a schema; see `decode_list`.
+
+    Whole floats become int where the schema asks for int, also in `entries`.
+    """
+    for fix in (None, fix_whole_numbers):
+        try:
+            if fix is not None:
+                fix(entries, kind)  # type: ignore[arg-type]
+            return msgspec.convert(entries, list[kind])  # type: ignore[valid-type]
+        except (msgspec.ValidationError, RecursionError):
+            pass
     converted: list[T | None] = []
     for i, entry in enumerate(entries):
         try:

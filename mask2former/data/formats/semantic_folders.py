@@ -115,6 +115,20 @@ def warn_of_one_class(
         findings.warn(sample[0], None, hidden_classes(hidden, ignore_label))
 
 
+def has_labelled_pixel(label_maps: Iterable[str], ignore_label: int | None) -> bool:
+    """Whether a label map has another label than the ignore label.
+
+    Reads label maps up to the first that has; one that cannot be read counts, and is named later.
+    """
+    for file in label_maps:
+        try:
+            if (read_image(file) != ignore_label).any():
+                return True
+        except (OSError, ValueError):
+            return True
+    return False
+
+
 def hidden_classes(names: Iterable[str], ignore_label: int) -> str:
     """What to do about classes without a pixel, where others have the ignore label."""
     listed = ", ".join(map(repr, names))

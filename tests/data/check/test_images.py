@@ -200,6 +200,9 @@ def test_label_maps(semantic_item, tmp_path):
     assert "is 12 x 4 pixels, but its image" in check(semantic_item).problems[0].why
     save(path, np.full_like(labels, 255))
     assert whys(check(semantic_item).warnings) == [(None, "has no labelled pixel")]
+    Image.fromarray(np.full((8, 12), np.nan, np.float32)).save(path, format="TIFF")
+    (problem,) = check(semantic_item).problems
+    assert problem.file == str(path) and "not whole numbers: nan; a label map" in problem.why
     path.unlink()
     assert whys(check(semantic_item).problems) == [(None, "does not exist")]
 

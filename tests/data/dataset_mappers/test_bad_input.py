@@ -72,6 +72,20 @@ def test_semantic_label_out_of_range(records, build):
         mapper(records["mask_former_semantic"])
 
 
+@pytest.mark.parametrize("num_classes", [None, 3])
+def test_semantic_labels_that_are_not_whole(num_classes, records, files, build):
+    labels = np.zeros((4, 6), np.float32)
+    labels[0, :2] = np.nan, 0.5
+    Image.fromarray(labels).save(files["semantic"], format="TIFF")
+    mapper = build("mask_former_semantic", [])
+    mapper.num_classes = num_classes
+    message = r"semantic\.png has labels that are not whole numbers: 0\.5, nan; .* integers$"
+    with pytest.raises(ValueError, match=message):
+        mapper(records["mask_former_semantic"])
+    Image.fromarray(np.floor(np.nan_to_num(labels))).save(files["semantic"], format="TIFF")
+    mapper(records["mask_former_semantic"])
+
+
 @pytest.mark.parametrize("name", [n for n in NAMES if n != "mask_former_semantic"])
 def test_category_out_of_range(name, records, build):
     with pytest.raises(ValueError, match=r"\.png.* has category_id [12], .*\[0, 1\)"):

@@ -5,18 +5,20 @@ from pathlib import Path
 
 import dataset_trees
 import numpy as np
+import own_data
 import pytest
 from dataset_trees import save, write_json
 from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
-from detectron2.data.datasets import builtin
+from detectron2.data.datasets import builtin, register_coco_instances
 from detectron2.data.datasets.lvis_v1_categories import LVIS_CATEGORIES
 
 from mask2former import add_maskformer2_config
+from mask2former.data import COCOInstanceNewBaselineDatasetMapper
 from mask2former.data.check.index import build_index
-from mask2former.data.datasets.checks import check_builtin
-from mask2former.data.loader import explained_dataset_errors
-from mask2former.evaluation.ground_truth import check_ground_truth
+from mask2former.data.datasets.checks import check_builtin, drop_unusable_objects
+from mask2former.data.loader import build_train_loader, explained_dataset_errors
+from mask2former.evaluation.ground_truth import check_ground_truth, read_coco
 
 
 @pytest.fixture
@@ -178,7 +180,7 @@ def test_missing_files_of_panoptic_versions(panoptic, root):
     label.rename(label.with_name("x.png"))
     with pytest.raises(FileNotFoundError, match=r"000000000139\.png does not exist: 1 of 1 semant"):
         check_builtin(f"{PANOPTIC}_separated")
-    with pytest.raises(FileNotFoundError, match=r"x\.png the label map has no image"):
+    with pytest.raises(FileNotFoundError, match=r"x\.png: the label map has no image"):
         check_builtin(f"{PANOPTIC}_stuffonly")
     (root / "coco/val2017/000000000139.jpg").unlink()
     with pytest.raises(FileNotFoundError, match=r"000000000139\.jpg does not exist: 1 of 1"):
@@ -268,3 +270,85 @@ def test_errors_of_other_loaders(empty_catalogs, error):
     match = rf"'?theirs'? cannot be used: reading it ended with {type(error).__name__}.*=a\.json"
     with pytest.raises(ValueError, match=match), explained_dataset_errors(["theirs"]):
         DatasetCatalog.get("theirs")
+
+
+# ---- objects that Detectron2's COCO loader drops ----
+
+
+@pytest.fixture
+def coco_with_unusable_objects(tmp_path, monkeypatch):
+    """Annotation 10 has no segmentation, 11 and 12 only short polygons, 13 an empty one besides."""
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        monkeypatch.setattr(catalog, "data", dict(catalog.data))
+        catalog.pop("theirs", None)
+    content = own_data.instances(tmp_path)
+    annotations = content["annotations"]
+    annotations[0]["segmentation"] = []
+    annotations[1]["segmentation"] = [[0, 0, 4, 8]]
+    annotations[2]["segmentation"] = [[], [0, 0, 1, 1, 2]]
+    annotations[3]["segmentation"].append([])
+    annotations[4]["segmentation"] = None
+    del annotations[4]["bbox"]
+    write_json(tmp_path / "instances.json", content)
+    paths = (str(tmp_path / "instances.json"), str(tmp_path / "images"))
+    register_coco_instances("theirs", {}, *paths)
+    return paths
+
+
+def test_unusable_objects_are_left_out(coco_with_unusable_objects, cfg, tmp_path, caplog):
+    caplog.set_level("WARNING")
+    cfg.MODEL.DEVICE = "cpu"
+    cfg.DATASETS.TRAIN = ("theirs",)
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 1
+    check_ground_truth(cfg, "theirs")
+    gt = read_coco(*coco_with_unusable_objects, "theirs")
+    assert sorted(gt.anns) == [13, 15]
+    mapper = COCOInstanceNewBaselineDatasetMapper(True, tfm_gens=[], image_format="RGB")
+    loader = build_train_loader(cfg, mapper)
+    records = [loader.dataset._records[i] for i in range(3)]
+    counts = [len(record["annotations"]) for record in records]
+    assert counts == [len(gt.imgToAnns[record["image_id"]]) for record in records] == [0, 1, 1]
+    samples = [mapper(record) for record in records]
+    assert [len(sample["instances"]) for sample in samples] == counts
+
+    index = build_index("theirs")
+    assert not index.problems
+    assert [len(item.annotations) for item in index.items] == counts
+    texts = [finding.text() for finding in index.warnings]
+    image = tmp_path / "images" / "a.jpg"
+    assert texts[0] == (
+        f"{image}, annotation 10: has no segmentation; it must be a list of polygons or an RLE. "
+        "The object is left out"
+    )
+    assert f"{image}, annotation 11: has a polygon of 4 coordinates" in texts[1]
+    assert texts[3].endswith(
+        "annotation 13: has a polygon of 0 coordinates; a polygon is x1, y1, "
+        "x2, y2, ... of at least 3 points. That part is left out"
+    )
+    assert [text.endswith("The object is left out") for text in texts] == [1, 1, 1, 0, 1]
+    for text in texts:
+        assert text in caplog.text
+
+
+def test_unusable_objects_are_refused_elsewhere(coco_with_unusable_objects, cfg):
+    with pytest.raises(ValueError, match="annotation 10: has no segmentation"):
+        read_coco(*coco_with_unusable_objects)
+    records = [{"file_name": "/x/a.jpg", "annotations": [{"category_id": 0}]}]
+    # Of a data set that another loader reads.
+    DatasetCatalog.register("others", lambda: records)
+    drop_unusable_objects(["theirs", "others"], records)
+    assert len(records[0]["annotations"]) == 1
+
+
+def test_only_unusable_objects(coco_with_unusable_objects, cfg):
+    def change(content):
+        for annotation in content["annotations"]:
+            annotation["segmentation"] = [[0, 0, 4, 8]]
+
+    edit(Path(coco_with_unusable_objects[0]), change)
+    cfg.DATASETS.TRAIN = ("theirs",)
+    cfg.DATALOADER.NUM_WORKERS, cfg.SOLVER.IMS_PER_BATCH = 0, 1
+    with pytest.raises(ValueError, match=r"theirs.* has nothing to train on"):
+        build_train_loader(cfg, lambda record: record)
+    index = build_index("theirs", for_training=True)
+    assert "has nothing to train on" in index.problems[0].why

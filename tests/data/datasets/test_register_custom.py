@@ -207,7 +207,10 @@ def test_advice_is_not_that_of_the_benchmarks(tmp_path):
     content = own_data.panoptic(tmp_path)
     write_json(tmp_path / "panoptic.json", content | {"annotations": content["annotations"] * 2})
     register_entries([own_data.entry("panoptic", tmp_path)])
-    with pytest.raises(ValueError, match=r"image_id 1 occurs more than once") as caught:
+    message = (
+        r"^Data set 'own_train' cannot be used: .*json, 1: .* image_id 1 occurs more than once"
+    )
+    with pytest.raises(ValueError, match=message) as caught:
         DatasetCatalog.get("own_train")
     assert "DETECTRON2_DATASETS" not in str(caught.value)
 

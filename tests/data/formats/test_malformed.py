@@ -35,6 +35,7 @@ from mask2former.data import (
 )
 from mask2former.data.check.images import ItemChecker
 from mask2former.data.check.index import build_index
+from mask2former.data.datasets.checks import drop_unusable_objects
 from mask2former.data.datasets.custom_entries import register_entries
 from mask2former.data.datasets.loading import check_png
 from mask2former.data.loader import InferenceMapper, _check_targets, explained_dataset_errors
@@ -43,7 +44,7 @@ from mask2former.evaluation.semantic_evaluation import LabelReader
 
 ABSENT = object()
 VALUES = (
-    *(ABSENT, None, True, -1, 0, 0.5, 7, 1e9, 10**30, math.nan, math.inf),
+    *(ABSENT, None, True, -1, 0, 0.5, 3.0, 7, 1e9, 10**30, math.nan, math.inf),
     *("", "text", "\ud800", "a\0b", [], [[]], {}, [None], {"size": [8, 12], "counts": "x"}),
 )
 
@@ -131,7 +132,15 @@ def mask_cases(content: dict[str, Any]) -> Iterator[tuple[str, bytes]]:
     square = [0, 0, 4, 0, 4, 4, 0, 4]
     for value in (-1e9, 1e9, 1e300, 10**400, 30, 24, 27, -5, "3", None, True, math.nan, -math.inf):
         shapes.append([square[:2] + [value] + square[3:]])
-    shapes += [[square, square[:7]], [square[:7]], [square[:4]], [square, []], square, [[square]]]
+    shapes += [
+        [square, square[:7]],
+        [],
+        [square[:7]],
+        [square[:4]],
+        [square, []],
+        square,
+        [[square]],
+    ]
     for shape in shapes:
         changed_content = changed(content, ("annotations", 0, "segmentation"), shape)
         yield f"segmentation {str(shape)[:60]}", json.dumps(changed_content).encode()
@@ -183,6 +192,13 @@ def file_cases(folder: str, is_label: bool) -> Iterator[tuple[str, Callable[[Pat
                 f"all {value}",
                 lambda root, value=value: save(find(root), np.full((8, 12), value, np.uint8)),
             )
+        for value in (1, 0.5, math.nan, math.inf, -1e30):
+            array = np.full((8, 12), value, np.float32)
+            array[4:] = 0
+            yield (
+                f"float {value}",
+                lambda root, array=array: Image.fromarray(array).save(find(root), format="TIFF"),
+            )
 
 
 # ---- what is compared ----
@@ -195,6 +211,7 @@ def train(kind: str, root: Path) -> str | None:
         REGISTER[kind](root)
         with explained_dataset_errors([name]):
             records = DatasetCatalog.get(name)
+        drop_unusable_objects([name], records)
         _check_targets([name], records)
         check_ground_truth(CONFIG, name)
         mapper = MAPPERS[kind]()

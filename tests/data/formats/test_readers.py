@@ -300,3 +300,21 @@ def test_label_map_of_another_size(tmp_path, cfg):
     save(tmp_path / "labels/b.png", np.stack([own_data.labels()] * 3, -1))
     with pytest.raises(ValueError, match=r"b\.png is an image of mode RGB: a label map has one"):
         check_ground_truth(cfg, "own_train")
+
+
+@pytest.mark.parametrize(
+    ("id", "why", "text"),
+    [
+        (None, "is not valid JSON", "a.json is not valid JSON."),
+        (None, "the label map has no image", "a.json: the label map has no image."),
+        (None, "$.objects: expected array", "a.json: $.objects: expected array."),
+        (3, "has no mask", "a.json, 3: has no mask."),
+        (0, "the annotation has no mask", "a.json, 0: the annotation has no mask."),
+    ],
+)
+def test_text_of_a_problem(id, why, text):
+    findings = Findings()
+    findings.problem("a.json", id, why)
+    with pytest.raises(ValueError) as error:
+        findings.raise_first("own")
+    assert str(error.value) == f"Data set 'own' cannot be used: {text}"
