@@ -10,7 +10,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from detectron2.config import CfgNode, get_cfg
+from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.projects.deeplab import add_deeplab_config
 
@@ -274,8 +274,6 @@ def load_config(
             raise ValueError(_unknown_key(key, known, places[key]))
         if isinstance(get_value(cfg, key), CfgNode) and not isinstance(value, dict):
             raise ValueError(_value_of_section(key, value, places[key]))
-    if "VERSION" in loaded:
-        _check_version(loaded["VERSION"], places["VERSION"])
     _merge(cfg, loaded, config_file)
 
     if len(opts) % 2:
@@ -374,9 +372,20 @@ def _merge(cfg: CfgNode, values: dict[str, Any], config_file: str) -> None:
     """Merge what a file says, as `CfgNode.merge_from_file` does but without reading it again."""
     try:
         loaded = CfgNode(values)
-        if "VERSION" not in loaded:
-            guess_version(loaded, config_file)  # logs that the current one is assumed
-        cfg.merge_from_other_cfg(loaded)
+        version = loaded.get("VERSION")
+        if version is None:
+            version = guess_version(loaded, config_file)
+        if version == cfg.VERSION:
+            cfg.merge_from_other_cfg(loaded)
+            return
+        if version not in range(1, cfg.VERSION):
+            raise ValueError(f"VERSION is {version!r}; allowed: 1 to {cfg.VERSION}.")
+        _logger.warning(f"Config file {config_file!r} is of version {version} and is upgraded.")
+        old = downgrade_config(cfg, to_version=version)
+        old.merge_from_other_cfg(loaded)
+        upgraded = upgrade_config(old)
+        cfg.clear()
+        cfg.update(upgraded)
     except _MERGE_ERRORS as error:
         raise ValueError(f"Config file {config_file!r}: {error}") from error
 
