@@ -1,0 +1,114 @@
+"""What the readers of other annotation formats return: images and their objects, as in COCO.
+
+    files of a labelling tool ─ reader ─→ AnnotatedImages ─ coco_instances ─→ COCO instance JSON
+
+Masks are polygons or run-length encodings in pixels of the image as stored.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pycocotools.mask as mask_utils
+
+# Polygons [[x1, y1, x2, y2, ...], ...] in pixels, or {"size": [H, W], "counts": compressed text}.
+Segmentation = list[list[float]] | dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class AnnotatedObject:
+    """One object.
+
+    Attributes:
+        class_name: its class.
+        segmentation: its mask.
+        is_crowd: whether the mask is of a region with several objects, which are not told apart.
+    """
+
+    class_name: str
+    segmentation: Segmentation
+    is_crowd: bool = False
+
+
+@dataclass(slots=True)
+class AnnotatedImage:
+    """One image.
+
+    Attributes:
+        path: its file.
+        height, width: in pixels.
+        objects: from back to front where the format knows an order, else as in the file.
+    """
+
+    path: Path
+    height: int
+    width: int
+    objects: list[AnnotatedObject] = field(default_factory=list)
+
+
+@dataclass(slots=True)
+class AnnotatedImages:
+    """The images of one split.
+
+    Attributes:
+        format: name of the format, for messages.
+        classes: names of all classes in the order of the format, or else of the alphabet; also
+            those without an object.
+        images: in the order of the format.
+    """
+
+    format: str
+    classes: list[str]
+    images: list[AnnotatedImage]
+
+
+def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]:
+    """The images as COCO instance JSON: category, image and annotation ids count from 1.
+
+    Args:
+        content: what a reader returned.
+        image_root: folder to which ``file_name`` is relative.
+
+    Raises:
+        ValueError: an image is not in `image_root`.
+    """
+    category_ids = {name: i for i, name in enumerate(content.classes, 1)}
+    images, annotations = [], []
+    for image_id, image in enumerate(content.images, 1):
+        images.append(
+            {
+                "id": image_id,
+                "file_name": image.path.relative_to(image_root).as_posix(),
+                "height": image.height,
+                "width": image.width,
+            }
+        )
+        for item in image.objects:
+            rle = encode(item.segmentation, image.height, image.width)
+            annotations.append(
+                {
+                    "id": len(annotations) + 1,
+                    "image_id": image_id,
+                    "category_id": category_ids[item.class_name],
+                    "segmentation": item.segmentation,
+                    "area": float(mask_utils.area(rle)),
+                    "bbox": [float(value) for value in mask_utils.toBbox(rle)],
+                    "iscrowd": int(item.is_crowd),
+                }
+            )
+    categories = [{"id": i, "name": name} for name, i in category_ids.items()]
+    return {"images": images, "annotations": annotations, "categories": categories}
+
+
+def encode(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
+    """The run-length encoding of an object's mask."""
+    if isinstance(segmentation, dict):
+        return segmentation
+    return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))
+
+
+def rle_of_mask(mask: np.ndarray) -> dict[str, Any]:
+    """Encode a mask (H, W) of booleans for JSON."""
+    rle = mask_utils.encode(np.asfortranarray(mask, dtype=np.uint8))
+    return {"size": list(rle["size"]), "counts": rle["counts"].decode("ascii")}
