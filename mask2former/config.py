@@ -38,6 +38,7 @@ _MERGE_ERRORS = (ValueError, TypeError, KeyError, AssertionError, MemoryError, R
 _ADDED_KEYS = (
     "DETERMINISTIC",
     "DISTRIBUTED_TIMEOUT",
+    "INPUT.IGNORE_UNLABELLED",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.CRITERION_NAME",
@@ -66,6 +67,9 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.INPUT.SIZE_DIVISIBILITY = -1
     # Side in pixels of the square crop of large-scale jittering (coco_*_lsj mappers).
     cfg.INPUT.IMAGE_SIZE = 1024
+    # Leave pixels without a label out of matching and mask losses: ignore label, void, crowds and
+    # padding. False, as in the original release: they train as background.
+    cfg.INPUT.IGNORE_UNLABELLED = False
     # Smallest and largest factor of large-scale jittering, relative to INPUT.IMAGE_SIZE.
     cfg.INPUT.MIN_SCALE = 0.1
     cfg.INPUT.MAX_SCALE = 2.0

@@ -60,7 +60,11 @@ from .config_parts import (
     turned_on,
 )
 from .data.dataset_mappers import DETRPanopticDatasetMapper
-from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
+from .data.dataset_mappers.base import (
+    BaseDatasetMapper,
+    LargeScaleJitterDatasetMapper,
+    ResizeCropDatasetMapper,
+)
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 
 _SIZE = Whole(1, 2**16)  # pixels, channels, queries
@@ -327,6 +331,7 @@ GROUPS = (
         },
         mapped_by(ResizeCropDatasetMapper, DETRPanopticDatasetMapper),
     ),
+    Group(has_mask_former, {"INPUT.IGNORE_UNLABELLED": Flag()}, mapped_by(BaseDatasetMapper)),
     Group(
         has_mask_former,
         {

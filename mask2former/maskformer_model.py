@@ -169,8 +169,9 @@ class MaskFormer(nn.Module):
 
         Args:
             batched_inputs: for each image a dict with `image` (3, H, W) in the range of the pixel
-                mean; in training `instances` with `gt_classes` (T,) and `gt_masks` (T, H, W); in
-                inference optionally `height` and `width` of the output.
+                mean; in training `instances` with `gt_classes` (T,) and `gt_masks` (T, H, W), and
+                optionally `ignored` (H, W) bool, the pixels without a label; in inference
+                optionally `height` and `width` of the output.
 
         Returns:
             In training the weighted losses by name. Otherwise for each image a dict with, as
@@ -191,8 +192,12 @@ class MaskFormer(nn.Module):
                 )
             # Before the network, which a blocking copy would otherwise wait for.
             instances = [upload(x["instances"], self.device) for x in batched_inputs]
+            ignored = [upload(x["ignored"], self.device) for x in batched_inputs if "ignored" in x]
             outputs = self.forward_network(images.tensor)
             targets = self.prepare_targets(instances, images)
+            if ignored:
+                # Not in `prepare_targets`, which other projects override.
+                targets = _with_ignored(targets, ignored, images)
             weight_dict = self.criterion.weight_dict
             # Without deep supervision no loss of an earlier layer ("loss_ce_0", …) has a weight.
             if not any(name.rpartition("_")[2].isdigit() for name in weight_dict):
@@ -325,3 +330,18 @@ class MaskFormer(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """Copies and pickles are not compiled."""
         return {**self.__dict__, "_compiled_network": None}
+
+
+def _with_ignored(
+    targets: list[dict[str, Tensor]], ignored: list[Tensor], images: ImageList
+) -> list[dict[str, Tensor]]:
+    """Targets with `ignored` (H, W) of the padded batch; padding has no label either."""
+    if len(ignored) < len(targets):
+        raise ValueError(
+            f"{len(ignored)} of {len(targets)} samples have 'ignored'; all or none must"
+        )
+    height, width = images.tensor.shape[-2:]
+    padded = [
+        F.pad(x, (0, width - x.shape[1], 0, height - x.shape[0]), value=True) for x in ignored
+    ]
+    return [{**target, "ignored": x} for target, x in zip(targets, padded, strict=True)]

@@ -106,9 +106,9 @@ def same_points(monkeypatch) -> None:
     """The same points for every image, layer and mask, however they are drawn."""
     points, original = torch.rand(1000, 2), torch.rand
 
-    def rand(*size, device=None):
+    def rand(*size, **options):
         if size[-1] != 2:
-            return original(*size, device=device)
+            return original(*size, **options)
         return points[: size[-2]].expand(size).contiguous()
 
     monkeypatch.setattr(torch, "rand", rand)

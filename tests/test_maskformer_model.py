@@ -90,6 +90,60 @@ def test_losses_are_weighted(both_cfg, batch):
         torch.testing.assert_close(losses[1][name], 4 * losses[0][name])
 
 
+def ignore(item: dict, rows: slice, columns: slice) -> dict:
+    """The input with a region without labels."""
+    region = torch.zeros(item["image"].shape[1:], dtype=torch.bool)
+    region[rows, columns] = True
+    return item | {"ignored": region}
+
+
+def test_unlabelled_pixels_are_left_out(both_cfg, batch):
+    """Targets there, and in the padding of the batch, do not matter."""
+    left_out = [
+        ignore(batch[0], slice(16, 48), slice(0, 32)),
+        ignore(batch[1], slice(0, 8), slice(0, 70)),
+    ]
+    model = build(both_cfg)
+
+    def losses(inputs: list[dict]) -> dict[str, Tensor]:
+        torch.manual_seed(1)
+        return model(inputs)
+
+    before, plain = losses(left_out), losses(batch)
+    assert any(before[name] != plain[name] for name in before if "mask" in name)
+    left_out[0]["instances"].gt_masks[:, 16:48, :32] ^= True
+    left_out[1]["instances"].gt_masks[:, :8] ^= True
+    after = losses(left_out)
+    for name in before:
+        torch.testing.assert_close(after[name], before[name])
+
+
+def test_own_prepare_targets_with_unlabelled_pixels(both_cfg, batch):
+    """Other projects make targets without calling ours."""
+
+    class Own(MaskFormer):
+        def prepare_targets(self, targets, images):
+            return [{"labels": t.gt_classes, "masks": pad(t.gt_masks, images)} for t in targets]
+
+    def pad(masks, images):
+        height, width = images.tensor.shape[-2:]
+        return nn.functional.pad(masks, (0, width - masks.shape[2], 0, height - masks.shape[1]))
+
+    inputs = [ignore(x, slice(0, 16), slice(0, 16)) for x in batch]
+    losses = []
+    for cls in (MaskFormer, Own):
+        torch.manual_seed(0)
+        model = cls(**MaskFormer.from_config(both_cfg))
+        losses.append(model(inputs))
+    assert losses[0] == losses[1]
+
+
+def test_unlabelled_pixels_of_some_samples_only(both_cfg, batch):
+    inputs = [batch[0], ignore(batch[1], slice(0, 8), slice(0, 8))]
+    with pytest.raises(ValueError, match="1 of 2 samples have 'ignored'"):
+        build(both_cfg)(inputs)
+
+
 def test_training_reduces_the_loss(both_cfg, make_input):
     both_cfg.MODEL.BACKBONE.FREEZE_AT = 5  # to be quick
     model = build(both_cfg, DEC_LAYERS=2)

@@ -126,7 +126,7 @@ METHODS = {
     },
     "modeling.matcher.HungarianMatcher": {
         "forward": "outputs targets",
-        "mask_costs": "mask_logits target_masks",
+        "mask_costs": "mask_logits target_masks ignored",
     },
     "modeling.criterion.SetCriterion": {
         "forward": "outputs targets",

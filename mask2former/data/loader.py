@@ -130,6 +130,10 @@ def _named_record(record: dict) -> Iterator[None]:
         raise ValueError(f"{record.get('file_name', files[0])}: {error}") from error
 
 
+# What a model uploads of a sample.
+_UPLOADED = ("image", "instances", "ignored")
+
+
 class _Batch:
     """A batch on its way to the thread that pins memory, which calls `pin_memory`.
 
@@ -147,7 +151,7 @@ class _Batch:
     @staticmethod
     def _pin(sample: dict) -> dict:
         pinned = copy.copy(sample)
-        pinned.update((key, pin(sample[key])) for key in ("image", "instances") if key in sample)
+        pinned.update((key, pin(sample[key])) for key in _UPLOADED if key in sample)
         return pinned
 
 

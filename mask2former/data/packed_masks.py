@@ -69,6 +69,12 @@ class PackedMasks:
         planes = torch.nn.functional.pad(self.planes, padding)
         return PackedMasks(planes, self.num_masks, overlapping=self.overlapping)
 
+    def uncovered(self) -> Tensor:
+        """Pixels of no mask, (H, W) bool."""
+        # Planes of labels may be padded with 255, which is no label.
+        covered = self.planes != 0 if self.overlapping else self.planes - 1 < LABELS_PER_PLANE
+        return ~covered.any(0)
+
     def expand(self) -> Tensor:
         """The masks as (N, H, W) bool, on the device of the planes."""
         masks = self.planes.new_empty(self.shape, dtype=torch.bool)

@@ -218,6 +218,19 @@ def read_annotations(
     return torch.tensor(classes, dtype=torch.int64), shapes
 
 
+def read_crowds(
+    annotations: Sequence[dict[str, Any]], image_size: tuple[int, int], file_name: str
+) -> list[Shape]:
+    """The shapes of the crowds of one image; arguments and errors as in `read_annotations`."""
+    crowds = [{**crowd, "iscrowd": 0} for crowd in annotations if crowd.get("iscrowd", 0)]
+    return read_annotations(crowds, image_size, file_name)[1]
+
+
+def crowd_region(crowds: PackedMasks, objects: PackedMasks) -> Tensor:
+    """Pixels of crowds, (H, W) bool, without those of objects, whose label is known."""
+    return ~crowds.uncovered() & objects.uncovered()
+
+
 def _read_shape(
     segmentation: Any, image_size: tuple[int, int], where: str, file_name: str
 ) -> Shape | dict[str, Any]:

@@ -15,8 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.criterion import SetCriterion, begin_average_num_masks
-from ..modeling.layers.point_sampling import point_sample
+from ..modeling.criterion import SetCriterion, begin_average_num_masks, ignored_regions
+from ..modeling.layers.point_sampling import hide_ignored, labelled_at, point_sample
 from ..modeling.mask_losses import (
     batch_dice_loss,
     batch_sigmoid_ce_loss,
@@ -73,11 +73,12 @@ def _matching_costs(
             if len(labels) == 0:
                 continue
             gt_masks = BilinearSampler(target["masks"], costs.dtype).at(points[image]).T  # (T, P)
+            weights = labelled_at(target["ignored"], points[image]) if "ignored" in target else None
             for chunk, pred_masks in masks.at_points(image, points[image]):
                 costs[chunk, image, :, : len(labels)] = (
-                    matcher.cost_mask * batch_sigmoid_ce_loss(pred_masks, gt_masks)
+                    matcher.cost_mask * batch_sigmoid_ce_loss(pred_masks, gt_masks, weights)
                     - matcher.cost_class * class_probs[chunk, image].index_select(-1, labels)
-                    + matcher.cost_dice * batch_dice_loss(pred_masks, gt_masks)
+                    + matcher.cost_dice * batch_dice_loss(pred_masks, gt_masks, weights)
                 )
     return costs
 
@@ -206,6 +207,7 @@ def _mask_losses(
         criterion.oversample_ratio,
         criterion.importance_sample_ratio,
     )
+    regions = ignored_regions(targets) or [None] * len(targets)
     ce_losses, dice = [], []
     for image, (rows, target_masks) in enumerate(
         zip(pairs.by_image(pairs.row), _target_masks(targets), strict=True)
@@ -214,11 +216,17 @@ def _mask_losses(
         logits = to_default_dtype(masks.select(image, rows, pairs.num_rows[image]))[:, None]
         matched = pairs.by_image(pairs.target)[image]
         sampler = TargetMasks(target_masks)
+        ignored = regions[image]
         for part, indices in zip(logits.split(chunk), matched.split(chunk), strict=True):
             with torch.no_grad():
-                points = sample_uncertain_points(part, *sampling)  # (N, P, 2)
-                labels = sampler.at(indices, points)
-            part_ce, part_dice = checkpointed(criterion, _losses_at_points, part, points, labels)
+                seen = part if ignored is None else hide_ignored(part, ignored)
+                points = sample_uncertain_points(seen, *sampling)  # (N, P, 2)
+                at_points = [sampler.at(indices, points)]
+                if ignored is not None:
+                    at_points.append(labelled_at(ignored, points))
+            part_ce, part_dice = checkpointed(
+                criterion, _losses_at_points, part, points, *at_points
+            )
             ce_losses.append(part_ce)
             dice.append(part_dice)
     # index_add would not be deterministic on a GPU, and autocast would run a matrix product in half
@@ -232,10 +240,16 @@ def _mask_losses(
     )
 
 
-def _losses_at_points(logits: Tensor, points: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """BCE and dice of masks (N, 1, H, W) at points (N, P, 2) with labels (N, P), (N,) each."""
+def _losses_at_points(
+    logits: Tensor, points: Tensor, labels: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """BCE and dice of masks (N, 1, H, W) at points (N, P, 2), (N,) each.
+
+    Args:
+        labels, weights: (N, P), see `dice_losses`.
+    """
     at_points = point_sample(logits, points, align_corners=False)[:, 0]  # (N, P)
-    return sigmoid_ce_losses(at_points, labels), dice_losses(at_points, labels)
+    return sigmoid_ce_losses(at_points, labels, weights), dice_losses(at_points, labels, weights)
 
 
 def _target_masks(targets: Targets) -> Sequence[Tensor]:

@@ -24,7 +24,7 @@ from ..utils.determinism import is_deterministic
 from ..utils.host_copy import HostCopy
 from ..utils.misc import is_dist_avail_and_initialized, nested_tensor_from_tensor_list
 from ..utils.twins import has_fast_twin
-from .layers.point_sampling import point_sample
+from .layers.point_sampling import hide_ignored, labelled_at, point_sample
 from .mask_losses import (
     calculate_uncertainty,
     dice_loss,
@@ -77,6 +77,7 @@ class MatchedMasks:
         points: (N, P, 2) x and y in [0, 1].
         point_logits: (N, P) `mask_logits` at the points.
         point_labels: (N, P) `target_masks` at the points.
+        point_weights: (N, P), 0 at points in regions without a label and 1 elsewhere; None: all 1.
     """
 
     mask_logits: Tensor
@@ -86,6 +87,7 @@ class MatchedMasks:
     points: Tensor
     point_logits: Tensor
     point_labels: Tensor
+    point_weights: Tensor | None = None
 
 
 def begin_average_num_masks(targets: Targets, device: torch.device) -> Callable[[], float]:
@@ -101,6 +103,27 @@ def begin_average_num_masks(targets: Targets, device: torch.device) -> Callable[
     torch.distributed.all_reduce(total)
     copied = HostCopy(total)
     return lambda: max(copied.read().item() / get_world_size(), 1.0)
+
+
+def ignored_regions(targets: Targets) -> list[Tensor] | None:
+    """The pixels of each image that losses leave out.
+
+    Returns:
+        (H', W') bool for each image, padded with True to the largest, as `gather_masks` pads masks;
+        None if targets have no `ignored`.
+
+    Raises:
+        ValueError: only some targets have it.
+    """
+    regions = [target["ignored"] for target in targets if "ignored" in target]
+    if not regions:
+        return None
+    if len(regions) < len(targets):
+        raise ValueError(
+            f"{len(regions)} of {len(targets)} targets have 'ignored'; all or none must"
+        )
+    height, width = (max(sizes) for sizes in zip(*(r.shape for r in regions), strict=True))
+    return [F.pad(r, (0, width - r.shape[1], 0, height - r.shape[0]), value=True) for r in regions]
 
 
 @CRITERION_REGISTRY.register()
@@ -151,7 +174,9 @@ class SetCriterion(nn.Module):
         Args:
             outputs: `pred_logits` (B, Q, K+1), `pred_masks` (B, Q, H, W) logits and, with deep
                 supervision, `aux_outputs`: a list of the same two for each earlier prediction.
-            targets: for each image `labels` (T,) int64 and `masks` (T, H', W').
+            targets: for each image `labels` (T,) int64 and `masks` (T, H', W'); optionally, for
+                all of them, `ignored` (H', W') bool: pixels without a label, which mask losses and
+                matching leave out.
 
         Returns:
             Scalars `loss_ce`, `loss_mask`, `loss_dice` of the last prediction, and with a suffix
@@ -217,9 +242,12 @@ class SetCriterion(nn.Module):
             `loss_mask` and `loss_dice`, scalars.
         """
         matched = self.matched_masks(outputs, targets, indices)
+        arguments = [matched.point_logits, matched.point_labels, num_masks]
+        if matched.point_weights is not None:
+            arguments.append(matched.point_weights)
         return {
-            "loss_mask": sigmoid_ce_loss_jit(matched.point_logits, matched.point_labels, num_masks),
-            "loss_dice": dice_loss_jit(matched.point_logits, matched.point_labels, num_masks),
+            "loss_mask": sigmoid_ce_loss_jit(*arguments),
+            "loss_dice": dice_loss_jit(*arguments),
         }
 
     def matched_masks(
@@ -229,15 +257,25 @@ class SetCriterion(nn.Module):
         src_idx = self._get_src_permutation_idx(indices)
         logits, target_masks = self.gather_masks(outputs, targets, indices)
         target_masks = target_masks.to(logits)
+        ignored = ignored_regions(targets)
+        counts = [len(queries) for queries, _ in indices]
         with torch.no_grad():
+            seen = logits[:, None]
+            if ignored is not None:
+                pieces = zip(seen.split(counts), ignored, strict=True)
+                seen = torch.cat([hide_ignored(piece, region) for piece, region in pieces])
             points = get_uncertain_point_coords_with_randomness(
-                logits[:, None],
+                seen,
                 calculate_uncertainty,
                 self.num_points,
                 self.oversample_ratio,
                 self.importance_sample_ratio,
             )
             point_labels = point_sample(target_masks[:, None], points, align_corners=False)[:, 0]
+            point_weights = None
+            if ignored is not None:
+                pieces = zip(ignored, points.split(counts), strict=True)
+                point_weights = torch.cat([labelled_at(region, piece) for region, piece in pieces])
         return MatchedMasks(
             mask_logits=logits,
             target_masks=target_masks,
@@ -246,6 +284,7 @@ class SetCriterion(nn.Module):
             points=points,
             point_logits=point_sample(logits[:, None], points, align_corners=False)[:, 0],
             point_labels=point_labels,
+            point_weights=point_weights,
         )
 
     def gather_masks(

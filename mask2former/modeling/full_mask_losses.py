@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .criterion import CRITERION_REGISTRY, SetCriterion
+from .criterion import CRITERION_REGISTRY, SetCriterion, ignored_regions
 from .mask_losses import (
     batch_dice_loss,
     batch_sigmoid_ce_loss,
@@ -50,14 +50,17 @@ class FullMaskMatcher(HungarianMatcher):
     """
 
     _shown = ("cost_class", "cost_mask", "cost_dice")
-    _pairwise_mask_loss: Callable[[Tensor, Tensor], Tensor] = staticmethod(batch_sigmoid_ce_loss)
+    _pairwise_mask_loss: Callable[..., Tensor] = staticmethod(batch_sigmoid_ce_loss)
 
-    def mask_costs(self, mask_logits: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_costs(
+        self, mask_logits: Tensor, target_masks: Tensor, ignored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compare all predictions of an image with all its targets, at every pixel.
 
         Args:
             mask_logits: (Q, H, W).
             target_masks: (T, H', W').
+            ignored: (H', W') bool; pixels there do not count.
 
         Returns:
             Mask loss and dice loss of all pairs, (Q, T) each.
@@ -67,9 +70,13 @@ class FullMaskMatcher(HungarianMatcher):
         gt_masks = F.interpolate(target_masks[:, None], mask_logits.shape[-2:], mode="nearest")
         pred_masks = to_default_dtype(mask_logits).flatten(1)  # (Q, H·W)
         gt_masks = gt_masks.flatten(1).to(pred_masks)  # (T, H·W)
+        weights = None
+        if ignored is not None:
+            labelled = (~ignored[None, None]).to(pred_masks)
+            weights = F.interpolate(labelled, mask_logits.shape[-2:], mode="nearest").flatten()
         return (
-            self._pairwise_mask_loss(pred_masks, gt_masks),
-            batch_dice_loss(pred_masks, gt_masks),
+            self._pairwise_mask_loss(pred_masks, gt_masks, weights),
+            batch_dice_loss(pred_masks, gt_masks, weights),
         )
 
 
@@ -94,7 +101,7 @@ class FullMaskCriterion(SetCriterion):
     losses of `LOSS_REGISTRY`.
     """
 
-    _mask_losses: Callable[[Tensor, Tensor], Tensor] = staticmethod(sigmoid_ce_losses)
+    _mask_losses: Callable[..., Tensor] = staticmethod(sigmoid_ce_losses)
 
     def loss_masks(
         self, outputs: dict[str, Any], targets: Targets, indices: Indices, num_masks: float
@@ -107,13 +114,20 @@ class FullMaskCriterion(SetCriterion):
         logits, target_masks = self.gather_masks(outputs, targets, indices)
         size = target_masks.shape[-2:]
         chunk = max(1, _MAX_PIXELS // max(1, size.numel()))
+        ignored, weights = ignored_regions(targets), None
+        if ignored is not None:
+            pairs = zip(ignored, indices, strict=True)
+            weights = torch.cat([~x.flatten().expand(len(i), -1) for x, (i, _) in pairs])
         mask_losses, dice = [], []
-        for part, target in zip(logits.split(chunk), target_masks.split(chunk), strict=True):
+        for i, target in enumerate(target_masks.split(chunk)):
+            rows = slice(i * chunk, i * chunk + len(target))
+            part = logits[rows]
             part = F.interpolate(part[:, None], size, mode="bilinear", align_corners=False)
             part = part.flatten(1)  # (n, H'·W')
             target = target.flatten(1).to(part)
-            mask_losses.append(self._mask_losses(part, target))
-            dice.append(dice_losses(part, target))
+            labelled = None if weights is None else weights[rows].to(part)
+            mask_losses.append(self._mask_losses(part, target, labelled))
+            dice.append(dice_losses(part, target, labelled))
         return {
             "loss_mask": torch.cat(mask_losses).sum() / num_masks,
             "loss_dice": torch.cat(dice).sum() / num_masks,

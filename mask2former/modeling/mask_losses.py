@@ -3,6 +3,8 @@
 The matched forms are training losses (paper, section 4.1; focal: MaskFormer, section 4.2); the
 pairwise forms are matching costs.
 
+Weights of points, 1 or 0, leave points out: pixels without a label. Without points a loss is 0.
+
 Shape letters: N matched masks, Q predicted masks, T target masks, P points; … is any batch.
 """
 
@@ -23,73 +25,97 @@ def to_default_dtype(x: Tensor) -> Tensor:
     return x.to(torch.get_default_dtype())
 
 
-def dice_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+def dice_losses(inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Dice loss of each matched mask, smoothed by 1 in numerator and denominator.
 
     Args:
         inputs: (N, P) logits.
         targets: (N, P) in [0, 1].
+        weights: (N, P) of 0 and 1; None: all 1.
 
     Returns:
         (N,).
     """
     inputs = inputs.sigmoid().flatten(1)
+    if weights is not None:
+        inputs, targets = inputs * weights, targets * weights
     numerator = 2 * (inputs * targets).sum(-1)
     denominator = inputs.sum(-1) + targets.sum(-1)
     return 1 - (numerator + 1) / (denominator + 1)
 
 
-def sigmoid_ce_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+def sigmoid_ce_losses(inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of each matched mask, averaged over points; as `dice_losses`."""
-    return F.binary_cross_entropy_with_logits(inputs, targets, reduction="none").mean(1)
+    losses = F.binary_cross_entropy_with_logits(inputs, targets, reduction="none")
+    return _mean_over_points(losses, weights)
 
 
-def sigmoid_focal_losses(inputs: Tensor, targets: Tensor) -> Tensor:
+def sigmoid_focal_losses(inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Focal loss of each matched mask, averaged over points; as `dice_losses`.
 
     A point of foreground has the loss -alpha (1 - p)^gamma ln p, one of background
     -(1 - alpha) p^gamma ln(1 - p).
     """
-    return sigmoid_focal_loss(inputs, targets, FOCAL_ALPHA, FOCAL_GAMMA).mean(1)
+    return _mean_over_points(sigmoid_focal_loss(inputs, targets, FOCAL_ALPHA, FOCAL_GAMMA), weights)
 
 
-def dice_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
+def _mean_over_points(losses: Tensor, weights: Tensor | None) -> Tensor:
+    """(N, P) → (N,); weights as in `dice_losses`."""
+    if weights is None:
+        return losses.mean(1)
+    return (losses * weights).sum(1) / weights.sum(1).clamp(min=1)
+
+
+def dice_loss(
+    inputs: Tensor, targets: Tensor, num_masks: float, weights: Tensor | None = None
+) -> Tensor:
     """Sum of `dice_losses` divided by `num_masks`, a scalar."""
-    return dice_losses(inputs, targets).sum() / num_masks
+    return dice_losses(inputs, targets, weights).sum() / num_masks
 
 
-def sigmoid_ce_loss(inputs: Tensor, targets: Tensor, num_masks: float) -> Tensor:
+def sigmoid_ce_loss(
+    inputs: Tensor, targets: Tensor, num_masks: float, weights: Tensor | None = None
+) -> Tensor:
     """Sum of `sigmoid_ce_losses` divided by `num_masks`, a scalar."""
-    return sigmoid_ce_losses(inputs, targets).sum() / num_masks
+    return sigmoid_ce_losses(inputs, targets, weights).sum() / num_masks
 
 
-def batch_dice_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+def batch_dice_loss(inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Dice loss of each pair of prediction and target.
 
     Args:
         inputs: (..., Q, P) logits.
         targets: (..., T, P) in [0, 1].
+        weights: (P,) of 0 and 1; None: all 1.
 
     Returns:
         (..., Q, T).
     """
     inputs = inputs.sigmoid()
+    if weights is not None:
+        inputs, targets = inputs * weights, targets * weights
     numerator = 2 * (inputs @ targets.mT)
     denominator = inputs.sum(-1)[..., :, None] + targets.sum(-1)[..., None, :]
     return 1 - (numerator + 1) / (denominator + 1)
 
 
-def batch_sigmoid_ce_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+def batch_sigmoid_ce_loss(inputs: Tensor, targets: Tensor, weights: Tensor | None = None) -> Tensor:
     """Binary cross-entropy of each pair of prediction and target, averaged over points.
 
     At one point it is softplus(x) - x·t, so one matrix product covers all pairs. Arguments and
     result as in `batch_dice_loss`.
     """
-    num_points = inputs.shape[-1]
-    return (F.softplus(inputs).sum(-1)[..., :, None] - inputs @ targets.mT) / num_points
+    background = F.softplus(inputs)
+    num_points: int | Tensor = inputs.shape[-1]
+    if weights is not None:
+        background, targets = background * weights, targets * weights
+        num_points = weights.sum().clamp(min=1)
+    return (background.sum(-1)[..., :, None] - inputs @ targets.mT) / num_points
 
 
-def batch_sigmoid_focal_loss(inputs: Tensor, targets: Tensor) -> Tensor:
+def batch_sigmoid_focal_loss(
+    inputs: Tensor, targets: Tensor, weights: Tensor | None = None
+) -> Tensor:
     """Focal loss of each pair of prediction and target, averaged over points.
 
     One matrix product covers all pairs, as in `batch_sigmoid_ce_loss`. Arguments and result as in
@@ -98,8 +124,12 @@ def batch_sigmoid_focal_loss(inputs: Tensor, targets: Tensor) -> Tensor:
     probabilities = inputs.sigmoid()
     foreground = FOCAL_ALPHA * (1 - probabilities) ** FOCAL_GAMMA * F.softplus(-inputs)
     background = (1 - FOCAL_ALPHA) * probabilities**FOCAL_GAMMA * F.softplus(inputs)
+    num_points: int | Tensor = inputs.shape[-1]
+    if weights is not None:
+        foreground, background = foreground * weights, background * weights
+        num_points = weights.sum().clamp(min=1)
     pairs = (foreground - background) @ targets.mT
-    return (pairs + background.sum(-1)[..., :, None]) / inputs.shape[-1]
+    return (pairs + background.sum(-1)[..., :, None]) / num_points
 
 
 # The original compiles these with TorchScript; other projects import the names.

@@ -12,6 +12,7 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from ..utils.twins import has_fast_twin
+from .layers.point_sampling import labelled_at
 from .mask_losses import (
     batch_dice_loss,
     batch_dice_loss_jit,
@@ -76,7 +77,8 @@ class HungarianMatcher(nn.Module):
 
         Args:
             outputs: `pred_logits` (B, Q, K+1) and `pred_masks` (B, Q, H, W) logits.
-            targets: for each image `labels` (T,) int64 and `masks` (T, H', W') bool or float.
+            targets: for each image `labels` (T,) int64 and `masks` (T, H', W') bool or float;
+                optionally `ignored` (H', W') bool, pixels at which masks are not compared.
 
         Returns:
             For each image two int64 CPU tensors of length min(Q, T): queries in ascending order,
@@ -93,10 +95,11 @@ class HungarianMatcher(nn.Module):
             class_probs = to_default_dtype(outputs["pred_logits"][image]).softmax(-1)  # (Q, K+1)
             cost_class = -class_probs[:, target["labels"]]
 
+            masks = [outputs["pred_masks"][image], target["masks"]]
+            if "ignored" in target:
+                masks.append(target["ignored"])
             with torch.autocast(class_probs.device.type, enabled=False):
-                cost_mask, cost_dice = self.mask_costs(
-                    outputs["pred_masks"][image], target["masks"]
-                )
+                cost_mask, cost_dice = self.mask_costs(*masks)
             cost = (
                 self.cost_mask * cost_mask
                 + self.cost_class * cost_class
@@ -105,12 +108,15 @@ class HungarianMatcher(nn.Module):
             indices.append(assign(cost.cpu(), image))
         return indices
 
-    def mask_costs(self, mask_logits: Tensor, target_masks: Tensor) -> tuple[Tensor, Tensor]:
+    def mask_costs(
+        self, mask_logits: Tensor, target_masks: Tensor, ignored: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Compare all predictions of an image with all its targets, at P points.
 
         Args:
             mask_logits: (Q, H, W).
             target_masks: (T, H', W').
+            ignored: (H', W') bool; points there do not count.
 
         Returns:
             Binary cross-entropy and dice loss of all pairs, (Q, T) each.
@@ -120,9 +126,15 @@ class HungarianMatcher(nn.Module):
         points = torch.rand(1, self.num_points, 2, device=mask_logits.device)
         pred_masks = _sample(mask_logits, points)  # (Q, P)
         gt_masks = _sample(target_masks.to(pred_masks), points)  # (T, P)
+        if ignored is None:
+            return (
+                batch_sigmoid_ce_loss_jit(pred_masks, gt_masks),
+                batch_dice_loss_jit(pred_masks, gt_masks),
+            )
+        weights = labelled_at(ignored, points[0])  # (P,)
         return (
-            batch_sigmoid_ce_loss_jit(pred_masks, gt_masks),
-            batch_dice_loss_jit(pred_masks, gt_masks),
+            batch_sigmoid_ce_loss_jit(pred_masks, gt_masks, weights),
+            batch_dice_loss_jit(pred_masks, gt_masks, weights),
         )
 
     def __repr__(self, _repr_indent: int = 4) -> str:

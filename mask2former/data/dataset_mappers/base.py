@@ -43,12 +43,15 @@ class BaseDatasetMapper:
         tfm_gens: Detectron2 augmentations and transforms.
         img_format: "RGB" or "BGR".
         num_classes: if not None, labels and category ids must be below it.
+        ignore_unlabelled: whether samples get `ignored` (H, W) bool, the pixels without a label,
+            which losses leave out: ignore label, void, crowds, padding.
         unread_keys: config keys that this mapper does not read, such as "INPUT.CROP.ENABLED", and
             the only value accepted for each. A subclass that reads more keys overrides it.
     """
 
-    # A class attribute, because subclasses with their own __init__ set only the other three.
+    # Class attributes, because subclasses with their own __init__ set only the other three.
     num_classes: int | None = None
+    ignore_unlabelled: bool = False
     unread_keys: ClassVar[dict[str, Any]] = {}
 
     def __init__(
@@ -57,8 +60,10 @@ class BaseDatasetMapper:
         augmentations: list,
         image_format: str,
         num_classes: int | None,
+        ignore_unlabelled: bool = False,
     ) -> None:
         self.is_train = is_train
+        self.ignore_unlabelled = ignore_unlabelled
         self.tfm_gens = augmentations
         self.img_format = image_format
         self.num_classes = num_classes
@@ -83,13 +88,15 @@ class ResizeCropDatasetMapper(BaseDatasetMapper):
         image_format: str,
         size_divisibility: int,
         num_classes: int | None,
+        ignore_unlabelled: bool = False,
     ) -> None:
         """
         Args:
-            is_train, augmentations, image_format, num_classes: see `BaseDatasetMapper`.
+            is_train, augmentations, image_format, num_classes, ignore_unlabelled: see
+                `BaseDatasetMapper`.
             size_divisibility: height and width in pixels to pad to; 0 or less: no padding.
         """
-        super().__init__(is_train, augmentations, image_format, num_classes)
+        super().__init__(is_train, augmentations, image_format, num_classes, ignore_unlabelled)
         self.size_divisibility = size_divisibility
 
     @classmethod
@@ -104,7 +111,7 @@ class ResizeCropDatasetMapper(BaseDatasetMapper):
                 ),
                 "image_format": cfg.INPUT.FORMAT,
                 "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
-                "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+                **label_arguments(cfg),
             },
         )
 
@@ -126,6 +133,7 @@ class LargeScaleJitterDatasetMapper(BaseDatasetMapper):
         tfm_gens: list,
         image_format: str,
         num_classes: int | None = None,
+        ignore_unlabelled: bool = False,
     ) -> None:
         """
         Args:
@@ -133,8 +141,9 @@ class LargeScaleJitterDatasetMapper(BaseDatasetMapper):
             tfm_gens: Detectron2 augmentations and transforms, applied in this order.
             image_format: "RGB" or "BGR".
             num_classes: if not None, category ids must be below it.
+            ignore_unlabelled: see `BaseDatasetMapper`.
         """
-        super().__init__(is_train, tfm_gens, image_format, num_classes)
+        super().__init__(is_train, tfm_gens, image_format, num_classes, ignore_unlabelled)
 
 
 def lsj_arguments(cls: type, cfg: CfgNode, is_train: bool, tfm_gens: list) -> dict[str, Any]:
@@ -145,14 +154,33 @@ def lsj_arguments(cls: type, cfg: CfgNode, is_train: bool, tfm_gens: list) -> di
             "is_train": is_train,
             "tfm_gens": tfm_gens,
             "image_format": cfg.INPUT.FORMAT,
-            "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+            **label_arguments(cfg),
         },
     )
 
 
+def label_arguments(cfg: CfgNode) -> dict[str, Any]:
+    """Constructor arguments that the original's mappers do not have."""
+    return {
+        "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+        # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+        "ignore_unlabelled": cfg.INPUT.get("IGNORE_UNLABELLED", False),
+    }
+
+
 def accepted_arguments(cls: type, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Drop `num_classes` for subclasses with the original constructor, which does not take it."""
-    if "num_classes" not in inspect.signature(cls).parameters:
+    """Drop those of `label_arguments` that a subclass with the original constructor lacks.
+
+    Raises:
+        ValueError: INPUT.IGNORE_UNLABELLED is on, and the constructor does not take it.
+    """
+    accepted = inspect.signature(cls).parameters
+    if "ignore_unlabelled" not in accepted and arguments.pop("ignore_unlabelled"):
+        raise ValueError(
+            f"INPUT.IGNORE_UNLABELLED is True, but the constructor of {cls.__name__} takes no "
+            "'ignore_unlabelled': add it and pass it on, or set the key to False."
+        )
+    if "num_classes" not in accepted:
         del arguments["num_classes"]
     return arguments
 
@@ -305,7 +333,7 @@ def panoptic_sample(mapper: BaseDatasetMapper, augmentations: list, record: dict
         The record with `image` (3, H, W) uint8. For training on a record with `pan_seg_file_name`
         also `instances`, with `gt_classes` (N,) int64, `gt_masks` (N, H, W) bool and `gt_boxes`, in
         the order of `segments_info` without crowds. Segments outside the crop are kept with an
-        empty mask.
+        empty mask. With `mapper.ignore_unlabelled` also `ignored`, the pixels of no target.
 
     Raises:
         FileNotFoundError: a file does not exist.
@@ -325,6 +353,8 @@ def panoptic_sample(mapper: BaseDatasetMapper, augmentations: list, record: dict
     masks = pack_layers(layers, len(classes), tuple(sample["image"].shape[-2:]))
     boxes = layers_to_boxes(layers, len(classes))
     sample["instances"] = build_instances(classes, masks, boxes)
+    if mapper.ignore_unlabelled:
+        sample["ignored"] = masks.uncovered()
     return sample
 
 

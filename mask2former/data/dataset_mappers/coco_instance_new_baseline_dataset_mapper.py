@@ -14,8 +14,10 @@ from ..targets import (
     annotation_boxes,
     build_instances,
     convert_coco_poly_to_mask,
+    crowd_region,
     pack_shapes,
     read_annotations,
+    read_crowds,
     transform_annotations,
 )
 from .base import LargeScaleJitterDatasetMapper, augment_image, load_record, lsj_arguments
@@ -49,7 +51,8 @@ class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
             The record without `annotations`, with `image` (3, H, W) uint8 and `padding_mask`
             (H, W) bool, True outside the image. For training on a record with `annotations` also
             `instances`, with `gt_classes` (N,) int64, `gt_masks` (N, H, W) bool and `gt_boxes`, in
-            the order of the annotations; crowds and objects outside the crop are dropped.
+            the order of the annotations; crowds and objects outside the crop are dropped. With
+            `ignore_unlabelled` also `ignored` (H, W) bool: crowds and padding.
 
         Raises:
             FileNotFoundError: the image does not exist.
@@ -63,18 +66,23 @@ class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
             classes, shapes = read_annotations(
                 dataset_dict["annotations"], image_size, sample["file_name"], self.num_classes
             )
+            crowds = read_crowds(dataset_dict["annotations"], image_size, sample["file_name"])
 
         sample["image"], _, transforms = augment_image(self.tfm_gens, image)
         sample["padding_mask"] = torch.from_numpy(padding_mask(transforms, image_size))
         if not has_targets:
             return sample
 
+        output_size = tuple(sample["image"].shape[-2:])
         shapes = transform_annotations(shapes, transforms)
         boxes = annotation_boxes(shapes)
         visible = boxes.nonempty(threshold=1e-5)
         masks = pack_shapes(
             [shapes[i] for i in visible.nonzero().flatten().tolist()],
-            tuple(sample["image"].shape[-2:]),
+            output_size,
         )
         sample["instances"] = build_instances(classes[visible], masks, boxes[visible])
+        if self.ignore_unlabelled:
+            crowds = pack_shapes(transform_annotations(crowds, transforms), output_size)
+            sample["ignored"] = crowd_region(crowds, masks) | sample["padding_mask"]
         return sample

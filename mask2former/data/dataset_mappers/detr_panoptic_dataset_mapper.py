@@ -9,7 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode, configurable
 
 from ..augmentations import build_detr_crop_gen, build_detr_gen
-from .base import BaseDatasetMapper, accepted_arguments, panoptic_sample
+from .base import BaseDatasetMapper, accepted_arguments, label_arguments, panoptic_sample
 from .build import register_mapper
 
 __all__ = ["DETRPanopticDatasetMapper"]
@@ -43,6 +43,7 @@ class DETRPanopticDatasetMapper(BaseDatasetMapper):
         tfm_gens: list,
         image_format: str,
         num_classes: int | None = None,
+        ignore_unlabelled: bool = False,
     ) -> None:
         """
         Args:
@@ -51,8 +52,9 @@ class DETRPanopticDatasetMapper(BaseDatasetMapper):
             tfm_gens: Detectron2 augmentations and transforms, applied in this order.
             image_format: "RGB" or "BGR".
             num_classes: if not None, category ids must be below it.
+            ignore_unlabelled: see `BaseDatasetMapper`.
         """
-        super().__init__(is_train, tfm_gens, image_format, num_classes)
+        super().__init__(is_train, tfm_gens, image_format, num_classes, ignore_unlabelled)
         self.crop_gen = crop_gen
 
     @classmethod
@@ -66,7 +68,7 @@ class DETRPanopticDatasetMapper(BaseDatasetMapper):
                 "crop_gen": build_detr_crop_gen(cfg) if crops else None,
                 "tfm_gens": build_detr_gen(cfg, is_train),
                 "image_format": cfg.INPUT.FORMAT,
-                "num_classes": cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES,
+                **label_arguments(cfg),
             },
         )
 

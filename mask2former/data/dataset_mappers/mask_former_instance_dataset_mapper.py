@@ -3,9 +3,17 @@
 Shape letters: H W pixels of the augmented and padded image, N objects.
 """
 
+import torch.nn.functional as F
 from detectron2.config import configurable
 
-from ..targets import build_instances, pack_shapes, read_annotations, transform_annotations
+from ..targets import (
+    build_instances,
+    crowd_region,
+    pack_shapes,
+    read_annotations,
+    read_crowds,
+    transform_annotations,
+)
 from .base import (
     ResizeCropDatasetMapper,
     augment_image,
@@ -35,6 +43,7 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
         image_format: str,
         size_divisibility: int,
         num_classes: int | None = None,
+        ignore_unlabelled: bool = False,
     ) -> None:
         """
         Args:
@@ -43,8 +52,16 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
             image_format: "RGB" or "BGR".
             size_divisibility: height and width in pixels to pad to; 0 or less: no padding.
             num_classes: if not None, category ids must be below it.
+            ignore_unlabelled: see `BaseDatasetMapper`.
         """
-        super().__init__(is_train, augmentations, image_format, size_divisibility, num_classes)
+        super().__init__(
+            is_train,
+            augmentations,
+            image_format,
+            size_divisibility,
+            num_classes,
+            ignore_unlabelled,
+        )
 
     def __call__(self, dataset_dict: dict) -> dict:
         """Make a training sample.
@@ -55,7 +72,8 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
         Returns:
             The record without `annotations`, with `image` (3, H, W) uint8 and `instances`, which
             has `gt_classes` (N,) int64 and `gt_masks` (N, H, W) bool, in the order of the
-            annotations without crowds. Objects outside the crop are kept with an empty mask.
+            annotations without crowds. Objects outside the crop are kept with an empty mask. With
+            `ignore_unlabelled` also `ignored` (H, W) bool: crowds and padding.
 
         Raises:
             FileNotFoundError: the image does not exist.
@@ -75,4 +93,10 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
         )
         sample["image"] = pad_image(image, pad)
         sample["instances"] = build_instances(classes, masks.pad(pad))
+        if self.ignore_unlabelled:
+            crowds = read_crowds(dataset_dict["annotations"], pixels.shape[:2], sample["file_name"])
+            crowd_masks = pack_shapes(
+                transform_annotations(crowds, transforms), (image.shape[1], image.shape[2])
+            )
+            sample["ignored"] = F.pad(crowd_region(crowd_masks, masks), pad, value=True)
         return sample

@@ -39,7 +39,8 @@ class MaskFormerPanopticDatasetMapper(MaskFormerSemanticDatasetMapper):
             The record with `image` (3, H, W) uint8, `sem_seg` (H, W) int64 if the record has a
             label map, and `instances`, which has `gt_classes` (N,) int64, `gt_masks` (N, H, W)
             bool and `gt_boxes`, in the order of `segments_info` without crowds. Segments outside
-            the crop are kept with an empty mask.
+            the crop are kept with an empty mask. With `ignore_unlabelled` also `ignored` (H, W)
+            bool, the pixels of no target.
 
         Raises:
             FileNotFoundError: a file does not exist.
@@ -68,7 +69,10 @@ class MaskFormerPanopticDatasetMapper(MaskFormerSemanticDatasetMapper):
         if sem_seg is not None:
             sample["sem_seg"] = pad_sem_seg(sem_seg, pad, self.ignore_label)
         boxes = layers_to_boxes(layers, len(classes))
-        sample["instances"] = build_instances(classes, masks.pad(pad), boxes)
+        masks = masks.pad(pad)
+        sample["instances"] = build_instances(classes, masks, boxes)
+        if self.ignore_unlabelled:
+            sample["ignored"] = masks.uncovered()
         return sample
 
 

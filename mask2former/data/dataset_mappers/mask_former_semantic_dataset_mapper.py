@@ -40,6 +40,7 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
         ignore_label: int,
         size_divisibility: int,
         num_classes: int | None = None,
+        ignore_unlabelled: bool = False,
     ) -> None:
         """
         Args:
@@ -49,8 +50,16 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
             ignore_label: label of pixels without a class.
             size_divisibility: height and width in pixels to pad to; 0 or less: no padding.
             num_classes: if not None, labels and category ids must be below it.
+            ignore_unlabelled: see `BaseDatasetMapper`.
         """
-        super().__init__(is_train, augmentations, image_format, size_divisibility, num_classes)
+        super().__init__(
+            is_train,
+            augmentations,
+            image_format,
+            size_divisibility,
+            num_classes,
+            ignore_unlabelled,
+        )
         self.ignore_label = ignore_label
 
     @classmethod
@@ -75,7 +84,8 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
 
         Returns:
             The record with `image` (3, H, W) uint8, `sem_seg` (H, W) int64 and `instances`, which
-            has `gt_classes` (N,) int64, ascending, and `gt_masks` (N, H, W) bool.
+            has `gt_classes` (N,) int64, ascending, and `gt_masks` (N, H, W) bool. With
+            `ignore_unlabelled` also `ignored` (H, W) bool, where `sem_seg` is the ignore label.
 
         Raises:
             FileNotFoundError: a file does not exist.
@@ -93,4 +103,6 @@ class MaskFormerSemanticDatasetMapper(ResizeCropDatasetMapper):
         sample["sem_seg"] = pad_sem_seg(sem_seg, pad, self.ignore_label)
         classes, masks = semantic_targets(sample["sem_seg"].numpy(), self.ignore_label)
         sample["instances"] = build_instances(classes, masks)
+        if self.ignore_unlabelled:
+            sample["ignored"] = sample["sem_seg"] == self.ignore_label
         return sample

@@ -6,11 +6,15 @@ Shape letters: N maps, C channels, H W pixels, P points.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.projects.point_rend import point_features
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...utils.determinism import is_deterministic
+
+# A logit beyond all that models predict, also when interpolated with others.
+_CERTAIN = 1e6
 
 
 def point_sample(maps: Tensor, points: Tensor, **kwargs: Any) -> Tensor:
@@ -30,6 +34,33 @@ def point_sample(maps: Tensor, points: Tensor, **kwargs: Any) -> Tensor:
     if is_plain and is_deterministic(maps) and not points.requires_grad:
         return DeterministicPointSample.apply(maps, points)
     return point_features.point_sample(maps, points, **kwargs)
+
+
+def labelled_at(ignored: Tensor, points: Tensor) -> Tensor:
+    """The points at which no pixel is ignored, as weights.
+
+    Args:
+        ignored: (H, W) bool.
+        points: (..., 2) x and y in [0, 1].
+
+    Returns:
+        (...) in the dtype of the points: 0 where any of the pixels that a bilinear sample takes is
+        ignored, else 1.
+    """
+    maps, flat = ignored[None, None].to(points.dtype), points.reshape(1, -1, 2)
+    sampled = point_features.point_sample(maps, flat, align_corners=False)
+    return (sampled == 0).to(points.dtype).view(points.shape[:-1])
+
+
+def hide_ignored(logits: Tensor, ignored: Tensor) -> Tensor:
+    """Mask logits that are far from 0 where pixels are ignored: uncertain points are elsewhere.
+
+    Args:
+        logits: (N, 1, H, W).
+        ignored: (H', W') bool, of any resolution.
+    """
+    hidden = F.adaptive_max_pool2d(ignored[None].to(logits.dtype), logits.shape[-2:]) > 0
+    return logits.masked_fill(hidden, _CERTAIN)
 
 
 class DeterministicPointSample(torch.autograd.Function):
