@@ -121,6 +121,13 @@ def _op(self_test: bool) -> tuple[list[str], list[str]]:
 
 def install() -> int:
     """Install what is missing; packages that are installed keep their versions."""
+    if importlib.util.find_spec("pip") is None:
+        print(
+            f"error: {sys.prefix} has no pip, which installs Detectron2: run `python -m ensurepip`, "
+            "or create the environment with `uv venv --seed`.",
+            file=sys.stderr,
+        )
+        return 1
     script = project_root() / "tools" / "setup_env.py"
     return subprocess.run([sys.executable, str(script), "--keep-installed", "runtime"]).returncode
 
