@@ -123,8 +123,8 @@ def install() -> int:
     """Install what is missing; packages that are installed keep their versions."""
     if importlib.util.find_spec("pip") is None:
         print(
-            f"error: {sys.prefix} has no pip, which installs Detectron2: run `python -m ensurepip`, "
-            "or create the environment with `uv venv --seed`.",
+            f"error: {sys.prefix} has no pip, which installs Detectron2: run `python -m "
+            "ensurepip`, or create the environment with `uv venv --seed`.",
             file=sys.stderr,
         )
         return 1
