@@ -35,6 +35,10 @@ from setuptools.errors import CompileError, SetupError
 CSRC = Path("mask2former", "csrc")
 LIBRARY = Path("mask2former", "_C.abi3.so")
 OBJECTS = Path("build", "csrc")
+# Copied into a wheel, so that its users need no checkout.
+BUNDLE = ("mask2former", "_project")
+BUNDLED_FOLDERS = ("configs", "tools")
+BUNDLED_FILES = ("datasets/*.py", "requirements*.txt", "pyproject.toml", "README.md")
 MIN_TORCH = (2, 11)
 MIN_PYTHON = "cp310"
 
@@ -328,7 +332,25 @@ class BuildLibrary(build_ext):
         shutil.copy(library, target)
 
 
-class BuildWithoutLibrary(build_py):
+class BuildWithProject(build_py):
+    """Add the project's other files to a wheel: utils/project_files.py looks for them."""
+
+    def run(self) -> None:
+        super().run()
+        if self.editable_mode:
+            return  # they lie beside the package
+        bundle = Path(self.build_lib, *BUNDLE)
+        shutil.rmtree(bundle, ignore_errors=True)
+        ignore = shutil.ignore_patterns("__pycache__", "*.pyc")
+        for name in BUNDLED_FOLDERS:
+            shutil.copytree(name, bundle / name, ignore=ignore)
+        for pattern in BUNDLED_FILES:
+            for path in sorted(Path().glob(pattern)):
+                (bundle / path).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy(path, bundle / path)
+
+
+class BuildWithoutLibrary(BuildWithProject):
     """Print why the library is not built; remove one left by an editable install."""
 
     def run(self) -> None:
@@ -350,7 +372,7 @@ def main() -> None:
     has_limited_api = not sysconfig.get_config_var("Py_GIL_DISABLED")
     setup(
         ext_modules=[Extension("mask2former._C", sources=[], py_limited_api=has_limited_api)],
-        cmdclass={"build_ext": BuildLibrary},
+        cmdclass={"build_ext": BuildLibrary, "build_py": BuildWithProject},
         options={"bdist_wheel": {"py_limited_api": MIN_PYTHON}} if has_limited_api else {},
         # Only an isolated build without any torch installs this, in its own environment.
         setup_requires=[] if find_torch() else ["torch>={}.{}".format(*MIN_TORCH)],

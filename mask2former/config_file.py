@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 import yaml
 from detectron2.utils.file_io import PathManager
 
+from .utils.project_files import SCHEME, local_path
+
 _BASE = "_BASE_"
 _TAG_PREFIX = "tag:yaml.org,2002:"
 _EVAL = f"{_TAG_PREFIX}python/object/apply:eval"
@@ -64,7 +66,8 @@ def read_config_file(path: str) -> ConfigFile:
     """Read a config file and the files it builds on.
 
     `_BASE_` is a path or a list of paths, relative to the file that names it, with `~` for the home
-    folder; http:// and https:// are downloaded.
+    folder; http:// and https:// are downloaded, mask2former://configs/... is a config of this
+    project, wherever it is installed.
 
     Args:
         path: YAML in UTF-8, or in UTF-16 with its byte order mark.
@@ -89,8 +92,8 @@ class _Reader:
             users: the files that build on it, outermost first.
             named_by: where its path comes from, for messages.
         """
-        local = path
-        if "://" in path:
+        local = local_path(path)
+        if "://" in local:
             try:
                 local = PathManager.get_local_path(path)
             except OSError as error:
@@ -237,7 +240,7 @@ class _File:
             )
         for base in bases:
             path = os.path.expanduser(base) if base.startswith("~") else base
-            if not path.startswith(("/", "https://", "http://")):
+            if not path.startswith(("/", "https://", "http://", SCHEME)):
                 path = os.path.join(os.path.dirname(self._path), path)
             yield base, path
 

@@ -27,6 +27,7 @@ from torch.distributed.elastic.multiprocessing.errors import record
 
 from .checkpoint import Mask2FormerCheckpointer
 from .config import ExtendConfig, register_custom_datasets, without_added_defaults
+from .env import describe
 from .evaluation.expected_results import check_expected_results
 from .preflight import Purpose, check_run, load_and_check
 from .trainer import Trainer, has_own_evaluators
@@ -48,6 +49,7 @@ from .utils.ranks import Peers, explained_failures, set_timeout
 _TORCHRUN_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
 # Before anything slow: it may be gone later. Without torchrun itself the ranks cannot connect.
 _STARTED_BY = os.getppid()
+_logger = logging.getLogger(__name__)
 _DEFAULT_TIMEOUT = 30.0  # minutes, Detectron2's
 
 
@@ -110,6 +112,10 @@ def setup(args: argparse.Namespace, extend_config: ExtendConfig | None = None) -
         default_setup(without_added_defaults(cfg), _loggable(args))
         setup_logger(output=cfg.OUTPUT_DIR, distributed_rank=comm.get_rank(), name="mask2former")
     if comm.is_main_process():
+        lines, problems = describe(self_test=True)
+        _logger.info("Environment:\n  " + "\n  ".join(lines))
+        for problem in problems:
+            _logger.warning(problem)
         write_to_log_file(warnings)
     if cfg.get("DETERMINISTIC", False):
         use_deterministic_algorithms()

@@ -122,12 +122,31 @@ def test_version_out_of_range_is_an_error_not_an_upgrade(
         setup_env.set_up_runtime(keep_installed=True)
 
 
+@pytest.mark.parametrize("summary", ["Another project", None])
 def test_another_mask2former_is_an_error(
-    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, summary: str | None
 ) -> None:
     monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    monkeypatch.setattr(setup_env, "installed_summary", lambda name: summary)
+    (tmp_path / "pyproject.toml").write_text('[project]\ndescription = "This project"\n')
+    monkeypatch.setattr(setup_env, "run_pip", lambda *a, **k: pytest.fail("pip was called"))
     with pytest.raises(setup_env.SetupError, match="another mask2former is installed"):
         setup_env.set_up_project(keep_installed=True)
+
+
+def test_plain_install_of_this_project_is_completed(
+    setup_env: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys
+) -> None:
+    """`pip install .` and then `make env VENV=`."""
+    calls = []
+    monkeypatch.setattr(setup_env, "ROOT", tmp_path)
+    (tmp_path / "pyproject.toml").write_text('[project]\ndescription = "This project"\n')
+    monkeypatch.setattr(setup_env, "installed_summary", lambda name: "This project")
+    monkeypatch.setattr(setup_env, "run_pip", lambda *args, **kwargs: calls.append(args))
+    monkeypatch.setattr(setup_env, "describe_library", lambda: None)
+    setup_env.set_up_project(keep_installed=True)
+    assert calls == [("install", "--no-build-isolation", "--no-deps", "-e", ".")]
+    assert "replacing the copy in" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("ending", ["failure", "interruption"])
@@ -227,6 +246,8 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     copy = tmp_path_factory.mktemp("checkout")
     for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]:
         shutil.copy(ROOT / name, copy)
+    for path in [ROOT / "mask2former_command.py", *ROOT.glob("requirements*.txt")]:
+        shutil.copy(path, copy)
     no_leftovers = shutil.ignore_patterns("__pycache__", "*.so", "*.egg-info")
     for name in ["mask2former", "tools", "configs", "tests"]:
         shutil.copytree(ROOT / name, copy / name, ignore=no_leftovers)
@@ -236,21 +257,28 @@ def checkout(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def wheel(checkout: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
     command = [sys.executable, "-m", "pip", "wheel", ".", "--no-deps", "--no-build-isolation"]
     environ = os.environ | {"MASK2FORMER_NO_OP": "1"}  # test_build.py tests the compiled one
     result = subprocess.run(
-        [*command, "-w", tmp_path], cwd=checkout, env=environ, capture_output=True, text=True
+        [*command, "-w", folder], cwd=checkout, env=environ, capture_output=True, text=True
     )
     assert result.returncode == 0, result.stdout + result.stderr
-    (wheel,) = tmp_path.glob("*.whl")
+    (wheel,) = folder.glob("*.whl")
+    return wheel
+
+
+def test_wheel_holds_the_package_and_its_files(checkout: Path, wheel: Path) -> None:
     version = package_version()
     info = f"mask2former-{version}.dist-info"
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         metadata = archive.read(f"{info}/METADATA").decode()
 
-    assert {name.split("/")[0] for name in names} == {"mask2former", info}
+    tops = {name.split("/")[0] for name in names}
+    assert tops == {"mask2former", "mask2former_command.py", info}
     expected = {str(p.relative_to(checkout)) for p in (checkout / "mask2former").rglob("*.py")}
     expected |= {
         str(p.relative_to(checkout))
@@ -258,12 +286,129 @@ def test_wheel_holds_the_package_and_nothing_else(checkout: Path, tmp_path: Path
     }
     assert any(name.endswith(".json") for name in expected)
     expected.add("mask2former/py.typed")
+    for pattern in ("configs/**/*.yaml", "tools/**/*.py", "datasets/*.py", "requirements*.txt"):
+        files = {f"mask2former/_project/{p.relative_to(checkout)}" for p in checkout.glob(pattern)}
+        assert files
+        expected |= files
     assert expected <= names
+    assert not [name for name in names if "__pycache__" in name or "/tests/" in name]
     assert not [name for name in names if "csrc" in name or name.endswith(".so")]
     assert f"{info}/licenses/LICENSE" in names
     assert f"\nVersion: {version}\n" in metadata
     assert "\nRequires-Dist: torch>=2.11\n" in metadata
     assert not re.search(r"Requires-Dist:.*(detectron2|panopticapi)", metadata)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder with the wheel unpacked."""
+    folder = tmp_path_factory.mktemp("installed")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(folder)
+    return folder
+
+
+def run_installed(folder: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess:
+    """Run the console command of an unpacked wheel, in a folder without the project's files."""
+    code = "import sys; sys.argv[0] = 'mask2former'; import mask2former_command as c; c.main()"
+    empty = folder / "empty"
+    empty.mkdir(exist_ok=True)
+    environ = os.environ | {"PYTHONPATH": str(folder)} | changes
+    command = [sys.executable, "-c", code, *arguments]
+    return subprocess.run(command, cwd=empty, env=environ, capture_output=True, text=True)
+
+
+def test_installed_command_needs_no_checkout(installed: Path) -> None:
+    listed = run_installed(installed, "configs").stdout.split()
+    assert sorted(listed) == sorted(
+        path.relative_to(ROOT).as_posix() for path in (ROOT / "configs").rglob("*.yaml")
+    )
+    recipe = "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
+    assert run_installed(installed, "configs", recipe).stdout == (ROOT / recipe).read_text()
+    # A config of the user's own that builds on one of the project's.
+    own = installed / "own.yaml"
+    own.write_text(f"_BASE_: mask2former://{recipe}\nMODEL: {{DEVICE: cpu}}\n")
+    for config in (recipe, str(own)):
+        result = run_installed(
+            installed, "analyze", "--config-file", config, "--tasks", "parameter",
+            PYTHONWARNINGS="ignore",
+        )  # fmt: skip
+        assert result.returncode == 0 and "Parameters: " in result.stdout, result.stderr
+
+
+def test_command_names_what_it_does_not_know(installed: Path) -> None:
+    result = run_installed(installed, "trian")
+    assert result.returncode == 1 and "'trian' is not a program" in result.stderr
+    assert "train " in result.stderr
+    result = run_installed(installed, "configs", "configs/nothing.yaml")
+    assert result.returncode == 1 and "no config 'configs/nothing.yaml'" in result.stderr
+    assert "usage: mask2former PROGRAM" in run_installed(installed).stdout
+
+
+def test_programs_of_the_command_exist() -> None:
+    command = load_script("mask2former_command.py")
+    for name, (arguments, _) in command.PROGRAMS.items():
+        if arguments[0] == "-m":
+            assert (ROOT / f"{arguments[1].replace('.', '/')}.py").exists() or (
+                ROOT / arguments[1].replace(".", "/") / "__main__.py"
+            ).exists(), name
+        else:
+            assert Path(arguments[0].format(tools=ROOT / "tools")).is_file(), name
+
+
+def test_configs_are_found_wherever_the_command_runs(tmp_path: Path, monkeypatch) -> None:
+    command = load_script("mask2former_command.py")
+    monkeypatch.chdir(tmp_path)
+    name = "configs/shapes/Base-Shapes.yaml"
+    found = str(ROOT / name)
+    assert command.with_own_configs(["--config-file", name, "A", name], ROOT) == [
+        "--config-file", found, "A", name,
+    ]  # fmt: skip
+    assert command.with_own_configs([f"--base={name}"], ROOT) == [f"--base={found}"]
+    # A file here comes first, and other names are left to the program.
+    unchanged = ["--config-file", "configs/none.yaml", "--config-file"]
+    assert command.with_own_configs(unchanged, ROOT) == unchanged
+    (tmp_path / name).parent.mkdir(parents=True)
+    (tmp_path / name).touch()
+    assert command.with_own_configs(["--config-file", name], ROOT) == ["--config-file", name]
+
+
+@pytest.mark.parametrize("missing", ["detectron2", "msgspec"])
+def test_missing_package_is_named_with_the_remedy(
+    installed: Path, tmp_path: Path, missing: str
+) -> None:
+    """As after `pip install .` without Detectron2: any command says what is missing."""
+    hook = tmp_path / "sitecustomize.py"
+    hook.write_text(f"import sys\nsys.modules[{missing!r}] = None\n")
+    path = f"{tmp_path}{os.pathsep}{installed}"
+    result = run_installed(installed, "train", PYTHONPATH=path)
+    assert result.returncode == 1
+    last = result.stderr.strip().splitlines()[-1]
+    assert f"Mask2Former needs {missing}, not installed in" in last
+    assert "python -m mask2former.env --install" in last
+    report = run_installed(installed, "env", PYTHONPATH=path)
+    assert report.returncode == 1, report.stderr
+    assert f"problem: missing: {missing}. Install: python -m mask2former.env" in report.stdout
+
+
+def test_required_modules_are_those_declared(setup_env: ModuleType) -> None:
+    required = load_script("mask2former/utils/required_modules.py").REQUIRED
+    declared = {Requirement(line).name for line in setup_env.declared_ranges("runtime")}
+    declared |= set(setup_env.UNLISTED.values())
+    assert set(required.values()) == declared - {"setuptools"}
+    for module, name in required.items():
+        usual = setup_env.MODULE_NAMES.get(name, name.replace("-", "_"))
+        assert module == {v: k for k, v in setup_env.UNLISTED.items()}.get(name, usual)
+
+
+def test_environment_report() -> None:
+    command = [sys.executable, "-m", "mask2former.env"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    for text in ("Python 3.", "torch 2.", "detectron2 ", "CPU: ", "compiled operators: "):
+        assert text in result.stdout
+    problems = [line for line in result.stdout.splitlines() if line.startswith("problem: ")]
+    assert result.returncode == bool(problems)
+    assert bool(problems) != ("nothing is missing" in result.stdout)
 
 
 def test_source_archive_is_complete(checkout: Path, tmp_path: Path) -> None:
@@ -277,6 +422,8 @@ def test_source_archive_is_complete(checkout: Path, tmp_path: Path) -> None:
     parts = ["setup.py", "pyproject.toml", "README.md", "LICENSE", "mask2former/config.py"]
     csrc = checkout / "mask2former" / "csrc"
     parts += [str(p.relative_to(checkout)) for p in csrc.rglob("*.*")]
+    parts += ["mask2former_command.py", "tools/train_net.py", "requirements-detectron2.txt"]
+    parts += [str(p.relative_to(checkout)) for p in (checkout / "configs").rglob("*.yaml")]
     assert {f"{top}/{part}" for part in parts} <= names
 
 

@@ -112,15 +112,31 @@ def installed_version(name: str) -> str | None:
         return None
 
 
+def installed_summary(name: str) -> str | None:
+    """Return the one-line description of an installed distribution."""
+    try:
+        return importlib.metadata.metadata(name)["Summary"]
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def is_importable(module: str) -> bool:
     importlib.invalidate_caches()
     return importlib.util.find_spec(module) is not None
 
 
+def read_pyproject() -> dict:
+    with open(ROOT / "pyproject.toml", "rb") as f:
+        return tomllib.load(f)
+
+
+def declared_summary() -> str:
+    return read_pyproject()["project"]["description"]
+
+
 def declared_ranges(group: str) -> list[str]:
     """Return the requirements in pyproject.toml: `runtime` (with those of the build) or `dev`."""
-    with open(ROOT / "pyproject.toml", "rb") as f:
-        pyproject = tomllib.load(f)
+    pyproject = read_pyproject()
     if group == "dev":
         return pyproject["project"]["optional-dependencies"]["dev"]
     return pyproject["project"]["dependencies"] + pyproject["build-system"]["requires"]
@@ -329,13 +345,17 @@ def set_up_project(keep_installed: bool) -> None:
         spec = importlib.util.find_spec("mask2former")
         if spec is not None:
             location = Path(spec.origin or next(iter(spec.submodule_search_locations))).resolve()
-            if ROOT not in location.parents:
+            if ROOT in location.parents:
+                if library_is_current():
+                    return
+            elif installed_summary("mask2former") == declared_summary():
+                # As left by `pip install .`: the same project.
+                say(f"replacing the copy in {location.parent} by this checkout")
+            else:
                 raise SetupError(
                     f"another mask2former is installed ({location}): uninstall it first, or let "
                     "make create its own environment (leave out VENV=)."
                 )
-            if library_is_current():
-                return
     say("installing mask2former from this checkout (editable); compiling can take minutes")
     run_pip("install", "--no-build-isolation", "--no-deps", "-e", ".")
     describe_library()
