@@ -34,7 +34,6 @@ from .model_checks import (
     check_head,
     check_resnet,
     check_swin,
-    unread_freeze_at,
 )
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
@@ -120,29 +119,35 @@ def check_set_keys(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> 
         file_keys: dotted keys of the config file itself.
         option_keys: dotted keys of the overrides.
 
-    Raises:
-        ValueError: MODEL.BACKBONE.FREEZE_AT is overridden for a backbone that freezes nothing.
     """
-    unread = {key for key in unread_keys(cfg) if has_key(cfg, key)}
-    freeze_at, defaults = "MODEL.BACKBONE.FREEZE_AT", get_cfg()
-    # Another project's backbone may read it; 0 is what Swin does.
-    if not has_swin(cfg) or cfg.MODEL.BACKBONE.FREEZE_AT <= 0:
-        unread.discard(freeze_at)
-    if freeze_at in unread & option_keys:
-        raise unread_freeze_at(cfg)
-    is_complete = unread <= file_keys
+    unread, defaults = _unread_present_keys(cfg), get_cfg()
+    complete = is_complete(cfg, file_keys)
     ignored = [
         f"{key} {get_value(cfg, key)!r}"
-        for key in sorted(unread & (option_keys if is_complete else option_keys | file_keys))
-        if key == freeze_at
-        or not has_key(defaults, key)
-        or get_value(defaults, key) != get_value(cfg, key)
+        for key in sorted(unread & (option_keys if complete else option_keys | file_keys))
+        if not has_key(defaults, key) or get_value(defaults, key) != get_value(cfg, key)
     ]
     if ignored and has_only_known_parts(cfg):
         _logger.warning(
             f"Set but not read with these parts: {', '.join(ignored)}. They have no effect on "
             "training or inference."
         )
+
+
+def is_complete(cfg: CfgNode, file_keys: Set[str]) -> bool:
+    """Whether a config file has every key, as the ones have that runs write.
+
+    Args:
+        cfg: the config.
+        file_keys: dotted keys of the config file itself.
+    """
+    return _unread_present_keys(cfg) <= file_keys
+
+
+def _unread_present_keys(cfg: CfgNode) -> set[str]:
+    unread = {key for key in unread_keys(cfg) if has_key(cfg, key)}
+    # Another project's backbone may read it.
+    return unread - {"MODEL.BACKBONE.FREEZE_AT"}
 
 
 def _check_deterministic(cfg: CfgNode) -> None:
