@@ -28,6 +28,7 @@ from .config_parts import (
 )
 from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
+from .data.formats.bands import BANDS
 from .model_checks import (
     check_attention_heads,
     check_groups,
@@ -230,12 +231,25 @@ def _check_channels(cfg: CfgNode) -> None:
             "each channel in both."
         )
     is_ours = is_plain(cfg) and has_our_mapper(cfg) and (has_swin(cfg) or has_resnet(cfg))
-    if is_ours and len(mean) != len(cfg.INPUT.FORMAT):
+    image_format = cfg.INPUT.FORMAT
+    if is_ours and image_format != BANDS and len(mean) != len(image_format):
         raise ValueError(
             f"MODEL.PIXEL_MEAN and MODEL.PIXEL_STD have {len(mean)} values ({mean!r}, {std!r}), "
-            f"but INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: allowed: {len(cfg.INPUT.FORMAT)} values. "
-            "Images with other channels need a mapper of your own (INPUT.DATASET_MAPPER_NAME)."
+            f"but INPUT.FORMAT is {image_format!r}: allowed: {len(image_format)} values. Grey "
+            "images have INPUT.FORMAT L; images with any number of channels have BANDS, or need a "
+            "mapper of your own (INPUT.DATASET_MAPPER_NAME)."
         )
+    if not is_plain(cfg) or image_format in ("RGB", "BGR"):
+        return
+    for key, what in (
+        ("INPUT.COLOR_AUG_SSD", "the colour jitter is for colour images"),
+        ("TEST.AUG.ENABLED", "Detectron2's test-time augmentation is for colour images"),
+    ):
+        if get_value(cfg, key):
+            raise ValueError(
+                f"{key} is True and INPUT.FORMAT is {image_format!r}, but {what}: set {key} to "
+                "False."
+            )
 
 
 def _check_solver(cfg: CfgNode) -> None:

@@ -279,7 +279,7 @@ GROUPS = (
             "SOLVER.LAYER_DECAY": Number(0, 1, above=True),
             "SOLVER.WEIGHT_DECAY_EMBED": _DECAY,
             "SOLVER.AMP.DTYPE": OneOf("float16", "bfloat16"),
-            "INPUT.FORMAT": OneOf("RGB", "BGR"),
+            "INPUT.FORMAT": OneOf("RGB", "BGR", "L", "BANDS"),
             "INPUT.MIN_SIZE_TEST": _SIZE_OR_NONE,
             "INPUT.MAX_SIZE_TEST": Whole(1),
             "INPUT.MASK_FORMAT": OneOf("polygon", "bitmask"),

@@ -11,6 +11,7 @@ here.
 
 import re
 from collections.abc import Callable
+from typing import Any
 
 from detectron2.modeling.backbone import FPN, ResNet
 from torch import nn
@@ -28,7 +29,7 @@ def describes_depths(backbone: nn.Module) -> bool:
     return hasattr(backbone, "num_depths") and hasattr(backbone, "parameter_depth")
 
 
-def depths_of(backbone: nn.Module) -> tuple[int, Callable[[str], int]]:
+def depths_of(backbone: Any) -> tuple[int, Callable[[str], int]]:
     """The number of depths of a backbone, and the depth of a parameter by its name.
 
     Args:

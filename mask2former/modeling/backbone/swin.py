@@ -115,6 +115,7 @@ class SwinTransformer(nn.Module):
         )
         self.pretrain_img_size = pretrain_img_size
         self.num_layers = len(depths)
+        self._stage_depths = list(depths)
         self.embed_dim = embed_dim
         self.ape = ape
         self.patch_norm = patch_norm
@@ -215,7 +216,7 @@ class SwinTransformer(nn.Module):
     @property
     def num_depths(self) -> int:
         """The stem and each block, see `depths.py`."""
-        return 1 + sum(layer.depth for layer in self.layers)
+        return 1 + sum(self._stage_depths)
 
     def parameter_depth(self, name: str) -> int:
         """How deep a parameter is, by its name: 0 for the stem, then one for each block.
@@ -229,14 +230,15 @@ class SwinTransformer(nn.Module):
         if parts[0] != "layers":
             return self.num_depths
         stage = int(parts[1])
-        before = sum(layer.depth for layer in self.layers[:stage])
+        before = sum(self._stage_depths[:stage])
         if parts[2] == "blocks":
             return 1 + before + int(parts[3])
-        return before + self.layers[stage].depth
+        return before + self._stage_depths[stage]
 
     def set_checkpointing(self, enabled: bool) -> None:
         """Turn activation checkpointing of the blocks on or off."""
-        for layer in self.layers:
+        layers: Any = self.layers
+        for layer in layers:
             layer.use_checkpoint = enabled
 
     def train(self, mode: bool = True) -> "SwinTransformer":
