@@ -58,6 +58,20 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Args:
         cfg: the result of `get_cfg()` after `add_deeplab_config(cfg)`.
     """
+    # Detectron2's keys that mean more here than there:
+    #
+    # INPUT.FORMAT: RGB, BGR: colours; L: grey, one channel; BANDS: all channels as the file stores
+    #   them (data/formats/bands.py). MODEL.PIXEL_MEAN and PIXEL_STD have one value per channel,
+    #   and the backbone's stem has as many inputs.
+    # MODEL.BACKBONE.FREEZE_AT, for every backbone of this project and Detectron2's ResNets:
+    #     0 or less          everything is trained
+    #     1                  the stem is frozen: ResNet: stem; Swin: patch embedding, position table
+    #     n                  also the first n - 1 stages: ResNet: res2 to res{n}; Swin: layers.0 to
+    #                        layers.{n - 2}, with the norms of their outputs
+    #     5                  all of the backbone
+    #   Frozen parts compute as in evaluation, also in training. Swin takes 2, Detectron2's default,
+    #   for "not set", unless the config file itself (not one of its bases) or an override sets it.
+
     # Registered name of the dataset mapper, which turns annotations into training samples
     # (DATASET_MAPPER_REGISTRY in data/dataset_mappers).
     cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
