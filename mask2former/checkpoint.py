@@ -26,6 +26,7 @@ from .checkpoint_differences import (
 )
 from .checkpoint_weights import (
     CLASS_WEIGHTS,
+    adapt_stem,
     as_tensors,
     drop_class_weights,
     find_weights,
@@ -243,8 +244,12 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         weights = checkpoint["model"]
         in_model = self.model.state_dict()
         update_names(weights, in_model)
-        self._shapes = {name: tuple(value.shape) for name, value in weights.items()}
         by_suffix = checkpoint.get("matching_heuristics", False)
+        # At the start of a training, the images may have other channels.
+        adapted = adapt_stem(weights, in_model, by_suffix) if self._partial else None
+        if adapted is not None:
+            self.logger.warning(f"{self._path}: {adapted}.")
+        self._shapes = {name: tuple(value.shape) for name, value in weights.items()}
         self._require_number_types(weights, by_suffix)
         changed = drop_class_weights(weights, in_model)
         if changed and self._partial_init:  # evaluation does not use them

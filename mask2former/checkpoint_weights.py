@@ -175,6 +175,42 @@ def drop_class_weights(weights: Weights, in_model: Weights) -> tuple[float, floa
     return different
 
 
+def adapt_stem(weights: Weights, in_model: Weights, by_suffix: bool) -> str | None:
+    """Fit the stem of a backbone for colour images, in place, to another number of channels.
+
+    One channel: the sum over the three, so that a grey image gives what it gives as colours. Other
+    numbers: the three are repeated, and scaled so that the sum stays.
+
+    Args:
+        weights: of a file.
+        in_model: of the model. Its stem is the convolution of the backbone that has the channels of
+            the images, where the file has 3, and else the same shape.
+        by_suffix: names in the file are the ends of the model's.
+
+    Returns:
+        What was done, if the stem was fitted.
+    """
+    for name, target in in_model.items():
+        if not name.startswith("backbone.") or target.dim() != 4 or target.shape[1] == 3:
+            continue
+        parts = name.split(".")
+        names = [".".join(parts[i:]) for i in range(len(parts) - 1 if by_suffix else 1)]
+        for key in (key for key in names if key in weights):
+            value, channels = weights[key], target.shape[1]
+            is_stem = value.shape == (target.shape[0], 3, *target.shape[2:])
+            if not (is_stem and value.is_floating_point()):
+                continue
+            if channels == 1:
+                weights[key] = value.sum(dim=1, keepdim=True)
+                how = "one with the sum of these"
+            else:
+                repeated = value.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+                weights[key] = repeated * (3 / channels)
+                how = f"{channels}, which are these repeated and scaled by 3/{channels}"
+            return f"{name} has 3 input channels, in the model (MODEL.PIXEL_MEAN) {how}"
+    return None
+
+
 def _no_object_weight(class_weights: torch.Tensor) -> float | None:
     """The last of (K+1,) weights if it is finite and all others are 1."""
     if class_weights.dim() != 1 or not len(class_weights):

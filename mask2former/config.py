@@ -14,16 +14,18 @@ from detectron2.config import CfgNode, downgrade_config, get_cfg, upgrade_config
 from detectron2.config.compat import guess_version
 from detectron2.projects.deeplab import add_deeplab_config
 
-from .config_checks import check_config, check_once, check_set_keys
+from .config_checks import check_config, check_once, check_set_keys, is_complete
 from .config_file import read_config_file
 from .config_parts import get_value, has_key
 from .config_schema import check_values
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
+from .utils.chosen_keys import is_unset, remember_keys
 
 __all__ = [
     "add_maskformer2_config",
     "check_config",
+    "is_unset",
     "load_config",
     "register_custom_datasets",
     "without_added_defaults",
@@ -47,9 +49,8 @@ _ADDED_KEYS = (
     "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "MODEL.MASK_FORMER.DECODER",
     "SOLVER.AMP.DTYPE",
+    "SOLVER.LAYER_DECAY",
 )
-# Attribute of a config object, not a key: the dotted keys that nobody has set.
-_UNSET = "_mask2former_unset_keys"
 
 
 def add_maskformer2_config(cfg: CfgNode) -> None:
@@ -58,6 +59,20 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     Args:
         cfg: the result of `get_cfg()` after `add_deeplab_config(cfg)`.
     """
+    # Detectron2's keys that mean more here than there:
+    #
+    # INPUT.FORMAT: RGB, BGR: colours; L: grey, one channel; BANDS: all channels as the file stores
+    #   them (data/formats/bands.py). MODEL.PIXEL_MEAN and PIXEL_STD have one value per channel,
+    #   and the backbone's stem has as many inputs.
+    # MODEL.BACKBONE.FREEZE_AT, for every backbone of this project and Detectron2's ResNets:
+    #     0 or less          everything is trained
+    #     1                  the stem is frozen: ResNet: stem; Swin: patch embedding, position table
+    #     n                  also the first n - 1 stages: ResNet: res2 to res{n}; Swin: layers.0 to
+    #                        layers.{n - 2}, with the norms of their outputs
+    #     5                  all of the backbone
+    #   Frozen parts compute as in evaluation, also in training. Swin takes 2, Detectron2's default,
+    #   for "not set", unless the config file itself (not one of its bases) or an override sets it.
+
     # Registered name of the dataset mapper, which turns annotations into training samples
     # (DATASET_MAPPER_REGISTRY in data/dataset_mappers).
     cfg.INPUT.DATASET_MAPPER_NAME = "mask_former_semantic"
@@ -232,6 +247,10 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # What SOLVER.AMP.ENABLED computes in: "float16", as the original release, with scaled
     # gradients, or "bfloat16", which needs none.
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # Layer-wise learning rate decay: each block of the backbone learns this much slower than the
+    # block after it; 1.0: off. Besides BACKBONE_MULTIPLIER, the learning rate of a block has the
+    # factor LAYER_DECAY ** (number of blocks from it to the last one, both included).
+    cfg.SOLVER.LAYER_DECAY = 1.0
 
 
 def load_config(
@@ -297,8 +316,11 @@ def load_config(
             raise ValueError(f"Command line override {key}={value!r}: {error}") from error
     _check_version(cfg.VERSION, "The command line")
 
-    cfg.__dict__[_UNSET] = frozenset(known) - {key for key, _ in _leaves(loaded)} - set(opts[::2])
+    file_keys = {key for key, _ in _leaves(loaded)}
     check_values(cfg)  # before the first of them is used
+    # What a run writes has every key, whoever set it.
+    own = set(opts[::2]) | (set() if is_complete(cfg, own_keys) else own_keys)
+    remember_keys(cfg, set(known) - file_keys - set(opts[::2]), own)
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
@@ -306,14 +328,6 @@ def load_config(
     check_once(cfg, "config", check_config)
     check_set_keys(cfg, own_keys, set(opts[::2]))
     return cfg
-
-
-def is_unset(cfg: CfgNode, key: str) -> bool:
-    """Whether `load_config` made this config, or what it was cloned from, without this key.
-
-    Neither a config file nor an override sets the key then, and its default is nobody's choice.
-    """
-    return key in cfg.__dict__.get(_UNSET, ())
 
 
 def register_custom_datasets(cfg: CfgNode) -> None:

@@ -28,13 +28,13 @@ from .config_parts import (
 )
 from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
+from .data.formats.bands import BANDS
 from .model_checks import (
     check_attention_heads,
     check_groups,
     check_head,
     check_resnet,
     check_swin,
-    unread_freeze_at,
 )
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
@@ -120,29 +120,35 @@ def check_set_keys(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> 
         file_keys: dotted keys of the config file itself.
         option_keys: dotted keys of the overrides.
 
-    Raises:
-        ValueError: MODEL.BACKBONE.FREEZE_AT is overridden for a backbone that freezes nothing.
     """
-    unread = {key for key in unread_keys(cfg) if has_key(cfg, key)}
-    freeze_at, defaults = "MODEL.BACKBONE.FREEZE_AT", get_cfg()
-    # Another project's backbone may read it; 0 is what Swin does.
-    if not has_swin(cfg) or cfg.MODEL.BACKBONE.FREEZE_AT <= 0:
-        unread.discard(freeze_at)
-    if freeze_at in unread & option_keys:
-        raise unread_freeze_at(cfg)
-    is_complete = unread <= file_keys
+    unread, defaults = _unread_present_keys(cfg), get_cfg()
+    complete = is_complete(cfg, file_keys)
     ignored = [
         f"{key} {get_value(cfg, key)!r}"
-        for key in sorted(unread & (option_keys if is_complete else option_keys | file_keys))
-        if key == freeze_at
-        or not has_key(defaults, key)
-        or get_value(defaults, key) != get_value(cfg, key)
+        for key in sorted(unread & (option_keys if complete else option_keys | file_keys))
+        if not has_key(defaults, key) or get_value(defaults, key) != get_value(cfg, key)
     ]
     if ignored and has_only_known_parts(cfg):
         _logger.warning(
             f"Set but not read with these parts: {', '.join(ignored)}. They have no effect on "
             "training or inference."
         )
+
+
+def is_complete(cfg: CfgNode, file_keys: Set[str]) -> bool:
+    """Whether a config file has every key, as the ones have that runs write.
+
+    Args:
+        cfg: the config.
+        file_keys: dotted keys of the config file itself.
+    """
+    return _unread_present_keys(cfg) <= file_keys
+
+
+def _unread_present_keys(cfg: CfgNode) -> set[str]:
+    unread = {key for key in unread_keys(cfg) if has_key(cfg, key)}
+    # Another project's backbone may read it.
+    return unread - {"MODEL.BACKBONE.FREEZE_AT"}
 
 
 def _check_deterministic(cfg: CfgNode) -> None:
@@ -225,12 +231,25 @@ def _check_channels(cfg: CfgNode) -> None:
             "each channel in both."
         )
     is_ours = is_plain(cfg) and has_our_mapper(cfg) and (has_swin(cfg) or has_resnet(cfg))
-    if is_ours and len(mean) != len(cfg.INPUT.FORMAT):
+    image_format = cfg.INPUT.FORMAT
+    if is_ours and image_format != BANDS and len(mean) != len(image_format):
         raise ValueError(
             f"MODEL.PIXEL_MEAN and MODEL.PIXEL_STD have {len(mean)} values ({mean!r}, {std!r}), "
-            f"but INPUT.FORMAT is {cfg.INPUT.FORMAT!r}: allowed: {len(cfg.INPUT.FORMAT)} values. "
-            "Images with other channels need a mapper of your own (INPUT.DATASET_MAPPER_NAME)."
+            f"but INPUT.FORMAT is {image_format!r}: allowed: {len(image_format)} values. Grey "
+            "images have INPUT.FORMAT L; images with any number of channels have BANDS, or need a "
+            "mapper of your own (INPUT.DATASET_MAPPER_NAME)."
         )
+    if not is_plain(cfg) or image_format in ("RGB", "BGR"):
+        return
+    for key, what in (
+        ("INPUT.COLOR_AUG_SSD", "the colour jitter is for colour images"),
+        ("TEST.AUG.ENABLED", "Detectron2's test-time augmentation is for colour images"),
+    ):
+        if get_value(cfg, key):
+            raise ValueError(
+                f"{key} is True and INPUT.FORMAT is {image_format!r}, but {what}: set {key} to "
+                "False."
+            )
 
 
 def _check_solver(cfg: CfgNode) -> None:

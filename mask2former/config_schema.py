@@ -280,9 +280,10 @@ GROUPS = (
         {
             "DATASETS.TEST": ListOf(Text(), distinct=True),
             "SOLVER.BACKBONE_MULTIPLIER": Number(0, 1000),
+            "SOLVER.LAYER_DECAY": Number(0, 1, above=True),
             "SOLVER.WEIGHT_DECAY_EMBED": _DECAY,
             "SOLVER.AMP.DTYPE": OneOf("float16", "bfloat16"),
-            "INPUT.FORMAT": OneOf("RGB", "BGR"),
+            "INPUT.FORMAT": OneOf("RGB", "BGR", "L", "BANDS"),
             "INPUT.MIN_SIZE_TEST": _SIZE_OR_NONE,
             "INPUT.MAX_SIZE_TEST": Whole(1),
             "INPUT.MASK_FORMAT": OneOf("polygon", "bitmask"),
@@ -445,6 +446,11 @@ GROUPS = (
         },
     ),
     # ---- backbones ----
+    # The stem is 1, the stages are 2 to 5; 0 and negative: nothing is frozen.
+    Group(
+        lambda cfg: has_swin(cfg) or has_resnet(cfg),
+        {"MODEL.BACKBONE.FREEZE_AT": Whole(None, 5)},
+    ),
     Group(
         has_swin,
         {
@@ -466,13 +472,9 @@ GROUPS = (
             "MODEL.SWIN.USE_CHECKPOINT": Flag(),
         },
     ),
-    # Swin freezes nothing; `config_checks.py` has the accepted values.
-    Group(has_swin, {"MODEL.BACKBONE.FREEZE_AT": Whole(None)}, never),
     Group(
         has_resnet,
         {
-            # The stem is 1, the stages are 2 to 5; 0 and negative: nothing is frozen.
-            "MODEL.BACKBONE.FREEZE_AT": Whole(None, 5),
             "MODEL.RESNETS.DEPTH": OneOf(18, 34, 50, 101, 152),
             "MODEL.RESNETS.OUT_FEATURES": ListOf(OneOf("stem", *_STAGES), 1, distinct=True),
             "MODEL.RESNETS.NUM_GROUPS": _SIZE,

@@ -33,7 +33,6 @@ _NUM_SCALES = 3  # that the masked decoder attends to
 # The only values with which Detectron2 builds ResNet-18 and ResNet-34.
 _ONLY_WITH_SMALL_RESNETS = {"RES2_OUT_CHANNELS": 64, "RES5_DILATION": 1, "NUM_GROUPS": 1}
 _GROUPS = 32  # of every GroupNorm
-_DEFAULT_FREEZE_AT = 2  # in Detectron2's config
 
 
 def check_head(cfg: CfgNode) -> None:
@@ -221,23 +220,9 @@ def _check_standard_decoder(cfg: CfgNode) -> None:
 
 
 def check_swin(cfg: CfgNode) -> None:
-    """The stages, and FREEZE_AT, which Swin does not read.
-
-    A config that does not set FREEZE_AT has Detectron2's default, so that is accepted.
-    """
-    swin, freeze_at = cfg.MODEL.SWIN, cfg.MODEL.BACKBONE.FREEZE_AT
-    if freeze_at > 0 and freeze_at != _DEFAULT_FREEZE_AT:
-        raise unread_freeze_at(cfg)
+    """The stages."""
+    swin = cfg.MODEL.SWIN
     check_stages(swin.EMBED_DIM, swin.DEPTHS, swin.NUM_HEADS)
-
-
-def unread_freeze_at(cfg: CfgNode) -> ValueError:
-    """The error of a backbone that freezes nothing."""
-    return bad_value(
-        "MODEL.BACKBONE.FREEZE_AT",
-        cfg.MODEL.BACKBONE.FREEZE_AT,
-        f"0, because backbone {cfg.MODEL.BACKBONE.NAME!r} freezes nothing",
-    )
 
 
 def check_resnet(cfg: CfgNode) -> None:

@@ -6,6 +6,7 @@ checkpoints with the original layout are converted on load, so that they can be 
 """
 
 import itertools
+import logging
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -15,7 +16,10 @@ from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 
+from .modeling.backbone.depths import describes_depths, is_token, layer_decay_of
 from .optimizer_state import fitting_state, require_structure
+
+_logger = logging.getLogger(__name__)
 
 _NORMS = (
     nn.BatchNorm1d,
@@ -35,6 +39,7 @@ IMPLEMENTATION = ("foreach", "fused", "capturable")
 _PARAMETER_NAMES = "param_names"
 # Devices with fused kernels.
 _FUSED_DEVICES = ("cpu", "cuda")
+_BACKBONE = "backbone."  # before the names of its parameters
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
@@ -45,17 +50,31 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
     shared by several modules belongs to the first of them.
 
     Args:
-        cfg: reads SOLVER.BASE_LR, BACKBONE_MULTIPLIER, WEIGHT_DECAY, WEIGHT_DECAY_NORM and
-            WEIGHT_DECAY_EMBED.
+        cfg: reads SOLVER.BASE_LR, BACKBONE_MULTIPLIER, LAYER_DECAY, WEIGHT_DECAY, WEIGHT_DECAY_NORM
+            and WEIGHT_DECAY_EMBED.
         model: the model, not wrapped.
+
+    Raises:
+        ValueError: SOLVER.LAYER_DECAY is set, and the model's backbone does not say how deep its
+            parameters are.
     """
     solver = cfg.SOLVER
+    backbone = getattr(model, "backbone", None)
+    has_depths = isinstance(backbone, nn.Module) and describes_depths(backbone)
+    layer_decay = _layer_decay(cfg, backbone)
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
     for module_name, module, name, parameter in _trainable_parameters(model):
         lr, weight_decay = solver.BASE_LR, solver.WEIGHT_DECAY
+        full_name = f"{module_name}.{name}"
+        in_backbone = full_name.removeprefix(_BACKBONE) if full_name.startswith(_BACKBONE) else ""
         if "backbone" in module_name:
             lr *= solver.BACKBONE_MULTIPLIER
+        if in_backbone and layer_decay is not None:
+            lr *= layer_decay(in_backbone)
         if any(table in name for table in _POSITION_TABLES):
+            weight_decay = 0.0
+        # Other projects' backbones are trained as the original release trains them.
+        if in_backbone and has_depths and is_token(in_backbone):
             weight_decay = 0.0
         if isinstance(module, _NORMS):
             weight_decay = solver.WEIGHT_DECAY_NORM
@@ -66,6 +85,20 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
         {"params": parameters, "lr": lr, "weight_decay": weight_decay}
         for (lr, weight_decay), parameters in groups.items()
     ]
+
+
+def _layer_decay(cfg: CfgNode, backbone: Any) -> Callable[[str], float] | None:
+    """The factor on a parameter's rate by its name in the backbone; None if there is none."""
+    # A project with its own copy of `add_maskformer2_config` lacks this key.
+    decay = cfg.SOLVER.get("LAYER_DECAY", 1.0)
+    if decay == 1:
+        return None
+    if not isinstance(backbone, nn.Module):
+        raise ValueError(
+            f"SOLVER.LAYER_DECAY is {decay}, but the model has no attribute `backbone`; allowed: "
+            "1.0."
+        )
+    return layer_decay_of(backbone, decay)
 
 
 def _trainable_parameters(
@@ -210,7 +243,14 @@ def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
             optimizer_type = _clipping_full_model(optimizer_type, clip.CLIP_VALUE, clip.NORM_TYPE)
     else:
         optimizer_type = maybe_add_gradient_clipping(cfg, optimizer_type)
-    optimizer = optimizer_type(parameter_groups(cfg, model), **kwargs)
+    groups = parameter_groups(cfg, model)
+    if cfg.SOLVER.get("LAYER_DECAY", 1.0) != 1:
+        rates = [group["lr"] for group in groups]
+        _logger.info(
+            f"SOLVER.LAYER_DECAY {cfg.SOLVER.LAYER_DECAY:g}: learning rates from {min(rates):.3g} "
+            f"to {max(rates):.3g} in {len(groups)} parameter groups"
+        )
+    optimizer = optimizer_type(groups, **kwargs)
     # Whether `step` takes scaled gradients of mixed precision, so that the gradient scaler need not
     # wait for the device to learn whether they are finite: the fused kernel skips the update if
     # not. The clipping of Detectron2 does not know of scales, and after a first step that is

@@ -18,6 +18,7 @@ from fvcore.transforms import HFlipTransform
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from .data.formats.bands import image_format_of
 from .data.formats.images import read_image
 from .maskformer_model import MaskFormer
 
@@ -90,7 +91,7 @@ class SemanticSegmentorWithTTA(nn.Module):
         if "image" not in record:
             if "file_name" not in record:
                 raise ValueError(f"an input needs 'image' or 'file_name', got {sorted(record)}")
-            image = read_image(record["file_name"], self.cfg.INPUT.FORMAT)  # (H, W, 3)
+            image = read_image(record["file_name"], image_format_of(self.cfg))  # (H, W, C)
             record["image"] = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1)))
         height, width = record["image"].shape[1:]
         record.setdefault("height", height)

@@ -33,7 +33,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .checkpoint import Mask2FormerCheckpointer
-from .config import is_unset
 from .data.dataset_mappers import build_mapper
 from .data.loader import (
     ResumableBatchSampler,
@@ -58,6 +57,7 @@ from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
+from .utils.chosen_keys import is_unset
 from .utils.determinism import use_deterministic_algorithms
 from .utils.files import WriteError, make_folder
 from .utils.interrupts import Progress, reports_progress

@@ -27,6 +27,8 @@ _CLOSED_FORM = (LRMultiplier, WarmupPolyLR)
 _POSITION = ("last_epoch", "_step_count", "_last_lr", "_get_lr_called_within_step")
 # Every version of PyTorch writes these.
 _SCHEDULER_ENTRIES = ("base_lrs", "last_epoch")
+# What runs trained with that saved no such setting, because their version did not have it.
+_BEFORE = {"SOLVER.LAYER_DECAY": 1.0}
 _SCALER_RANGES: dict[str, Callable[[float], bool]] = {
     "scale": lambda value: value > 0,
     "growth_factor": lambda value: value > 1,
@@ -129,6 +131,7 @@ class Configured:
         if saved_settings is None:
             changes = list(self._changed_values())
         else:
+            saved_settings = _BEFORE | saved_settings
             changes = [
                 (key, saved_settings[key], value)
                 for key, value in self._settings.items()

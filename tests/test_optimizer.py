@@ -100,6 +100,98 @@ def test_same_updates_as_one_group_per_parameter(cfg):
         torch.testing.assert_close(ours, original, rtol=1e-5, atol=1e-6)
 
 
+class Tokens(nn.Module):
+    """A backbone of two blocks, with what ViTs learn besides weights."""
+
+    num_depths = 3
+
+    def __init__(self):
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, 4, 2))
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, 2))
+        self.blocks = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2)])
+        self.neck = nn.Linear(2, 2)
+
+    def parameter_depth(self, name: str) -> int:
+        first, *rest = name.split(".")
+        if first == "blocks":
+            return 1 + int(rest[0])
+        return 3 if first == "neck" else 0
+
+
+class Layered(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.backbone = Tokens()
+        self.head = nn.Linear(2, 2)
+
+
+def test_each_block_learns_slower_than_the_next(cfg, caplog):
+    """Rates: 0.01 for heads, a tenth of it for the neck, halved by each block before it."""
+    caplog.set_level("INFO")
+    cfg.SOLVER.LAYER_DECAY = 0.5
+    model = Layered()
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    rates = {
+        names[p].rpartition(".")[0]: pytest.approx(group["lr"])
+        for group in build_optimizer(cfg, model).param_groups
+        for p in group["params"]
+    }
+    assert rates == {
+        "backbone": 0.001 * 0.125,  # tokens
+        "backbone.blocks.0": 0.001 * 0.25,
+        "backbone.blocks.1": 0.001 * 0.5,
+        "backbone.neck": 0.001,
+        "head": 0.01,
+    }
+    (line,) = (r.getMessage() for r in caplog.records if "LAYER_DECAY" in r.getMessage())
+    assert line.endswith("learning rates from 0.000125 to 0.01 in 5 parameter groups")
+
+
+def test_tokens_have_no_weight_decay_in_backbones_that_name_them(cfg):
+    model, other = Layered(), Model()
+    other.backbone.pos_embed = nn.Parameter(torch.zeros(2))  # as the original release decays it
+    decays = {
+        id(p): group["weight_decay"]
+        for built in (model, other)
+        for group in build_optimizer(cfg, built).param_groups
+        for p in group["params"]
+    }
+    assert decays[id(model.backbone.pos_embed)] == decays[id(model.backbone.cls_token)] == 0
+    assert decays[id(model.backbone.neck.weight)] == decays[id(other.backbone.pos_embed)] == 0.05
+
+
+def test_layer_decay_needs_a_backbone_with_depths(cfg):
+    cfg.SOLVER.LAYER_DECAY = 0.9
+    with pytest.raises(ValueError, match=r"backbone Sequential does not say .*`num_depths`"):
+        build_optimizer(cfg, Model())
+    with pytest.raises(ValueError, match=r"LAYER_DECAY is 0.9, but the model has no .*`backbone`"):
+        build_optimizer(cfg, nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("ours", [False, True])
+def test_layer_decay_in_training_that_continues(cfg, ours):
+    """From state without it: in the original layout, or of a run with another decay."""
+    model, whole = Layered(), Layered()
+    whole.load_state_dict(model.state_dict())
+    build = build_optimizer if ours else one_group_per_parameter
+    cfg.SOLVER.LAYER_DECAY = 0.5 if not ours else 1.0
+    first = build(cfg, model)
+    train(model, first, seed=1)
+    saved = first.state_dict()
+    cfg.SOLVER.LAYER_DECAY = 0.5
+    second = build_optimizer(cfg, model)
+    rates = [group["lr"] for group in second.param_groups]
+    second.load_state_dict(saved)
+    assert len(second.param_groups) == len(rates) == 5
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    for parameter, state in second.state.items():
+        assert state["exp_avg"].shape == parameter.shape
+        assert torch.equal(state["exp_avg"], first.state[parameter]["exp_avg"]), names[parameter]
+    if not ours:
+        assert [group["lr"] for group in second.param_groups] == rates
+
+
 @pytest.mark.parametrize("ours", [False, True])
 def test_training_continues_from_saved_state(cfg, ours):
     """In the original layout and in ours; the kernels are those of this machine."""

@@ -202,6 +202,23 @@ def test_resume_with_other_settings(tmp_path, caplog, changes, options, settings
             torch.testing.assert_close(ours[name][key], value, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("saved_before_the_key", [False, True])
+def test_resume_with_layer_decay(tmp_path, caplog, monkeypatch, saved_before_the_key):
+    monkeypatch.setattr(nn.Linear, "num_depths", 1, raising=False)
+    monkeypatch.setattr(nn.Linear, "parameter_depth", lambda self, name: 0, raising=False)
+    run(tmp_path, "SEED", "7", stop_before=15)
+    if saved_before_the_key:
+        (path,) = tmp_path.glob("*.pth")
+        checkpoint = torch.load(path)
+        del checkpoint["trainer"]["solver"]["SOLVER.LAYER_DECAY"]
+        torch.save(checkpoint, path)
+    trainer = toy.ToyTrainer(toy.toy_config(tmp_path, "SEED", "7", "SOLVER.LAYER_DECAY", "0.5"))
+    trainer.resume_or_load()
+    assert "SOLVER.LAYER_DECAY: checkpoint 1.0, config 0.5: the config's value" in caplog.text
+    backbone, head = (group["lr"] for group in trainer.optimizer.param_groups)
+    assert backbone == pytest.approx(0.1 * 0.5 * head)
+
+
 def test_resume_with_the_same_settings_says_nothing(tmp_path, caplog):
     run(tmp_path, "SEED", "7", stop_before=15)
     caplog.clear()

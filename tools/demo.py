@@ -20,7 +20,6 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-from mask2former.data.formats.images import read_image
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
 from mask2former.utils.files import WriteError, atomic_write, make_folder, require_writable
@@ -28,7 +27,7 @@ from mask2former.utils.interrupts import run_program
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 
 def find_images(patterns: list[str]) -> list[Path]:
@@ -145,19 +144,19 @@ def draw_all(
     failed = {}
     for path, tasks in tqdm(tasks_by_image.items(), desc="images", unit="image"):
         try:
-            bgr = read_image(str(path), "BGR")
+            image = predictor.read(str(path))
         except (OSError, ValueError) as error:
             failed[path] = str(error)
             continue
         try:
-            outputs = predictor(bgr)
+            outputs = predictor(image)
         # Such as too little memory for this image; the others may fit.
         except (RuntimeError, ValueError) as error:
             failed[path] = str(error)
             continue
         for task in tasks:
             drawing = draw_prediction(
-                bgr[:, :, ::-1],
+                predictor.colours(image),
                 outputs,
                 predictor.metadata,
                 task,

@@ -11,6 +11,7 @@ from detectron2.projects.point_rend import ColorAugSSDTransform as PointRendColo
 
 __all__ = [
     "ColorAugSSDTransform",
+    "ResizeBandsTransform",
     "ResizeScale",
     "ResizeShortestEdge",
     "build_detr_crop_gen",
@@ -20,10 +21,39 @@ __all__ = [
 ]
 
 
-def _at_least_one_pixel(transform: T.Transform) -> T.Transform:
-    """Keep one row and one column of images so long that nothing else would be left."""
-    if isinstance(transform, T.ResizeTransform):
-        transform.new_h, transform.new_w = max(1, transform.new_h), max(1, transform.new_w)
+class ResizeBandsTransform(T.ResizeTransform):
+    """Detectron2's, but each band is resized on its own.
+
+    Pillow takes the fourth channel for opacity, with which it weighs the others, and has no images
+    of more channels.
+    """
+
+    def apply_image(self, img: np.ndarray, interp: int | None = None) -> np.ndarray:
+        """(h, w, C) uint8 → (H, W, C)."""
+        if img.ndim < 3:  # labels
+            return super().apply_image(img, interp)
+        bands = [super(ResizeBandsTransform, self).apply_image(x, interp) for x in _bands(img)]
+        return np.stack(bands, axis=2)
+
+    def inverse(self) -> T.Transform:
+        return ResizeBandsTransform(self.new_h, self.new_w, self.h, self.w, self.interp)
+
+
+def _bands(image: np.ndarray) -> list[np.ndarray]:
+    return [np.ascontiguousarray(image[:, :, i]) for i in range(image.shape[2])]
+
+
+def _resize_for(image: np.ndarray, transform: T.Transform) -> T.Transform:
+    """A resize for the channels of this image.
+
+    It keeps one row and one column of images so long that nothing else would be left.
+    """
+    if not isinstance(transform, T.ResizeTransform):
+        return transform
+    size = max(1, transform.new_h), max(1, transform.new_w)
+    if image.shape[2:] not in ((), (3,)):
+        return ResizeBandsTransform(transform.h, transform.w, *size, transform.interp)
+    transform.new_h, transform.new_w = size
     return transform
 
 
@@ -31,14 +61,14 @@ class ResizeShortestEdge(T.ResizeShortestEdge):
     """Detectron2's, but an image of 3 x 3000 pixels keeps at least one row."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        return _at_least_one_pixel(super().get_transform(image))
+        return _resize_for(image, super().get_transform(image))
 
 
 class ResizeScale(T.ResizeScale):
     """Detectron2's, but an image of 3 x 3000 pixels keeps at least one row."""
 
     def get_transform(self, image: np.ndarray) -> T.Transform:
-        return _at_least_one_pixel(super().get_transform(image))
+        return _resize_for(image, super().get_transform(image))
 
 
 class ColorAugSSDTransform(PointRendColorAugSSDTransform):

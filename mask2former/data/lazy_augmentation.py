@@ -22,7 +22,7 @@ import shapely
 from detectron2.data import transforms as T
 from PIL import Image
 
-from .augmentations import ResizeScale, ResizeShortestEdge
+from .augmentations import ResizeBandsTransform, ResizeScale, ResizeShortestEdge
 
 # Augmentations that read the shape of the image but no pixel. Subclasses may read pixels.
 _SHAPE_ONLY = (
@@ -42,6 +42,7 @@ _DEFERRABLE = (
     T.PadTransform,
     T.ResizeTransform,
     T.VFlipTransform,
+    ResizeBandsTransform,
 )
 
 
@@ -154,7 +155,9 @@ def _apply(
             pixels = resize_crop(pixels, transform, follower)
             i += 2
             continue
-        if type(transform) is T.HFlipTransform and pixels.ndim == 3 and pixels.dtype == np.uint8:
+        # OpenCV drops the last dimension of one channel.
+        is_image = pixels.shape[2:] == (3,) and pixels.dtype == np.uint8
+        if type(transform) is T.HFlipTransform and is_image:
             # Detectron2 returns a view with negative strides, which is slow to read later.
             pixels = cv2.flip(pixels, 1)
         else:

@@ -48,6 +48,7 @@ from .dataset_mappers import (
     MaskFormerSemanticDatasetMapper,
 )
 from .datasets.checks import check_builtin, drop_unusable_objects
+from .formats.bands import image_format_of
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
 from .label_maps import check_whole
@@ -461,7 +462,8 @@ class InferenceMapper(DatasetMapper):
     def from_config(cls, cfg: CfgNode, is_train: bool = False) -> dict[str, Any]:
         sizes = cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST
         return super().from_config(cfg, is_train) | {
-            "augmentations": [ResizeShortestEdge(*sizes, "choice")]
+            "augmentations": [ResizeShortestEdge(*sizes, "choice")],
+            "image_format": image_format_of(cfg),
         }
 
     def __call__(self, dataset_dict: dict) -> dict:

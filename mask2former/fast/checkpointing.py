@@ -6,7 +6,8 @@ none        save all activations.
 selective   recompute what is large and cheap: everything in the pixel decoder but convolutions and
             the sampling op, folded weights of convolutions on a CPU, point losses.
 blocks      in addition whole layers of the pixel decoder's encoder, cross-attention layers of the
-            decoder, and blocks of Swin.
+            decoder, and the blocks of the backbone: Detectron2's ResNets, and backbones with
+            `set_checkpointing(enabled)`, as all of this project have.
 auto        selective; on a GPU the trainer changes it to none when it has seen how much memory the
             first iterations take (`has_room`).
 
@@ -16,17 +17,23 @@ a plain call, `_recompute_whole` is read where a module is called (`utils/twins.
 """
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from detectron2.modeling.backbone import FPN, Backbone, ResNet
 from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from ..config_checks import CHECKPOINTING
+from ..modeling.backbone.depths import describes_depths
 from ..modeling.backbone.swin import BasicLayer
 from ..modeling.layers import CrossAttentionLayer
 from ..modeling.pixel_decoder.msdeformattn import MSDeformAttnTransformerEncoderLayer
+from .resnet_blocks import recompute_block
+
+_logger = logging.getLogger(__name__)
 
 # With policy "none" the activations of ResNet-50 take 1.9 to 2.0 times the bytes of "selective", in
 # half and in full precision; parameters and optimiser take what they took. The rest is left for
@@ -48,11 +55,30 @@ def set_checkpointing(model: nn.Module, policy: str) -> None:
     if policy == "blocks":
         for module in model.modules():
             if isinstance(module, _BLOCKS):
-                for part in module.modules():
-                    vars(part)["_saves_all"] = True  # the block is recomputed as a whole
+                _save_all_within(module)
                 vars(module)["_recompute_whole"] = True
             elif isinstance(module, BasicLayer):
                 module.use_checkpoint = True
+            elif recompute_block(module):
+                _save_all_within(module)
+            elif isinstance(module, Backbone):
+                _recompute_backbone(module)
+
+
+def _save_all_within(block: nn.Module) -> None:
+    """The block is recomputed as a whole."""
+    for part in block.modules():
+        vars(part)["_saves_all"] = True
+
+
+def _recompute_backbone(backbone: Backbone) -> None:
+    if describes_depths(backbone) and hasattr(backbone, "set_checkpointing"):
+        backbone.set_checkpointing(True)
+    elif not isinstance(backbone, ResNet | FPN):
+        _logger.warning(
+            f"MODEL.CHECKPOINTING is 'blocks', but the backbone {type(backbone).__name__} has no "
+            "method `set_checkpointing(enabled)`: it saves its activations."
+        )
 
 
 def has_room(peak: int, available: int) -> bool:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from detectron2.modeling import build_model
+from detectron2.modeling import Backbone, build_model
 from torch import Tensor, nn
 
 from mask2former.fast.checkpointing import checkpointed, has_room, set_checkpointing
@@ -168,6 +168,27 @@ def test_room_for_all_activations():
     assert has_room(peak=9 * gib, available=24 * gib)
     assert not has_room(peak=10 * gib, available=24 * gib)
     assert not has_room(peak=10 * gib, available=11 * gib)
+
+
+def test_blocks_of_other_backbones(caplog):
+    """Those with the method are told, others save their activations, which is said."""
+
+    class Told(Backbone):
+        num_depths, enabled = 1, False
+
+        def parameter_depth(self, name):
+            return 0
+
+        def set_checkpointing(self, enabled):
+            self.enabled = enabled
+
+    told, other = Told(), Backbone()
+    set_checkpointing(nn.Sequential(told, other), "selective")
+    assert not told.enabled and not caplog.text
+    set_checkpointing(nn.Sequential(told, other), "blocks")
+    assert told.enabled
+    assert "the backbone Backbone has no method `set_checkpointing(enabled)`" in caplog.text
+    assert "Told" not in caplog.text
 
 
 def test_unknown_policy_is_refused():

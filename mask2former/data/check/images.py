@@ -13,7 +13,13 @@ import numpy as np
 from panopticapi.utils import rgb2id
 
 from ..formats.findings import Finding
-from ..formats.images import orientation_warning, read_header, read_image, read_panoptic_png
+from ..formats.images import (
+    orientation_warning,
+    read_colours,
+    read_header,
+    read_image,
+    read_panoptic_png,
+)
 from ..label_maps import check_whole
 from ..targets import annotation_boxes, present_values, rasterise, read_annotations
 from .index import Index, Item
@@ -67,7 +73,7 @@ class ItemChecker:
         return report
 
     def _check(self, item: Item, report: ItemReport) -> None:
-        image = _read(item.file_name, item.image_id, lambda file: read_image(file, "RGB"), report)
+        image = _read(item.file_name, item.image_id, read_colours, report)
         if image is not None:
             report.size = image.shape[:2]
             turned = self._check_orientation(item, report)

@@ -20,7 +20,7 @@ from ...utils.files import atomic_write, make_folder
 from ...utils.seeding import isolated_rng
 from ...utils.visualization import contact_sheet
 from ..formats.findings import NO_LABELLED_PIXEL, Finding
-from ..formats.images import read_image, read_panoptic_png
+from ..formats.images import read_colours, read_image, read_panoptic_png
 from ..formats.semantic_folders import hidden_classes
 from ..targets import rasterise, read_annotations
 from .images import ItemReport
@@ -227,7 +227,7 @@ def draw_examples(index: Index, items: Sequence[Item], path: str, columns: int =
 
 
 def _draw(index: Index, item: Item) -> np.ndarray:
-    image = read_image(item.file_name, "RGB")
+    image = read_colours(item.file_name)
     height, width = image.shape[:2]
     scale = min(1.0, _DRAWING_SIZE / max(height, width))
     size = (max(1, round(height * scale)), max(1, round(width * scale)))

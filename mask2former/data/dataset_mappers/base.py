@@ -26,6 +26,7 @@ from detectron2.data import transforms as T
 from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen
+from ..formats.bands import image_format_of
 from ..formats.images import read_image, read_panoptic_png
 from ..label_maps import check_whole, layers_to_boxes, pack_layers, transform_layers
 from ..lazy_augmentation import augment
@@ -41,7 +42,7 @@ class BaseDatasetMapper:
     Attributes:
         is_train: whether samples get targets.
         tfm_gens: Detectron2 augmentations and transforms.
-        img_format: "RGB" or "BGR".
+        img_format: of `read_image`, such as "RGB" or "BGR".
         num_classes: if not None, labels and category ids must be below it.
         ignore_unlabelled: whether samples get `ignored` (H, W) bool, the pixels without a label,
             which losses leave out: ignore label, void, crowds, padding.
@@ -109,7 +110,7 @@ class ResizeCropDatasetMapper(BaseDatasetMapper):
                 "augmentations": build_resize_crop_gen(
                     cfg, limit_category_area=cls.limit_category_area
                 ),
-                "image_format": cfg.INPUT.FORMAT,
+                "image_format": image_format_of(cfg),
                 "size_divisibility": cfg.INPUT.SIZE_DIVISIBILITY,
                 **label_arguments(cfg),
             },
@@ -139,7 +140,7 @@ class LargeScaleJitterDatasetMapper(BaseDatasetMapper):
         Args:
             is_train: whether to make targets.
             tfm_gens: Detectron2 augmentations and transforms, applied in this order.
-            image_format: "RGB" or "BGR".
+            image_format: of `read_image`, such as "RGB" or "BGR".
             num_classes: if not None, category ids must be below it.
             ignore_unlabelled: see `BaseDatasetMapper`.
         """
@@ -153,7 +154,7 @@ def lsj_arguments(cls: type, cfg: CfgNode, is_train: bool, tfm_gens: list) -> di
         {
             "is_train": is_train,
             "tfm_gens": tfm_gens,
-            "image_format": cfg.INPUT.FORMAT,
+            "image_format": image_format_of(cfg),
             **label_arguments(cfg),
         },
     )
@@ -193,10 +194,10 @@ def load_record(record: dict, image_format: str) -> tuple[dict, np.ndarray]:
 
     Args:
         record: of the data set, with at least `file_name`.
-        image_format: "RGB" or "BGR".
+        image_format: of `read_image`, such as "RGB" or "BGR".
 
     Returns:
-        The copy without `annotations`, and the image (h, w, 3).
+        The copy without `annotations`, and the image (h, w, C).
 
     Raises:
         FileNotFoundError: the image does not exist.

@@ -9,6 +9,7 @@ import numpy as np
 from detectron2.config import CfgNode, configurable
 
 from ..augmentations import build_detr_crop_gen, build_detr_gen
+from ..formats.bands import image_format_of
 from .base import BaseDatasetMapper, accepted_arguments, label_arguments, panoptic_sample
 from .build import register_mapper
 
@@ -67,7 +68,7 @@ class DETRPanopticDatasetMapper(BaseDatasetMapper):
                 "is_train": is_train,
                 "crop_gen": build_detr_crop_gen(cfg) if crops else None,
                 "tfm_gens": build_detr_gen(cfg, is_train),
-                "image_format": cfg.INPUT.FORMAT,
+                "image_format": image_format_of(cfg),
                 **label_arguments(cfg),
             },
         )

@@ -16,12 +16,23 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from detectron2.data import detection_utils
 from detectron2.utils.file_io import PathManager
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
+
+from .bands import (
+    BANDS,
+    as_colours,
+    is_array,
+    is_bands,
+    is_tiff,
+    read_bands,
+    size_of_array,
+    size_of_tiff,
+)
 
 _EXIF_ORIENTATION = 0x0112
 _TIFF_SIZE_TAGS = (256, 257)  # width, height
@@ -36,7 +47,8 @@ class Header(NamedTuple):
 
     Attributes:
         size: (h, w), with the EXIF orientation applied.
-        mode: Pillow's mode, such as "RGB", "L" or "P".
+        mode: Pillow's mode, such as "RGB", "L" or "P"; "BANDS" for files that only `bands.py`
+            reads.
         orientation: EXIF orientation, 1 for none.
     """
 
@@ -70,10 +82,11 @@ def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
 
     Args:
         file_name: path of the image.
-        image_format: a PIL mode or "BGR"; None keeps the pixels as stored.
+        image_format: a PIL mode or "BGR"; "BANDS" for all channels as stored, "BANDS:6" if they
+            must be 6, see `bands.py`; None keeps the pixels as stored.
 
     Returns:
-        (h, w, 3), or (h, w) for a label map read without a format.
+        (h, w, C), or (h, w) for a label map read without a format.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -81,6 +94,8 @@ def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
             large, or of 32 bits per pixel and channel.
     """
     with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
+        if is_bands(image_format):
+            return read_bands(stream, file_name, image_format)
         stored = Image.open(stream)
         orientation = stored.getexif().get(_EXIF_ORIENTATION, 1)
         if orientation in range(2, 9):
@@ -117,11 +132,21 @@ def read_header(file_name: str) -> Header:
     Raises:
         FileNotFoundError, ValueError: see `read_image`.
     """
-    with (
-        _named_errors(file_name),
-        PathManager.open(file_name, "rb") as stream,
-        Image.open(stream) as image,
-    ):
+    with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
+        if is_array(file_name):
+            return Header(size_of_array(stream), BANDS, 1)
+        try:
+            return _read_header(stream)
+        except UnidentifiedImageError:
+            stream.seek(0)
+            if not is_tiff(stream):
+                raise
+            size, orientation = size_of_tiff(stream)
+            return _header(size, BANDS, orientation)
+
+
+def _read_header(stream: IO[bytes]) -> Header:
+    with Image.open(stream) as image:
         width, height = image.size
         if image.format == "TIFF":
             # Depending on its version, Pillow turns the size of a TIFF, too.
@@ -129,11 +154,30 @@ def read_header(file_name: str) -> Header:
         # For a PNG that says nothing before its pixels, Pillow would decode all of them.
         is_unknown = image.format == "PNG" and "exif" not in image.info
         orientation = 1 if is_unknown else image.getexif().get(_EXIF_ORIENTATION, 1)
-        # 5 to 8 swap width and height; values that are not defined have no effect.
-        if orientation in (5, 6, 7, 8):
-            width, height = height, width
-        known = orientation if orientation in range(1, 9) else 1
-        return Header((height, width), image.mode, known)
+        return _header((height, width), image.mode, orientation)
+
+
+def _header(size: tuple[int, int], mode: str, orientation: int) -> Header:
+    """Of a size as stored: orientations 5 to 8 swap it, values not defined have no effect."""
+    size = size[::-1] if orientation in (5, 6, 7, 8) else size
+    return Header(size, mode, orientation if orientation in range(1, 9) else 1)
+
+
+def read_colours(file_name: str) -> np.ndarray:
+    """Read an image to look at: (h, w, 3) RGB, of bands the first three, see `as_colours`.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_image`.
+    """
+    if read_header(file_name).mode != BANDS:
+        try:
+            return read_image(file_name, "RGB")
+        except ValueError:
+            # Pillow knows the headers of more TIFFs than it can decode.
+            with PathManager.open(file_name, "rb") as stream:
+                if not is_tiff(stream):
+                    raise
+    return as_colours(read_image(file_name, BANDS), BANDS)
 
 
 def read_size(file_name: str) -> tuple[int, int] | None:

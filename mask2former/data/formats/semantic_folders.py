@@ -15,7 +15,7 @@ from ...utils.files import list_names
 from .findings import Findings
 from .images import read_image
 
-IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
 
 # Label maps read before training, to notice what all of them have in common.
 _NUM_SAMPLES = 16

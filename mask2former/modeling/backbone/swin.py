@@ -20,6 +20,7 @@ from detectron2.modeling import BACKBONE_REGISTRY, Backbone
 from torch import Tensor, nn
 
 from ...utils.registry import register_unless_taken
+from .freezing import check_freeze_at, freeze, freeze_at_of
 from .swin_layers import (
     BasicLayer,
     Mlp,
@@ -82,6 +83,8 @@ class SwinTransformer(nn.Module):
             argument and its config key.
     """
 
+    _freeze_at = 0  # see `freeze`
+
     def __init__(
         self,
         pretrain_img_size: int | tuple[int, int] = 224,
@@ -112,6 +115,7 @@ class SwinTransformer(nn.Module):
         )
         self.pretrain_img_size = pretrain_img_size
         self.num_layers = len(depths)
+        self._stage_depths = list(depths)
         self.embed_dim = embed_dim
         self.ape = ape
         self.patch_norm = patch_norm
@@ -182,8 +186,60 @@ class SwinTransformer(nn.Module):
             self.absolute_pos_embed.requires_grad_(False)
         if self.frozen_stages >= 2:
             frozen += [self.pos_drop, *self.layers[: self.frozen_stages - 1]]
+        if self._freeze_at >= 1:
+            frozen += [self.patch_embed, self.pos_drop]
+            if self.ape:
+                self.absolute_pos_embed.requires_grad_(False)
+        for i in range(self._freeze_at - 1):
+            frozen.append(self.layers[i])
+            if i in self.out_indices:
+                frozen.append(getattr(self, f"norm{i}"))
         for module in frozen:
-            module.eval().requires_grad_(False)
+            freeze(module)
+
+    def freeze(self, freeze_at: int) -> "SwinTransformer":
+        """Freeze the first parts, as Detectron2's `ResNet.freeze` does.
+
+        Args:
+            freeze_at: 1 for the stem, which is patch embedding and position table; n for the first
+                n - 1 stages as well, each with the norm of its output. At most the number of
+                stages plus 1.
+
+        Returns:
+            The backbone itself.
+        """
+        check_freeze_at(self, freeze_at, self.num_layers)
+        self._freeze_at = freeze_at
+        self._freeze_stages()
+        return self
+
+    @property
+    def num_depths(self) -> int:
+        """The stem and each block, see `depths.py`."""
+        return 1 + sum(self._stage_depths)
+
+    def parameter_depth(self, name: str) -> int:
+        """How deep a parameter is, by its name: 0 for the stem, then one for each block.
+
+        A patch merging layer belongs to the block before it. The norms of the outputs follow the
+        last block, as the heads do: ImageNet weights do not have them.
+        """
+        parts = name.split(".")
+        if parts[0] in ("patch_embed", "absolute_pos_embed"):
+            return 0
+        if parts[0] != "layers":
+            return self.num_depths
+        stage = int(parts[1])
+        before = sum(self._stage_depths[:stage])
+        if parts[2] == "blocks":
+            return 1 + before + int(parts[3])
+        return before + self._stage_depths[stage]
+
+    def set_checkpointing(self, enabled: bool) -> None:
+        """Turn activation checkpointing of the blocks on or off."""
+        layers: Any = self.layers
+        for layer in layers:
+            layer.use_checkpoint = enabled
 
     def train(self, mode: bool = True) -> "SwinTransformer":
         """Switch between training and evaluation mode; frozen parts stay in evaluation mode."""
@@ -223,6 +279,7 @@ class D2SwinTransformer(SwinTransformer, Backbone):
 
     Args:
         out_features: names of the maps to return, among "res2", "res3", …
+        freeze_at: what is not trained, see `SwinTransformer.freeze`.
         swin_arguments: keyword arguments of `SwinTransformer`.
     """
 
@@ -231,6 +288,7 @@ class D2SwinTransformer(SwinTransformer, Backbone):
         self,
         *,
         out_features: Sequence[str] = ("res2", "res3", "res4", "res5"),
+        freeze_at: int = 0,
         **swin_arguments: Any,
     ):
         super().__init__(**swin_arguments)
@@ -253,20 +311,29 @@ class D2SwinTransformer(SwinTransformer, Backbone):
         self._out_feature_channels = {
             f"res{i + 2}": channels for i, channels in enumerate(self.num_features)
         }
+        if freeze_at > 0:
+            self.freeze(freeze_at)
 
     @classmethod
     def from_config(cls, cfg: CfgNode, input_shape: ShapeSpec | None = None) -> dict[str, Any]:
-        """Arguments from `MODEL.SWIN`.
+        """Arguments from `MODEL.SWIN`, MODEL.BACKBONE.FREEZE_AT and MODEL.PIXEL_MEAN.
 
-        The stem has 3 channels whatever ``input_shape``, that is MODEL.PIXEL_MEAN, says: the images
-        of a subclass may have more channels than it passes on.
+        As in the original release, a subclass, or the Swin of another architecture than
+        `MaskFormer` itself, is not frozen, and its stem has 3 channels whatever ``input_shape``,
+        that is MODEL.PIXEL_MEAN, says: the images may have more channels than are passed on.
         """
         swin = cfg.MODEL.SWIN
-        return {
+        is_ours = cls is D2SwinTransformer and cfg.MODEL.META_ARCHITECTURE == "MaskFormer"
+        channels = len(cfg.MODEL.PIXEL_MEAN) if is_ours else 3
+        if is_ours and input_shape is not None:
+            channels = input_shape.channels
+        # Not given to the constructors of subclasses, which may not know it.
+        frozen = {"freeze_at": freeze_at_of(cfg)} if is_ours else {}
+        return frozen | {
             "out_features": swin.OUT_FEATURES,
             "pretrain_img_size": swin.PRETRAIN_IMG_SIZE,
             "patch_size": swin.PATCH_SIZE,
-            "in_chans": 3,
+            "in_chans": channels,
             "embed_dim": swin.EMBED_DIM,
             "depths": swin.DEPTHS,
             "num_heads": swin.NUM_HEADS,
