@@ -50,6 +50,7 @@ _ADDED_KEYS = (
     "MODEL.MASK_FORMER.DECODER",
     "SOLVER.AMP.DTYPE",
     "SOLVER.LAYER_DECAY",
+    "SOLVER.NON_FINITE",
 )
 
 
@@ -251,6 +252,11 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # block after it; 1.0: off. Besides BACKBONE_MULTIPLIER, the learning rate of a block has the
     # factor LAYER_DECAY ** (number of blocks from it to the last one, both included).
     cfg.SOLVER.LAYER_DECAY = 1.0
+    # An iteration whose loss or matching costs are infinite or NaN is captured in OUTPUT_DIR, for
+    # tools/replay.py. It ends the run; or, up to MAX_SKIPPED times in a run, its update is left out
+    # on all ranks, which takes a host sync in every iteration. 0: none is skipped.
+    cfg.SOLVER.NON_FINITE = CfgNode()
+    cfg.SOLVER.NON_FINITE.MAX_SKIPPED = 0
 
 
 def load_config(

@@ -148,6 +148,7 @@ GROUPS = (
             "SOLVER.WARMUP_METHOD": Text(),
             "SOLVER.CLIP_GRADIENTS.ENABLED": Flag(),
             "SOLVER.AMP.ENABLED": Flag(),
+            "SOLVER.NON_FINITE.MAX_SKIPPED": Whole(0, 2**31 - 1),
             "TEST.EVAL_PERIOD": _LENGTH,  # 0: only after the last iteration
             "TEST.EXPECTED_RESULTS": ListOf(_EXPECTED_RESULT),
             "TEST.PRECISE_BN.ENABLED": Flag(),

@@ -11,6 +11,7 @@ from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from .fast.checkpointing import has_room, set_checkpointing
+from .non_finite import NonFiniteWatch
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -181,4 +182,5 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     MetricWindow: None,
     UnwrittenMetrics: None,
     AmpleMemory: None,
+    NonFiniteWatch: None,
 }

@@ -7,16 +7,27 @@ a writer or a checkpoint; those are written at once.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from contextlib import suppress
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, suppress
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 
+from .modeling.matcher import NonFiniteCosts, tolerate_non_finite_costs
 from .utils.host_copy import HostCopy
+
+if TYPE_CHECKING:
+    from .non_finite import NonFiniteWatch
+
+# What scipy says of costs that are not finite, in matchers of other projects.
+_INVALID_COSTS = "invalid numeric entries"
+
+
+class SkippedIteration(Exception):
+    """Ends an iteration between the backward pass and the update."""
 
 
 class _Pending(NamedTuple):
@@ -28,6 +39,7 @@ class _Pending(NamedTuple):
     data_time: float
     prefix: str
     iteration: int
+    batch: Any
 
     def losses(self) -> dict[str, Tensor]:
         names = self.names[: self.num_losses]
@@ -42,18 +54,34 @@ class DelayedMetrics(SimpleTrainer):
     """Writes losses one iteration late, with the number of their own iteration.
 
     A loss that is not finite raises Detectron2's FloatingPointError one iteration late as well,
-    which names the iteration of the loss.
+    which names the iteration of the loss; an optimiser that can leaves out its update meanwhile.
 
     Attributes:
         cudnn_benchmark: let cuDNN time its algorithms, within training steps only: evaluation has
             images of many sizes.
+        watch: captures iterations that are not finite, and may skip them.
+        skipped: whether the last iteration was skipped.
     """
+
+    watch: "NonFiniteWatch | None" = None
+    skipped = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cudnn_benchmark = False
         self._is_read: Callable[[int], bool] = lambda iteration: True
         self._pending: _Pending | None = None
+        self._batch: Any = None
+        self._buffers: dict[str, Tensor] = {}
+        self._bad_costs: list[int] = []
+
+    @property
+    def _data_loader_iter(self) -> Iterator[Any]:
+        return map(self._remember, super()._data_loader_iter)
+
+    def _remember(self, batch: Any) -> Any:
+        self._batch = batch
+        return batch
 
     def delay_metrics(self, is_read: Callable[[int], bool]) -> None:
         """Begin to delay.
@@ -69,7 +97,7 @@ class DelayedMetrics(SimpleTrainer):
         pending, self._pending = self._pending, None
         if pending is not None:
             self._write_now(
-                pending.losses(),
+                self._finite(pending.losses(), pending.iteration, pending.batch, late=True),
                 pending.metrics(),
                 pending.data_time,
                 pending.prefix,
@@ -84,30 +112,83 @@ class DelayedMetrics(SimpleTrainer):
         cudnn_benchmark = torch.backends.cudnn.benchmark
         if self.cudnn_benchmark:
             torch.backends.cudnn.benchmark = True
+        self.skipped = False
+        skips = self.watch is not None and self.watch.skips
+        # The forward pass may already have changed them, such as the statistics of BatchNorm.
+        buffers = self.model.named_buffers() if skips else ()
+        self._buffers = {name: buffer.clone() for name, buffer in buffers}
         try:
-            super().run_step()
+            with ExitStack() as stack:
+                tolerates = tolerate_non_finite_costs
+                self._bad_costs = stack.enter_context(tolerates()) if skips else []
+                super().run_step()
+        except SkippedIteration:
+            self.skipped = True
+            self.optimizer.zero_grad()
         except FloatingPointError:
             raise
         except Exception as error:
             self._raise_if_not_finite(error)
             raise
         finally:
+            self._batch, self._buffers = None, {}
+            if hasattr(self.optimizer, "found_inf"):
+                del self.optimizer.found_inf
             if self.cudnn_benchmark:
                 torch.backends.cudnn.benchmark = cudnn_benchmark
 
+    def restore_buffers(self) -> None:
+        """Undo what the forward pass of an iteration to skip did to the model's buffers."""
+        with torch.no_grad():
+            for name, buffer in self.model.named_buffers():
+                if name in self._buffers:
+                    buffer.copy_(self._buffers[name])
+
     def _raise_if_not_finite(self, error: Exception) -> None:
-        """Name the cause of an error: a loss of the iteration before that was not finite."""
+        """Name the cause of an error: a loss of the iteration before, or matching costs."""
         losses: dict[str, float] = {}
         with suppress(RuntimeError):  # the device may be out of order
             if self._pending is not None:
                 losses = {name: loss.item() for name, loss in self._pending.losses().items()}
         # Without the other ranks, which may not be here.
         if self._pending is not None and not math.isfinite(sum(losses.values())):
-            iteration = self._pending.iteration
+            pending = self._pending
             self.discard()
-            raise FloatingPointError(
-                f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {losses}"
-            ) from error
+            raise self._not_finite(pending.iteration, pending.batch, losses, late=True) from error
+        is_cost = isinstance(error, ValueError) and _INVALID_COSTS in str(error)
+        if self.watch is not None and (is_cost or isinstance(error, NonFiniteCosts)):
+            note = self.watch.capture(self.iter, self._batch, {}, str(error))
+            raise NonFiniteCosts(f"Iteration {self.iter}: {error}.\n{note}") from error
+
+    def _finite(
+        self, losses: Mapping[str, Tensor], iteration: int, batch: Any, *, late: bool
+    ) -> Mapping[str, Tensor]:
+        """Losses on the host, on each rank checked: Detectron2 knows their means on the first."""
+        losses = {name: loss.detach().cpu() for name, loss in losses.items()}
+        numbers = {name: loss.item() for name, loss in losses.items()}
+        if not math.isfinite(sum(numbers.values())):
+            raise self._not_finite(iteration, batch, numbers, late=late)
+        return losses
+
+    def _not_finite(
+        self, iteration: int, batch: Any, losses: dict[str, float], *, late: bool
+    ) -> FloatingPointError:
+        """Capture an iteration whose loss is not finite. Returns Detectron2's error for it."""
+        text = f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {losses}"
+        if self.watch is not None:
+            are = self._weights_after_update() if late else "those before the update"
+            text += "\n" + self.watch.capture(iteration, batch, losses, text, are)
+        return FloatingPointError(text)
+
+    def _weights_after_update(self) -> str:
+        """Which weights are left when a loss is found not to be finite one iteration late."""
+        if self._guards_update():
+            return "those before the update"
+        return "those after the update, because the loss was read one iteration late"
+
+    def _guards_update(self) -> bool:
+        """Whether the optimiser leaves out an update on the device if told to (`found_inf`)."""
+        return getattr(self.optimizer, "_step_supports_amp_scaling", False)
 
     def _device_metrics(self) -> dict[str, Tensor]:
         """Scalars on the device to write in addition to the losses."""
@@ -122,15 +203,28 @@ class DelayedMetrics(SimpleTrainer):
     ) -> None:
         self.flush()
         iteration = self.iter if iter is None else iter
+        if self.watch is not None and self.watch.skips:
+            # One copy each, as writing them would make.
+            loss_dict = {name: loss.detach().cpu() for name, loss in loss_dict.items()}
+            numbers = {name: loss.item() for name, loss in loss_dict.items()}
+            self.watch.check(iteration, self._batch, numbers, self._bad_costs)
         metrics = self._device_metrics()
         values = [*loss_dict.values(), *metrics.values()]
         if self._is_read(iteration) or not _can_be_stacked(values):
+            loss_dict = self._finite(loss_dict, iteration, self._batch, late=False)
             self._write_now(loss_dict, metrics, data_time, prefix, iteration)
             return
         with torch.no_grad():
-            copied = HostCopy(torch.stack(values))
+            stacked = torch.stack(values)
+            copied = HostCopy(stacked)
+            if self._guards_update():
+                # So that the weights stay those of this iteration until its losses are read. The
+                # gradient scaler of float16 puts its own in place, which is as good.
+                is_finite = stacked[: len(loss_dict)].isfinite().all()
+                self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
         names = [*loss_dict, *metrics]
-        self._pending = _Pending(names, len(loss_dict), copied, data_time, prefix, iteration)
+        pending = (names, len(loss_dict), copied, data_time, prefix, iteration, self._batch)
+        self._pending = _Pending(*pending)
 
     def _write_now(
         self,
@@ -177,6 +271,11 @@ class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
         # `get_scale` would sync.
         one = torch.ones((), device=next(self.model.parameters()).device)
         return {"[metric]grad_scaler": self.grad_scaler.scale(one)}
+
+    def _weights_after_update(self) -> str:
+        if self.grad_scaler.is_enabled():
+            return "those before the update, unless its gradients were finite"
+        return super()._weights_after_update()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Runs in other precisions save no state of the scaler, or an empty one.

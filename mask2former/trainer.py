@@ -52,6 +52,7 @@ from .hooks import (
     finish_iteration,
 )
 from .maskformer_model import MaskFormer
+from .non_finite import NonFiniteWatch, max_skipped
 from .optimizer import build_optimizer
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
@@ -166,6 +167,7 @@ class Trainer(DefaultTrainer):
             MetricWindow(),
             UnwrittenMetrics(),
             AmpleMemory() if chooses else None,
+            NonFiniteWatch(max_skipped(self.cfg)),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -204,7 +206,7 @@ class Trainer(DefaultTrainer):
         if 0 < self.start_iter <= self.max_iter:
             finish_iteration(self)
         # A subclass may make its own step.
-        delays = getattr(self, "_delays_metrics", False)
+        delays = getattr(self, "_delays_metrics", False) and not max_skipped(self.cfg)
         if delays and isinstance(self._trainer, DelayedMetrics):
             readers, periods = self._readers_of_losses()
             if readers:

@@ -149,6 +149,7 @@ ACCEPTED = {
             "*EVAL_PERIOD",
             "*REFERENCE_WORLD_SIZE",
             "*TRANSFORMER_ENC_LAYERS",
+            "*MAX_SKIPPED",
             "VIS_PERIOD",
         ),
     ),

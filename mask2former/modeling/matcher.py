@@ -3,6 +3,9 @@
 Shape letters: B batch, Q queries, K classes, T targets of an image, P points, H W pixels.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -24,6 +27,7 @@ from .mask_losses import (
 __all__ = [
     "MATCHER_REGISTRY",
     "HungarianMatcher",
+    "NonFiniteCosts",
     "batch_dice_loss",
     "batch_dice_loss_jit",
     "batch_sigmoid_ce_loss",
@@ -32,6 +36,8 @@ __all__ = [
 
 Indices = list[tuple[Tensor, Tensor]]
 Targets = list[dict[str, Tensor]]
+# Images whose costs were not finite; None: these are errors.
+_tolerated: ContextVar[list[int] | None] = ContextVar("tolerated", default=None)
 
 MATCHER_REGISTRY = Registry("MATCHER")
 MATCHER_REGISTRY.__doc__ = """
@@ -149,6 +155,28 @@ def _sample(masks: Tensor, points: Tensor) -> Tensor:
     return point_sample(masks, points.expand(len(masks), -1, -1), align_corners=False)[:, 0]
 
 
+class NonFiniteCosts(ValueError):
+    """Costs of an assignment problem that are NaN or infinite."""
+
+
+@contextmanager
+def tolerate_non_finite_costs() -> Iterator[list[int]]:
+    """Let `assign` take costs that are not finite as 0, so that the forward pass ends.
+
+    Losses are still those of the model's outputs. Training that skips such iterations needs it: all
+    ranks of a job must take part in all of its communication.
+
+    Yields:
+        A list that gets the image of each such problem.
+    """
+    images: list[int] = []
+    token = _tolerated.set(images)
+    try:
+        yield images
+    finally:
+        _tolerated.reset(token)
+
+
 def assign(cost: Tensor, image: int) -> tuple[Tensor, Tensor]:
     """Solve the assignment problem of one image.
 
@@ -160,10 +188,15 @@ def assign(cost: Tensor, image: int) -> tuple[Tensor, Tensor]:
         Queries, ascending, and the target of each, int64.
 
     Raises:
-        ValueError: a cost is NaN or infinite.
+        NonFiniteCosts: a cost is NaN or infinite, outside of `tolerate_non_finite_costs`.
     """
-    if not torch.isfinite(cost).all():
-        raise ValueError(
+    is_finite = torch.isfinite(cost)
+    tolerated = _tolerated.get()
+    if tolerated is not None and not is_finite.all():
+        tolerated.append(image)
+        cost = cost.where(is_finite, 0)
+    elif not is_finite.all():
+        raise NonFiniteCosts(
             f"matching costs of image {image} of the batch are not finite: the model's outputs "
             "hold inf or NaN. Training has diverged: lower SOLVER.BASE_LR, or check the images and "
             "the initial weights"
