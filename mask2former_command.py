@@ -22,6 +22,7 @@ PROGRAMS = {
     "convert": (["{tools}/convert_dataset.py"], "convert annotations to COCO JSON"),
     "convert-weights": (["{tools}/convert_weights.py"], "convert weights of a backbone"),
     "analyze": (["{tools}/analyze_model.py"], "parameters, multiply-adds, structure, speed"),
+    "replay": (["{tools}/replay.py"], "run an iteration that was not finite again, find the cause"),
     "ablations": (["{tools}/run_ablations.py"], "run the tables of the paper"),
     "proposals": (["{tools}/evaluate_proposals.py"], "recall of class-agnostic masks"),
     "boundary-ap": (["{tools}/evaluate_coco_boundary_ap.py"], "Boundary AP of a result file"),
