@@ -22,7 +22,6 @@ from detectron2.utils.events import get_event_storage
 from .capture import Capture, file_name, plain_metadata, unwrapped, versions, write_capture
 from .checkpoint_weights import non_finite
 from .train_step import DelayedMetrics, MixedPrecisionStep, SkippedIteration
-from .utils.files import WriteError
 from .utils.plain_values import describe
 
 _logger = logging.getLogger(__name__)
@@ -175,19 +174,20 @@ class NonFiniteWatch(HookBase):
         path = os.path.join(folder, file_name(iteration, comm.get_rank()))
         try:
             capture = self._captured(iteration, batch, losses, reason, weights_are)
-            bad = sorted(
-                non_finite(dict(unwrapped(self.trainer._trainer.model).named_parameters()))
-            )
+            model = unwrapped(self.trainer._trainer.model)
+            parameters = {name: value.detach() for name, value in model.named_parameters()}
+            found = non_finite(parameters)
+            bad = [name for name in parameters if name in found]
             write_capture(path, capture)
-        # The device may be out of order.
-        except (WriteError, RuntimeError) as error:
-            return f"It was not captured: {error}"
+        # The device may be out of order, or a batch hold what cannot be written.
+        except Exception as error:
+            return f"It was not captured: {type(error).__name__}: {error}"
         lines = [f"Captured in {path}. To find the image, layer and tensor, run"]
         lines.append(f"  python tools/replay.py {path}")
         if bad:
             lines.append(
                 f"The weights hold NaN or infinite values already, in {len(bad)} parameters "
-                f"({bad[0]}, ...): the update of an iteration before made them so."
+                f"({bad[0]}, ...): an update by gradients that were not finite made them so."
             )
         return "\n".join(lines)
 

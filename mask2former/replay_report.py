@@ -25,7 +25,7 @@ from .replay import (
 )
 
 # Names in a list of the report; the rest is counted.
-_MAX_NAMES = 10
+_MAX_NAMES = 6
 
 
 def narrow(capture: Capture, cfg: CfgNode, dtype: str) -> dict[str, Any]:
@@ -169,11 +169,17 @@ def _findings(
         findings.append(f"Only the model with {which} is not finite; please report that.")
     parameters, buffers = report["weights"]["parameters"], report["weights"]["buffers"]
     if parameters:
-        findings.append(
+        text = (
             f"Weights: {len(parameters)} parameters hold NaN or infinite values: "
-            f"{_names(parameters)}. The captured weights are {capture.weights_are}; if before, the "
-            "gradients of an earlier iteration, of this or another rank, made them so."
+            f"{_names(parameters)}."
         )
+        if "after" not in capture.weights_are:
+            text += (
+                " So the cause is in an earlier iteration: its loss was finite here, but its "
+                "gradients were not, or those of another rank. Look at the losses before it, and "
+                "at a lower SOLVER.BASE_LR or SOLVER.CLIP_GRADIENTS."
+            )
+        findings.append(text)
     if buffers:
         findings.append(
             f"Buffers with NaN or infinite values: {_names(buffers)}. Statistics of BatchNorm may "
@@ -315,7 +321,7 @@ def to_markdown(report: dict[str, Any], path: str) -> str:
             "|---|---|---|---|---|---|",
         ]
         for kind in ("inputs", "outputs", "parameters"):
-            lines += [_row(f"{kind[:-1]} {stats['name']}", stats) for stats in call[kind]]
+            lines += [_row(f"{kind[:-1]} {stats['name']}".strip(), stats) for stats in call[kind]]
     if report["images"]:
         lines += ["", "## Each image alone", "", "| image | finite | not finite |", "|---|---|---|"]
         for image in report["images"]:
