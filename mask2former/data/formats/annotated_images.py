@@ -2,9 +2,11 @@
 
     files of a labelling tool ─ reader ─→ AnnotatedImages ─ coco_instances ─→ COCO instance JSON
 
-Masks are polygons or run-length encodings in pixels of the image as stored.
+Masks are polygons or run-length encodings in pixels of the image as shown, which is how the tools
+and `images.py` see it: with its EXIF orientation applied.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,6 +63,43 @@ class AnnotatedImages:
     format: str
     classes: list[str]
     images: list[AnnotatedImage]
+
+
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a reader must be told because the files do not say it. Each reader documents its use.
+
+    Attributes:
+        split: which part to read, such as "train"; None: the data has one part.
+        image_root: folder of the images where they are not where the format puts them.
+        classes: class names of formats whose files hold none, in the order of their labels.
+        class_attribute: the attribute with the class, for tools whose objects may have several.
+        boxes_as_masks: whether data with rectangles only is read, each rectangle as a mask.
+    """
+
+    split: str | None = None
+    image_root: Path | None = None
+    classes: tuple[str, ...] | None = None
+    class_attribute: str | None = None
+    boxes_as_masks: bool = False
+
+
+@dataclass(frozen=True)
+class AnnotationFormat:
+    """A format of annotations.
+
+    Attributes:
+        name: the TYPE in configs.
+        title: the format in words, for messages.
+        read: reads the annotations in a folder or file. Raises FileNotFoundError or ValueError
+            that names file and entry.
+        recognise: what of the format is in a folder or file, in words; None: nothing.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Path, ReadOptions], AnnotatedImages]
+    recognise: Callable[[Path], str | None]
 
 
 def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]:
