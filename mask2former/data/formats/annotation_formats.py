@@ -1,8 +1,8 @@
 """The table of the annotation formats that are read besides COCO JSON and label images.
 
-Each is read by a typed reader of this package. Libraries that read many formats do not fit: datumaro
-pins older OpenCV and Pillow, labelme needs Qt, and supervision rasterises polygons and leaves out
-what it does not know without a word.
+Each has a typed reader in this package. Libraries that read many formats do not fit: datumaro pins
+older versions of OpenCV and Pillow, labelme needs Qt, and supervision rasterises polygons and
+leaves out what it does not know without a word.
 """
 
 from pathlib import Path
