@@ -165,9 +165,7 @@ def _find_json(root: Path, split: str | None) -> tuple[Path, str]:
     for file in _jsons(root, _is_coco):
         name = _split_of(file, root)
         if name in splits:
-            raise ValueError(
-                f"{root} has two JSONs of {name}, {splits[name]} and {file}: name one."
-            )
+            raise ValueError(f"{root} has two JSONs of {name}: {splits[name]}, {file}. Name one.")
         splits[name] = file
     if not splits:
         raise FileNotFoundError(f"{root} holds no COCO JSON with images and categories.")

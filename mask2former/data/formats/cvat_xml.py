@@ -117,9 +117,7 @@ def _elements(file: Path) -> Iterator[Element]:
                 depth += 1
                 parents.append(element)
                 if depth == 1 and element.tag != "annotations":
-                    raise ValueError(
-                        f"{file} is XML, but not of CVAT: it begins with {element.tag!r}."
-                    )
+                    raise ValueError(f"{file} is not XML of CVAT: it begins with {element.tag!r}.")
                 continue
             depth -= 1
             parents.pop()

@@ -209,7 +209,8 @@ class Drawings:
         shapes = [shape for shape in self._shapes if isinstance(shape.part, list)]
         if not shapes:
             return
-        extents = polygon_extents([shape.part for shape in shapes])
+        polygons = [shape.part for shape in self._shapes if isinstance(shape.part, list)]
+        extents = polygon_extents(polygons)
         sizes = np.array([(shape.image.height, shape.image.width) for shape in shapes])
         outside = reach_outside(extents, sizes)
         # NaN compares false.
@@ -228,7 +229,7 @@ class Drawings:
                 beyond += ", by more than its longest side; correct the coordinates"
                 self.findings.problem(shape.file, shape.entry, beyond)
                 continue
-            clipped = clip_polygon(shape.part, size)
+            clipped = clip_polygon(polygons[i], size)
             if len(clipped) < 6:
                 beyond += ": it is outside of it; correct or remove it"
                 self.findings.problem(shape.file, shape.entry, beyond)
@@ -240,15 +241,12 @@ class Drawings:
 
 def _join(parts: list[list[float] | dict[str, Any]], image: AnnotatedImage) -> Segmentation:
     polygons = [part for part in parts if isinstance(part, list)]
-    if len(polygons) == len(parts):
+    rles = [part for part in parts if isinstance(part, dict)]
+    if not rles:
         return polygons
-    if len(parts) == 1:
-        return parts[0]  # type: ignore[return-value]
-    rles = [
-        encode([part] if isinstance(part, list) else part, image.height, image.width)
-        for part in parts
-    ]
-    return _as_text(mask_utils.merge(rles))
+    if polygons:
+        rles.append(encode(polygons, image.height, image.width))
+    return rles[0] if len(rles) == 1 else _as_text(mask_utils.merge(rles))
 
 
 def _as_text(rle: dict[str, Any]) -> dict[str, Any]:

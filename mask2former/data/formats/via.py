@@ -284,8 +284,9 @@ def _add_region(
             x, y, radius = numbers
             coordinates = ellipse(x, y, radius, radius)
         else:
+            x, y, radius_x, radius_y = numbers
             angle = shape.get("theta", 0)
-            coordinates = ellipse(*numbers, angle if _are_numbers([angle]) else 0)
+            coordinates = ellipse(x, y, radius_x, radius_y, angle if _are_numbers([angle]) else 0)
     else:
         drawings.findings.problem(name, where, f"the shape {kind!r} is unknown")
         return

@@ -85,8 +85,9 @@ def read_voc(root: Path, options: ReadOptions) -> AnnotatedImages:
             objects = _read_objects(file)
         except (FileNotFoundError, ValueError) as error:
             is_missing = isinstance(error, FileNotFoundError)
-            why = f"{error.filename} does not exist" if getattr(error, "filename", 0) else error
-            drawings.findings.problem(source, name, str(why), is_missing=is_missing)
+            missing = getattr(error, "filename", None)
+            why = f"{missing} does not exist" if missing else str(error)
+            drawings.findings.problem(source, name, why, is_missing=is_missing)
             continue
         if labels.shape != objects.shape:
             why = f"the PNGs of {_CLASSES} and {_OBJECTS} differ in size"
