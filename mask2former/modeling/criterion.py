@@ -242,12 +242,12 @@ class SetCriterion(nn.Module):
             `loss_mask` and `loss_dice`, scalars.
         """
         matched = self.matched_masks(outputs, targets, indices)
-        arguments = [matched.point_logits, matched.point_labels, num_masks]
-        if matched.point_weights is not None:
-            arguments.append(matched.point_weights)
+        points = (matched.point_logits, matched.point_labels)
+        # Other projects replace these functions by ones without weights.
+        weights = () if matched.point_weights is None else (matched.point_weights,)
         return {
-            "loss_mask": sigmoid_ce_loss_jit(*arguments),
-            "loss_dice": dice_loss_jit(*arguments),
+            "loss_mask": sigmoid_ce_loss_jit(*points, num_masks, *weights),
+            "loss_dice": dice_loss_jit(*points, num_masks, *weights),
         }
 
     def matched_masks(
