@@ -46,6 +46,8 @@ _ADDED_KEYS = (
     "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "MODEL.MASK_FORMER.DECODER",
     "SOLVER.AMP.DTYPE",
+    "SOLVER.NUM_ACCUMULATION_STEPS",
+    "SOLVER.REFERENCE_BATCH_SIZE",
 )
 # Attribute of a config object, not a key: the dotted keys that nobody has set.
 _UNSET = "_mask2former_unset_keys"
@@ -228,6 +230,12 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # What SOLVER.AMP.ENABLED computes in: "float16", as the original release, with scaled
     # gradients, or "bfloat16", which needs none.
     cfg.SOLVER.AMP.DTYPE = "float16"
+    # Micro-batches into which each process splits its share of SOLVER.IMS_PER_BATCH, to train in
+    # the memory of one of them. Gradients and losses are those of the whole batch.
+    cfg.SOLVER.NUM_ACCUMULATION_STEPS = 1
+    # Batch size for which SOLVER.BASE_LR (and BASE_LR_END) is given: training multiplies it by
+    # IMS_PER_BATCH / REFERENCE_BATCH_SIZE. 0: off.
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
 
 
 def load_config(
