@@ -50,6 +50,8 @@ _ADDED_KEYS = (
     "MODEL.MASK_FORMER.DECODER",
     "SOLVER.AMP.DTYPE",
     "SOLVER.LAYER_DECAY",
+    "SOLVER.NUM_ACCUMULATION_STEPS",
+    "SOLVER.REFERENCE_BATCH_SIZE",
 )
 
 
@@ -251,6 +253,12 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # block after it; 1.0: off. Besides BACKBONE_MULTIPLIER, the learning rate of a block has the
     # factor LAYER_DECAY ** (number of blocks from it to the last one, both included).
     cfg.SOLVER.LAYER_DECAY = 1.0
+    # Micro-batches into which each process splits its share of SOLVER.IMS_PER_BATCH, to train in
+    # the memory of one of them. Gradients and losses are those of the whole batch.
+    cfg.SOLVER.NUM_ACCUMULATION_STEPS = 1
+    # Batch size for which SOLVER.BASE_LR (and BASE_LR_END) is given: training multiplies it by
+    # IMS_PER_BATCH / REFERENCE_BATCH_SIZE. 0: off.
+    cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
 
 
 def load_config(

@@ -36,6 +36,7 @@ from .model_checks import (
     check_resnet,
     check_swin,
 )
+from .modeling.accumulation import check_accumulation
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
 from .utils.registry import is_mask_former, look_up, registered_names
@@ -90,6 +91,7 @@ def check_config(cfg: CfgNode) -> None:
     """
     check_values(cfg)
     _check_deterministic(cfg)
+    _check_reference(cfg)
     if has_resnet(cfg):
         check_resnet(cfg)
     if has_swin(cfg):
@@ -171,6 +173,16 @@ def _check_deterministic(cfg: CfgNode) -> None:
             f"DETERMINISTIC is True and MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {FAPN!r}, but "
             "torchvision has no deterministic algorithm on a GPU to train deformable convolutions: "
             "set DETERMINISTIC to False or choose another pixel decoder."
+        )
+
+
+def _check_reference(cfg: CfgNode) -> None:
+    workers, batch_size = "REFERENCE_WORLD_SIZE", "REFERENCE_BATCH_SIZE"
+    # Configs made by another project's copy of `add_maskformer2_config` lack the second.
+    if cfg.SOLVER[workers] and cfg.SOLVER.get(batch_size, 0):
+        raise ValueError(
+            f"SOLVER.{workers} is {cfg.SOLVER[workers]} and SOLVER.{batch_size} is "
+            f"{cfg.SOLVER[batch_size]}, but both scale the learning rate: set one of them to 0."
         )
 
 
@@ -287,15 +299,32 @@ def check_parts(cfg: CfgNode) -> None:
 
 
 def check_training(cfg: CfgNode, num_workers: int) -> None:
-    """Check what a training run needs: data, and lengths for this number of processes.
+    """Check what a training run needs: data, lengths for this number of processes, micro-batches.
 
     Raises:
         ValueError: naming the keys.
     """
-    if is_mask_former(cfg.MODEL.META_ARCHITECTURE):
+    name = cfg.MODEL.META_ARCHITECTURE
+    _check_accumulation(cfg)
+    if is_mask_former(name):
         if not cfg.DATASETS.TRAIN:
             raise bad_value("DATASETS.TRAIN", cfg.DATASETS.TRAIN, "one or more data sets")
         check_schedule(cfg, num_workers / (cfg.SOLVER.REFERENCE_WORLD_SIZE or num_workers))
+
+
+def _check_accumulation(cfg: CfgNode) -> None:
+    """The parts of the model, as far as their names tell; `Trainer` checks what it has built."""
+    name = cfg.MODEL.META_ARCHITECTURE
+    model = META_ARCH_REGISTRY.get(name) if name in META_ARCH_REGISTRY else None
+    criterion = None
+    if is_plain(cfg):
+        criterion_name = cfg.MODEL.MASK_FORMER.get("CRITERION_NAME", "SetCriterion")
+        criterion = CRITERION_REGISTRY.get(criterion_name)
+    # A function that builds the part may be registered as well.
+    if isinstance(model, type):
+        criterion = criterion if isinstance(criterion, type) else None
+        # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+        check_accumulation(cfg.SOLVER.get("NUM_ACCUMULATION_STEPS", 1), model, criterion)
 
 
 def check_schedule(cfg: CfgNode, factor: float = 1.0) -> None:

@@ -139,6 +139,8 @@ GROUPS = (
             # Training needs a multiple of the number of processes (`preflight.py`).
             "SOLVER.IMS_PER_BATCH": Whole(0, 2**20),
             "SOLVER.REFERENCE_WORLD_SIZE": Whole(0, 2**20),
+            "SOLVER.NUM_ACCUMULATION_STEPS": Whole(1, 2**20),
+            "SOLVER.REFERENCE_BATCH_SIZE": Whole(0, 2**20),
             "SOLVER.CHECKPOINT_PERIOD": Whole(1),
             "SOLVER.BASE_LR": Number(0, 1000, above=True),
             "SOLVER.WEIGHT_DECAY": _DECAY,

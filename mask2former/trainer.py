@@ -52,7 +52,8 @@ from .hooks import (
     finish_iteration,
 )
 from .maskformer_model import MaskFormer
-from .optimizer import build_optimizer
+from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
+from .optimizer import build_optimizer, scale_learning_rate
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
@@ -100,7 +101,7 @@ class Trainer(DefaultTrainer):
         if cfg.get("DETERMINISTIC", False):
             use_deterministic_algorithms()
         check_precision(cfg)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg = scale_learning_rate(self.auto_scale_workers(cfg, comm.get_world_size())).clone()
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0
         cfg.defrost()
@@ -109,6 +110,8 @@ class Trainer(DefaultTrainer):
         self._log_schedule(cfg)
 
         model = self.build_model(cfg)
+        criterion = getattr(model, "criterion", None)
+        check_accumulation(num_accumulation_steps(cfg), type(model), criterion and type(criterion))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
@@ -133,10 +136,12 @@ class Trainer(DefaultTrainer):
 
     def _log_schedule(self, cfg: CfgNode) -> None:
         total, num_workers = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        num_steps = num_accumulation_steps(cfg)
+        steps = f"{num_steps} micro-batches x " if num_steps > 1 else ""
         _logger.info(
-            f"Effective batch size {total} = {num_workers} process(es) x {total // num_workers} "
-            f"images, base learning rate {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations, "
-            f"seed {self.seed}"
+            f"Effective batch size {total} = {num_workers} process(es) x {steps}"
+            f"{total // num_workers // num_steps} images, base learning rate "
+            f"{cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations, seed {self.seed}"
         )
 
     @staticmethod
@@ -150,6 +155,10 @@ class Trainer(DefaultTrainer):
             step: DelayedMetrics = MixedPrecisionStep(model, data_loader, optimizer, dtype=dtype)
         else:
             step = Step(model, data_loader, optimizer)
+        step.num_accumulation_steps = num_accumulation_steps(cfg)
+        if step.num_accumulation_steps > 1:
+            num_parts = comm.get_world_size() * step.num_accumulation_steps
+            warn_of_batch_statistics(model, cfg.SOLVER.IMS_PER_BATCH // num_parts)
         if cfg.SOLVER.AMP.ENABLED and not on_gpu:
             _logger.warning(
                 f"SOLVER.AMP.ENABLED is ignored on MODEL.DEVICE {cfg.MODEL.DEVICE}: mixed "
@@ -443,6 +452,12 @@ class Trainer(DefaultTrainer):
             ) from error
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def num_accumulation_steps(cfg: CfgNode) -> int:
+    """Micro-batches of each process in a training step."""
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    return cfg.SOLVER.get("NUM_ACCUMULATION_STEPS", 1)
 
 
 def needs_uploads(model: nn.Module) -> bool:
