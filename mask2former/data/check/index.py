@@ -259,13 +259,11 @@ def _compare_names(index: Index, data: Panoptic) -> None:
 
 
 def _index_semantic(index: Index, metadata: Metadata) -> None:
-    pairs = read_semantic_folders(
-        metadata.image_root,
-        metadata.sem_seg_root,
-        index.findings,
-        metadata.get("image_ext"),
-        metadata.get("label_ext"),
-    )
+    source = metadata.get("semantic_source")
+    if source is not None:
+        pairs = source.pairs(index.findings)
+    else:
+        pairs = read_semantic_folders(metadata.image_root, metadata.sem_seg_root, index.findings)
     index.folders = {metadata.image_root, metadata.sem_seg_root}
     index.items = [Item(image, sem_seg_file_name=label, is_read=True) for image, label in pairs]
 
