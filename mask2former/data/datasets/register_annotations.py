@@ -129,7 +129,7 @@ def register_annotations(
     sections = _sections(json_file)
     info = _info(sections)
     names = [category["name"] for category in decode_value(sections["categories"])]
-    what = reader.title if found is None else f"{reader.title} ({found})"
+    what = f"TYPE {reader.name} ({found or reader.title})"
     part = "" if split is None else f", split {split}"
     crowds = f", {info.crowds} of them crowds" if info.crowds else ""
     _logger.info(
