@@ -34,6 +34,11 @@ _logger = logging.getLogger(__name__)
 _logger.setLevel(logging.INFO)
 
 AUTO = "auto"
+# Options of single formats.
+_READERS_OF = {
+    "class_attribute": ("via",),
+    "boxes_as_masks": ("cvat", "labelme", "via"),
+}
 # Name → arguments of the registration. In one process, changed files do not change a data set.
 _known: dict[str, dict[str, Any]] = {}
 
@@ -122,6 +127,11 @@ def register_annotations(
     )
     try:
         reader, found = _find_format(path, type)
+        for key, readers in _READERS_OF.items():
+            if getattr(options, key) and reader.name not in readers:
+                raise ValueError(
+                    f"{key.upper()} is for TYPE {' or '.join(readers)}, but this is {reader.name}."
+                )
         json_file = convert_annotations(path, reader, options)
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError

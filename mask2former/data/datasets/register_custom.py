@@ -173,6 +173,7 @@ def register_panoptic(
     register_coco_panoptic_annos_sem_seg(
         name, metadata, image_root, panoptic_root, panoptic_json, sem_seg_root, instances_json
     )
+    MetadataCatalog.get(name).is_selection = not changes.selection.is_all
     _registered[name] = content
 
 
@@ -244,7 +245,11 @@ def register_instances(
         return
     DatasetCatalog.register(name, partial(load_instances, instances_json, image_root, name))
     MetadataCatalog.get(name).set(
-        image_root=image_root, json_file=instances_json, evaluator_type="coco", **metadata
+        image_root=image_root,
+        json_file=instances_json,
+        is_selection=not changes.selection.is_all,
+        evaluator_type="coco",
+        **metadata,
     )
     _registered[name] = content
 
@@ -323,6 +328,7 @@ def register_semantic(
         image_root=image_root,
         sem_seg_root=label_root,
         semantic_source=source,
+        is_selection=not source.selection.is_all,
         evaluator_type="sem_seg",
         ignore_label=labels.ignore_label,
     )

@@ -103,6 +103,11 @@ def make_selection(
         ValueError: the share is no interval in [0, 1], or the list is empty or no text.
     """
     interval: tuple[float, float] | None = None
+    if share is None and share_seed != 0:
+        raise ValueError(
+            f"Data set {name!r}: SHARE_SEED is {share_seed}, but there is no SHARE, such as "
+            "[0.0, 0.8]: state one, or leave SHARE_SEED out."
+        )
     if share is not None:
         if len(share) != 2 or not 0 <= share[0] < share[1] <= 1:
             raise ValueError(

@@ -9,7 +9,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
 from mask2former.data.check.images import ItemChecker
-from mask2former.data.check.index import build_index
+from mask2former.data.check.index import build_index, find_unlisted
 from mask2former.data.datasets.custom_entries import register_entries
 from mask2former.data.datasets.label_values import make_labels
 from mask2former.data.formats.images import read_image
@@ -172,7 +172,7 @@ def test_loader_evaluator_and_check_see_the_same_labels(tmp_path):
         evaluator.process([record], [{"sem_seg": torch.from_numpy(scores)}])
     assert evaluator.evaluate()["sem_seg"]["mIoU"] == pytest.approx(100)
     index = build_index("own_train")
-    assert not index.problems
+    assert not index.problems and not find_unlisted([index])
     report = ItemChecker(index)(index.items[0])
     assert not report.problems and report.pixels == {0: 48, 1: 48}
 

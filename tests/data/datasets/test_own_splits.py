@@ -77,6 +77,8 @@ def test_shares_of_one_source(tmp_path, kind):
         assert not index.problems
         assert [item.file_name for item in index.items] == part
         assert not ItemChecker(index)(index.items[0]).problems
+        # The files of the other split belong there.
+        assert not index.folders
 
 
 @pytest.mark.parametrize("kind", ["instance", "panoptic", "semantic"])
@@ -161,6 +163,7 @@ def test_merged_things_of_panoptic_data(tmp_path):
         ("instance", {"SHARE": 0.9}, r"SHARE 0\.9; it must be a list of two numbers"),
         ("instance", {"SHARE": ["a", 1]}, "list of two numbers, .* not 'a'"),
         ("instance", {"SHARE": [0, 1e-9]}, "holds none of the 3 images"),
+        ("instance", {"SHARE_SEED": 3}, "SHARE_SEED is 3, but there is no SHARE"),
         ("instance", {"SHARE_SEED": 0.5}, "SHARE_SEED 0.5; it must be a int"),
         ("semantic", {"RENAME": {"cup": "x"}, "IGNORE_LABELS": 3}, "IGNORE_LABELS 3; it must be"),
         ("semantic", {"VALUE_MAP": ["a"]}, "VALUE_MAP .'a'.; it must be a mapping"),
