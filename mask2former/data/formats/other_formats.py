@@ -5,13 +5,17 @@ from collections.abc import Mapping
 from typing import Any
 
 CONVERT = "export or convert it as COCO JSON with masks"
+# Of formats in the table `annotation_formats.py`.
+_OR_READ = "or name its folder as ROOT with TYPE: auto in DATASETS.CUSTOM"
+_READ = f"{CONVERT}, {_OR_READ}"
 
 _VIA = "a file of the VGG Image Annotator (VIA)"
+_LABELME = "a file of LabelMe"
 # Keys of a JSON object → the format.
 _KEYS = (
     ({"_via_img_metadata"}, _VIA),
     ({"project", "metadata", "view"}, _VIA),
-    ({"shapes", "imagePath"}, "a file of LabelMe, which holds one image"),
+    ({"shapes", "imagePath"}, f"{_LABELME}, which holds one image"),
     ({"imgHeight", "imgWidth", "objects"}, "a file of Cityscapes, which holds one image"),
     ({"size", "objects"}, "a file of Supervisely, which holds one image"),
     ({"classes", "tags"}, "the meta.json of a Supervisely project"),
@@ -23,7 +27,7 @@ _ENTRY_KEYS = (
     ({"image_id", "score"}, "a list of predictions (COCO results), not ground truth"),
     ({"data", "annotations"}, f"an export of Label Studio; {CONVERT}"),
     ({"name", "labels"}, f"a file of Scalabel or BDD100K; {CONVERT}"),
-    ({"shapes", "imagePath"}, f"a list of LabelMe files; {CONVERT}"),
+    ({"shapes", "imagePath"}, f"a list of LabelMe files; {_READ}"),
 )
 # The first bytes of a file → what it is and what to do.
 _MAGIC = (
@@ -45,14 +49,14 @@ def name_bytes(data: bytes) -> str | None:
             return name
     text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if _YOLO_LINE.match(text):
-        return f"a label file of YOLO, which has one for each image; {CONVERT}"
+        return f"a label file of YOLO, which has one for each image; {_READ}"
     if len(set(_YOLO_KEYS.findall(text))) >= 2:
-        return f"a data.yaml of YOLO, whose labels are in other files; {CONVERT}"
+        return f"a data.yaml of YOLO, whose labels are in other files; {_READ}"
     if text.startswith(b"<"):
         if b"<annotations" in text:
-            return f"XML of CVAT; {CONVERT} (the export format COCO 1.0)"
+            return f"XML of CVAT; {CONVERT} (the export format COCO 1.0), {_OR_READ}"
         if b"<annotation" in text:
-            return f"XML of Pascal VOC, which holds one image; {CONVERT}"
+            return f"XML of Pascal VOC, which holds one image; {_READ}"
         return f"XML; {CONVERT}"
     if _CSV_HEADER.match(text):
         return f"a CSV table; {CONVERT}"
@@ -71,10 +75,11 @@ def name_object(content: Mapping[str, Any], first: bytes) -> str | None:
     """
     for keys, name in _KEYS:
         if keys <= content.keys():
-            return f"{name}, not COCO JSON; {CONVERT}"
+            is_read = name.startswith((_VIA, _LABELME))
+            return f"{name}, not COCO JSON; {_READ if is_read else CONVERT}"
     # An export of VIA is an object of images.
     if b'"regions"' in first and b'"filename"' in first:
-        return f"{_VIA}, not COCO JSON; {CONVERT}"
+        return f"{_VIA}, not COCO JSON; {_READ}"
     return None
 
 

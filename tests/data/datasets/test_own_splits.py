@@ -90,9 +90,9 @@ def test_list_of_images(tmp_path, kind):
         ["03.jpg", "b.jpg"] if kind == "semantic" else ["b.jpg", "03.jpg"]
     )
     (tmp_path / "val.txt").write_text("b\nzz.jpg\n")
-    with pytest.raises(FileNotFoundError, match=r"'other'.*names 'zz\.jpg', which is no image"):
-        register_entries([entry | {"NAME": "other", "IMAGE_LIST": str(tmp_path / "val.txt")}])
-        files("other")
+    with pytest.raises(FileNotFoundError, match=r"'listed'.*names 'zz\.jpg', which is no image"):
+        register_entries([entry | {"NAME": "listed", "IMAGE_LIST": str(tmp_path / "val.txt")}])
+        files("listed")
 
 
 def test_renamed_instances(tmp_path):

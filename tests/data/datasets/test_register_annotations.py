@@ -5,16 +5,19 @@ import multiprocessing
 import os
 from pathlib import Path
 
+import annotation_samples
 import own_data
 import pytest
 from dataset_trees import photograph
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from mask2former.data import register_annotations
+from mask2former.data.check.images import ItemChecker
 from mask2former.data.check.index import build_index
 from mask2former.data.datasets import annotation_cache
 from mask2former.data.datasets import register_annotations as module
 from mask2former.data.datasets.custom_entries import register_entries
+from mask2former.data.formats.annotation_formats import FORMATS
 from mask2former.utils.files import WriteError
 
 pytestmark = pytest.mark.usefixtures("empty_catalogs")
@@ -46,6 +49,24 @@ def test_recognised_format(tmp_path, cache, caplog):
     assert second["annotations"][1]["bbox"] == [9, 4, 3, 4]
     assert not build_index("own_train").problems
     assert [file.suffix for file in cache.iterdir()] == [".json"]
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_every_format(tmp_path, cache, kind):
+    annotation_samples.SAMPLES[kind](tmp_path / "data")
+    register_entries([{"NAME": "one", "TYPE": "auto", "ROOT": str(tmp_path / "data")}])
+    changes = {"CLASSES": ["plate", "mug"], "RENAME": {"cup": "mug"}, "SHARE": [0.0, 1.0]}
+    register_entries([{"NAME": "two", "TYPE": kind, "ROOT": str(tmp_path / "data")} | changes])
+    assert MetadataCatalog.get("one").thing_classes == annotation_samples.CLASSES
+    assert MetadataCatalog.get("two").thing_classes == ["plate", "mug"]
+    for name, ids in (("one", [0, 1]), ("two", [1, 0])):
+        first, second = DatasetCatalog.get(name)
+        assert sorted(a["category_id"] for a in first["annotations"]) == sorted(ids)
+        assert second["annotations"] == []
+        index = build_index(name)
+        report = ItemChecker(index)(index.items[0])
+        assert not index.problems and not report.problems
+        assert report.pixels == {ids[0]: 32, ids[1]: 16}
 
 
 def test_stated_format_and_python(tmp_path, cache):
