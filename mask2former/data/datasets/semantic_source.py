@@ -9,7 +9,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 from PIL import Image
@@ -24,6 +24,8 @@ from .label_values import Labels
 from .selection import Selection
 
 _logger = logging.getLogger(__name__)
+# What a data set has is said before the loggers of a run are set up.
+_logger.setLevel(logging.INFO)
 # Threads that map label images: most of the time is spent in zlib.
 _NUM_THREADS = 8
 
@@ -82,7 +84,7 @@ class SemanticSource:
             findings.problem(self.image_root, None, why, is_missing=is_missing)
             return []
         selected = [pair for pair, name in zip(pairs, names, strict=True) if name in chosen]
-        _logger.info(
+        _log_once(
             f"Data set {self.name!r}: {self.selection.text()}: {len(selected)} of {len(pairs)} "
             "images"
         )
@@ -150,6 +152,12 @@ class SemanticSource:
         with explained_write_errors(target):
             Image.fromarray(labels).save(target, compress_level=1)
         return None
+
+
+@cache
+def _log_once(message: str) -> None:
+    """Log what a data set has; each evaluation loads it again."""
+    _logger.info(message)
 
 
 class _HasProblems(Exception):
