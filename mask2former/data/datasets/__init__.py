@@ -2,6 +2,7 @@
 
 register_*.py      names, class tables and loaders, one file per data set
 custom_entries.py  registers the DATASETS.CUSTOM of a config
+arguments.py       checks of their arguments
 selection.py       images and classes of a split; derived_json.py, semantic_source.py: applied
 label_values.py    what the pixels of label images mean
 annotation_cache.py  converted annotations, kept between runs

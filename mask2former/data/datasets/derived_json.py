@@ -81,7 +81,7 @@ class _Classes:
 
 
 def derive_instances(
-    name: str, json_file: str, categories: Sequence[Category], changes: Changes
+    name: str, json_file: str, categories: Sequence[Category], changes: Changes, source: str
 ) -> str:
     """The COCO instance JSON of the images and classes that a registration asks for.
 
@@ -90,6 +90,7 @@ def derive_instances(
         json_file: the JSON that has all.
         categories: of the JSON, checked.
         changes: what is asked for.
+        source: what the JSON was made of, for errors.
 
     Returns:
         Its path in the cache, or `json_file` where nothing changes.
@@ -101,7 +102,7 @@ def derive_instances(
     """
     if not changes:
         return json_file
-    where = f"Data set {name!r}: {json_file}"
+    where = f"Data set {name!r}: {source}"
     # The loader numbers classes in the order of their ids.
     ordered = sorted(categories, key=lambda category: category.id)
     names, renamed = map_classes(

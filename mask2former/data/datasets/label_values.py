@@ -75,7 +75,7 @@ class Labels:
             )
             text = (
                 f"{file_name} has the value {listed}{', ...' * (len(unknown) > _NUM_LISTED)}, "
-                "which VALUE_MAP lacks; add it, or name it in IGNORE_LABELS"
+                "which has no class; add it to VALUE_MAP, or name it in IGNORE_LABELS"
             )
             if file_name.lower().endswith((".jpg", ".jpeg")):
                 text += ". JPEG changes values: save label images as PNG"

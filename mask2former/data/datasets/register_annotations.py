@@ -26,7 +26,8 @@ from ..formats.annotation_formats import FORMATS, recognise_format
 from ..formats.findings import Findings
 from ..formats.json_files import decode_value, read_sections
 from .annotation_cache import cached, stamp, stamp_folder, stamp_tree, write_json
-from .register_custom import class_list, is_own, register_instances
+from .arguments import class_list, make_changes
+from .register_custom import is_own, register_changed_instances
 from .selection import short_list
 
 _logger = logging.getLogger(__name__)
@@ -146,16 +147,8 @@ def register_annotations(
         f"{where}: {what}{part}: {info.images} images, {info.objects} objects{crowds}, "
         f"{len(names)} classes: {short_list(names)}"
     )
-    register_instances(
-        name,
-        info.image_root,
-        json_file,
-        classes=listed,
-        rename=rename,
-        share=share,
-        share_seed=share_seed,
-        image_list=image_list,
-    )
+    changes = make_changes(name, listed, rename, share, share_seed, image_list)
+    register_changed_instances(name, info.image_root, json_file, changes, root)
     _known[name] = arguments
 
 

@@ -14,7 +14,6 @@ import colorsys
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -22,12 +21,19 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..formats.coco_instances import Category, read_categories
 from ..formats.findings import Findings
 from ..formats.json_files import read_sections
-from ..formats.semantic_folders import list_files
+from .arguments import (
+    check_extensions,
+    class_list,
+    existing_file,
+    existing_folder,
+    list_extensions,
+    make_changes,
+)
 from .derived_json import Changes, derive_instances, derive_panoptic
 from .label_values import Value, ValueMap, make_labels
 from .loading import load_instances
 from .register_coco_panoptic_annos_semseg import register_coco_panoptic_annos_sem_seg
-from .selection import check_rename, make_selection
+from .selection import make_selection
 from .semantic_source import SemanticSource, load_source
 
 _PANOPTIC_KEYS = ("id", "name", "isthing")
@@ -135,12 +141,12 @@ def register_panoptic(
             no image is left, or the name is taken.
         WriteError: the cache cannot be written.
     """
-    image_root = _folder(name, image_root, "images")
-    panoptic_root = _folder(name, panoptic_root, "panoptic PNGs")
+    image_root = existing_folder(name, image_root, "images")
+    panoptic_root = existing_folder(name, panoptic_root, "panoptic PNGs")
     if sem_seg_root is not None:
-        sem_seg_root = _folder(name, sem_seg_root, "semantic PNGs")
-    panoptic_json = _file(name, panoptic_json, "panoptic JSON")
-    changes = _changes(name, classes, rename, share, share_seed, image_list)
+        sem_seg_root = existing_folder(name, sem_seg_root, "semantic PNGs")
+    panoptic_json = existing_file(name, panoptic_json, "panoptic JSON")
+    changes = make_changes(name, classes, rename, share, share_seed, image_list)
     if sem_seg_root is not None and (changes.classes or changes.rename):
         raise ValueError(
             f"Data set {name!r}: SEM_SEG_ROOT has labels of the classes as they are, which CLASSES "
@@ -149,7 +155,7 @@ def register_panoptic(
     categories = _read_categories(name, panoptic_json, _PANOPTIC_KEYS)
     listed_things: list[Category] = []
     if instances_json is not None:
-        instances_json = _file(name, instances_json, "instance JSON")
+        instances_json = existing_file(name, instances_json, "instance JSON")
         listed_things = _read_categories(name, instances_json)
         _compare_things(name, panoptic_json, categories, instances_json, listed_things)
     if changes:
@@ -218,12 +224,25 @@ def register_instances(
             taken.
         WriteError: the cache cannot be written.
     """
-    image_root = _folder(name, image_root, "images")
-    instances_json = _file(name, instances_json, "instance JSON")
-    changes = _changes(name, classes, rename, share, share_seed, image_list)
+    image_root = existing_folder(name, image_root, "images")
+    instances_json = existing_file(name, instances_json, "instance JSON")
+    changes = make_changes(name, classes, rename, share, share_seed, image_list)
+    register_changed_instances(name, image_root, instances_json, changes, instances_json)
+
+
+def register_changed_instances(
+    name: str, image_root: str, instances_json: str, changes: Changes, source: str
+) -> None:
+    """Register what `register_instances` does.
+
+    Args:
+        name, image_root, instances_json: see there; the paths exist.
+        changes: of images and classes.
+        source: what the JSON was made of, for errors.
+    """
     if changes:
         categories = _read_categories(name, instances_json)
-        instances_json = derive_instances(name, instances_json, categories, changes)
+        instances_json = derive_instances(name, instances_json, categories, changes, source)
     # In the order of Detectron2's loader, which would set it only after reading the annotations.
     ordered = sorted(_read_categories(name, instances_json), key=lambda category: category.id)
     metadata: dict[str, Any] = {
@@ -300,13 +319,13 @@ def register_semantic(
         ValueError: a folder has no such files, the classes or values are invalid, or the name is
             taken.
     """
-    image_root = _folder(name, image_root, "images")
-    label_root = _folder(name, label_root, "labels")
-    extensions = tuple(map(_extensions, (image_ext, label_ext)))
+    image_root = existing_folder(name, image_root, "images")
+    label_root = existing_folder(name, label_root, "labels")
+    extensions = tuple(map(list_extensions, (image_ext, label_ext)))
     for folder, listed, key in zip(
         (image_root, label_root), extensions, ("image_ext", "label_ext"), strict=True
     ):
-        _check_extensions(name, folder, listed, key)
+        check_extensions(name, folder, listed, key)
     names = None if classes is None else class_list(name, classes)
     labels = make_labels(name, names, value_map, ignore_label, ignore_labels, rename)
     source = SemanticSource(
@@ -335,65 +354,7 @@ def register_semantic(
     _registered[name] = content
 
 
-# ---- arguments ----
-
-
-def _changes(
-    name: str,
-    classes: Sequence[str] | str | None,
-    rename: Mapping[str, str | None] | None,
-    share: Sequence[float] | None,
-    share_seed: int,
-    image_list: str | None,
-) -> Changes:
-    return Changes(
-        make_selection(name, share, share_seed, image_list),
-        None if classes is None else tuple(class_list(name, classes)),
-        check_rename(name, rename),
-    )
-
-
-def _extensions(listed: str | Sequence[str]) -> tuple[str, ...]:
-    extensions = (listed,) if isinstance(listed, str) else listed
-    return tuple(f".{extension.lstrip('.')}" for extension in extensions)
-
-
-def _check_extensions(name: str, folder: str, extensions: Sequence[str], key: str) -> None:
-    """Check that a folder has a file with one of the extensions.
-
-    Raises:
-        ValueError: it has none.
-    """
-    files = list_files(folder)
-    suffixes = tuple(extension.lower() for extension in extensions)
-    if any(file.lower().endswith(suffixes) for file in files):
-        return
-    present = sorted({Path(file).suffix for file in files})
-    raise ValueError(
-        f"Data set {name!r}: folder {folder} holds no {' or '.join(f'*{e}' for e in extensions)} "
-        f"file ({key}); the extensions there are "
-        f"{', '.join(map(repr, present)) or 'none, it is empty'}."
-    )
-
-
-def _folder(name: str, folder: str, what: str) -> str:
-    path = os.path.expanduser(folder)
-    if not os.path.isdir(path):
-        raise FileNotFoundError(
-            f"Data set {name!r}: folder {_where(folder, path)} of the {what} does not exist."
-        )
-    return path
-
-
-def _file(name: str, file: str, what: str) -> str:
-    path = os.path.expanduser(file)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"Data set {name!r}: {what} {_where(file, path)} does not exist.")
-    return path
-
-
-def _where(given: str, path: str) -> str:
-    return given if os.path.isabs(path) else f"{given} (in {os.getcwd()})"
+# ---- categories ----
 
 
 def _short(categories: dict[int | str, str]) -> str:
@@ -433,31 +394,3 @@ def _categories(json_file: str, mtime_ns: int, size: int) -> tuple[list[Category
     if sections is not None:
         categories = read_categories(sections, json_file, findings)
     return categories, findings
-
-
-def class_list(name: str, classes: Sequence[str] | str) -> list[str]:
-    """Check class names, given or in a text file with one per line.
-
-    Raises:
-        FileNotFoundError: the file does not exist.
-        ValueError: there is none, one repeats, or one is no text.
-    """
-    origin = "classes"
-    if isinstance(classes, str):
-        origin = _file(name, classes, "class list")
-        classes = [
-            line.strip()
-            for line in Path(origin).read_text(encoding="utf-8-sig").rstrip().splitlines()
-        ]
-    names = list(classes)
-    wrong = [i for i, value in enumerate(names) if not isinstance(value, str) or not value]
-    if wrong:
-        raise ValueError(
-            f"Data set {name!r}: class {wrong[0]} (from 0) of {origin} is {names[wrong[0]]!r}, not "
-            "a name. YAML reads words such as yes, no, on and off as true or false: quote them."
-        )
-    repeated = [value for value in names if names.count(value) > 1]
-    if repeated or not names:
-        what = f"names {repeated[0]!r} more than once" if repeated else "is empty"
-        raise ValueError(f"Data set {name!r}: {origin} {what}.")
-    return names

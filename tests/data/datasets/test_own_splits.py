@@ -167,6 +167,7 @@ def test_merged_things_of_panoptic_data(tmp_path):
         ("instance", {"SHARE_SEED": 0.5}, "SHARE_SEED 0.5; it must be a int"),
         ("semantic", {"RENAME": {"cup": "x"}, "IGNORE_LABELS": 3}, "IGNORE_LABELS 3; it must be"),
         ("semantic", {"VALUE_MAP": ["a"]}, "VALUE_MAP .'a'.; it must be a mapping"),
+        ("semantic", {"IMAGE_EXT": []}, "image_ext lists no extension, such as 'png'"),
         ("semantic", {"IMAGE_EXT": [3]}, "IMAGE_EXT .3.; it must be a str or list of str, not 3"),
         ("semantic", {"RENAME": {"cupp": "x"}}, "'cupp', which the data does not .*mean 'cup'"),
     ],

@@ -147,7 +147,7 @@ def test_files_outside_the_root(tmp_path, cache):
         ({"RENAME": {"cet": "x"}}, "names the class 'cet'.* Did you mean 'cat'"),
         ({"TYPE": "boxes"}, "TYPE 'boxes'; allowed: panoptic, instance, semantic, auto, yolo"),
         ({"INSTANCES_JSON": "x"}, "'INSTANCES_JSON', which is unknown for type auto.*SHARE"),
-        ({"CLASSES": ["cat"]}, "'own_train': .* the class 'dog', which CLASSES does not list"),
+        ({"CLASSES": ["cat"]}, "'own_train': .*/yolo: the data has the class 'dog', which"),
     ],
 )
 def test_wrong_entries(tmp_path, cache, change, message):
