@@ -8,7 +8,6 @@ Paths are relative to the working directory; `~` is the home folder. Registering
 does nothing, because every process registers it; other data under the same name is an error.
 """
 
-import colorsys
 import os
 from collections.abc import Sequence
 from functools import lru_cache, partial
@@ -20,6 +19,7 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..formats.coco_instances import Category, read_categories
 from ..formats.findings import Findings
 from ..formats.json_files import read_sections
+from .colours import class_colours
 from .loading import load_instances, load_own_semantic
 from .register_coco_panoptic_annos_semseg import register_coco_panoptic_annos_sem_seg
 
@@ -80,17 +80,6 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
         metadata["thing_colors"] = [c["color"] for c in things]
         metadata["stuff_colors"] = [c["color"] for c in ordered]
     return metadata
-
-
-def _colours(number: int) -> list[list[int]]:
-    """Distinct fixed colours (RGB), so that a class looks the same in all drawings."""
-    # Golden-ratio steps spread any number of hues evenly.
-    hues = (i * 0.618034 % 1 for i in range(number))
-    shades = ((0.85, 0.9), (0.55, 0.95), (0.9, 0.6))
-    return [
-        [round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, *shades[i % len(shades)])]
-        for i, hue in enumerate(hues)
-    ]
 
 
 def register_panoptic(
@@ -176,7 +165,7 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
         "thing_classes": [c.name for c in ordered],
         "thing_dataset_id_to_contiguous_id": {c.id: i for i, c in enumerate(ordered)},
     }
-    colours = _colours(len(ordered))
+    colours = class_colours(len(ordered))
     metadata["thing_colors"] = [
         c.color or colour for c, colour in zip(ordered, colours, strict=True)
     ]
@@ -256,7 +245,7 @@ def register_semantic(
     )
     MetadataCatalog.get(name).set(
         stuff_classes=names,
-        stuff_colors=_colours(len(names)),
+        stuff_colors=class_colours(len(names)),
         image_root=image_root,
         sem_seg_root=label_root,
         image_ext=image_ext,
