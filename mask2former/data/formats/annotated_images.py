@@ -6,6 +6,7 @@ Masks are polygons or run-length encodings in pixels of the image as shown, whic
 and `images.py` see it: with its EXIF orientation applied.
 """
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -113,7 +114,8 @@ def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]
         ValueError: an image is not in `image_root`.
     """
     category_ids = {name: i for i, name in enumerate(content.classes, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(content.images, 1):
         images.append(
             {
@@ -140,8 +142,13 @@ def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def image_folder(content: AnnotatedImages) -> Path:
+    """The innermost folder that all images are in."""
+    return Path(os.path.commonpath([image.path.parent for image in content.images]))
+
+
 def encode(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """The run-length encoding of an object's mask."""
+    """The run-length encoding of an object's mask, for pycocotools."""
     if isinstance(segmentation, dict):
         return segmentation
     return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))

@@ -8,6 +8,13 @@ leaves out what it does not know without a word.
 from pathlib import Path
 
 from .annotated_images import AnnotatedImages, AnnotationFormat, ReadOptions
+from .coco_export import COCO
+from .cvat_xml import CVAT
+from .labelme import LABELME
+from .mask_files import MASK_FILES
+from .via import VIA
+from .voc import VOC
+from .yolo import YOLO
 
 __all__ = [
     "FORMATS",
@@ -17,7 +24,7 @@ __all__ = [
     "recognise_format",
 ]
 
-_FORMATS: tuple[AnnotationFormat, ...] = ()
+_FORMATS = (YOLO, LABELME, VIA, CVAT, VOC, MASK_FILES, COCO)
 # Name, which is the TYPE in configs → format.
 FORMATS: dict[str, AnnotationFormat] = {item.name: item for item in _FORMATS}
 

@@ -131,6 +131,7 @@ def read_instances(
     contiguous_ids: Iterable[Id] | None = None,
     needs_files: bool = True,
     schema: InstanceSchema = COCO_JSON,
+    adapt: Callable[[dict[str, Any]], None] | None = None,
 ) -> Instances | None:
     """Read and check a COCO instance JSON.
 
@@ -141,6 +142,7 @@ def read_instances(
         contiguous_ids: the registered category ids; default: those that the JSON lists.
         needs_files: whether images need file names; evaluation needs only their sizes.
         schema: one of `coco_schemas.py`.
+        adapt: changes the sections of the JSON (see `read_sections`) before they are decoded.
 
     Returns:
         What is usable, or None if that is nothing.
@@ -149,6 +151,8 @@ def read_instances(
         sections = read_sections(json_file, findings)
         if sections is None:
             return None
+        if adapt is not None:
+            adapt(sections)
         data = Instances(json_file, image_root, has_annotations="annotations" in sections)
         images = decode_list(sections, "images", schema.image, json_file, findings, "an image")
         annotations: Sequence[Annotation | None] | None = []
