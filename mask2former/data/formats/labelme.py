@@ -159,7 +159,7 @@ def _add_shape(
     if kind == "mask":
         _add_mask(shape, image, name, where, drawings)
         return
-    if kind == "polygon" or kind in _TURNED or len(points) == 4:
+    if kind == "polygon" or kind in _TURNED or (kind == "rectangle" and len(points) == 4):
         coordinates = [value for point in points for value in point]
     elif kind == "circle":
         (x, y), on_circle = points
