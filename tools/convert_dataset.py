@@ -25,6 +25,8 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 
+import yaml
+
 from mask2former.data import register_instances, register_panoptic
 from mask2former.data.conversion import output, panoptic, semantic, sources
 from mask2former.data.conversion.label_files import read_label_classes
@@ -65,6 +67,18 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         command.add_argument(
             "--image-root", type=Path, metavar="DIR", help="folder of the images, if not found"
         )
+        command.add_argument(
+            "--class-names", nargs="+", metavar="NAME",
+            help="of SOURCE, in the order of its labels, if its files hold none",
+        )  # fmt: skip
+        command.add_argument(
+            "--class-attribute", metavar="NAME",
+            help="attribute of the objects of SOURCE that holds the class, if there are several",
+        )  # fmt: skip
+        command.add_argument(
+            "--boxes-as-masks", action="store_true",
+            help="read data of rectangles only, each as a mask",
+        )  # fmt: skip
     pan.add_argument("--labels", type=Path, metavar="DIR", help="folder of label maps")
     pan.add_argument(
         "--classes", type=Path, metavar="FILE",
@@ -120,7 +134,7 @@ def convert_instances(args: argparse.Namespace) -> bool:
     """Returns whether the result has problems."""
     output.refuse_existing([args.output], args.overwrite)
     content, found = sources.read_annotations(args.source, args.format, _read_options(args))
-    image_root = sources.image_folder(content, args.image_root)
+    image_root = sources.folder_of_images(content, args.image_root)
     output.make_folder(str(args.output.parent))
     sources.write_instances(content, args.output, image_root)
     num_objects = sum(len(image.objects) for image in content.images)
@@ -190,7 +204,13 @@ def convert_semantic(args: argparse.Namespace) -> bool:
 
 
 def _read_options(args: argparse.Namespace) -> ReadOptions:
-    return ReadOptions(split=args.split, image_root=args.image_root)
+    return ReadOptions(
+        split=args.split,
+        image_root=args.image_root,
+        classes=tuple(args.class_names) if args.class_names else None,
+        class_attribute=args.class_attribute,
+        boxes_as_masks=args.boxes_as_masks,
+    )
 
 
 def _print_ids(what: str, ids: Sequence[int | str]) -> None:
@@ -213,8 +233,8 @@ def _finish(
     """Check the result, and print its entry of DATASETS.CUSTOM. Returns whether it has problems."""
     name = args.output.stem
     texts = {key: str(value) for key, value in keys.items()}
-    listed = ", ".join(f"{key.upper()}: {value}" for key, value in texts.items())
-    print(f"- {{NAME: {name}, TYPE: {kind}, {listed}}}")
+    entry = {"NAME": name, "TYPE": kind} | {key.upper(): text for key, text in texts.items()}
+    print(yaml.safe_dump([entry], default_flow_style=None, sort_keys=False, width=10**6), end="")
     if args.no_check:
         return False
     return output.check_output(name, partial(register, **texts), report_folder, args.workers)

@@ -4,8 +4,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-import yaml
 
+from ...config_file import load_plain_yaml
 from ..formats.images import read_image
 from ..formats.semantic_folders import IMAGE_EXTENSIONS
 from ..label_maps import check_whole
@@ -33,9 +33,9 @@ def read_label_classes(file: Path) -> dict[int, str]:
             raise ValueError(f"{file} has {what}; it must list one class a line, label 0 first.")
         return dict(enumerate(names))
     try:
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+        content = load_plain_yaml(text)
+    except ValueError as error:
+        raise ValueError(f"{file} cannot be read: {error}") from error
     items = content.items() if isinstance(content, dict) else ()
     classes = {_as_label(key): name for key, name in items}
     if (

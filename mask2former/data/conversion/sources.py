@@ -4,8 +4,14 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
-from ..formats.annotated_images import AnnotatedImages, ReadOptions, coco_instances
+from ..formats.annotated_images import (
+    AnnotatedImages,
+    ReadOptions,
+    coco_instances,
+    image_folder,
+)
 from ..formats.annotation_formats import FORMATS, recognise_format
+from ..formats.coco_export import is_particular
 from ..formats.coco_schemas import Image
 from ..formats.findings import Findings
 from ..formats.json_files import decode_list, read_sections
@@ -13,8 +19,7 @@ from .output import write_json
 
 AUTO = "auto"
 
-# Folders beside a JSON in which its images may be, if none is given.
-_IMAGE_FOLDERS = (".", "images", "../images")
+_ANNOTATIONS, _INSTANCES = "annotations", "instances_"
 
 
 class InstanceSource(NamedTuple):
@@ -46,7 +51,7 @@ def read_annotations(
 
     Raises:
         FileNotFoundError: `source`, or a file it needs, does not exist.
-        ValueError: the format is unknown, or an annotation is damaged.
+        ValueError: the format is unknown, an annotation is damaged, or there are no images.
     """
     if not source.exists():
         raise FileNotFoundError(f"{source} does not exist.")
@@ -58,28 +63,24 @@ def read_annotations(
         allowed = ", ".join((AUTO, *FORMATS))
         raise ValueError(f"The format {format_name!r} is unknown. Allowed: {allowed}.")
     content = chosen.read(source, ReadOptions() if options is None else options)
+    if not content.images:
+        raise ValueError(f"{source} lists no images.")
     for image in content.images:
         image.path = Path(os.path.abspath(image.path))
     return content, f"{chosen.title} ({found})"
 
 
-def image_folder(content: AnnotatedImages, image_root: Path | None = None) -> Path:
-    """The folder that holds all images, absolute.
+def folder_of_images(content: AnnotatedImages, image_root: Path | None = None) -> Path:
+    """The folder that all images are in, absolute.
 
     Args:
         content: from `read_annotations`.
         image_root: a folder to prefer.
-
-    Raises:
-        ValueError: there are no images.
     """
-    paths = [image.path for image in content.images]
-    if not paths:
-        raise ValueError(f"The {content.format} annotations list no images.")
     preferred = None if image_root is None else Path(os.path.abspath(image_root))
-    if preferred is not None and all(path.is_relative_to(preferred) for path in paths):
+    if preferred and all(image.path.is_relative_to(preferred) for image in content.images):
         return preferred
-    return Path(os.path.commonpath([path.parent for path in paths]))
+    return image_folder(content)
 
 
 def write_instances(content: AnnotatedImages, json_file: Path, image_root: Path) -> None:
@@ -122,7 +123,10 @@ def find_images(json_file: Path, image_root: Path | None = None) -> Path:
     images = decode_list(sections, "images", Image, str(json_file), findings, "an image")
     findings.raise_first(is_data=False)
     first = next((image.file_name for image in images or [] if image and image.file_name), "")
-    folders = [Path(os.path.normpath(json_file.parent / name)) for name in _IMAGE_FOLDERS]
+    folder, split = json_file.parent, json_file.stem.removeprefix(_INSTANCES)
+    outer = folder.parent if folder.absolute().name == _ANNOTATIONS else folder
+    names = (".", "images", split, f"images/{split}")
+    folders = list(dict.fromkeys([folder, *(outer / name for name in names)]))
     for folder in folders:
         if (folder / first).is_file():
             return folder
@@ -138,7 +142,8 @@ def as_instances(
     """A source of any format as COCO instance JSON.
 
     Args:
-        source: a COCO instance JSON, which is used as it is, or a source of `read_annotations`.
+        source: a COCO instance JSON, which is used as it is, with its ids; or a source of
+            `read_annotations`, among them COCO JSON as some tools export it.
         folder: where the JSON of another source is written.
         format_name, options: see `read_annotations`.
 
@@ -147,10 +152,10 @@ def as_instances(
         WriteError: the JSON cannot be written.
     """
     options = ReadOptions() if options is None else options
-    if format_name == AUTO and is_coco_json(source):
+    if format_name == AUTO and is_coco_json(source) and not is_particular(source):
         return InstanceSource(source, find_images(source, options.image_root), "COCO JSON")
     content, found = read_annotations(source, format_name, options)
-    image_root = image_folder(content, options.image_root)
+    image_root = folder_of_images(content, options.image_root)
     json_file = folder / "source.json"
     write_instances(content, json_file, image_root)
     return InstanceSource(json_file, image_root, found)

@@ -32,6 +32,8 @@ from .annotated_images import (
 from .coco_instances import read_instances
 from .coco_schemas import Rle
 from .drawings import Drawings
+from .findings import Findings
+from .json_files import read_sections
 from .splits import ImageFinder, choose_split
 
 _ROBOFLOW = "_annotations.coco.json"
@@ -98,6 +100,20 @@ def read_coco(root: Path, options: ReadOptions) -> AnnotatedImages:
         )
         drawings.findings.warn(str(file), None, why)
     return drawings.finish([names[key] for key in data.category_ids()])
+
+
+def is_particular(file: Path) -> bool:
+    """Whether a COCO JSON has what only `read_coco` reads right: masks as crowds, a root category.
+
+    Raises:
+        FileNotFoundError, ValueError: it cannot be read.
+    """
+    findings = Findings()
+    sections = read_sections(str(file), findings)
+    findings.raise_first(is_data=False)
+    before, tool = dict(sections or {}), _Tool(file)
+    tool.adapt(after := dict(before))
+    return tool.masks_are_crowds or after != before
 
 
 class _Tool:

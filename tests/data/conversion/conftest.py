@@ -1,39 +1,27 @@
-"""Sources of panoptic data: two cups that overlap, and label maps of a table and a wall."""
+"""Sources of panoptic data."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import own_data
 import pytest
-from dataset_trees import HEIGHT, WIDTH, save, write_json
+from dataset_trees import write_json
+from panoptic_source import write_source
 
 
 @pytest.fixture
 def source(tmp_path) -> Path:
-    """Writes images/{a,b,c}.jpg, instances.json, labels/*.png and classes.txt.
-
-    Every image has the cup and the plate of `own_data`, which cover 32 and 16 of the 96 pixels. In
-    the label maps the left two thirds are table, except the row at the bottom, which is cup; the
-    right third is wall, except its last pixel, which is 255.
-    """
-    own_data.instances(tmp_path)
-    labels = np.zeros((HEIGHT, WIDTH), np.uint8)
-    labels[:, 8:], labels[-1, :8], labels[-1, -1] = 1, 2, 255
-    for stem in own_data.STEMS:
-        save(tmp_path / "labels" / f"{stem}.png", labels)
-    (tmp_path / "classes.txt").write_text("table\nwall\ncup\n")
+    write_source(tmp_path)
     return tmp_path
 
 
 @pytest.fixture
-def edit(source):
+def edit(source) -> Callable[[Callable], None]:
     """Function that changes the content of instances.json."""
 
-    def apply(change) -> None:
+    def apply(change: Callable) -> None:
         path = source / "instances.json"
-        content: dict[str, Any] = json.loads(path.read_text())
+        content = json.loads(path.read_text())
         change(content)
         write_json(path, content)
 
