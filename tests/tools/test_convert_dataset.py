@@ -4,6 +4,7 @@ import json
 import shutil
 from pathlib import Path
 
+import annotation_samples as samples
 import numpy as np
 import own_data
 import pytest
@@ -17,6 +18,8 @@ from PIL import Image
 
 from mask2former.config import load_config
 from mask2former.data import build_mapper
+from mask2former.data.datasets.custom_entries import register_entries
+from mask2former.data.formats.annotation_formats import FORMATS
 
 ROOT = Path(__file__).resolve().parents[2]
 BASE = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
@@ -77,6 +80,29 @@ def test_converted_data_trains(source, capsys):
     assert report["problems"] == report["warnings"] == []
     assert (source / "my_train/check/contact_sheet_my_train.png").is_file()
     assert not [name for name in DatasetCatalog if "converted" in name]
+
+
+@pytest.mark.parametrize("name", list(FORMATS))
+def test_every_format(tmp_path, monkeypatch, capsys, name):
+    """Any format → COCO instances and, with a background, panoptic: registered as printed."""
+    samples.SAMPLES[name](tmp_path / "data")
+    monkeypatch.chdir(tmp_path)
+    assert not run("instances", "data", "new/my_objects.json")
+    assert not run("panoptic", "data", "my_scenes", "--background", "table")
+    custom = entries(capsys)
+    assert [entry["TYPE"] for entry in custom] == ["instance", "panoptic"]
+    register_entries(custom)
+    objects, scenes = (DatasetCatalog.get(entry["NAME"]) for entry in custom)
+    assert [len(record["annotations"]) for record in objects] == [2, 0]
+    assert [[s["area"] for s in record["segments_info"]] for record in scenes] == [
+        [48, 32, 16],
+        [96],
+    ]
+    assert MetadataCatalog.get("my_scenes").thing_classes == samples.CLASSES
+    for folder in ("new/my_objects_check", "my_scenes/check"):
+        (report,) = json.loads((tmp_path / folder / "report.json").read_text()).values()
+        assert report["problems"] == []
+    assert "already" in run("instances", "data", "new/my_objects.json")
 
 
 def test_report_of_what_has_no_segment(source, capsys):
