@@ -148,7 +148,8 @@ def save_palette(path: Path, values: np.ndarray, colours: list[tuple[int, int, i
     path.parent.mkdir(parents=True, exist_ok=True)
     image = Image.fromarray(values, mode="L").convert("P")
     image.putdata(values.ravel().tolist())
-    image.putpalette([value for colour in colours for value in colour])
+    listed = [value for colour in colours for value in colour]
+    image.putpalette(listed + [7] * (768 - len(listed)))  # fewer entries would be fewer bits
     image.save(path)
 
 

@@ -11,8 +11,8 @@ from ..formats.annotated_images import (
     image_folder,
 )
 from ..formats.annotation_formats import FORMATS, recognise_format
-from ..formats.coco_export import is_particular
 from ..formats.coco_schemas import Image
+from ..formats.coco_tools import drop_root_category, marks_masks_as_crowds
 from ..formats.findings import Findings
 from ..formats.json_files import decode_list, read_sections
 from .output import write_json
@@ -103,6 +103,12 @@ def is_coco_json(source: Path) -> bool:
     return {"images", "categories"} <= sections.keys()
 
 
+def _is_particular(json_file: Path) -> bool:
+    """Whether a tool wrote a COCO JSON in a way that only the reader of exports knows."""
+    sections = read_sections(str(json_file), Findings()) or {}
+    return marks_masks_as_crowds(sections) or drop_root_category(sections) is not None
+
+
 def find_images(json_file: Path, image_root: Path | None = None) -> Path:
     """The folder of the images of a COCO JSON.
 
@@ -152,7 +158,7 @@ def as_instances(
         WriteError: the JSON cannot be written.
     """
     options = ReadOptions() if options is None else options
-    if format_name == AUTO and is_coco_json(source) and not is_particular(source):
+    if format_name == AUTO and is_coco_json(source) and not _is_particular(source):
         return InstanceSource(source, find_images(source, options.image_root), "COCO JSON")
     content, found = read_annotations(source, format_name, options)
     image_root = folder_of_images(content, options.image_root)

@@ -15,11 +15,9 @@ more folder of images. JSON that is checked and registered without conversion is
 """
 
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import pycocotools.mask as mask_utils
 
 from .annotated_images import (
@@ -31,24 +29,14 @@ from .annotated_images import (
 )
 from .coco_instances import read_instances
 from .coco_schemas import Rle
+from .coco_tools import drop_root_category, marks_masks_as_crowds
 from .drawings import Drawings
-from .findings import Findings
-from .json_files import read_sections
+from .json_files import json_object
 from .splits import ImageFinder, choose_split
 
 _ROBOFLOW = "_annotations.coco.json"
 _INSTANCES = "instances_"
 _ANNOTATIONS = "annotations"
-# What CVAT and Datumaro write for every annotation.
-_OCCLUDED = "occluded"
-_NO_LICENSE = [{"name": "", "id": 0, "url": ""}]
-
-
-class _Facts(msgspec.Struct, gc=False):
-    """What tells the tool that wrote an annotation."""
-
-    category_id: Any = None
-    attributes: Any = None
 
 
 def read_coco(root: Path, options: ReadOptions) -> AnnotatedImages:
@@ -102,20 +90,6 @@ def read_coco(root: Path, options: ReadOptions) -> AnnotatedImages:
     return drawings.finish([names[key] for key in data.category_ids()])
 
 
-def is_particular(file: Path) -> bool:
-    """Whether a COCO JSON has what only `read_coco` reads right: masks as crowds, a root category.
-
-    Raises:
-        FileNotFoundError, ValueError: it cannot be read.
-    """
-    findings = Findings()
-    sections = read_sections(str(file), findings)
-    findings.raise_first(is_data=False)
-    before, tool = dict(sections or {}), _Tool(file)
-    tool.adapt(after := dict(before))
-    return tool.masks_are_crowds or after != before
-
-
 class _Tool:
     """What is particular to the tool that wrote a JSON.
 
@@ -129,35 +103,13 @@ class _Tool:
 
     def adapt(self, sections: dict[str, Any]) -> None:
         """Look at the sections of the JSON; drops the category that is none."""
-        facts = _decoded(sections.get("annotations"), list[_Facts]) or []
-        licenses = _decoded(sections.get("licenses"), list[dict[str, Any]])
-        info = _decoded(sections.get("info"), dict[str, Any])
-        is_datumaro = licenses == _NO_LICENSE and bool(info) and not any(info.values())
-        self.masks_are_crowds = is_datumaro or any(
-            isinstance(fact.attributes, dict) and _OCCLUDED in fact.attributes for fact in facts
-        )
-        categories = _decoded(sections.get("categories"), list[dict[str, Any]])
-        if not categories or len(categories) < 2:
-            return
-        root, *others = categories
-        used = {fact.category_id for fact in facts}
-        is_root = root.get("supercategory") in (None, "", "none") and root.get("id") not in used
-        if is_root and all(item.get("supercategory") == root.get("name") for item in others):
-            sections["categories"] = others
+        self.masks_are_crowds = marks_masks_as_crowds(sections)
+        dropped = drop_root_category(sections)
+        if dropped is not None:
             logging.getLogger(__name__).info(
-                f"{self._file}: category {root.get('id')!r} ({root.get('name')!r}) is left out: it "
-                "is the supercategory of all others, and no object has it."
+                f"{self._file}: the category {dropped!r} is left out: it is the supercategory of "
+                "all others, and no object has it."
             )
-
-
-def _decoded(section: Any, kind: Any) -> Any:
-    """A section, or None if it is absent or something else."""
-    try:
-        if isinstance(section, msgspec.Raw):
-            return msgspec.json.decode(section, type=kind)
-        return None if section is None else msgspec.convert(section, kind)
-    except (ValueError, RecursionError):  # the reader names what is wrong
-        return None
 
 
 def _segmentation(shape: Any) -> Segmentation:
@@ -178,7 +130,7 @@ def _find_json(root: Path, split: str | None) -> tuple[Path, str]:
     if root.is_file():
         return root, split or _split_of(root, root.parent)
     splits: dict[str, Path] = {}
-    for file in _jsons(root, _is_coco):
+    for file in _jsons(root):
         name = _split_of(file, root)
         if name in splits:
             raise ValueError(f"{root} has two JSONs of {name}: {splits[name]}, {file}. Name one.")
@@ -189,9 +141,9 @@ def _find_json(root: Path, split: str | None) -> tuple[Path, str]:
     return file, _split_of(file, root)
 
 
-def _jsons(root: Path, is_coco: Callable[[Path], bool]) -> list[Path]:
+def _jsons(root: Path) -> list[Path]:
     files = sorted((*root.glob("*.json"), *root.glob("*/*.json")))
-    files = [file for file in files if is_coco(file)]
+    files = [file for file in files if _is_coco(file)]
     instances = [f for f in files if f.name == _ROBOFLOW or f.name.startswith(_INSTANCES)]
     # Beside them are those of other tasks, such as keypoints.
     return instances or files
@@ -206,15 +158,8 @@ def _split_of(file: Path, root: Path) -> str:
 
 
 def _is_coco(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            data = stream.read()
-        if b'"images"' not in data or b'"categories"' not in data:
-            return False
-        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (OSError, msgspec.MsgspecError, RecursionError):
-        return False
-    return {"images", "categories"} <= keys.keys()
+    keys = json_object(file, b'"categories"')
+    return keys is not None and {"images", "categories"} <= keys.keys()
 
 
 def _finder(file: Path, split: str, image_root: Path | None) -> ImageFinder:
@@ -227,7 +172,7 @@ def _finder(file: Path, split: str, image_root: Path | None) -> ImageFinder:
 def _recognise(root: Path) -> str | None:
     if root.is_file():
         return "a COCO JSON" if root.suffix == ".json" and _is_coco(root) else None
-    found = _jsons(root, _is_coco)
+    found = _jsons(root)
     return f"the COCO JSON {found[0].relative_to(root)}" if found else None
 
 

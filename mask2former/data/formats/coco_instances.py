@@ -38,6 +38,7 @@ from .coco_schemas import (
     Number,
     Rle,
 )
+from .coco_tools import has_head_of_cvat
 from .findings import Findings
 from .images import read_size
 from .json_files import decode_list, read_sections, without_gc
@@ -166,6 +167,7 @@ def read_instances(
         categories = read_categories(sections, json_file, findings, kind=schema.category)
         if images is None or categories is None:
             return None
+        masks_are_crowds = adapt is None and has_head_of_cvat(sections)
         del sections
         data.categories = categories
         known = {c.id for c in categories} if contiguous_ids is None else set(contiguous_ids)
@@ -179,6 +181,8 @@ def read_instances(
         data.images = _usable_images(data, listed, findings, needs_files)
         _assign(data, annotations, ids_in_json, known, findings)
         _check_masks(data, findings, schema)
+        if masks_are_crowds:
+            _warn_of_crowds(data, findings)
         return data
 
 
@@ -389,6 +393,19 @@ def _check_masks(data: Instances, findings: Findings, schema: InstanceSchema) ->
     if bad:
         for image_id, listed in data.annotations.items():
             data.annotations[image_id] = [a for a in listed if id(a) not in bad]
+
+
+def _warn_of_crowds(data: Instances, findings: Findings) -> None:
+    """Masks that CVAT and Datumaro mark as crowds, which are neither trained nor evaluated."""
+    listed = chain.from_iterable(data.annotations.values())
+    number = sum(isinstance(a.segmentation, Rle) and a.iscrowd in (1, True) for a in listed)
+    if number:
+        why = (
+            f"{number} masks are marked as crowds (iscrowd 1) and are neither trained nor "
+            "evaluated. CVAT and Datumaro mark every mask so; if each is one object, read the data "
+            "with TYPE: coco"
+        )
+        findings.warn(data.file, None, why)
 
 
 def _number_problem(annotation: Annotation) -> str | None:

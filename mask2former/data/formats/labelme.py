@@ -27,7 +27,7 @@ from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat,
 from .coco_schemas import Number, Side
 from .drawings import Drawings, ellipse, rectangle
 from .findings import Findings
-from .json_files import decode_value, explain, read_json
+from .json_files import decode_value, explain, json_object, read_json
 from .splits import ImageFinder, files_below, images_below, split_folder
 
 _Point = Annotated[list[Number], Meta(min_length=2, max_length=2)]
@@ -222,16 +222,7 @@ def _recognise(root: Path) -> str | None:
 
 
 def _has_shapes(file: Path) -> bool:
-    try:
-        with file.open("rb") as stream:
-            # Its copy of the image, which may be large, comes after the shapes or before the path.
-            data = stream.read()
-        if b'"shapes"' not in data or b'"imagePath"' not in data:
-            return False
-        keys = msgspec.json.decode(data, type=dict[str, msgspec.Raw])
-    except (OSError, msgspec.MsgspecError, RecursionError):
-        return False
-    return {"shapes", "imagePath"} <= keys.keys()
+    return _is_labelme(json_object(file, b'"shapes"'))
 
 
 LABELME = AnnotationFormat("labelme", "LabelMe, one JSON an image", read_labelme, _recognise)

@@ -22,7 +22,7 @@ import msgspec
 from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat, ReadOptions
 from .drawings import Drawings, ellipse, rectangle
 from .findings import Findings
-from .json_files import decode_value, explain, read_json
+from .json_files import decode_value, explain, json_object, read_json
 from .splits import ImageFinder, files_below, split_folder
 
 _METADATA, _ATTRIBUTES, _SETTINGS = "_via_img_metadata", "_via_attributes", "_via_settings"
@@ -303,14 +303,8 @@ def _recognise(root: Path) -> str | None:
     for file in [root] if root.is_file() else files_below(root, ".json"):
         if file.suffix.lower() != ".json":
             continue
-        try:
-            with file.open("rb") as stream:
-                data = stream.read()
-            if not any(word in data for word in (b'"regions"', b'"_via', b'"view"')):
-                continue
-            content = msgspec.json.decode(data)
-        except (OSError, msgspec.MsgspecError, RecursionError):
-            continue
+        sections = json_object(file, b'"regions"', b'"_via', b'"view"')
+        content = {key: decode_value(value) for key, value in (sections or {}).items()}
         if _is_via(content) or _is_via3(content):
             return f"{file.name} of VIA"
     return None

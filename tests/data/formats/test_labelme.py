@@ -166,7 +166,10 @@ def test_other_files_are_left_out(tmp_path, caplog):
 @pytest.mark.parametrize(
     ("shape", "message"),
     [
-        (labelme_shape("cup", [[1, 1], [2, 2]], "line"), r"\[0\]: the shape 'line' of 'cup' has no"),
+        (
+            labelme_shape("cup", [[1, 1], [2, 2]], "line"),
+            r"\[0\]: the shape 'line' of 'cup' has no",
+        ),
         (labelme_shape("cup", [[1, 1]], "point"), "the shape 'point' of 'cup' has no area; draw a"),
         (labelme_shape("cup", SQUARE, "linestrip"), "'linestrip' of 'cup' has no area"),
         (labelme_shape("cup", SQUARE, "star"), "the shape 'star' is unknown"),
