@@ -21,6 +21,7 @@ from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
 from mask2former.utils.files import WriteError, require_writable
 from mask2former.utils.interrupts import run_program
+from mask2former.utils.log_file import kept_warnings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -60,7 +61,8 @@ def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None, set[
     """
     names, mismatch, tested = args.names, None, set()
     if args.config_file:
-        cfg = load_config(args.config_file, args.opts)
+        with kept_warnings():  # prints what formats have been recognised
+            cfg = load_config(args.config_file, args.opts)
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         tested = {*cfg.DATASETS.TEST} - {*cfg.DATASETS.TRAIN}
         try:

@@ -1,6 +1,7 @@
 """tools/check_dataset.py on small data sets, intact and broken, and on real ones."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
@@ -235,3 +236,21 @@ def test_label_maps_without_class(config, tmp_path):
     status, report = run(tmp_path / "out", "own/semantic", "--config-file", config)
     problems = report["own/semantic"]["problems"]
     assert status == 1 and any(why in problem["why"] for problem in problems), problems
+
+
+def test_folder_of_a_labelling_tool(tmp_path, capfd, monkeypatch):
+    # As in a program of its own.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("mask2former"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("mask2former"), "propagate", True)
+    own_data.yolo(tmp_path / "pets")
+    entry = {"NAME": "pets", "TYPE": "auto", "ROOT": str(tmp_path / "pets"), "SPLIT": "train"}
+    path = tmp_path / "pets.yaml"
+    content = {"CUSTOM": [entry], "TRAIN": ["pets"], "TEST": []}
+    base = ROOT / "configs/shapes/instance-segmentation/maskformer2_R18_quickstart.yaml"
+    path.write_text(yaml.safe_dump({"_BASE_": str(base), "DATASETS": content}))
+    status, report = run(tmp_path / "out", "--config-file", path, "--workers", 1)
+    assert status == 0
+    assert report["pets"]["num_images"] == 2 and report["pets"]["num_objects"] == 3
+    assert report["pets"]["classes_never_seen"] == ["bird"]
+    assert "'pets': TYPE yolo (" in capfd.readouterr().err
