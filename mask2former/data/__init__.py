@@ -10,6 +10,7 @@ packed_masks.py       masks as sent to the device
 loader.py             samples → batches, in a resumable order
 class_counts.py       sets the number of classes from your data and checks it for every data set
 check/                checks of whole data sets, for tools/check_dataset.py
+conversion/           any annotation format → COCO instances, COCO panoptic, label maps
 
 Register your own data with `register_annotations` (any format), `register_panoptic`,
 `register_instances` or `register_semantic`, and your own mapper with `register_mapper`.

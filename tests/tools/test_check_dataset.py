@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import own_data
 import pytest
-import torch
 import yaml
 from dataset_trees import photograph, save, write_json
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -16,6 +15,7 @@ from detectron2.data.datasets import register_coco_instances
 from load_script import load_script
 from PIL import Image
 
+from mask2former.data.check import run as run_checks
 from mask2former.data.datasets.register_coco_panoptic_annos_semseg import (
     get_metadata,
     register_coco_panoptic_annos_sem_seg,
@@ -202,17 +202,10 @@ def test_report_on_a_full_disk(config, tmp_path):
         tool.main(["--config-file", str(config), "--output", str(output)])
 
 
-def test_workers_use_one_thread():
-    """Workers are forked from a process with several threads, which they do not inherit."""
-    torch.rand(1 << 20).exp_()
-    with tool.worker_pool(2) as pool:
-        assert pool.submit(torch.get_num_threads).result(timeout=60) == 1
-
-
 @needs_data
 def test_real_coco(tmp_path, monkeypatch):
     """50 COCO images, registered like `coco_2017_val` and `coco_2017_val_panoptic`."""
-    monkeypatch.setattr(tool, "_NUM_EXAMPLES", 1)
+    monkeypatch.setattr(run_checks, "_NUM_EXAMPLES", 1)
     coco = DATA / "coco"
     metadata = {k: v for k, v in get_metadata().items() if k.startswith("thing_")}
     instances = str(coco / "annotations/instances_val2017.json")

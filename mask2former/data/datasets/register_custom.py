@@ -10,7 +10,6 @@ Paths are relative to the working directory; `~` is the home folder. Registering
 does nothing, because every process registers it; other data under the same name is an error.
 """
 
-import colorsys
 import os
 from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
@@ -29,6 +28,7 @@ from .arguments import (
     list_extensions,
     make_changes,
 )
+from .colours import class_colours
 from .derived_json import Changes, derive_instances, derive_panoptic
 from .label_values import Value, ValueMap, make_labels
 from .loading import load_instances
@@ -95,17 +95,6 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
         metadata["thing_colors"] = [c["color"] for c in things]
         metadata["stuff_colors"] = [c["color"] for c in ordered]
     return metadata
-
-
-def _colours(number: int) -> list[list[int]]:
-    """Distinct fixed colours (RGB), so that a class looks the same in all drawings."""
-    # Golden-ratio steps spread any number of hues evenly.
-    hues = (i * 0.618034 % 1 for i in range(number))
-    shades = ((0.85, 0.9), (0.55, 0.95), (0.9, 0.6))
-    return [
-        [round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, *shades[i % len(shades)])]
-        for i, hue in enumerate(hues)
-    ]
 
 
 def register_panoptic(
@@ -249,7 +238,7 @@ def register_changed_instances(
         "thing_classes": [c.name for c in ordered],
         "thing_dataset_id_to_contiguous_id": {c.id: i for i, c in enumerate(ordered)},
     }
-    colours = _colours(len(ordered))
+    colours = class_colours(len(ordered))
     metadata["thing_colors"] = [
         c.color or colour for c, colour in zip(ordered, colours, strict=True)
     ]
@@ -343,7 +332,7 @@ def register_semantic(
     DatasetCatalog.register(name, partial(load_source, source))
     MetadataCatalog.get(name).set(
         stuff_classes=labels.classes,
-        stuff_colors=labels.colours or _colours(len(labels.classes)),
+        stuff_colors=labels.colours or class_colours(len(labels.classes)),
         image_root=image_root,
         sem_seg_root=label_root,
         semantic_source=source,
