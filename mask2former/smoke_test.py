@@ -15,6 +15,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +101,13 @@ def run_smoke_test(cfg: CfgNode) -> dict:
 
     Raises:
         SmokeTestError: a step failed.
+        ValueError: OUTPUT_DIR is not such a folder.
     """
+    if os.path.basename(cfg.OUTPUT_DIR) != FOLDER:
+        raise ValueError(
+            f"OUTPUT_DIR is {cfg.OUTPUT_DIR}: a smoke test would write among the files of a "
+            "training there. `launch` sets another folder."
+        )
     checklist = _Checklist()
     with checklist.step("test data") as found:
         names = _few_images_of(cfg)
@@ -237,7 +244,10 @@ def _few_images_of(cfg: CfgNode) -> dict[str, str]:
         for catalog in (DatasetCatalog, MetadataCatalog):
             if part in catalog.list():
                 catalog.remove(part)
-        DatasetCatalog.register(part, lambda few=few: few)
+        load: Any = partial(list, few)
+        # Instances of Detectron2's own data sets are read with its leniency.
+        load.__module__ = getattr(DatasetCatalog[name], "__module__", None)
+        DatasetCatalog.register(part, load)
         MetadataCatalog.get(part).set(**metadata)
         parts[name] = part
     return parts
@@ -311,7 +321,7 @@ def _draw(cfg: CfgNode, model: torch.nn.Module) -> list[str]:
         row = {"image": image}
         for task in tasks:
             if _GT_KEYS[task](record):
-                row[f"{task} ground truth"] = _draw_gt(image, record, metadata, task)
+                row[f"{task} ground truth"] = _draw_gt(image, record, metadata, task, scale)
             row[f"{task} prediction"] = draw_prediction(
                 image, outputs, metadata, task, confidence_threshold=0.0, scale=scale
             )
@@ -341,11 +351,11 @@ _GT_KEYS: dict[str, Callable[[dict], bool]] = {
 }
 
 
-def _draw_gt(image: Any, record: dict, metadata: Metadata, task: str) -> Any:
+def _draw_gt(image: Any, record: dict, metadata: Metadata, task: str, scale: float) -> Any:
     """The ground truth of a task, which the record has."""
     if task == "panoptic":
-        return draw_panoptic_gt(image, record, metadata)
+        return draw_panoptic_gt(image, record, metadata, scale=scale)
     key = "annotations" if task == "instance" else "sem_seg_file_name"
     with isolated_rng(0):
-        visualizer = Visualizer(image, metadata, instance_mode=ColorMode.IMAGE)
+        visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
         return visualizer.draw_dataset_dict({key: record[key]}).get_image()
