@@ -296,7 +296,7 @@ def unknown_metric(metric: str, known: list[str]) -> ValueError:
 
 def is_of_average(metric: str) -> bool:
     """Whether a metric is of the average of SOLVER.EMA."""
-    return EMA in metric.split("/")[-3:-1]
+    return f"/{EMA}/" in f"/{metric}"
 
 
 def check_best_metric(cfg: CfgNode) -> None:

@@ -12,7 +12,8 @@ from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 from test_trainer import start_program
 
-from mask2former.best_checkpoint import BestModel, check_best_metric
+from mask2former.best_checkpoint import BestModel, check_best_metric, is_of_average
+from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config_checks import check_config
 from mask2former.hooks import READING_PERIODS
 
@@ -113,6 +114,10 @@ def test_weights_are_those_of_the_evaluation(tmp_path):
     best, periodic = (torch.load(tmp_path / f"model_{n}.pth") for n in ("best", "0000009"))
     for name, value in periodic["model"].items():
         assert torch.equal(best["model"][name], value)
+    # It loads like any other file.
+    model = toy.ToyArchitecture(toy.toy_config(tmp_path))
+    Mask2FormerCheckpointer(model).load(str(tmp_path / "model_best.pth"))
+    assert torch.equal(model.head.bias, best["model"]["head.bias"])
 
 
 def test_the_smallest(tmp_path):
@@ -340,6 +345,19 @@ def test_two_processes_stop_together(tmp_path):
 def test_contradictions(tmp_path, options, text):
     with pytest.raises(ValueError, match=text):
         check_config(toy.toy_config(tmp_path, *options))
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("ema/segm/AP", True),
+        ("val/ema/segm/AP-car/truck", True),
+        ("segm/AP", False),
+        ("schema/segm/AP", False),
+    ],
+)
+def test_metrics_of_the_average(metric, expected):
+    assert is_of_average(metric) == expected
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ import torch
 import toy_training as toy
 from detectron2.evaluation import DatasetEvaluator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.ema import WeightAverage
@@ -101,6 +102,25 @@ def test_average_of_numbers_worked_by_hand():
         # Statistics are copied.
         assert hook.model.running_mean.item() == value
         assert hook.model.num_batches_tracked.item() == int(value)
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.names.add(function.overloadpacket.__name__)
+        return function(*args, **(kwargs or {}))
+
+
+def test_update_does_not_wait_for_a_gpu():
+    """Nothing is read or uploaded, and the number of operators does not grow with the model."""
+    model = nn.Sequential(*(nn.BatchNorm1d(3) for _ in range(9)))
+    hook = WeightAverage(model, 0.9)
+    with Operators() as operators:
+        hook.update(model)
+    assert operators.names - {"detach"} == {"_foreach_lerp_", "_foreach_copy_"}
 
 
 def test_warm_up():
