@@ -182,9 +182,10 @@ def _train(trainer: Trainer) -> str:
     evaluating = hooks.EvalHook | BestModel
     trainer._hooks[:] = [hook for hook in trainer._hooks if not isinstance(hook, evaluating)]
     trainer.max_iter = NUM_ITERATIONS
-    for hook in trainer._hooks:
-        if isinstance(hook, hooks.PeriodicCheckpointer):
-            hook.max_iter = NUM_ITERATIONS
+    trainer.cfg = trainer.cfg.clone()
+    trainer.cfg.defrost()
+    trainer.cfg.TEST.EXPECTED_RESULTS = []
+    trainer.cfg.freeze()
     start = time.perf_counter()
     trainer.train()
     seconds = (time.perf_counter() - start) / NUM_ITERATIONS

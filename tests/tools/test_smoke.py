@@ -86,6 +86,7 @@ def test_panoptic_data(tmp_path, monkeypatch):
     config = write_config(tmp_path / "data", "panoptic")
     options = {"SOLVER__EMA__ENABLED": True, "TEST__EVAL_PERIOD": 1}
     options["TEST__BEST_METRIC"] = "panoptic_seg/PQ"
+    options["TEST__EXPECTED_RESULTS"] = "[['panoptic_seg', 'PQ', 50.0, 1.0]]"
     folder = output_dir / "smoke"
     folder.mkdir()
     (folder / "model_0000014.pth").write_text("of an earlier smoke test")
