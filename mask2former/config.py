@@ -52,6 +52,11 @@ _ADDED_KEYS = (
     "SOLVER.LAYER_DECAY",
     "SOLVER.NUM_ACCUMULATION_STEPS",
     "SOLVER.REFERENCE_BATCH_SIZE",
+    "SOLVER.EMA",
+    "TEST.BEST_METRIC",
+    "TEST.BEST_MODE",
+    "TEST.EARLY_STOPPING_PATIENCE",
+    "TEST.EARLY_STOPPING_MIN_DELTA",
 )
 
 
@@ -259,6 +264,24 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # Batch size for which SOLVER.BASE_LR (and BASE_LR_END) is given: training multiplies it by
     # IMS_PER_BATCH / REFERENCE_BATCH_SIZE. 0: off.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
+    # Exponential moving average of the weights (ema.py), evaluated and saved beside them.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the average that each iteration keeps: 0.9998 averages over about the last 5000.
+    cfg.SOLVER.EMA.DECAY = 0.9998
+    # Average over at most about the last tenth of the iterations so far.
+    cfg.SOLVER.EMA.WARMUP = True
+    # Metric by which model_best.pth is chosen among the evaluations of TEST.EVAL_PERIOD, such as
+    # "panoptic_seg/PQ", "segm/AP" or "sem_seg/mIoU"; "ema/segm/AP" is that of SOLVER.EMA, whose
+    # weights are then saved. With several test sets their name comes first: "my_val/segm/AP".
+    # Empty: off.
+    cfg.TEST.BEST_METRIC = ""
+    # Whether larger ("max") or smaller ("min") values are better.
+    cfg.TEST.BEST_MODE = "max"
+    # End training after this number of evaluations in which BEST_METRIC has not improved by more
+    # than EARLY_STOPPING_MIN_DELTA; 0: off.
+    cfg.TEST.EARLY_STOPPING_PATIENCE = 0
+    cfg.TEST.EARLY_STOPPING_MIN_DELTA = 0.0
 
 
 def load_config(

@@ -19,12 +19,14 @@ from .config_parts import (
     MASK_FORMER_HEAD,
     OUR_HEADS,
     get_value,
+    has_best_metric,
     has_key,
     has_only_known_parts,
     has_our_mapper,
     has_resnet,
     has_swin,
     is_plain,
+    stops_early,
 )
 from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
@@ -92,6 +94,7 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg)
     _check_deterministic(cfg)
     _check_reference(cfg)
+    _check_best_metric(cfg)
     if has_resnet(cfg):
         check_resnet(cfg)
     if has_swin(cfg):
@@ -183,6 +186,20 @@ def _check_reference(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.{workers} is {cfg.SOLVER[workers]} and SOLVER.{batch_size} is "
             f"{cfg.SOLVER[batch_size]}, but both scale the learning rate: set one of them to 0."
+        )
+
+
+def _check_best_metric(cfg: CfgNode) -> None:
+    """The best checkpoint and early stopping need evaluations in training."""
+    if has_best_metric(cfg) and cfg.TEST.EVAL_PERIOD == 0:
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}, but TEST.EVAL_PERIOD is 0, so that "
+            "only the last weights are evaluated: set TEST.EVAL_PERIOD to a number of iterations."
+        )
+    if stops_early(cfg) and not has_best_metric(cfg):
+        raise ValueError(
+            f"TEST.EARLY_STOPPING_PATIENCE is {cfg.TEST.EARLY_STOPPING_PATIENCE}, but "
+            "TEST.BEST_METRIC is empty: name the metric that must improve."
         )
 
 

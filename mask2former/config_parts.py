@@ -137,6 +137,15 @@ def turned_on(key: str) -> Condition:
     return lambda cfg: has_key(cfg, key) and get_value(cfg, key) is True
 
 
+def has_best_metric(cfg: CfgNode) -> bool:
+    return has_key(cfg, "TEST.BEST_METRIC") and get_value(cfg, "TEST.BEST_METRIC") != ""
+
+
+def stops_early(cfg: CfgNode) -> bool:
+    key = "TEST.EARLY_STOPPING_PATIENCE"
+    return has_key(cfg, key) and get_value(cfg, key) > 0
+
+
 def matches_at_points(cfg: CfgNode) -> bool:
     return not named("MODEL.MASK_FORMER.MATCHER_NAME", *FULL_MASK_MATCHERS)(cfg)
 

@@ -23,6 +23,7 @@ from .config_kinds import (
     Flag,
     Kind,
     ListOf,
+    Metric,
     Norm,
     Null,
     Number,
@@ -44,6 +45,7 @@ from .config_parts import (
     all_of,
     always,
     get_value,
+    has_best_metric,
     has_key,
     has_losses_at_points,
     has_mask_former,
@@ -57,6 +59,7 @@ from .config_parts import (
     named,
     never,
     scheduled_by,
+    stops_early,
     turned_on,
 )
 from .data.dataset_mappers import DETRPanopticDatasetMapper
@@ -154,7 +157,21 @@ GROUPS = (
             "TEST.EXPECTED_RESULTS": ListOf(_EXPECTED_RESULT),
             "TEST.PRECISE_BN.ENABLED": Flag(),
             "TEST.AUG.ENABLED": Flag(),
+            "SOLVER.EMA.ENABLED": Flag(),
+            "TEST.BEST_METRIC": Either(OneOf(""), Metric()),
+            "TEST.EARLY_STOPPING_PATIENCE": _LENGTH,
         },
+    ),
+    Group(
+        always,
+        {"SOLVER.EMA.DECAY": Number(0, 1, above=True, below=True), "SOLVER.EMA.WARMUP": Flag()},
+        turned_on("SOLVER.EMA.ENABLED"),
+    ),
+    Group(always, {"TEST.BEST_MODE": OneOf("max", "min")}, has_best_metric),
+    Group(
+        always,
+        {"TEST.EARLY_STOPPING_MIN_DELTA": Number(0, 1e6)},
+        all_of(has_best_metric, stops_early),
     ),
     Group(
         always,

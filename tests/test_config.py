@@ -75,6 +75,13 @@ ADDED = {
     "SOLVER.AMP.DTYPE": "float16",
     "SOLVER.NUM_ACCUMULATION_STEPS": 1,
     "SOLVER.REFERENCE_BATCH_SIZE": 0,
+    "SOLVER.EMA.ENABLED": False,
+    "SOLVER.EMA.DECAY": 0.9998,
+    "SOLVER.EMA.WARMUP": True,
+    "TEST.BEST_METRIC": "",
+    "TEST.BEST_MODE": "max",
+    "TEST.EARLY_STOPPING_PATIENCE": 0,
+    "TEST.EARLY_STOPPING_MIN_DELTA": 0.0,
 }
 COCO_SEMANTIC = "coco/semantic-segmentation/maskformer2_R50_bs16_50ep.yaml"
 FAPN = (
