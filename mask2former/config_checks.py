@@ -20,20 +20,25 @@ from .config_parts import (
     OUR_HEADS,
     get_value,
     has_key,
+    has_known_backbone,
     has_only_known_parts,
     has_our_mapper,
     has_resnet,
     has_swin,
+    has_timm,
+    has_vit,
     is_plain,
 )
 from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from .model_checks import (
     check_attention_heads,
+    check_deterministic_vit,
     check_groups,
     check_head,
     check_resnet,
     check_swin,
+    check_timm,
     unread_freeze_at,
 )
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
@@ -94,6 +99,10 @@ def check_config(cfg: CfgNode) -> None:
         check_resnet(cfg)
     if has_swin(cfg):
         check_swin(cfg)
+    if has_timm(cfg):
+        check_timm(cfg, "MODEL.TIMM")
+    if has_vit(cfg):
+        check_timm(cfg, "MODEL.VIT")
     if is_mask_former(cfg.MODEL.META_ARCHITECTURE):
         _check_input(cfg)
         check_schedule(cfg)
@@ -160,6 +169,8 @@ def _check_deterministic(cfg: CfgNode) -> None:
             "DETERMINISTIC and MODEL.SWIN.APE are both True, but torch has no deterministic "
             "algorithm on a GPU to train the position table: set one of them to False."
         )
+    if has_vit(cfg) and not cfg.MODEL.DEVICE.startswith("cpu"):
+        check_deterministic_vit(cfg)
     if cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME == FAPN and not cfg.MODEL.DEVICE.startswith("cpu"):
         raise ValueError(
             f"DETERMINISTIC is True and MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {FAPN!r}, but "
@@ -224,7 +235,7 @@ def _check_channels(cfg: CfgNode) -> None:
             f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD is {std!r}; allowed: one number for "
             "each channel in both."
         )
-    is_ours = is_plain(cfg) and has_our_mapper(cfg) and (has_swin(cfg) or has_resnet(cfg))
+    is_ours = is_plain(cfg) and has_our_mapper(cfg) and has_known_backbone(cfg)
     if is_ours and len(mean) != len(cfg.INPUT.FORMAT):
         raise ValueError(
             f"MODEL.PIXEL_MEAN and MODEL.PIXEL_STD have {len(mean)} values ({mean!r}, {std!r}), "

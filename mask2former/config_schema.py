@@ -51,6 +51,8 @@ from .config_parts import (
     has_our_mapper,
     has_resnet,
     has_swin,
+    has_timm,
+    has_vit,
     is_plain,
     mapped_by,
     matches_at_points,
@@ -61,6 +63,7 @@ from .config_parts import (
 )
 from .data.dataset_mappers import DETRPanopticDatasetMapper
 from .data.dataset_mappers.base import LargeScaleJitterDatasetMapper, ResizeCropDatasetMapper
+from .modeling.backbone.timm import NORMS
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 
 _SIZE = Whole(1, 2**16)  # pixels, channels, queries
@@ -459,6 +462,27 @@ GROUPS = (
             "MODEL.SWIN.PATCH_NORM": Flag(),
             "MODEL.SWIN.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
             "MODEL.SWIN.USE_CHECKPOINT": Flag(),
+        },
+    ),
+    Group(
+        has_timm,
+        {
+            "MODEL.TIMM.NAME": Text(),
+            "MODEL.TIMM.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
+            "MODEL.TIMM.DROP_PATH_RATE": _RATE,
+            "MODEL.TIMM.NORM": OneOf(*NORMS),
+            # The stem is 1, the stages are 2 to 5; 0 and negative: nothing is frozen.
+            "MODEL.BACKBONE.FREEZE_AT": Whole(None, 5),
+        },
+    ),
+    Group(
+        has_vit,
+        {
+            "MODEL.VIT.NAME": Text(),
+            "MODEL.VIT.OUT_CHANNELS": _SIZE,
+            "MODEL.VIT.DROP_PATH_RATE": _RATE,
+            # The embeddings are 1, then each block counts.
+            "MODEL.BACKBONE.FREEZE_AT": Whole(None, 1000),
         },
     ),
     # Swin freezes nothing; `config_checks.py` has the accepted values.
