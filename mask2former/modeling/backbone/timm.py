@@ -80,7 +80,7 @@ class TimmBackbone(TimmParts, Backbone):
         self._divisor = self._smallest_divisor(name, outline, indices, in_channels)
         body = import_timm().create_model(name, **options)
         # Without what lies behind the last map, which nothing would train.
-        self._indices = body.prune_intermediate_layers(indices)
+        self._indices = body.prune_intermediate_layers(indices, prune_norm=True)
         depths = layer_depths(body)
         modules = [infos[i]["module"] for i in levels.values() if i <= max(indices)]
         stages = [last_depth_within(body, depths, module) for module in modules]

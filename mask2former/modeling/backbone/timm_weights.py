@@ -188,11 +188,13 @@ def check_pixels(backbone: TimmParts, mean: Tensor, std: Tensor) -> None:
     expected = torch.tensor([source.mean, source.std], dtype=torch.float64) * 255
     given = torch.stack([mean.flatten(), std.flatten()]).double().cpu()
     if not torch.allclose(given, expected, atol=1.0):
-        as_lists = [[round(x, 3) for x in row] for row in expected.tolist()]
+        right, ours = (
+            [[round(x, 3) for x in row] for row in values.tolist()] for values in (expected, given)
+        )
         _logger.warning(
             f"The weights of timm's {backbone.timm_name!r} were trained with MODEL.PIXEL_MEAN "
-            f"{as_lists[0]} and MODEL.PIXEL_STD {as_lists[1]} (RGB), but the config has "
-            f"{given[0].tolist()} and {given[1].tolist()}."
+            f"{right[0]} and MODEL.PIXEL_STD {right[1]} (RGB), but the config has {ours[0]} and "
+            f"{ours[1]}."
         )
 
 
@@ -213,7 +215,9 @@ def _filtered(
         ),
         None,
     )
-    if convert is None or model.state_dict().keys() - weights.keys() == set():
+    shapes = {k: v.shape for k, v in weights.items()}
+    fits = all(shapes.get(k) == v.shape for k, v in model.state_dict().items())
+    if convert is None or fits:
         return dict(weights)
     try:
         return dict(convert(dict(weights), model))

@@ -26,10 +26,8 @@ MODELS = (
     "test_efficientnet",
     "test_mambaout",
     "resnet10t",
-    "swinv2_tiny_window8_256",
-    "swin_tiny_patch4_window7_224",
+    "swinv2_cr_tiny_ns_224",
     "mobilenetv3_small_050",
-    "coatnet_nano_rw_224",
 )
 # No multiple of 32 or of a window.
 ODD = (97, 131)
