@@ -170,9 +170,7 @@ class TimmParts(nn.Module):
         self._depths = depths
         self._freeze_depths = tuple(freeze_depths)
         self._frozen: frozenset[str] = frozenset()
-        has_more = any(not name.startswith(prefix) for name, _ in self.named_parameters())
-        # What is added to the timm model comes last.
-        self.num_depths = max(depths.values()) + (2 if has_more else 1)
+        self.num_depths = max(depths.values()) + 1
 
     @property
     def timm_model(self) -> nn.Module:
@@ -186,11 +184,12 @@ class TimmParts(nn.Module):
             name: within the backbone.
 
         Returns:
-            0 for the stem and embeddings, then blocks in their order; num_depths - 1 is the last.
+            0 for the stem and embeddings, then blocks in their order; num_depths - 1 is the last
+            of the timm model, num_depths what is added to it.
         """
         if name.startswith(self.timm_prefix):
             return self._depths[name.removeprefix(self.timm_prefix)]
-        return self.num_depths - 1
+        return self.num_depths
 
     def freeze(self, freeze_at: int) -> "TimmParts":
         """Stop training the first parts. They stay in evaluation mode, so that statistics stay too.

@@ -50,8 +50,10 @@ def test_shapes_and_gradients(name):
     without = [n for n, p in backbone.named_parameters() if p.grad is None or not p.grad.any()]
     assert without == []
     depths = {backbone.parameter_depth(n) for n, _ in backbone.named_parameters()}
-    assert depths == set(range(backbone.num_depths))
-    assert backbone.num_depths == len(backbone.timm_model.blocks) + 2
+    # The embeddings, the blocks, the pyramid.
+    assert depths == set(range(backbone.num_depths + 1))
+    assert backbone.num_depths == len(backbone.timm_model.blocks) + 1
+    assert backbone.parameter_depth("simfp_2.0.weight") == backbone.num_depths
 
 
 @pytest.mark.parametrize("in_channels", [1, 4])
