@@ -86,7 +86,7 @@ class TimmBackbone(TimmParts, Backbone):
         stages = [last_depth_within(body, depths, module) for module in modules]
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
         self.has_frozen_norms = has_norms and norm == "FrozenBN"
-        self.body = _with_norm(body, norm)
+        self.body: Any = _with_norm(body, norm)
         self._set_up(name, "body.", depths, [0, *stages])
         self.freeze(freeze_at)
 
@@ -104,7 +104,7 @@ class TimmBackbone(TimmParts, Backbone):
         }
 
     def _smallest_divisor(
-        self, name: str, model: nn.Module, indices: Sequence[int], in_channels: int
+        self, name: str, model: Any, indices: Sequence[int], in_channels: int
     ) -> int:
         """The least number of pixels of which all multiples give maps of the right shapes.
 
@@ -120,8 +120,9 @@ class TimmBackbone(TimmParts, Backbone):
                 for height, width in ((divisor, 2 * divisor), (3 * divisor, divisor)):
                     images = torch.empty(2, in_channels, height, width, device="meta")
                     maps = _maps(model, indices, images)
-                    for map_, spec in zip(maps, self.output_shape().values(), strict=True):
-                        expected = (2, spec.channels, height // spec.stride, width // spec.stride)
+                    for map_, feature in zip(maps, self._out_features, strict=True):
+                        channels, stride = self._out_feature_channels[feature], STRIDES[feature]
+                        expected = (2, channels, height // stride, width // stride)
                         assert map_.shape == expected, f"{tuple(map_.shape)}, not {expected}"
             # What a model raises for a size that it does not take is its own affair.
             except (AssertionError, RuntimeError, ValueError, IndexError, TypeError) as error:
@@ -185,7 +186,7 @@ def _levels(name: str, infos: list[dict[str, Any]]) -> dict[str, int]:
     return {feature: last[stride] for feature, stride in STRIDES.items()}
 
 
-def _maps(body: nn.Module, indices: Sequence[int], images: Tensor) -> list[Tensor]:
+def _maps(body: Any, indices: Sequence[int], images: Tensor) -> list[Tensor]:
     return body.forward_intermediates(
         images, indices=indices, output_fmt="NCHW", intermediates_only=True
     )

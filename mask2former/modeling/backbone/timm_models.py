@@ -64,7 +64,7 @@ def check_name(name: str, key: str) -> None:
         raise ValueError(f"{key} is {name!r}, but timm has no such weights; allowed: {known}.")
 
 
-def on_meta(name: str, **options: Any) -> nn.Module:
+def on_meta(name: str, **options: Any) -> Any:
     """A model of timm on the meta device: it takes no memory, and tells shapes only."""
     with torch.device("meta"):
         return import_timm().create_model(name, **options)
@@ -114,7 +114,7 @@ def crop_to_stride(features: Tensor, size: Sequence[int], stride: int) -> Tensor
     return features[..., :height, :width].contiguous()
 
 
-def layer_depths(model: nn.Module) -> dict[str, int]:
+def layer_depths(model: Any) -> dict[str, int]:
     """The depth of each parameter of a timm model, as timm numbers layers for learning rates.
 
     Returns:

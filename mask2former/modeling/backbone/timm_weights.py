@@ -99,8 +99,9 @@ def fit_weights(model: nn.Module, weights: dict[str, Tensor], path: str) -> dict
     if not isinstance(backbone, TimmParts) or any(name.startswith(_DETECTRON) for name in weights):
         return weights
     weights = backbone_weights(backbone, weights, path)
-    if hasattr(model, "pixel_mean") and hasattr(model, "pixel_std"):
-        check_pixels(backbone, model.pixel_mean, model.pixel_std)
+    mean, std = (getattr(model, name, None) for name in ("pixel_mean", "pixel_std"))
+    if isinstance(mean, Tensor) and isinstance(std, Tensor):
+        check_pixels(backbone, mean, std)
     return {f"backbone.{name}": value for name, value in weights.items()}
 
 
@@ -228,7 +229,7 @@ def _filtered(
         ) from error
 
 
-def _adapt_stem(weights: dict[str, Tensor], target: dict[str, Tensor], model: nn.Module) -> None:
+def _adapt_stem(weights: dict[str, Tensor], target: dict[str, Tensor], model: Any) -> None:
     """Fit the first convolutions to the number of channels, in place."""
     from timm.models import adapt_input_conv
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, SimpleFeaturePyramid
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...utils.registry import register_unless_taken
 from .timm import STRIDES
@@ -42,9 +42,9 @@ class TokenMap(Backbone):
         patch_size: side of its patches in pixels.
     """
 
-    def __init__(self, body: nn.Module, patch_size: int):
+    def __init__(self, body: Any, patch_size: int):
         super().__init__()
-        self.body = body
+        self.body: Any = body
         self.patch_size = patch_size
         self._out_features = ["tokens"]
         self._out_feature_strides = {"tokens": _STRIDE}
@@ -137,7 +137,7 @@ class TimmViTBackbone(TimmParts, SimpleFeaturePyramid):
         return _LARGEST_STRIDE
 
 
-def _patch_size(name: str, model: nn.Module, options: dict[str, Any]) -> int:
+def _patch_size(name: str, model: Any, options: dict[str, Any]) -> int:
     """The side of a patch, after a trial of two image shapes on the meta device.
 
     Raises:
