@@ -3,14 +3,18 @@
 Shape letters: B batch, C channels, H W pixels.
 """
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
+from mask2former.config import load_config
 from mask2former.modeling.backbone import TimmViTBackbone
 
 timm = pytest.importorskip("timm")
 
+RECIPES = Path(__file__).parents[3] / "configs/coco/panoptic-segmentation/timm"
 # Small models: class token; registers; RoPE (DINOv3's class); patches of 14 and of 8 pixels.
 MODELS = ("test_vit", "test_vit2", "test_vit3", "eva02_tiny_patch14_224", "vit_small_patch8_224")
 ODD = (97, 131)
@@ -142,3 +146,13 @@ def test_wrong_names(case):
     name, message = WRONG[case]
     with pytest.raises(ValueError, match=message):
         TimmViTBackbone(name=name)
+
+
+def test_deterministic_training_on_a_gpu():
+    """torch cannot train interpolated position embeddings so; DINOv3's are computed."""
+    on_gpu = ["MODEL.DEVICE", "cuda", "DETERMINISTIC", "True"]
+    recipe = str(RECIPES / "maskformer2_dinov2_base_bs16_50ep.yaml")
+    with pytest.raises(ValueError, match=r"DETERMINISTIC is True and MODEL\.VIT\.NAME is 'vit_b"):
+        load_config(recipe, on_gpu)
+    load_config(recipe, [*on_gpu, "MODEL.BACKBONE.FREEZE_AT", "1"])
+    load_config(str(RECIPES / "maskformer2_dinov3_large_bs16_50ep.yaml"), on_gpu)
