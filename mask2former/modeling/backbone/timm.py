@@ -130,9 +130,9 @@ class TimmBackbone(TimmParts, Backbone):
             else:
                 return divisor
         raise ValueError(
-            f"MODEL.TIMM.NAME is {name!r}, which does not take images of any size, not even of "
-            f"multiples of {', '.join(map(str, _DIVISORS))} pixels ({problem}). Choose another "
-            "model."
+            f"MODEL.TIMM.NAME is {name!r}, which does not take images of any size, or whose maps "
+            "are not exactly 4 to 32 times smaller, not even for multiples of "
+            f"{', '.join(map(str, _DIVISORS))} pixels ({problem}). Choose another model."
         ) from problem
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
