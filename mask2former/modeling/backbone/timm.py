@@ -82,7 +82,13 @@ class TimmBackbone(TimmParts, Backbone):
         # Without what lies behind the last map, which nothing would train.
         self._indices = body.prune_intermediate_layers(indices, prune_norm=True)
         depths = layer_depths(body)
-        modules = [infos[i]["module"] for i in levels.values() if i <= max(indices)]
+        # A few models name modules that they do not have; their stages are then called so.
+        known = {module for module, _ in body.named_modules()}
+        modules = [
+            infos[i]["module"] if infos[i]["module"] in known else f"stages.{i}"
+            for i in levels.values()
+            if i <= max(indices)
+        ]
         stages = [last_depth_within(body, depths, module) for module in modules]
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
         self.has_frozen_norms = has_norms and norm == "FrozenBN"

@@ -192,6 +192,15 @@ def test_freezing(freeze_at):
     assert max(fixed, default=-1) < min(trained, default=99)
 
 
+def test_freezing_a_model_that_misnames_its_stages():
+    """timm's MViTv2 says block.0 where it means stages.0."""
+    with torch.device("meta"):
+        backbone = TimmBackbone(name="mvitv2_tiny", freeze_at=2)
+    trained = {n for n, p in backbone.named_parameters() if p.requires_grad}
+    assert not any(name.startswith("body.stages.0.") for name in trained)
+    assert any(name.startswith("body.stages.1.") for name in trained)
+
+
 def test_freezing_survives_copies():
     backbone = build("resnet10t", norm="BN", freeze_at=2)
     for one in (copy.deepcopy(backbone), pickle.loads(pickle.dumps(backbone))):
