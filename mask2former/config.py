@@ -48,6 +48,8 @@ _ADDED_KEYS = (
     "MODEL.MASK_FORMER.MATCHER_NAME",
     "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "MODEL.MASK_FORMER.DECODER",
+    "MODEL.TIMM",
+    "MODEL.VIT",
     "SOLVER.AMP.DTYPE",
     "SOLVER.LAYER_DECAY",
     "SOLVER.NUM_ACCUMULATION_STEPS",
@@ -243,6 +245,26 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST = True
     # Dropout probability, on residual branches and attention weights.
     cfg.MODEL.MASK_FORMER.DECODER.DROPOUT = 0.0
+    # TimmBackbone (or build_timm_backbone): hierarchical models of timm.
+    cfg.MODEL.TIMM = CfgNode()
+    # The model: architecture or architecture.weights, such as convnext_tiny.fb_in22k_ft_in1k. The
+    # weights are loaded only if MODEL.WEIGHTS names them.
+    cfg.MODEL.TIMM.NAME = ""
+    # Which maps the backbone returns: res2 to res5, strides 4 to 32.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # The largest stochastic depth.
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+    # Batch norms of models that have them: FrozenBN for pretrained weights and few images per GPU,
+    # BN or SyncBN to train them, as training from scratch needs.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # TimmViTBackbone: plain vision transformers of timm with a simple feature pyramid.
+    cfg.MODEL.VIT = CfgNode()
+    # The model, as MODEL.TIMM.NAME; such as vit_base_patch14_dinov2.lvd142m.
+    cfg.MODEL.VIT.NAME = ""
+    # Channels of each map of the pyramid.
+    cfg.MODEL.VIT.OUT_CHANNELS = 256
+    # The largest stochastic depth.
+    cfg.MODEL.VIT.DROP_PATH_RATE = 0.0
     # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.

@@ -21,10 +21,13 @@ from .config_parts import (
     get_value,
     has_best_metric,
     has_key,
+    has_known_backbone,
     has_only_known_parts,
     has_our_mapper,
     has_resnet,
     has_swin,
+    has_timm,
+    has_vit,
     is_plain,
     stops_early,
 )
@@ -33,10 +36,12 @@ from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from .data.formats.bands import BANDS
 from .model_checks import (
     check_attention_heads,
+    check_deterministic_vit,
     check_groups,
     check_head,
     check_resnet,
     check_swin,
+    check_timm,
 )
 from .modeling.accumulation import check_accumulation
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
@@ -99,6 +104,10 @@ def check_config(cfg: CfgNode) -> None:
         check_resnet(cfg)
     if has_swin(cfg):
         check_swin(cfg)
+    if has_timm(cfg):
+        check_timm(cfg, "MODEL.TIMM")
+    if has_vit(cfg):
+        check_timm(cfg, "MODEL.VIT")
     if is_mask_former(cfg.MODEL.META_ARCHITECTURE):
         _check_input(cfg)
         check_schedule(cfg)
@@ -171,6 +180,8 @@ def _check_deterministic(cfg: CfgNode) -> None:
             "DETERMINISTIC and MODEL.SWIN.APE are both True, but torch has no deterministic "
             "algorithm on a GPU to train the position table: set one of them to False."
         )
+    if has_vit(cfg) and not cfg.MODEL.DEVICE.startswith("cpu"):
+        check_deterministic_vit(cfg)
     if cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME == FAPN and not cfg.MODEL.DEVICE.startswith("cpu"):
         raise ValueError(
             f"DETERMINISTIC is True and MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {FAPN!r}, but "
@@ -259,7 +270,7 @@ def _check_channels(cfg: CfgNode) -> None:
             f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD is {std!r}; allowed: one number for "
             "each channel in both."
         )
-    is_ours = is_plain(cfg) and has_our_mapper(cfg) and (has_swin(cfg) or has_resnet(cfg))
+    is_ours = is_plain(cfg) and has_our_mapper(cfg) and has_known_backbone(cfg)
     image_format = cfg.INPUT.FORMAT
     if is_ours and image_format != BANDS and len(mean) != len(image_format):
         raise ValueError(

@@ -53,6 +53,8 @@ from .config_parts import (
     has_our_mapper,
     has_resnet,
     has_swin,
+    has_timm,
+    has_vit,
     is_plain,
     mapped_by,
     matches_at_points,
@@ -68,6 +70,7 @@ from .data.dataset_mappers.base import (
     LargeScaleJitterDatasetMapper,
     ResizeCropDatasetMapper,
 )
+from .modeling.backbone.timm import NORMS
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 
 _SIZE = Whole(1, 2**16)  # pixels, channels, queries
@@ -467,7 +470,7 @@ GROUPS = (
     # ---- backbones ----
     # The stem is 1, the stages are 2 to 5; 0 and negative: nothing is frozen.
     Group(
-        lambda cfg: has_swin(cfg) or has_resnet(cfg),
+        lambda cfg: has_swin(cfg) or has_resnet(cfg) or has_timm(cfg),
         {"MODEL.BACKBONE.FREEZE_AT": Whole(None, 5)},
     ),
     Group(
@@ -489,6 +492,25 @@ GROUPS = (
             "MODEL.SWIN.PATCH_NORM": Flag(),
             "MODEL.SWIN.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
             "MODEL.SWIN.USE_CHECKPOINT": Flag(),
+        },
+    ),
+    Group(
+        has_timm,
+        {
+            "MODEL.TIMM.NAME": Text(),
+            "MODEL.TIMM.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
+            "MODEL.TIMM.DROP_PATH_RATE": _RATE,
+            "MODEL.TIMM.NORM": OneOf(*NORMS),
+        },
+    ),
+    Group(
+        has_vit,
+        {
+            "MODEL.VIT.NAME": Text(),
+            "MODEL.VIT.OUT_CHANNELS": _SIZE,
+            "MODEL.VIT.DROP_PATH_RATE": _RATE,
+            # The embeddings are 1, then each block counts.
+            "MODEL.BACKBONE.FREEZE_AT": Whole(None, 1000),
         },
     ),
     Group(

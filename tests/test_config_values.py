@@ -51,6 +51,14 @@ BASES = {
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True],
         },
     ),
+    "timm": (
+        "coco/panoptic-segmentation/timm/maskformer2_convnext_tiny_bs16_50ep.yaml",
+        {"MODEL.TIMM.NAME": "test_convnext"},
+    ),
+    "ViT": (
+        "coco/panoptic-segmentation/timm/maskformer2_dinov2_base_bs16_50ep.yaml",
+        {"MODEL.VIT.NAME": "test_vit"},
+    ),
     "FPN": (
         "mapillary-vistas/semantic-segmentation/maskformer2_R50_bs16_300k.yaml",
         {
