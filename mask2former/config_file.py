@@ -184,6 +184,20 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+def load_plain_yaml(text: str) -> Any:
+    """The content of YAML that is no config: text, numbers, lists and sections with any keys.
+
+    Raises:
+        ValueError: the text is not YAML, has other tags or is too large; with the line.
+    """
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ValueError(f"{problem}{f' (line {mark.line + 1})' if mark else ''}") from error
+
+
 def _check_size(depth: int, num_nodes: int) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError(f"values are nested more than {_MAX_DEPTH} deep, or contain themselves")

@@ -3,7 +3,8 @@
 Shape letters: B batch, Q queries, K classes, T targets of an image, H W pixels.
 """
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -51,6 +52,8 @@ class MaskFormer(nn.Module):
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    # Height and width to which training images are padded, within `accumulating`.
+    _padded_size: tuple[int, int] | None = None
 
     @configurable
     def __init__(
@@ -180,16 +183,13 @@ class MaskFormer(nn.Module):
         """
         images = [upload(x["image"], self.device) for x in batched_inputs]
         images = [(x - self.pixel_mean) / self.pixel_std for x in images]
-        images = ImageList.from_tensors(images, self.size_divisibility)
+        if self._padded_size is None:
+            images = ImageList.from_tensors(images, self.size_divisibility)
+        else:
+            images = _padded(images, self._padded_size, self.size_divisibility)
 
         if self.training:
-            without = [x for x in batched_inputs if "instances" not in x]
-            if without:
-                raise ValueError(
-                    f"training input {without[0].get('file_name', '')!r} has no 'instances': its "
-                    "record has no annotation, or INPUT.DATASET_MAPPER_NAME names a mapper that "
-                    "does not make targets"
-                )
+            _require_targets(batched_inputs)
             # Before the network, which a blocking copy would otherwise wait for.
             instances = [upload(x["instances"], self.device) for x in batched_inputs]
             ignored = [upload(x["ignored"], self.device) for x in batched_inputs if "ignored" in x]
@@ -207,6 +207,26 @@ class MaskFormer(nn.Module):
 
         network = self._compiled_network or self.forward_network
         return self.forward_inference(network(images.tensor), batched_inputs, images)
+
+    @contextmanager
+    def accumulating(self, batched_inputs: list[dict[str, Any]]) -> Iterator[None]:
+        """In this context inputs are micro-batches, whose losses add up to those of the batch.
+
+        Images are padded to the size of the batch, and losses are divided by its numbers of
+        targets.
+
+        Args:
+            batched_inputs: of the batch, as in `forward`.
+        """
+        _require_targets(batched_inputs)
+        labels = [upload(x["instances"].gt_classes, self.device) for x in batched_inputs]
+        heights, widths = zip(*(x["image"].shape[-2:] for x in batched_inputs), strict=True)
+        self._padded_size = max(heights), max(widths)
+        try:
+            with self.criterion.accumulating([{"labels": x} for x in labels]):
+                yield
+        finally:
+            self._padded_size = None
 
     @has_fast_twin
     def forward_network(self, images: Tensor) -> dict[str, Any]:
@@ -345,3 +365,21 @@ def _with_ignored(
         F.pad(x, (0, width - x.shape[1], 0, height - x.shape[0]), value=True) for x in ignored
     ]
     return [{**target, "ignored": x} for target, x in zip(targets, padded, strict=True)]
+
+
+def _padded(images: list[Tensor], size: tuple[int, int], size_divisibility: int) -> ImageList:
+    """`ImageList.from_tensors` with a minimum height and width."""
+    height, width = size
+    padded = [F.pad(x, (0, width - x.shape[-1], 0, height - x.shape[-2])) for x in images]
+    batch = ImageList.from_tensors(padded, size_divisibility)
+    return ImageList(batch.tensor, [(x.shape[-2], x.shape[-1]) for x in images])
+
+
+def _require_targets(batched_inputs: list[dict[str, Any]]) -> None:
+    without = [x for x in batched_inputs if "instances" not in x]
+    if without:
+        raise ValueError(
+            f"training input {without[0].get('file_name', '')!r} has no 'instances': its record "
+            "has no annotation, or INPUT.DATASET_MAPPER_NAME names a mapper that does not make "
+            "targets"
+        )

@@ -209,6 +209,35 @@ def _unscale(parameters: list[nn.Parameter], scale: Tensor) -> None:
     torch._foreach_mul_(grads, inverse)
 
 
+def scale_learning_rate(cfg: CfgNode) -> CfgNode:
+    """Scale the learning rate linearly with the batch, from SOLVER.REFERENCE_BATCH_SIZE.
+
+    Args:
+        cfg: the config.
+
+    Returns:
+        The config itself if there is nothing to scale. Otherwise a copy with scaled BASE_LR and
+        BASE_LR_END, whose reference is its own IMS_PER_BATCH, so that it is not scaled again.
+    """
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    reference, batch_size = cfg.SOLVER.get("REFERENCE_BATCH_SIZE", 0), cfg.SOLVER.IMS_PER_BATCH
+    if reference in (0, batch_size):
+        return cfg
+    scaled = cfg.clone()
+    scaled.defrost()
+    scaled.SOLVER.REFERENCE_BATCH_SIZE = batch_size
+    for key in ("BASE_LR", "BASE_LR_END"):
+        scaled.SOLVER[key] = cfg.SOLVER[key] * batch_size / reference
+    _logger.info(
+        f"SOLVER.BASE_LR {cfg.SOLVER.BASE_LR:g} is for a batch of SOLVER.REFERENCE_BATCH_SIZE "
+        f"{reference} images: scaled to {scaled.SOLVER.BASE_LR:g} for SOLVER.IMS_PER_BATCH "
+        f"{batch_size}"
+    )
+    if cfg.is_frozen():
+        scaled.freeze()
+    return scaled
+
+
 def build_optimizer(cfg: CfgNode, model: nn.Module) -> Optimizer:
     """Build the optimiser that `cfg.SOLVER` describes.
 

@@ -138,7 +138,9 @@ def _replace_sync_norms(model: nn.Module) -> None:
                 setattr(parent, name, norm)
 
 
-def run_forward(model: nn.Module, capture: Capture, batch: list[Any], dtype: str) -> Outcome:
+def run_forward(
+    model: nn.Module, capture: Capture, batch: list[Any], dtype: str, num_parts: int = 1
+) -> Outcome:
     """Forward pass with the random numbers of the iteration.
 
     Args:
@@ -146,13 +148,14 @@ def run_forward(model: nn.Module, capture: Capture, batch: list[Any], dtype: str
         capture: gives the seed.
         batch: the samples, all or some.
         dtype: of autocast; "float32": none.
+        num_parts: micro-batches of the batch, as in SOLVER.NUM_ACCUMULATION_STEPS.
     """
     seed_all(capture.seed, MODEL, capture.iteration, capture.rank)
     device = next(model.parameters()).device.type
     half = dtype != "float32"
     try:
         with torch.autocast(device, dtype=getattr(torch, dtype)) if half else nullcontext():
-            losses = model(batch)
+            losses = model(batch) if num_parts == 1 else _accumulated(model, batch, num_parts)
     except NonFiniteCosts as error:
         return Outcome({}, str(error), {})
     except ValueError as error:
@@ -163,6 +166,17 @@ def run_forward(model: nn.Module, capture: Capture, batch: list[Any], dtype: str
     losses = {"total_loss": losses} if isinstance(losses, Tensor) else losses
     numbers = {name: loss.detach().item() for name, loss in losses.items()}
     return Outcome(numbers, None, losses)
+
+
+def _accumulated(model: Any, batch: list[Any], num_parts: int) -> dict[str, Tensor]:
+    """Losses of a batch, summed over its micro-batches."""
+    size = len(batch) // num_parts
+    totals: dict[str, Tensor] = {}
+    with model.accumulating(batch):
+        for first in range(0, len(batch), size):
+            for name, loss in model(batch[first : first + size]).items():
+                totals[name] = totals[name] + loss if name in totals else loss
+    return totals
 
 
 class TensorStats(NamedTuple):
@@ -336,17 +350,22 @@ class Gradients(NamedTuple):
 
 
 def find_gradients(
-    model: nn.Module, capture: Capture, batch: list[Any], dtype: str, scale: float
+    model: nn.Module,
+    capture: Capture,
+    batch: list[Any],
+    dtype: str,
+    scale: float,
+    num_parts: int = 1,
 ) -> Gradients:
     """Backward pass of a batch whose losses are finite.
 
     Args:
         model: of `restored_model`, plain.
-        capture, batch, dtype: see `run_forward`.
+        capture, batch, dtype, num_parts: see `run_forward`.
         scale: factor on the loss.
     """
     with Trace(model) as trace:
-        losses = run_forward(model, capture, batch, dtype).tensors
+        losses = run_forward(model, capture, batch, dtype, num_parts).tensors
     parameters = _bad_gradients(model, list(losses.values()), scale)
     first = next((i for i, stats in enumerate(trace.gradients) if stats.num_bad), None)
     if first is None and not parameters:
@@ -357,7 +376,7 @@ def find_gradients(
         # That it is slow, and the traceback of the forward pass.
         warnings.simplefilter("ignore")
         with torch.autograd.detect_anomaly(check_nan=True):
-            losses = run_forward(model, capture, batch, dtype).tensors
+            losses = run_forward(model, capture, batch, dtype, num_parts).tensors
             try:
                 _bad_gradients(model, list(losses.values()), scale)
             except RuntimeError as error:

@@ -42,20 +42,22 @@ def narrow(capture: Capture, cfg: CfgNode, dtype: str) -> dict[str, Any]:
     Raises:
         ValueError: the capture does not fit the config.
     """
-    trained = run_forward(restored_model(capture, cfg, plain=False), capture, capture.batch, dtype)
+    num_parts = cfg.SOLVER.get("NUM_ACCUMULATION_STEPS", 1)
+    whole = (capture, capture.batch, dtype, num_parts)
+    trained = run_forward(restored_model(capture, cfg, plain=False), *whole)
     trained = trained._replace(tensors={})  # with their graphs
     model = restored_model(capture, cfg, plain=True)
     bad_weights = non_finite({k: v for k, v in capture.weights.items() if hasattr(v, "dtype")})
     parameters = [name for name, _ in model.named_parameters() if name in bad_weights]
     buffers = [name for name, _ in model.named_buffers() if name in bad_weights]
     with Trace(model) as trace:
-        plain = run_forward(model, capture, capture.batch, dtype)
+        plain = run_forward(model, *whole)
     plain = plain._replace(tensors={})
     is_finite = trained.is_finite and plain.is_finite
     scale = capture.loss_scale if dtype == "float16" else 1.0
     gradients = Gradients()
     if plain.is_finite:
-        gradients = find_gradients(model, capture, capture.batch, dtype, scale)
+        gradients = find_gradients(model, capture, capture.batch, dtype, scale, num_parts)
     images = []
     if not plain.is_finite or not gradients.is_finite:
         images = _images_alone(model, capture, dtype, scale)

@@ -4,17 +4,22 @@ Detectron2 reads each loss behind the backward pass, so that the host queues no 
 that has finished. Here the losses of an iteration are copied together, and written in the next one,
 when the copy has long arrived. `Trainer` decides in which iterations something reads them, such as
 a writer or a checkpoint; those are written at once.
+
+A batch that is too large for memory is accumulated from micro-batches (SOLVER.
+NUM_ACCUMULATION_STEPS): gradients and losses are those of the batch.
 """
 
 import math
+import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
 
 from .modeling.matcher import NonFiniteCosts, tolerate_non_finite_costs
 from .utils.host_copy import HostCopy
@@ -60,9 +65,13 @@ class DelayedMetrics(SimpleTrainer):
         cudnn_benchmark: let cuDNN time its algorithms, within training steps only: evaluation has
             images of many sizes.
         watch: captures iterations that are not finite, and may skip them.
+        num_accumulation_steps: micro-batches into which each batch is split. With more than one,
+            the model has a context manager `accumulating`, see `MaskFormer`.
+        watch: captures iterations that are not finite, and may skip them.
         skipped: whether the last iteration was skipped.
     """
 
+    num_accumulation_steps = 1
     watch: "NonFiniteWatch | None" = None
     skipped = False
 
@@ -121,7 +130,10 @@ class DelayedMetrics(SimpleTrainer):
             with ExitStack() as stack:
                 tolerates = tolerate_non_finite_costs
                 self._bad_costs = stack.enter_context(tolerates()) if skips else []
-                super().run_step()
+                if self.num_accumulation_steps == 1:
+                    super().run_step()
+                else:
+                    self._accumulate()
         except SkippedIteration:
             self.skipped = True
             self.optimizer.zero_grad()
@@ -143,6 +155,44 @@ class DelayedMetrics(SimpleTrainer):
             for name, buffer in self.model.named_buffers():
                 if name in self._buffers:
                     buffer.copy_(self._buffers[name])
+
+    def _accumulate(self) -> None:
+        """What `run_step` does, with forward and backward pass of one micro-batch at a time."""
+        assert self.model.training, "the model was changed to eval mode"
+        start = time.perf_counter()
+        data = next(self._data_loader_iter)
+        data_time = time.perf_counter() - start
+        size, rest = divmod(len(data), self.num_accumulation_steps)
+        if rest or not size:
+            raise ValueError(
+                f"the training loader gave {len(data)} images, which cannot be split into "
+                f"SOLVER.NUM_ACCUMULATION_STEPS, {self.num_accumulation_steps}, equal parts"
+            )
+        distributed = isinstance(self.model, DistributedDataParallel)
+        self.optimizer.zero_grad()
+        totals: dict[str, Tensor] = {}
+        with (self.model.module if distributed else self.model).accumulating(data):
+            for first in range(0, len(data), size):
+                is_last = first + size == len(data)
+                # Gradients of the ranks are averaged once, in the last backward pass.
+                with self.model.no_sync() if distributed and not is_last else nullcontext():
+                    losses = self._losses(data[first : first + size])
+                    self._scaled(torch.stack([*losses.values()]).sum()).backward()
+                for name, loss in losses.items():
+                    totals[name] = totals[name] + loss.detach() if name in totals else loss.detach()
+        self.after_backward()
+        self._write_metrics(totals, data_time)
+        self._update()
+
+    def _losses(self, data: list) -> dict[str, Tensor]:
+        losses = self.model(data)
+        return {"total_loss": losses} if isinstance(losses, Tensor) else losses
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return loss
+
+    def _update(self) -> None:
+        self.optimizer.step()
 
     def _raise_if_not_finite(self, error: Exception) -> None:
         """Name the cause of an error: a loss of the iteration before, or matching costs."""
@@ -264,6 +314,17 @@ class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
     def __init__(self, *args: Any, dtype: torch.dtype, **kwargs: Any) -> None:
         scaler = torch.amp.GradScaler("cuda", enabled=dtype == torch.float16)
         super().__init__(*args, grad_scaler=scaler, precision=dtype, **kwargs)
+
+    def _losses(self, data: list) -> dict[str, Tensor]:
+        with torch.autocast("cuda", dtype=self.precision):
+            return super()._losses(data)
+
+    def _scaled(self, loss: Tensor) -> Tensor:
+        return self.grad_scaler.scale(loss)
+
+    def _update(self) -> None:
+        self.grad_scaler.step(self.optimizer)
+        self.grad_scaler.update()
 
     def _device_metrics(self) -> dict[str, Tensor]:
         if not self.grad_scaler.is_enabled():

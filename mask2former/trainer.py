@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .best_checkpoint import BestModel, EarlyStop, StopsEarly
 from .checkpoint import Mask2FormerCheckpointer
 from .data.dataset_mappers import build_mapper
 from .data.loader import (
@@ -40,6 +41,7 @@ from .data.loader import (
     build_train_loader,
     has_fixed_size,
 )
+from .ema import WeightAverage
 from .evaluation import build_evaluator, write_results
 from .evaluation.expected_results import check_expected_results
 from .fast.setup import apply_config
@@ -48,16 +50,19 @@ from .hooks import (
     AmpleMemory,
     IterationSeed,
     MetricWindow,
+    StartReport,
     UnwrittenMetrics,
     finish_iteration,
 )
 from .maskformer_model import MaskFormer
+from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .non_finite import NonFiniteWatch, max_skipped
-from .optimizer import build_optimizer
+from .optimizer import build_optimizer, scale_learning_rate
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
+from .training_evaluation import with_evaluation_hooks
 from .utils.chosen_keys import is_unset
 from .utils.determinism import use_deterministic_algorithms
 from .utils.files import WriteError, make_folder
@@ -72,12 +77,16 @@ _logger = logging.getLogger(__name__)
 _STEPS = ("run_step", "before_step", "after_step", "after_backward")
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer, StopsEarly):
     """Trains and evaluates what a config describes.
 
     Attributes:
         seed: of the run: the config's SEED, or drawn once, logged and saved in checkpoints.
+        evaluated_iter: `iter` at the last evaluation in this process, if SOLVER.EMA or
+            TEST.BEST_METRIC is on; -1: none yet.
     """
+
+    evaluated_iter = -1
 
     def __init__(self, cfg: CfgNode, *, delay_metrics: bool | None = None) -> None:
         """
@@ -101,7 +110,7 @@ class Trainer(DefaultTrainer):
         if cfg.get("DETERMINISTIC", False):
             use_deterministic_algorithms()
         check_precision(cfg)
-        cfg = self.auto_scale_workers(cfg, comm.get_world_size()).clone()
+        cfg = scale_learning_rate(self.auto_scale_workers(cfg, comm.get_world_size())).clone()
         self.seed = cfg.SEED if cfg.SEED >= 0 else comm.shared_random_seed()
         self._has_own_seed = cfg.SEED >= 0
         cfg.defrost()
@@ -110,6 +119,8 @@ class Trainer(DefaultTrainer):
         self._log_schedule(cfg)
 
         model = self.build_model(cfg)
+        criterion = getattr(model, "criterion", None)
+        check_accumulation(num_accumulation_steps(cfg), type(model), criterion and type(criterion))
         optimizer = self.build_optimizer(cfg, model)
         data_loader = self.build_train_loader(cfg)
         on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
@@ -134,10 +145,12 @@ class Trainer(DefaultTrainer):
 
     def _log_schedule(self, cfg: CfgNode) -> None:
         total, num_workers = cfg.SOLVER.IMS_PER_BATCH, comm.get_world_size()
+        num_steps = num_accumulation_steps(cfg)
+        steps = f"{num_steps} micro-batches x " if num_steps > 1 else ""
         _logger.info(
-            f"Effective batch size {total} = {num_workers} process(es) x {total // num_workers} "
-            f"images, base learning rate {cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations, "
-            f"seed {self.seed}"
+            f"Effective batch size {total} = {num_workers} process(es) x {steps}"
+            f"{total // num_workers // num_steps} images, base learning rate "
+            f"{cfg.SOLVER.BASE_LR:g}, {cfg.SOLVER.MAX_ITER} iterations, seed {self.seed}"
         )
 
     @staticmethod
@@ -151,6 +164,10 @@ class Trainer(DefaultTrainer):
             step: DelayedMetrics = MixedPrecisionStep(model, data_loader, optimizer, dtype=dtype)
         else:
             step = Step(model, data_loader, optimizer)
+        step.num_accumulation_steps = num_accumulation_steps(cfg)
+        if step.num_accumulation_steps > 1:
+            num_parts = comm.get_world_size() * step.num_accumulation_steps
+            warn_of_batch_statistics(model, cfg.SOLVER.IMS_PER_BATCH // num_parts)
         if cfg.SOLVER.AMP.ENABLED and not on_gpu:
             _logger.warning(
                 f"SOLVER.AMP.ENABLED is ignored on MODEL.DEVICE {cfg.MODEL.DEVICE}: mixed "
@@ -162,12 +179,13 @@ class Trainer(DefaultTrainer):
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
         chooses = on_gpu and self.cfg.MODEL.get("CHECKPOINTING") == "auto"
         return [
-            *super().build_hooks(),
+            *with_evaluation_hooks(self, super().build_hooks()),
             IterationSeed(),
             MetricWindow(),
             UnwrittenMetrics(),
             AmpleMemory() if chooses else None,
             NonFiniteWatch(max_skipped(self.cfg)),
+            StartReport(),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -181,6 +199,7 @@ class Trainer(DefaultTrainer):
         # The start is the iteration after this one, which the state of training sets.
         self.iter = -1
         super().resume_or_load(resume)
+        self._end_if_stopped()
         if resume and not self.checkpointer.has_checkpoint():
             self._warn_of_unnamed_checkpoints()
         elif self.iter == -1 and resume:
@@ -189,6 +208,17 @@ class Trainer(DefaultTrainer):
                 "weights: training starts at iteration 0, with a new optimiser and schedule."
             )
         self.iter = max(self.iter, 0)
+
+    def _end_if_stopped(self) -> None:
+        """Leave nothing to train if early stopping has ended the run to resume."""
+        for hook in self._hooks:
+            if isinstance(hook, EarlyStop) and hook.is_over() and self.start_iter < self.max_iter:
+                _logger.info(
+                    f"Early stopping has ended this training after iteration {self.start_iter - 1}:"
+                    f" it is finished. With a larger TEST.EARLY_STOPPING_PATIENCE, or 0, it "
+                    "continues."
+                )
+                self.max_iter = self.start_iter
 
     def _warn_of_unnamed_checkpoints(self) -> None:
         unnamed = sorted(Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
@@ -338,6 +368,7 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_trainer_state(self, state_dict)
+        state_dict = self._without_unused(state_dict)
         configured = Configured(self.cfg, self._trainer.optimizer, self.scheduler)
         super().load_state_dict(state_dict)
         # Checkpoints of other trainers have no settings.
@@ -355,6 +386,16 @@ class Trainer(DefaultTrainer):
         elif seed != self.seed:
             _logger.info(f"Continuing with the seed of the run to resume, {seed}")
             self.seed = seed
+
+    def _without_unused(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """State of training without that of hooks that the config has turned off since."""
+        states = dict(state_dict.get("hooks", {}))
+        for hook, key in ((WeightAverage, "SOLVER.EMA.ENABLED"), (BestModel, "TEST.BEST_METRIC")):
+            name = hook.__qualname__
+            if name in states and not any(type(own) is hook for own in self._hooks):
+                del states[name]
+                _logger.info(f"The checkpoint has state for {key}, which is off: it is not used.")
+        return state_dict | {"hooks": states}
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:
@@ -445,6 +486,12 @@ class Trainer(DefaultTrainer):
             ) from error
         results = cls.test(cfg, model, evaluators)
         return OrderedDict((f"{name}_TTA", value) for name, value in results.items())
+
+
+def num_accumulation_steps(cfg: CfgNode) -> int:
+    """Micro-batches of each process in a training step."""
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    return cfg.SOLVER.get("NUM_ACCUMULATION_STEPS", 1)
 
 
 def needs_uploads(model: nn.Module) -> bool:

@@ -6,8 +6,8 @@ them. A process can register one such device and never removes it; hence the pro
     python counted_device.py CONFIG.yaml
 
 It prints JSON: the number of operator calls, and the syncs and uploads, each with its operator and
-calling functions, in a training forward of the config's model, in a whole training step, and in
-inference; and the counts for known code.
+calling functions, in a training forward of the config's model, in a whole training step, in one
+accumulated image by image, and in inference; and the counts for known code.
 """
 
 import itertools
@@ -201,7 +201,11 @@ def count(cfg: CfgNode) -> dict[str, dict[str, Any]]:
     with Counter() as training:
         losses = model(inputs)
     assert all(x.device.type == NAME and torch.isfinite(x.inner) for x in losses.values())
-    counters = {"training": training, "step": count_step(cfg, model, inputs)}
+    counters = {
+        "training": training,
+        "step": count_step(cfg, model, inputs),
+        "accumulated": count_step(cfg, model, inputs, num_accumulation_steps=len(inputs)),
+    }
     model.eval()
     with torch.no_grad():
         with Counter():
@@ -217,11 +221,17 @@ def count(cfg: CfgNode) -> dict[str, dict[str, Any]]:
     }
 
 
-def count_step(cfg: CfgNode, model: torch.nn.Module, inputs: list[dict[str, Any]]) -> Counter:
+def count_step(
+    cfg: CfgNode,
+    model: torch.nn.Module,
+    inputs: list[dict[str, Any]],
+    num_accumulation_steps: int = 1,
+) -> Counter:
     """Counts of a training step: forward, backward, clipping, optimiser, logging."""
     with Counter():
         optimizer = build_optimizer(cfg, model)
     step = Step(model, itertools.repeat(inputs), optimizer)
+    step.num_accumulation_steps = num_accumulation_steps
     step.delay_metrics(lambda iteration: False)
     with EventStorage() as storage:
         for step.iter in range(3):

@@ -51,6 +51,14 @@ BASES = {
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True],
         },
     ),
+    "timm": (
+        "coco/panoptic-segmentation/timm/maskformer2_convnext_tiny_bs16_50ep.yaml",
+        {"MODEL.TIMM.NAME": "test_convnext"},
+    ),
+    "ViT": (
+        "coco/panoptic-segmentation/timm/maskformer2_dinov2_base_bs16_50ep.yaml",
+        {"MODEL.VIT.NAME": "test_vit"},
+    ),
     "FPN": (
         "mapillary-vistas/semantic-segmentation/maskformer2_R50_bs16_300k.yaml",
         {
@@ -147,7 +155,9 @@ ACCEPTED = {
             "*SINGLE_CATEGORY_MAX_AREA",
             "*NUM_WORKERS",
             "*EVAL_PERIOD",
+            "*MIN_DELTA",
             "*REFERENCE_WORLD_SIZE",
+            "*REFERENCE_BATCH_SIZE",
             "*TRANSFORMER_ENC_LAYERS",
             "*MAX_SKIPPED",
             "VIS_PERIOD",
@@ -166,6 +176,7 @@ ACCEPTED = {
             "*_WEIGHT",
             "*WEIGHT_DECAY*",
             "*OVERSAMPLE_RATIO",
+            "*MIN_DELTA",
             "*_SCALE",
             "*BASE_LR",
             "*GAMMA",
@@ -338,6 +349,8 @@ def test_wrong_values_in_files(tmp_path, section):
         ("SOLVER.MAX_ITER", "-1"),
         ("SOLVER.WEIGHT_DECAY", "1e999"),
         ("SOLVER.REFERENCE_WORLD_SIZE", "-2"),
+        ("SOLVER.REFERENCE_BATCH_SIZE", "-1"),
+        ("SOLVER.NUM_ACCUMULATION_STEPS", "0"),
         ("TEST.EXPECTED_RESULTS", "[['segm', 'AP', 3]]"),
     ],
 )
@@ -356,6 +369,11 @@ CONTRADICTIONS = [
     ("SGD", {"INPUT.FORMAT": "BANDS", "INPUT.COLOR_AUG_SSD": False}, "TEST.AUG.ENABLED is True"),
     ("R50", {"SOLVER.STEPS": [9, 5]}, "SOLVER.STEPS.*ascending"),
     ("R50", {"SOLVER.STEPS": [0, 5]}, "SOLVER.STEPS.*above 0"),
+    (
+        "R50",
+        {"SOLVER.REFERENCE_WORLD_SIZE": 8, "SOLVER.REFERENCE_BATCH_SIZE": 16},
+        "WORLD_SIZE is 8 and SOLVER.REFERENCE_BATCH_SIZE is 16, but both scale",
+    ),
     ("R50", {"SOLVER.MAX_ITER": 50, "SOLVER.STEPS": [50]}, "SOLVER.STEPS.*not SOLVER.MAX_ITER"),
     ("R50", {NESTED: ["res3"]}, "3 scales.*these give 2"),
     ("R50", {"MODEL.RESNETS.DEPTH": 18}, "RES2_OUT_CHANNELS is 256; allowed: 64"),
@@ -538,6 +556,19 @@ def test_lengths_divided_by_the_number_of_processes(configs):
     cfg.DATASETS.TRAIN = ()
     with pytest.raises(ValueError, match="DATASETS.TRAIN is \\(\\)"):
         check_training(cfg, 1)
+
+
+def test_architecture_that_cannot_accumulate(configs):
+    cfg = configs["R50"].clone()
+    cfg.SOLVER.NUM_ACCUMULATION_STEPS = 2
+    check_training(cfg, 1)
+    cfg.MODEL.META_ARCHITECTURE = "SemanticSegmentor"
+    check_config(cfg)
+    message = "NUM_ACCUMULATION_STEPS is 2, but SemanticSegmentor has no method `accumulating`"
+    with pytest.raises(ValueError, match=message):
+        check_training(cfg, 1)
+    cfg.SOLVER.NUM_ACCUMULATION_STEPS = 1
+    check_training(cfg, 1)
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,11 @@ def test_few_host_syncs(tiny_cfg, tmp_path):
         assert len(training["syncs"]) == 1 and "match_layers" in training["syncs"][0], training
         # Images, targets and matched pairs are uploaded without blocking.
         assert training["uploads"] == []
+    # Of each micro-batch that has targets.
+    accumulated = counts["accumulated"]
+    assert len(accumulated["syncs"]) == 3, accumulated
+    assert all("match_layers" in place for place in accumulated["syncs"])
+    assert accumulated["uploads"] == []
     # Syncs per image: queries of segments and of instances, classes and areas of segments.
     # Uploads per image: which classes are things, and the segment of each pixel's query.
     inference = counts["inference"]

@@ -13,6 +13,7 @@ import toy_training as toy
 from broken_training import BAD_IMAGE, BrokenToy, KeepWeights, NoUpdateOfBadImage, train
 
 from mask2former.capture import read_capture
+from mask2former.ema import WeightAverage
 from mask2former.modeling.matcher import NonFiniteCosts, assign, tolerate_non_finite_costs
 from mask2former.non_finite import NonFiniteWatch
 
@@ -87,6 +88,12 @@ def test_skipping_is_training_without_these_updates(tmp_path, monkeypatch, caplo
         assert_same(states[0][number], state)
     unhindered = train(tmp_path / "all", *SHORT)
     assert not torch.equal(weights(unhindered)["head.weight"], weights(reference)["head.weight"])
+
+
+def test_the_average_of_weights_skips_too(tmp_path):
+    trainer = train(tmp_path, *SHORT, SKIPS, "3", "SOLVER.EMA.ENABLED", "True")
+    (average,) = [hook for hook in trainer._hooks if isinstance(hook, WeightAverage)]
+    assert average.num_updates == 16 - len(BAD_ITERATIONS)
 
 
 def test_one_more_than_may_be_skipped_ends_the_run(tmp_path):

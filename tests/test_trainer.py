@@ -28,6 +28,7 @@ from mask2former.data.dataset_mappers import COCOPanopticNewBaselineDatasetMappe
 from mask2former.data.loader import SeededSamples, has_fixed_size
 from mask2former.evaluation import write_results
 from mask2former.hooks import READING_PERIODS, AmpleMemory
+from mask2former.optimizer import scale_learning_rate
 from mask2former.preflight import check_precision
 from mask2former.train_step import MixedPrecisionStep, Step
 from mask2former.trainer import Trainer, chooses_cudnn_benchmark, needs_uploads
@@ -88,6 +89,7 @@ def metrics(output_dir):
         (),
         ("DATALOADER.NUM_WORKERS", "2", "DATALOADER.ASPECT_RATIO_GROUPING", "True"),
         ("SOLVER.OPTIMIZER", "SGD", "SOLVER.LR_SCHEDULER_NAME", "WarmupMultiStepLR"),
+        ("SOLVER.IMS_PER_BATCH", "6", "SOLVER.NUM_ACCUMULATION_STEPS", "3"),
     ],
 )
 def test_resume_is_exact(tmp_path, options):
@@ -253,7 +255,8 @@ def test_resume_after_kill(tmp_path):
     assert sorted(toy.read_losses(tmp_path)) == list(range(45))
 
 
-def test_two_processes_train_like_one(tmp_path):
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_two_processes_train_like_one(tmp_path, num_steps):
     """The same losses as one process with the same total batch, within 1e-5.
 
     Rounding differs, because the mean of two workers' means has another order of summation.
@@ -261,7 +264,8 @@ def test_two_processes_train_like_one(tmp_path):
     options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "4", "MODEL.MASK_FORMER.DROPOUT", "0.0")
     options += ("SOLVER.MAX_ITER", "20")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    both = start_program(tmp_path / "both", *options, launcher=launcher)
+    steps = ("SOLVER.NUM_ACCUMULATION_STEPS", num_steps)
+    both = start_program(tmp_path / "both", *options, *steps, launcher=launcher)
     assert both.returncode == 0, both.stderr
     run(tmp_path / "one", *options)
     expected, actual = toy.read_losses(tmp_path / "one"), toy.read_losses(tmp_path / "both")
@@ -269,7 +273,88 @@ def test_two_processes_train_like_one(tmp_path):
     for iteration, line in expected.items():
         for (name, value), (_, other) in zip(eval(line), eval(actual[iteration]), strict=True):
             assert other == pytest.approx(value, rel=1e-5, abs=1e-6), (iteration, name)
-    assert "Effective batch size 4 = 2 process(es) x 2 images" in (both.stdout + both.stderr)
+    size = "2 images" if num_steps == 1 else "2 micro-batches x 1 images"
+    assert f"Effective batch size 4 = 2 process(es) x {size}" in (both.stdout + both.stderr)
+
+
+@pytest.mark.parametrize("num_steps", [2, 6])
+def test_accumulated_batches_train_like_whole_ones(tmp_path, num_steps):
+    """The same samples, losses, clipped updates and weights, up to rounding."""
+    options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "6", "MODEL.MASK_FORMER.DROPOUT", "0.0")
+    options += ("SOLVER.MAX_ITER", "20")
+    whole = run(tmp_path / "whole", *options)
+    steps = ("SOLVER.NUM_ACCUMULATION_STEPS", str(num_steps))
+    parts = run(tmp_path / "parts", *options, *steps)
+    expected, actual = toy.read_losses(tmp_path / "whole"), toy.read_losses(tmp_path / "parts")
+    assert len(expected) == len(actual) == 20
+    for iteration, line in expected.items():
+        for (name, value), (_, other) in zip(eval(line), eval(actual[iteration]), strict=True):
+            assert other == pytest.approx(value, rel=1e-5, abs=1e-6), (iteration, name)
+    for name, value in whole.model.state_dict().items():
+        torch.testing.assert_close(parts.model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
+
+
+def test_resume_with_other_micro_batches(tmp_path, caplog):
+    """On a machine with less memory a run goes on as it would have."""
+    options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "4", "MODEL.MASK_FORMER.DROPOUT", "0.0")
+    run(tmp_path / "whole", *options)
+    run(tmp_path / "resumed", *options, stop_before=27)
+    resumed = ("SOLVER.NUM_ACCUMULATION_STEPS", "4", "SOLVER.MAX_ITER", "45")
+    (tmp_path / "resumed/losses.txt").unlink()
+    run(tmp_path / "resumed", *options, *resumed, resume=True)
+    assert "SOLVER.NUM_ACCUMULATION_STEPS: checkpoint 1, config 4" in caplog.text
+    expected, actual = toy.read_losses(tmp_path / "whole"), toy.read_losses(tmp_path / "resumed")
+    assert sorted(actual) == list(range(15, 45))
+    for iteration, line in actual.items():
+        for (name, value), (_, other) in zip(eval(line), eval(expected[iteration]), strict=True):
+            assert other == pytest.approx(value, rel=1e-4, abs=1e-6), (iteration, name)
+
+
+def test_accumulated_loss_that_is_not_finite(tmp_path):
+    """Whichever micro-batch it is in, the error names the iteration."""
+
+    class Broken(toy.ToyTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            values = (1.0, 1.0), (1.0, 1.0), (1e30, 1.0)
+            return [[{"image": torch.full((4,), value)} for value in pair] for pair in values]
+
+    options = ("SOLVER.NUM_ACCUMULATION_STEPS", "2", "SOLVER.MAX_ITER", "9")
+    trainer = Broken(toy.toy_config(tmp_path, *options))
+    with pytest.raises(FloatingPointError, match=r"(?s)NaN at iteration=2!.*loss_mean"):
+        trainer.train()
+
+
+def test_loader_whose_batches_cannot_be_split(tmp_path):
+    class Odd(toy.ToyTrainer):
+        @classmethod
+        def build_train_loader(cls, cfg):
+            return itertools.repeat([{"image": torch.zeros(4)}] * 3)
+
+    trainer = Odd(toy.toy_config(tmp_path, "SOLVER.NUM_ACCUMULATION_STEPS", "2"))
+    with pytest.raises(
+        ValueError, match="gave 3 images, which cannot be split into .*_STEPS, 2, e"
+    ):
+        trainer.train()
+
+
+@pytest.mark.parametrize("scheduler", ["WarmupPolyLR", "WarmupCosineLR"])
+def test_learning_rate_for_a_reference_batch(tmp_path, caplog, scheduler):
+    """As if BASE_LR were written that way, also after a resume and from the saved config."""
+    options = ("SEED", "3", "SOLVER.LR_SCHEDULER_NAME", scheduler, "SOLVER.IMS_PER_BATCH", "4")
+    rates = ("SOLVER.BASE_LR", "0.01", "SOLVER.BASE_LR_END", "0.001")
+    run(tmp_path / "written", *options, *rates)
+    reference = ("SOLVER.REFERENCE_BATCH_SIZE", "16", "SOLVER.BASE_LR", "0.04")
+    reference += ("SOLVER.BASE_LR_END", "0.004")
+    run(tmp_path / "scaled", *options, *reference, stop_before=27)
+    assert "SOLVER.BASE_LR 0.04 is for a batch of SOLVER.REFERENCE_BATCH_SIZE 16" in caplog.text
+    assert "4 images, base learning rate 0.01, 45 iterations" in caplog.text
+    caplog.clear()
+    resumed = run(tmp_path / "scaled", *options, *reference, resume=True)
+    assert resumed.start_iter == 15 and "config's value" not in caplog.text
+    assert toy.read_losses(tmp_path / "scaled") == toy.read_losses(tmp_path / "written")
+    assert scale_learning_rate(resumed.cfg) is resumed.cfg
+    assert toy.ToyTrainer(resumed.cfg).cfg.SOLVER.BASE_LR == 0.01
 
 
 def test_seed_of_the_config_takes_precedence(tmp_path, caplog):
@@ -386,9 +471,11 @@ def test_mixed_precision_on_a_cpu(tmp_path, caplog):
 
 
 @pytest.mark.gpu
-def test_resume_is_exact_in_mixed_precision(tmp_path):
+@pytest.mark.parametrize("num_steps", [1, 2])
+def test_resume_is_exact_in_mixed_precision(tmp_path, num_steps):
     """The toy model has no operator that adds in any order on a GPU."""
     options = ("MODEL.DEVICE", "cuda", "SOLVER.AMP.ENABLED", "True", "SEED", "3")
+    options += ("SOLVER.NUM_ACCUMULATION_STEPS", str(num_steps))
     run(tmp_path / "whole", *options)
     run(tmp_path / "resumed", *options, stop_before=27)
     run(tmp_path / "resumed", *options, resume=True)
@@ -405,6 +492,16 @@ def test_batch_that_does_not_divide(tmp_path, monkeypatch):
 
     with pytest.raises(ValueError, match=r"SOLVER.IMS_PER_BATCH is 6, .* number of workers, 4"):
         NoModel(toy.toy_config(tmp_path, "SOLVER.IMS_PER_BATCH", "6"))
+    options = ("SOLVER.IMS_PER_BATCH", "8", "SOLVER.NUM_ACCUMULATION_STEPS", "4")
+    message = "_STEPS is 4, .* divide the 2 image.*IMS_PER_BATCH 8, 4 workers"
+    with pytest.raises(ValueError, match=message):
+        NoModel(toy.toy_config(tmp_path, *options))
+
+
+def test_model_whose_losses_do_not_add_up(tmp_path, monkeypatch):
+    monkeypatch.delattr(toy.ToyArchitecture, "accumulating")
+    with pytest.raises(ValueError, match="ToyArchitecture has no method `accumulating`"):
+        toy.ToyTrainer(toy.toy_config(tmp_path, "SOLVER.NUM_ACCUMULATION_STEPS", "2"))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
@@ -891,6 +988,40 @@ def test_precision_of_a_step(tmp_path):
     assert Trainer._build_step(cfg, model, [], None).precision == torch.float16
     cfg.SOLVER.AMP.ENABLED = False
     assert type(Trainer._build_step(cfg, model, [], None)) is Step
+
+
+@NO_GPU
+@pytest.mark.filterwarnings("ignore:User provided device_type of 'cuda':UserWarning")
+@pytest.mark.parametrize("overflows", [False, True])
+def test_scaled_gradients_of_micro_batches(tmp_path, monkeypatch, overflows):
+    """Unscaled once; one that overflows skips the update of the whole batch."""
+    torch.manual_seed(0)
+    cfg = toy.toy_config(tmp_path, "MODEL.MASK_FORMER.DROPOUT", "0.0")
+    models = [toy.ToyArchitecture(cfg) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    before = {name: value.clone() for name, value in models[0].state_dict().items()}
+    images = [{"image": torch.rand(4)} for _ in range(4)]
+    if overflows:
+        images[1] = {"image": torch.full((4,), 1e30)}
+    monkeypatch.setattr(Step, "_write_metrics", lambda *args: None)
+    monkeypatch.setattr(MixedPrecisionStep, "_write_metrics", lambda *args: None)
+    steps = [
+        Step(models[0], iter([images]), torch.optim.SGD(models[0].parameters(), lr=0.1)),
+        MixedPrecisionStep(
+            models[1],
+            iter([images]),
+            torch.optim.SGD(models[1].parameters(), lr=0.1),
+            dtype=torch.float16,
+        ),
+    ]
+    scaler = steps[1].grad_scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for step in steps:
+        step.num_accumulation_steps = 2
+        step.run_step()
+    expected = before if overflows else models[0].state_dict()
+    for name, value in models[1].state_dict().items():
+        torch.testing.assert_close(value, expected[name])
+    assert scaler.get_scale() == (512.0 if overflows else 1024.0)
 
 
 @NO_GPU

@@ -439,16 +439,24 @@ def _crops_fit_cityscapes(cfg: CfgNode) -> bool:
 
 
 def check_batch_size(cfg: CfgNode, num_workers: int | None = None) -> None:
-    """Check that the total batch can be split evenly between the workers.
+    """Check that the total batch can be split evenly: between the workers, and into micro-batches.
 
     Raises:
-        ValueError: SOLVER.IMS_PER_BATCH is not a positive multiple of the number of workers.
+        ValueError: SOLVER.IMS_PER_BATCH is not a positive multiple of the number of workers, or the
+            share of one is not a multiple of SOLVER.NUM_ACCUMULATION_STEPS.
     """
     batch_size, num_workers = cfg.SOLVER.IMS_PER_BATCH, num_workers or comm.get_world_size()
     if batch_size <= 0 or batch_size % num_workers:
         raise ValueError(
             f"SOLVER.IMS_PER_BATCH is {batch_size}, which is not a positive multiple of the number "
             f"of workers, {num_workers}. It is the total batch size of all workers."
+        )
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    num_steps, share = cfg.SOLVER.get("NUM_ACCUMULATION_STEPS", 1), batch_size // num_workers
+    if share % num_steps:
+        raise ValueError(
+            f"SOLVER.NUM_ACCUMULATION_STEPS is {num_steps}, which does not divide the {share} "
+            f"image(s) of each worker (SOLVER.IMS_PER_BATCH {batch_size}, {num_workers} workers)."
         )
 
 

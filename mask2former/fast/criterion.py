@@ -127,9 +127,14 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
         raise ValueError(f"{len(targets)} targets for {len(outputs['pred_logits'])} images")
     layers = [outputs, *outputs.get("aux_outputs", [])]
     device = outputs["pred_logits"].device
+    whole = criterion._whole_batch
     # Begun before matching, whose host sync then serves both.
     replaced = why_touched(criterion, SetCriterion, {"average_num_masks": _AVERAGE_NUM_MASKS})
-    average = None if replaced else begin_average_num_masks(targets, device)
+    if whole is not None:
+        whole.add(targets)
+        average = whole.num_masks
+    else:
+        average = None if replaced else begin_average_num_masks(targets, device)
     matcher = criterion.matcher
     if runs_fast(matcher) and why_hooked(matcher) is None:
         indices = match_layers(matcher, layers, targets)
@@ -140,7 +145,11 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
         indices = [matcher(layer, targets) for layer in layers]
 
     num_masks = average() if average else criterion.average_num_masks(targets, device)
-    pairs = MatchedPairs(indices, targets, outputs["pred_logits"].shape[1], device)
+    num_queries = outputs["pred_logits"].shape[1]
+    if whole is not None:
+        for layer_indices in indices:
+            whole.check_matched(targets, layer_indices, num_queries)
+    pairs = MatchedPairs(indices, targets, num_queries, device)
     per_loss = []
     for loss in criterion.losses:
         if loss == "labels":
@@ -188,6 +197,9 @@ def _label_losses(
     sums, weights = (
         x.unflatten(1, (len(layers), -1)).sum((0, 2)) for x in (per_query, class_weight[classes])
     )
+    if criterion._whole_batch is not None:
+        num_queries = logits.shape[1] // len(layers)
+        weights = criterion._whole_batch.class_weight_sum(class_weight, num_queries)
     return _per_layer({"loss_ce": sums / weights})
 
 

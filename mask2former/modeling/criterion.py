@@ -7,7 +7,9 @@ Shape letters: B batch, Q queries, K classes, T targets of an image, N matched m
 P points, H W pixels.
 """
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +26,7 @@ from ..utils.determinism import is_deterministic
 from ..utils.host_copy import HostCopy
 from ..utils.misc import is_dist_avail_and_initialized, nested_tensor_from_tensor_list
 from ..utils.twins import has_fast_twin
+from .accumulation import WholeBatch
 from .layers.point_sampling import hide_ignored, labelled_at, point_sample
 from .mask_losses import (
     calculate_uncertainty,
@@ -142,6 +145,8 @@ class SetCriterion(nn.Module):
     """
 
     empty_weight: Tensor
+    # Of which the targets are a part, within `accumulating`.
+    _whole_batch: WholeBatch | None = None
 
     def __init__(
         self,
@@ -184,10 +189,17 @@ class SetCriterion(nn.Module):
         """
         if len(targets) != len(outputs["pred_logits"]):
             raise ValueError(f"{len(targets)} targets for {len(outputs['pred_logits'])} images")
-        num_masks = self.average_num_masks(targets, outputs["pred_logits"].device)
+        whole = self._whole_batch
+        if whole is None:
+            num_masks = self.average_num_masks(targets, outputs["pred_logits"].device)
+        else:
+            whole.add(targets)
+            num_masks = whole.num_masks()
         losses = {}
         for i, layer in enumerate([outputs, *outputs.get("aux_outputs", [])]):
             indices = self.matcher(layer, targets)
+            if whole is not None:
+                whole.check_matched(targets, indices, layer["pred_logits"].shape[1])
             suffix = f"_{i - 1}" if i else ""
             for loss in self.losses:
                 values = self.get_loss(loss, layer, targets, indices, num_masks)
@@ -231,7 +243,12 @@ class SetCriterion(nn.Module):
         if is_deterministic(logits):
             # The mean over a map (B, K+1, Q) would add in any order on a GPU.
             logits, classes = logits.flatten(0, 1), classes.flatten()
-        return {"loss_ce": F.cross_entropy(logits.movedim(-1, 1), classes, weight)}
+        logits = logits.movedim(-1, 1)
+        if self._whole_batch is None:
+            return {"loss_ce": F.cross_entropy(logits, classes, weight)}
+        num_queries = outputs["pred_logits"].shape[1]
+        loss = F.cross_entropy(logits, classes, weight, reduction="sum")
+        return {"loss_ce": loss / self._whole_batch.class_weight_sum(weight, num_queries)}
 
     def loss_masks(
         self, outputs: dict[str, Any], targets: Targets, indices: Indices, num_masks: float
@@ -242,12 +259,12 @@ class SetCriterion(nn.Module):
             `loss_mask` and `loss_dice`, scalars.
         """
         matched = self.matched_masks(outputs, targets, indices)
-        arguments = [matched.point_logits, matched.point_labels, num_masks]
-        if matched.point_weights is not None:
-            arguments.append(matched.point_weights)
+        points = (matched.point_logits, matched.point_labels)
+        # Other projects replace these functions by ones without weights.
+        weights = () if matched.point_weights is None else (matched.point_weights,)
         return {
-            "loss_mask": sigmoid_ce_loss_jit(*arguments),
-            "loss_dice": dice_loss_jit(*arguments),
+            "loss_mask": sigmoid_ce_loss_jit(*points, num_masks, *weights),
+            "loss_dice": dice_loss_jit(*points, num_masks, *weights),
         }
 
     def matched_masks(
@@ -316,6 +333,30 @@ class SetCriterion(nn.Module):
         """Number of target masks per worker, averaged over workers, at least 1."""
         return begin_average_num_masks(targets, device)()
 
+    @contextmanager
+    def accumulating(self, targets: Targets) -> Iterator[None]:
+        """In this context targets are parts of a batch, and their losses add up to those of it.
+
+        Args:
+            targets: of the whole batch; only `labels` are read.
+
+        Raises:
+            ValueError: the parts do not have these targets.
+        """
+        device, labels = self.empty_weight.device, [target["labels"] for target in targets]
+        method = "average_num_masks"
+        if method in self.__dict__ or getattr(type(self), method) is not _AVERAGE_NUM_MASKS:
+            num_masks = functools.partial(self.average_num_masks, targets, device)
+            whole = WholeBatch(labels, functools.cache(num_masks))
+        else:
+            whole = WholeBatch(labels, begin_average_num_masks(targets, device))
+        self._whole_batch = whole
+        try:
+            yield
+        finally:
+            self._whole_batch = None
+        whole.check_complete()
+
     def __repr__(self, _repr_indent: int = 4) -> str:
         names = (
             "losses",
@@ -331,3 +372,6 @@ class SetCriterion(nn.Module):
         matcher = repr(self.matcher).replace("\n", "\n" + indent)
         body = [f"matcher: {matcher}", *(f"{name}: {getattr(self, name)}" for name in names)]
         return "\n".join([f"Criterion {type(self).__name__}", *(indent + line for line in body)])
+
+
+_AVERAGE_NUM_MASKS = SetCriterion.average_num_masks

@@ -102,6 +102,7 @@ class FullMaskCriterion(SetCriterion):
     """
 
     _mask_losses: Callable[..., Tensor] = staticmethod(sigmoid_ce_losses)
+    accumulating = SetCriterion.accumulating  # `loss_masks` divides by the number of masks as well
 
     def loss_masks(
         self, outputs: dict[str, Any], targets: Targets, indices: Indices, num_masks: float

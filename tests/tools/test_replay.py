@@ -113,8 +113,8 @@ def finding(report: dict[str, Any], start: str) -> str:
     return text
 
 
-@pytest.mark.parametrize("delay", [False, True])
-def test_a_loss_that_is_nan_for_one_mask(cfg, delay, monkeypatch, capsys):
+@pytest.mark.parametrize(("delay", "num_parts"), [(False, 1), (True, 1), (False, 2)])
+def test_a_loss_that_is_nan_for_one_mask(cfg, delay, num_parts, monkeypatch, capsys):
     """A loss of one's own: narrowed to the criterion, the loss and the image."""
 
     def spread(matched):
@@ -125,6 +125,7 @@ def test_a_loss_that_is_nan_for_one_mask(cfg, delay, monkeypatch, capsys):
 
     monkeypatch.setitem(LOSS_REGISTRY._obj_map, "spread", spread)
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = [["spread", 1.0]]
+    cfg.SOLVER.NUM_ACCUMULATION_STEPS = num_parts
     path = fail(cfg, delay=delay)
     capture = read_capture(path)
     assert capture.iteration > 0

@@ -83,6 +83,6 @@ class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
         )
         sample["instances"] = build_instances(classes[visible], masks, boxes[visible])
         if self.ignore_unlabelled:
-            crowds = pack_shapes(transform_annotations(crowds, transforms), output_size)
-            sample["ignored"] = crowd_region(crowds, masks) | sample["padding_mask"]
+            crowd_masks = pack_shapes(transform_annotations(crowds, transforms), output_size)
+            sample["ignored"] = crowd_region(crowd_masks, masks) | sample["padding_mask"]
         return sample

@@ -6,6 +6,9 @@
     coco_results.py      predictions in the COCO result format
     cityscapes.py        polygons and label maps of Cityscapes
     semantic_folders.py  folders of images and label maps
+    annotation_formats.py  the formats of labelling tools: yolo.py, labelme.py, via.py, cvat_xml.py,
+                         voc.py, mask_files.py, coco_export.py; annotated_images.py is what they
+                         return, drawings.py and splits.py are what they share
     images.py            pixels of images, label maps and panoptic PNGs
     json_files.py        JSON in any encoding, decoded entry by entry against a schema
     other_formats.py     names what is given instead of COCO JSON

@@ -2,9 +2,12 @@
 
     files of a labelling tool ─ reader ─→ AnnotatedImages ─ coco_instances ─→ COCO instance JSON
 
-Masks are polygons or run-length encodings in pixels of the image as stored.
+Masks are polygons or run-length encodings in pixels of the image as shown, which is how the tools
+and `images.py` see it: with its EXIF orientation applied.
 """
 
+import os
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -63,6 +66,43 @@ class AnnotatedImages:
     images: list[AnnotatedImage]
 
 
+@dataclass(frozen=True)
+class ReadOptions:
+    """What a reader must be told because the files do not say it. Each reader documents its use.
+
+    Attributes:
+        split: which part to read, such as "train"; None: the data has one part.
+        image_root: folder of the images where they are not where the format puts them.
+        classes: class names of formats whose files hold none, in the order of their labels.
+        class_attribute: the attribute with the class, for tools whose objects may have several.
+        boxes_as_masks: whether data with rectangles only is read, each rectangle as a mask.
+    """
+
+    split: str | None = None
+    image_root: Path | None = None
+    classes: tuple[str, ...] | None = None
+    class_attribute: str | None = None
+    boxes_as_masks: bool = False
+
+
+@dataclass(frozen=True)
+class AnnotationFormat:
+    """A format of annotations.
+
+    Attributes:
+        name: the TYPE in configs.
+        title: the format in words, for messages.
+        read: reads the annotations in a folder or file. Raises FileNotFoundError or ValueError
+            that names file and entry.
+        recognise: what of the format is in a folder or file, in words; None: nothing.
+    """
+
+    name: str
+    title: str
+    read: Callable[[Path, ReadOptions], AnnotatedImages]
+    recognise: Callable[[Path], str | None]
+
+
 def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]:
     """The images as COCO instance JSON: category, image and annotation ids count from 1.
 
@@ -74,7 +114,8 @@ def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]
         ValueError: an image is not in `image_root`.
     """
     category_ids = {name: i for i, name in enumerate(content.classes, 1)}
-    images, annotations = [], []
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
     for image_id, image in enumerate(content.images, 1):
         images.append(
             {
@@ -101,8 +142,13 @@ def coco_instances(content: AnnotatedImages, image_root: Path) -> dict[str, Any]
     return {"images": images, "annotations": annotations, "categories": categories}
 
 
+def image_folder(content: AnnotatedImages) -> Path:
+    """The innermost folder that all images are in."""
+    return Path(os.path.commonpath([image.path.parent for image in content.images]))
+
+
 def encode(segmentation: Segmentation, height: int, width: int) -> dict[str, Any]:
-    """The run-length encoding of an object's mask."""
+    """The run-length encoding of an object's mask, for pycocotools."""
     if isinstance(segmentation, dict):
         return segmentation
     return mask_utils.merge(mask_utils.frPyObjects(segmentation, height, width))

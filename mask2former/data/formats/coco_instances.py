@@ -38,6 +38,7 @@ from .coco_schemas import (
     Number,
     Rle,
 )
+from .coco_tools import has_head_of_cvat
 from .findings import Findings
 from .images import read_size
 from .json_files import decode_list, read_sections, without_gc
@@ -131,6 +132,7 @@ def read_instances(
     contiguous_ids: Iterable[Id] | None = None,
     needs_files: bool = True,
     schema: InstanceSchema = COCO_JSON,
+    adapt: Callable[[dict[str, Any]], None] | None = None,
 ) -> Instances | None:
     """Read and check a COCO instance JSON.
 
@@ -141,6 +143,7 @@ def read_instances(
         contiguous_ids: the registered category ids; default: those that the JSON lists.
         needs_files: whether images need file names; evaluation needs only their sizes.
         schema: one of `coco_schemas.py`.
+        adapt: changes the sections of the JSON (see `read_sections`) before they are decoded.
 
     Returns:
         What is usable, or None if that is nothing.
@@ -149,6 +152,8 @@ def read_instances(
         sections = read_sections(json_file, findings)
         if sections is None:
             return None
+        if adapt is not None:
+            adapt(sections)
         data = Instances(json_file, image_root, has_annotations="annotations" in sections)
         images = decode_list(sections, "images", schema.image, json_file, findings, "an image")
         annotations: Sequence[Annotation | None] | None = []
@@ -162,6 +167,7 @@ def read_instances(
         categories = read_categories(sections, json_file, findings, kind=schema.category)
         if images is None or categories is None:
             return None
+        masks_are_crowds = adapt is None and has_head_of_cvat(sections)
         del sections
         data.categories = categories
         known = {c.id for c in categories} if contiguous_ids is None else set(contiguous_ids)
@@ -175,6 +181,8 @@ def read_instances(
         data.images = _usable_images(data, listed, findings, needs_files)
         _assign(data, annotations, ids_in_json, known, findings)
         _check_masks(data, findings, schema)
+        if masks_are_crowds:
+            _warn_of_crowds(data, findings)
         return data
 
 
@@ -234,6 +242,13 @@ def check_one_type(what: str, ids: Iterable[Id], file: str, findings: Findings) 
 # ---- images ----
 
 
+def image_file(image: Image) -> str | None:
+    """The file of an image relative to the folder of the images, if the JSON names it."""
+    if not image.file_name and image.coco_url:
+        return image.coco_url.removeprefix(_COCO_URL)
+    return image.file_name
+
+
 def _usable_images(
     data: Instances, images: Sequence[Image], findings: Findings, needs_files: bool
 ) -> list[Image]:
@@ -245,8 +260,7 @@ def _usable_images(
             findings.problem(data.file, image.id, f"images: id {image.id!r} occurs more than once")
             continue
         ids.add(image.id)
-        if not image.file_name and image.coco_url:
-            image.file_name = image.coco_url.removeprefix(_COCO_URL)
+        image.file_name = image_file(image)
         has_size = image.height is not None and image.width is not None
         if not image.file_name and (needs_files or not has_size):
             findings.problem(data.file, image.id, "an image has no 'file_name'")
@@ -385,6 +399,19 @@ def _check_masks(data: Instances, findings: Findings, schema: InstanceSchema) ->
     if bad:
         for image_id, listed in data.annotations.items():
             data.annotations[image_id] = [a for a in listed if id(a) not in bad]
+
+
+def _warn_of_crowds(data: Instances, findings: Findings) -> None:
+    """Masks that CVAT and Datumaro mark as crowds, which are neither trained nor evaluated."""
+    listed = chain.from_iterable(data.annotations.values())
+    number = sum(isinstance(a.segmentation, Rle) and a.iscrowd in (1, True) for a in listed)
+    if number:
+        why = (
+            f"{number} masks are marked as crowds (iscrowd 1) and are neither trained nor "
+            "evaluated. CVAT and Datumaro mark every mask so; if each is one object, read the data "
+            "with TYPE: coco"
+        )
+        findings.warn(data.file, None, why)
 
 
 def _number_problem(annotation: Annotation) -> str | None:

@@ -10,6 +10,7 @@ import gc
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, TypeVar
 
 import msgspec
@@ -54,7 +55,7 @@ def read_json(file: str, findings: Findings) -> Section:
         is_missing = isinstance(error, FileNotFoundError)
         why = f"cannot be read: {error.strerror or error}"
         if isinstance(error, IsADirectoryError):
-            why = f"is a folder; name the JSON in it{_jsons_in(file)}"
+            why = f"is a folder; name the JSON in it{_jsons_in(file)}, or read it with TYPE: auto"
         findings.problem(file, None, why, is_missing=is_missing)
         return None
     try:
@@ -101,6 +102,29 @@ def read_sections(file: str, findings: Findings) -> dict[str, Section] | None:
         name = f"{_named(content)}; COCO JSON is an object with lists such as 'images'"
     findings.problem(file, None, f"is {name}")
     return None
+
+
+def json_object(path: Path, *words: bytes) -> dict[str, Section] | None:
+    """The values by key of a file, to recognise its format; None if it is no JSON object.
+
+    Args:
+        path: the file.
+        words: if none of them is in the file, it is not decoded; UTF-8 only.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError:
+        return None
+    if words and not any(word in data for word in words):
+        return None
+    findings = Findings()
+    content = read_json(str(path), findings)
+    try:
+        if isinstance(content, msgspec.Raw):
+            content = msgspec.json.decode(content, type=dict[str, msgspec.Raw])
+    except (ValueError, RecursionError):
+        return None
+    return content if isinstance(content, dict) else None
 
 
 def _jsons_in(folder: str) -> str:

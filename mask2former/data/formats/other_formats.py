@@ -1,4 +1,7 @@
-"""Recognises files of other annotation tools that are given as COCO JSON, to say the way out."""
+"""Recognises files of other annotation tools that are given as COCO JSON, to say the way out.
+
+The way out of a format in `annotation_formats.py` is its TYPE in DATASETS.CUSTOM.
+"""
 
 import re
 from collections.abc import Mapping
@@ -7,21 +10,31 @@ from typing import Any
 CONVERT = "export or convert it as COCO JSON with masks"
 
 _VIA = "a file of the VGG Image Annotator (VIA)"
-# Keys of a JSON object → the format.
+
+
+def _read_as(type_name: str, what: str = "it") -> str:
+    return f"read {what} with TYPE: {type_name} in DATASETS.CUSTOM"
+
+
+# Keys of a JSON object → the format and the way out.
 _KEYS = (
-    ({"_via_img_metadata"}, _VIA),
-    ({"project", "metadata", "view"}, _VIA),
-    ({"shapes", "imagePath"}, "a file of LabelMe, which holds one image"),
-    ({"imgHeight", "imgWidth", "objects"}, "a file of Cityscapes, which holds one image"),
-    ({"size", "objects"}, "a file of Supervisely, which holds one image"),
-    ({"classes", "tags"}, "the meta.json of a Supervisely project"),
-    ({"items", "categories"}, "a file of Datumaro"),
-    ({"type", "features"}, "GeoJSON"),
+    ({"_via_img_metadata"}, _VIA, _read_as("via")),
+    ({"project", "metadata", "view"}, f"{_VIA}, version 3", CONVERT),
+    (
+        {"shapes", "imagePath"},
+        "a file of LabelMe, which holds one image",
+        _read_as("labelme", "its folder"),
+    ),
+    ({"imgHeight", "imgWidth", "objects"}, "a file of Cityscapes, which holds one image", CONVERT),
+    ({"size", "objects"}, "a file of Supervisely, which holds one image", CONVERT),
+    ({"classes", "tags"}, "the meta.json of a Supervisely project", CONVERT),
+    ({"items", "categories"}, "a file of Datumaro", CONVERT),
+    ({"type", "features"}, "GeoJSON", CONVERT),
 )
 # Keys of the entries of a JSON list → the format.
 _ENTRY_KEYS = (
     ({"image_id", "score"}, "a list of predictions (COCO results), not ground truth"),
-    ({"data", "annotations"}, f"an export of Label Studio; {CONVERT}"),
+    ({"data", "annotations"}, f"an export of Label Studio; {CONVERT}, and {_read_as('coco')}"),
     ({"name", "labels"}, f"a file of Scalabel or BDD100K; {CONVERT}"),
     ({"shapes", "imagePath"}, f"a list of LabelMe files; {CONVERT}"),
 )
@@ -45,14 +58,16 @@ def name_bytes(data: bytes) -> str | None:
             return name
     text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
     if _YOLO_LINE.match(text):
-        return f"a label file of YOLO, which has one for each image; {CONVERT}"
+        way_out = _read_as("yolo", "the folder of its data.yaml")
+        return f"a label file of YOLO, which has one for each image; {way_out}"
     if len(set(_YOLO_KEYS.findall(text))) >= 2:
-        return f"a data.yaml of YOLO, whose labels are in other files; {CONVERT}"
+        return f"a data.yaml of YOLO, whose labels are in other files; {_read_as('yolo')}"
     if text.startswith(b"<"):
         if b"<annotations" in text:
-            return f"XML of CVAT; {CONVERT} (the export format COCO 1.0)"
+            return f"XML of CVAT; {_read_as('cvat')}"
         if b"<annotation" in text:
-            return f"XML of Pascal VOC, which holds one image; {CONVERT}"
+            way_out = _read_as("voc", "the folder with SegmentationObject")
+            return f"XML of Pascal VOC, which holds the boxes of one image; {way_out}"
         return f"XML; {CONVERT}"
     if _CSV_HEADER.match(text):
         return f"a CSV table; {CONVERT}"
@@ -69,12 +84,12 @@ def name_object(content: Mapping[str, Any], first: bytes) -> str | None:
         content: the object.
         first: JSON of its first value.
     """
-    for keys, name in _KEYS:
+    for keys, name, way_out in _KEYS:
         if keys <= content.keys():
-            return f"{name}, not COCO JSON; {CONVERT}"
+            return f"{name}, not COCO JSON; {way_out}"
     # An export of VIA is an object of images.
     if b'"regions"' in first and b'"filename"' in first:
-        return f"{_VIA}, not COCO JSON; {CONVERT}"
+        return f"{_VIA}, not COCO JSON; {_read_as('via')}"
     return None
 
 

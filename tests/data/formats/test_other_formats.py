@@ -23,21 +23,21 @@ YAML = "train: ../train/images\nval: ../val/images\n\nnc: 2\nnames: ['cup', 'pla
 SAMPLES = {
     "VIA project": (
         {"_via_settings": {}, "_via_img_metadata": {}},
-        r"is .* \(VIA\), not COCO JSON; exp",
+        r"is .* \(VIA\), not COCO JSON; read it with TYPE: via in DATASETS\.CUSTOM\.$",
     ),
-    "VIA export": ({"a.jpg9": VIA_IMAGE}, r"is .* \(VIA\), not COCO JSON; export"),
+    "VIA export": ({"a.jpg9": VIA_IMAGE}, r"is .* \(VIA\), not COCO JSON; read it with TYPE: via"),
     "VIA 3": (
         {"project": {}, "config": {}, "file": {}, "metadata": {}, "view": {}},
-        r"is .* \(VIA\)",
+        r"is .* \(VIA\), version 3, not COCO JSON; export",
     ),
     "VIA CSV": ("#filename,file_size,file_attributes\na.jpg,9,{}\n", "is a CSV table; export or"),
-    "LabelMe": (LABELME, "is a file of LabelMe, which holds one image, not COCO JSON; export or"),
+    "LabelMe": (LABELME, "is .*, not COCO JSON; read its folder with TYPE: labelme in DATASETS"),
     "list of LabelMe": ([LABELME], "is a list of LabelMe files; export or"),
     "YOLO boxes": ("0 0.5 0.5 0.25 0.25\n1 0.1 0.2 0.3 0.4\n", "is a label file of YOLO, which"),
     "YOLO polygons": ("2 0.1 0.1 0.5 0.1 0.5 0.5\n", "is a label file of YOLO, which has one"),
-    "YOLO data.yaml": (YAML, r"is a data\.yaml of YOLO, whose labels are in other files; export"),
-    "CVAT": (CVAT, r"is XML of CVAT; export or convert .* \(the export format COCO 1\.0\)"),
-    "Pascal VOC": (VOC, "is XML of Pascal VOC, which holds one image; export or convert"),
+    "YOLO data.yaml": (YAML, r"is a data\.yaml of YOLO, .* files; read it with TYPE: yolo in"),
+    "CVAT": (CVAT, r"is XML of CVAT; read it with TYPE: cvat in DATASETS\.CUSTOM\.$"),
+    "Pascal VOC": (VOC, "is XML of Pascal VOC, which holds the boxes of one image; read the fo"),
     "Supervisely": (
         {"description": "", "tags": [], "size": {"height": 8, "width": 12}, "objects": []},
         "is a file of Supervisely, which holds one image",

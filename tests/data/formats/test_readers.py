@@ -3,6 +3,7 @@
 import json
 import logging
 
+import annotation_samples
 import numpy as np
 import own_data
 import pycocotools.mask as mask_util
@@ -318,3 +319,22 @@ def test_text_of_a_problem(id, why, text):
     with pytest.raises(ValueError) as error:
         findings.raise_first("own")
     assert str(error.value) == f"Data set 'own' cannot be used: {text}"
+
+
+def test_crowds_of_cvat(tmp_path):
+    """CVAT marks every mask as a crowd, which training leaves out: a warning says so."""
+    content = annotation_samples.coco_content([])
+    own = own_data.instances(tmp_path)
+    content |= {key: own[key] for key in ("images", "annotations", "categories")}
+    rle = {"size": [8, 12], "counts": [40, 5, 51]}
+    content["annotations"][0] |= {"iscrowd": 1, "segmentation": rle}
+    findings = Findings()
+    read(tmp_path, content, findings)
+    assert not findings.problems
+    assert [finding.why for finding in findings.warnings] == [
+        "1 masks are marked as crowds (iscrowd 1) and are neither trained nor evaluated. CVAT and "
+        "Datumaro mark every mask so; if each is one object, read the data with TYPE: coco"
+    ]
+    findings = Findings()
+    read(tmp_path, content | {"licenses": []}, findings)
+    assert not findings.warnings

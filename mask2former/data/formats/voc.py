@@ -1,0 +1,293 @@
+"""Reads the segmentation of Pascal VOC, also as CVAT exports it ("Segmentation mask 1.1").
+
+    JPEGImages/            a.jpg
+    SegmentationClass/     a.png     the class of each pixel
+    SegmentationObject/    a.png     the object of each pixel
+    ImageSets/Segmentation/train.txt, val.txt, ...: names of images without extension
+    labelmap.txt           `name:r,g,b::` a class (CVAT), the background included
+
+- Label 0 is background. Label 255, the borders of objects and difficult ones, belongs to no object.
+- The PNGs have one channel or a palette, whose values are the labels, or three channels with the
+  colours of the palette of VOC. With labelmap.txt, colours of classes are those it states, and a
+  label without colour is the number of its line from 0 on.
+- Classes are those of labelmap.txt, else `ReadOptions.classes`, the names of the labels from 1 on,
+  else the 20 of VOC 2012.
+
+`ReadOptions.split` is the name of a list of images, such as train; `image_root` is a folder of
+images in place of JPEGImages.
+"""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from scipy import ndimage
+from tqdm import tqdm
+
+from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat, ReadOptions
+from .drawings import Drawings
+from .images import read_header, read_image
+from .splits import ImageFinder, choose_split
+
+VOC_CLASSES = (
+    "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
+    "person pottedplant sheep sofa train tvmonitor"
+).split()
+_VOID = 255
+_IMAGES, _CLASSES, _OBJECTS = "JPEGImages", "SegmentationClass", "SegmentationObject"
+_LISTS = Path("ImageSets", "Segmentation")
+_LABELMAP = "labelmap.txt"
+# Pixels of no class, and those that belong to nothing.
+_BACKGROUND_INDEX, _VOID_INDEX = -1, -2
+_BACKGROUND = "background"
+
+_Colour = tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class _Classes:
+    """The classes, and how pixels tell them.
+
+    Attributes:
+        names: without the background.
+        by_label: label → index in `names`, or one of the two above.
+        by_colour: the same by colour; None: the palette of VOC tells the label.
+    """
+
+    names: list[str]
+    by_label: dict[int, int]
+    by_colour: dict[_Colour, int] | None
+
+
+def read_voc(root: Path, options: ReadOptions) -> AnnotatedImages:
+    """Read one list of images; see the module.
+
+    Args:
+        root: the folder with SegmentationObject, or one that holds only that, such as VOCdevkit.
+        options: `split`, `classes` and `image_root`.
+
+    Raises:
+        FileNotFoundError, ValueError: naming the file.
+    """
+    root = _find_root(root)
+    names = _listed_names(root, options.split)
+    classes = _read_classes(root, options.classes)
+    finder = ImageFinder([options.image_root, root / _IMAGES, root / "images"], root / _IMAGES)
+    drawings = Drawings("Pascal VOC")
+    # Nothing is shown where the output is no terminal.
+    for name, source in tqdm(names, desc="Pascal VOC", disable=None):
+        file = root / _OBJECTS / f"{name}.png"
+        try:
+            path = finder.find(name)
+            labels = _read_labels(root / _CLASSES / f"{name}.png", classes)
+            objects = _read_objects(file)
+        except (FileNotFoundError, ValueError) as error:
+            is_missing = isinstance(error, FileNotFoundError)
+            missing = getattr(error, "filename", None)
+            why = f"{missing} does not exist" if missing else str(error)
+            drawings.findings.problem(source, name, why, is_missing=is_missing)
+            continue
+        if labels.shape != objects.shape:
+            why = f"the PNGs of {_CLASSES} and {_OBJECTS} differ in size"
+            drawings.findings.problem(source, name, why)
+            continue
+        image = drawings.add_image(path, str(file), size=objects.shape)
+        if image is not None:
+            _add_objects(objects, labels, classes.names, image, str(file), drawings)
+    return drawings.finish(classes.names)
+
+
+def _add_objects(
+    objects: np.ndarray,
+    labels: np.ndarray,
+    names: Sequence[str],
+    image: AnnotatedImage,
+    file: str,
+    drawings: Drawings,
+) -> None:
+    """Add the objects of an image.
+
+    Args:
+        objects: (h, w), number of the object, 0 for none.
+        labels: (h, w), index of the class in `names`, or -1 or -2.
+        names: of the classes.
+        image, file, drawings: where to add them.
+    """
+    for i, region in enumerate(ndimage.find_objects(objects), 1):
+        if region is None:
+            continue
+        mask = (objects[region] == i) & (labels[region] != _VOID_INDEX)
+        found = np.unique(labels[region][mask]).tolist()
+        if not found:
+            continue
+        if len(found) > 1 or found[0] == _BACKGROUND_INDEX:
+            listed = ", ".join(_BACKGROUND if j == _BACKGROUND_INDEX else names[j] for j in found)
+            why = f"its pixels have the classes {listed} in {_CLASSES}; all must have one class"
+            drawings.findings.problem(file, f"object {i}", why)
+            continue
+        rows, columns = region
+        corner = columns.start, rows.start
+        drawings.add_mask(image, names[found[0]], mask, corner, file, f"object {i}")
+
+
+def _find_root(root: Path) -> Path:
+    """The folder with SegmentationObject."""
+    for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
+        if (folder / _OBJECTS).is_dir() and (folder / _CLASSES).is_dir():
+            return folder
+    for folder in (root, *sorted(root.glob("*/"))):
+        if (folder / _CLASSES).is_dir():
+            raise FileNotFoundError(
+                f"{folder} has {_CLASSES}, but no {_OBJECTS}: it has no objects. Read it as label "
+                "images (TYPE: semantic)."
+            )
+    raise FileNotFoundError(f"{root} has no folder {_OBJECTS}.")
+
+
+def _listed_names(root: Path, split: str | None) -> list[tuple[str, str]]:
+    """The names of the images, each with the file that lists it."""
+    lists = {file.stem: file for file in sorted((root / _LISTS).glob("*.txt"))}
+    if not lists:
+        if split is not None:
+            raise FileNotFoundError(f"{root / _LISTS} has no {split}.txt.")
+        files = sorted((root / _OBJECTS).rglob("*.png"))
+        base = root / _OBJECTS
+        return [(f.relative_to(base).with_suffix("").as_posix(), str(base)) for f in files]
+    file = choose_split(lists, split, root / _LISTS)
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    return [(line.strip(), str(file)) for line in lines if line.strip()]
+
+
+# ---- classes ----
+
+
+def _voc_colours() -> dict[_Colour, int]:
+    """Colour → label in the palette of VOC, which spreads the bits of a label over the channels."""
+    colours = {}
+    for label in range(256):
+        channels = [0, 0, 0]
+        for bit in range(8):
+            channels[bit % 3] |= (label >> bit & 1) << (7 - bit // 3)
+        colours[channels[0], channels[1], channels[2]] = label
+    return colours
+
+
+def _read_classes(root: Path, given: Sequence[str] | None) -> _Classes:
+    file = root / _LABELMAP
+    if file.is_file():
+        return _read_labelmap(file)
+    if given is None:
+        logger = logging.getLogger(__name__)
+        logger.info(f"{root} has no {_LABELMAP}: its classes are the 20 of Pascal VOC 2012.")
+    names = list(VOC_CLASSES if given is None else given)
+    by_label = {i: i - 1 for i in range(1, len(names) + 1)}
+    return _Classes(names, {_VOID: _VOID_INDEX, **by_label, 0: _BACKGROUND_INDEX}, None)
+
+
+def _read_labelmap(file: Path) -> _Classes:
+    names: list[str] = []
+    by_label: dict[int, int] = {}
+    # Black and the colour of the borders unless they are stated for classes.
+    by_colour = {(0, 0, 0): _BACKGROUND_INDEX, (224, 224, 192): _VOID_INDEX}
+    stated: set[_Colour] = set()
+    for number, line in enumerate(file.read_text(encoding="utf-8-sig").splitlines(), 1):
+        text = line.strip()
+        if not text or text.startswith("#"):
+            continue
+        # A name may have a colon; three fields follow it.
+        name, colour, *_ = [*text.rsplit(":", 3), "", ""]
+        values = [value.strip() for value in colour.split(",")]
+        if not name or name in names or not (colour == "" or len(values) == 3):
+            problem = "repeats a class" if name in names else "is not `name:red,green,blue::`"
+            raise ValueError(f"{file}, line {number}: {text!r} {problem}.")
+        index = _BACKGROUND_INDEX if name == _BACKGROUND else len(names)
+        by_label[len(by_label)] = index
+        if index != _BACKGROUND_INDEX:
+            names.append(name)
+        if colour == "":
+            continue
+        if not all(value.isdigit() for value in values):
+            raise ValueError(f"{file}, line {number}: {colour!r} is not a colour.")
+        red, green, blue = map(int, values)
+        if (red, green, blue) in stated:
+            raise ValueError(f"{file}, line {number}: the colour {colour} is that of another line.")
+        stated.add((red, green, blue))
+        by_colour[red, green, blue] = index
+    if not names:
+        raise ValueError(f"{file} names no class.")
+    return _Classes(names, {_VOID: _VOID_INDEX, **by_label}, by_colour if stated else None)
+
+
+# ---- PNGs ----
+
+
+def _read_labels(file: Path, classes: _Classes) -> np.ndarray:
+    """The class (h, w) of each pixel: an index, or -1 or -2.
+
+    Raises:
+        FileNotFoundError, ValueError: the file cannot be read, or has another label or colour.
+    """
+    has_palette = read_header(str(file)).mode == "P"
+    if has_palette and classes.by_colour is not None:
+        array = read_image(str(file), "RGB")
+    else:
+        array = read_image(str(file))
+    if array.ndim == 2:
+        return _mapped(array, classes.by_label, file, "label {}")
+    colours = classes.by_colour
+    if colours is None:
+        labels = _voc_colours()
+        colours = {c: classes.by_label[i] for c, i in labels.items() if i in classes.by_label}
+    codes = {_code(colour): index for colour, index in colours.items()}
+    return _mapped(_codes(array), codes, file, "colour #{:06x}")
+
+
+def _mapped(array: np.ndarray, table: dict[int, int], file: Path, text: str) -> np.ndarray:
+    values, inverse = np.unique(array, return_inverse=True)
+    unknown = [value for value in values.tolist() if value not in table]
+    if unknown:
+        raise ValueError(f"{file} has the {text.format(unknown[0])}, which is that of no class")
+    return np.array([table[v] for v in values.tolist()])[inverse].reshape(array.shape)
+
+
+def _read_objects(file: Path) -> np.ndarray:
+    """The number (h, w) of the object of each pixel, from 1 on; 0 for none.
+
+    Raises:
+        FileNotFoundError, ValueError: the file cannot be read.
+    """
+    array = read_image(str(file))
+    if array.ndim == 2:
+        void = array == _VOID if array.dtype == np.uint8 else np.zeros(array.shape, bool)
+        return np.where(void, 0, array).astype(np.int64)
+    codes = _codes(array)
+    known = {_code(colour): label for colour, label in _voc_colours().items()}
+    # Colours that are not in the palette number the objects, too.
+    others = [code for code in np.unique(codes).tolist() if code not in known]
+    table = known | {code: i for i, code in enumerate(others, 256)}
+    return _mapped(codes, table | {_code((224, 224, 192)): 0}, file, "colour {}")
+
+
+def _codes(array: np.ndarray) -> np.ndarray:
+    """Colours (h, w, 3) as numbers (h, w)."""
+    channels = array.astype(np.int64)
+    return channels[..., 0] << 16 | channels[..., 1] << 8 | channels[..., 2]
+
+
+def _code(colour: _Colour) -> int:
+    red, green, blue = colour
+    return red << 16 | green << 8 | blue
+
+
+def _recognise(root: Path) -> str | None:
+    if root.is_file():
+        return None
+    for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
+        if (folder / _OBJECTS).is_dir() and (folder / _CLASSES).is_dir():
+            return f"{_CLASSES} and {_OBJECTS}"
+    return None
+
+
+VOC = AnnotationFormat("voc", "segmentation of Pascal VOC", read_voc, _recognise)

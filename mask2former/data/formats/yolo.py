@@ -1,0 +1,318 @@
+"""Reads polygons of YOLO (Ultralytics, Roboflow, CVAT, Label Studio): one text file an image.
+
+    data.yaml     path, train, val, test: folders or lists of images; names, nc: the classes
+    images/…      a.jpg
+    labels/…      a.txt: a line an object, `class x1 y1 x2 y2 ...` in fractions of width and height
+
+- The label file of an image is in the folder `labels` in place of `images`, or else beside it. An
+  image without label file, or with an empty one, has no objects.
+- `train`, `val` and `test` may each be a folder, a list of folders, or a text file with the images.
+  They are relative to `path`, which is relative to data.yaml; a path that no longer fits, as in
+  exports of Roboflow and on other machines, is looked for in the folder of data.yaml.
+- Four numbers after the class are a box, which has no mask, and refused.
+- Without data.yaml, `classes.txt` and the folders `images` and `labels` are read (Label Studio).
+
+`ReadOptions.split` is train, val or test; `classes` names the classes of data without names.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ...config_file import load_plain_yaml
+from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat, ReadOptions
+from .drawings import Drawings
+from .semantic_folders import IMAGE_EXTENSIONS
+from .splits import choose_split, files_below, images_below
+
+_SPLITS = ("train", "val", "valid", "test")
+_IMAGES, _LABELS = "images", "labels"
+# Text files beside labels that are none.
+_NO_LABELS = ("classes.txt", "notes.txt", "readme.txt", "predefined_classes.txt", "obj.names")
+
+
+@dataclass
+class _Config:
+    """What data.yaml says, or the folders without it.
+
+    Attributes:
+        file: data.yaml or classes.txt.
+        classes: by label.
+        splits: name → folders or files, as written.
+        bases: folders to which they may be relative, the most likely first.
+    """
+
+    file: Path
+    classes: list[str]
+    splits: dict[str, list[str]]
+    bases: list[Path]
+
+
+def read_yolo(root: Path, options: ReadOptions) -> AnnotatedImages:
+    """Read one split; see the module.
+
+    Args:
+        root: data.yaml or its folder.
+        options: `split`, `classes` and `image_root`, to which the paths are then relative.
+
+    Raises:
+        FileNotFoundError, ValueError: naming file and line.
+    """
+    config = _read_config(root, options)
+    entries = choose_split(config.splits, options.split, config.file)
+    drawings = Drawings("YOLO")
+    images: list[tuple[Path, str]] = []
+    folders: list[Path] = []
+    for entry in entries:
+        path = _resolve(entry, config)
+        if path.is_dir():
+            folders.append(path)
+            images += [(file, str(path)) for file in images_below(path)]
+        elif path.suffix.lower() in IMAGE_EXTENSIONS:
+            images.append((path, str(config.file)))
+        else:
+            images += _listed_images(path, config)
+    if not images:
+        listed = ", ".join(str(_resolve(entry, config)) for entry in entries)
+        raise ValueError(f"{config.file}: there are no images in {listed}.")
+    labels = [_label_file(path) for path, _ in images]
+    if not any(label.is_file() for label in labels):
+        raise FileNotFoundError(
+            f"{config.file}: none of the {len(images)} images has a label file; that of "
+            f"{images[0][0]} would be {labels[0]}."
+        )
+    for (path, source), label in zip(images, labels, strict=True):
+        image = drawings.add_image(path, source)
+        if image is not None and label.is_file():
+            _read_labels(label, image, config.classes, drawings)
+    _find_orphans(folders, set(labels), drawings)
+    return drawings.finish(config.classes, boxes_as_masks=True)
+
+
+# ---- data.yaml ----
+
+
+def _read_config(root: Path, options: ReadOptions) -> _Config:
+    file = root if root.is_file() else _find_config(root)
+    if file is None:
+        raise FileNotFoundError(
+            f"{root} holds no data.yaml with 'names' and 'train', 'val' or 'test', and no "
+            "classes.txt with the folders images and labels."
+        )
+    bases = [] if options.image_root is None else [options.image_root]
+    if file.suffix == ".txt":
+        names = file.read_text(encoding="utf-8-sig").splitlines()
+        classes = _class_names([name.strip() for name in names if name.strip()], file)
+        return _Config(file, classes, {"train": [_IMAGES]}, [*bases, root])
+    content = _load(file)
+    splits = {}
+    for name in _SPLITS:
+        value = content.get(name)
+        if value in (None, "", []):
+            continue
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str) for item in values):
+            raise ValueError(f"{file}: {name} is {value!r}; it must be a path or a list of paths.")
+        splits[name] = values
+    if not splits:
+        raise ValueError(f"{file} names no images: it has none of the keys train, val and test.")
+    if "kpt_shape" in content:
+        raise ValueError(f"{file} has kpt_shape: it describes poses, which have no masks.")
+    classes = _classes(content, file, options.classes)
+    stated = content.get("path")
+    if isinstance(stated, str) and stated:
+        stated_path = Path(os.path.expanduser(stated))
+        bases += [file.parent / stated_path, stated_path]
+    bases += [file.parent, file.parent.parent]
+    return _Config(file, classes, splits, bases)
+
+
+def _load(file: Path) -> dict[str, Any]:
+    try:
+        content = load_plain_yaml(file.read_text(encoding="utf-8-sig"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{file} cannot be read as YAML: {error}.") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{file} has no KEY: VALUE entries at its top level.")
+    return content
+
+
+def _find_config(root: Path) -> Path | None:
+    """data.yaml or classes.txt in a folder; None: neither."""
+    found = []
+    for file in sorted((*root.glob("*.yaml"), *root.glob("*.yml"))):
+        try:
+            content = _load(file)
+        except ValueError:
+            if file.stem == "data":
+                raise
+            continue  # of another program
+        if ("names" in content or "nc" in content) and any(key in content for key in _SPLITS):
+            found.append(file)
+    if len(found) > 1:
+        named = [file for file in found if file.stem in ("data", "dataset")]
+        if len(named) != 1:
+            listed = ", ".join(str(file) for file in found)
+            raise ValueError(
+                f"{root} has several files that describe YOLO data ({listed}): name one."
+            )
+        found = named
+    if found:
+        return found[0]
+    if all((root / name).is_dir() for name in (_IMAGES, _LABELS)):
+        for file in (root / "classes.txt", root / _LABELS / "classes.txt"):
+            if file.is_file():
+                return file
+    return None
+
+
+def _classes(content: dict[str, Any], file: Path, given: Sequence[str] | None) -> list[str]:
+    names, number = content.get("names"), content.get("nc")
+    if isinstance(names, dict):
+        keys = sorted(int(key) if str(key).isdigit() else -1 for key in names)
+        if keys != list(range(len(keys))):
+            raise ValueError(f"{file}: the keys of names must be 0 to {len(keys) - 1}.")
+        names = [value for _, value in sorted(names.items(), key=lambda item: int(item[0]))]
+    if names is None and given is not None:
+        names = list(given)
+    if names is None and isinstance(number, int):
+        names = [f"class_{i}" for i in range(number)]
+    if not isinstance(names, list):
+        raise ValueError(f"{file} has no list of class names 'names'.")
+    if number is not None and number != len(names):
+        raise ValueError(f"{file}: nc is {number}, but there are {len(names)} names.")
+    return _class_names(names, file)
+
+
+def _class_names(names: Sequence[Any], file: Path) -> list[str]:
+    for name in names:
+        if not isinstance(name, str | int | float) or isinstance(name, bool) or name == "":
+            raise ValueError(
+                f"{file}: a class is named {name!r}. YAML reads words such as yes, no, on and off "
+                "as true or false: quote them."
+            )
+    texts = [str(name) for name in names]
+    repeated = [name for name in texts if texts.count(name) > 1]
+    if repeated or not texts:
+        what = f"names the class {repeated[0]!r} more than once" if repeated else "names no class"
+        raise ValueError(f"{file} {what}.")
+    return texts
+
+
+def _resolve(entry: str, config: _Config) -> Path:
+    """The folder or file of a split."""
+    stated = entry.replace("\\", "/")
+    tried: list[Path] = []
+    for text in _shortened(stated):
+        for base in config.bases:
+            path = Path(os.path.normpath(base / os.path.expanduser(text)))
+            if path.exists():
+                return path
+            tried.append(path)
+    listed = ", ".join(map(str, dict.fromkeys(tried[:3])))
+    raise FileNotFoundError(f"{config.file} names {entry!r}, which does not exist; tried {listed}.")
+
+
+def _shortened(stated: str) -> list[str]:
+    """A path, and what remains of it in another place; never one folder alone."""
+    parts = [part for part in stated.split("/") if part not in ("", ".", "..")]
+    rest = ["/".join(parts[i:]) for i in range(max(len(parts) - 1, 1))]
+    # Roboflow writes ../train/images for the folder train beside data.yaml.
+    first = [rest[0]] if stated.startswith("..") else []
+    return list(dict.fromkeys((*first, stated, *rest)))
+
+
+def _listed_images(file: Path, config: _Config) -> list[tuple[Path, str]]:
+    images = []
+    lines = file.read_text(encoding="utf-8-sig").splitlines()
+    bases = list(dict.fromkeys((file.parent, *config.bases)))
+    for number, line in enumerate(lines, 1):
+        stated = line.strip().replace("\\", "/")
+        if not stated:
+            continue
+        candidates = [Path(os.path.normpath(b / t)) for t in _shortened(stated) for b in bases]
+        path = next((path for path in candidates if path.is_file()), candidates[0])
+        images.append((path, f"{file}, line {number}"))
+    return images
+
+
+# ---- labels ----
+
+
+def _label_file(image: Path) -> Path:
+    parts = list(image.parts)
+    for i in reversed(range(len(parts) - 1)):
+        if parts[i] == _IMAGES:
+            parts[i] = _LABELS
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _read_labels(
+    file: Path, image: AnnotatedImage, classes: Sequence[str], drawings: Drawings
+) -> None:
+    name = str(file)
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        drawings.findings.problem(name, None, f"cannot be read: {error}")
+        return
+    width, height = image.width, image.height
+    for number, line in enumerate(lines, 1):
+        words = line.split()
+        if not words:
+            continue
+        where = f"line {number}"
+        try:
+            label, *values = map(float, words)
+        except ValueError:
+            why = f"{line[:60]!r} is no list of numbers"
+            drawings.findings.problem(name, where, why)
+            continue
+        if not 0 <= label < len(classes) or label != int(label):
+            why = f"the class {words[0]} is not one of the {len(classes)}, which count from 0"
+            drawings.findings.problem(name, where, why)
+        elif len(values) in (4, 5):
+            why = (
+                f"{len(values)} numbers after the class are a box, which has no mask; export "
+                "polygons (YOLO segmentation), which have at least 6"
+            )
+            drawings.findings.problem(name, where, why)
+        elif len(values) < 6 or len(values) % 2:
+            why = f"{len(values)} numbers after the class; a polygon is x1 y1 x2 y2 x3 y3 ..."
+            drawings.findings.problem(name, where, why)
+        else:
+            values[::2] = [value * width for value in values[::2]]
+            values[1::2] = [value * height for value in values[1::2]]
+            drawings.add_polygon(image, classes[int(label)], values, name, where)
+
+
+def _find_orphans(folders: Sequence[Path], used: set[Path], drawings: Drawings) -> None:
+    """Label files without image, which are objects that would be lost."""
+    for folder in folders:
+        labels = _label_file(folder / "x").parent
+        if labels == folder or not labels.is_dir():
+            continue
+        for file in files_below(labels, ".txt"):
+            if file not in used and file.name.lower() not in _NO_LABELS and file.stat().st_size:
+                why = f"has no image of its name in {folder}"
+                drawings.findings.problem(str(file), None, why, is_missing=True)
+
+
+def _recognise(root: Path) -> str | None:
+    if root.is_file():
+        if root.suffix.lower() not in (".yaml", ".yml"):
+            return None
+        try:
+            content = _load(root)
+        except ValueError:
+            return None
+        is_yolo = "names" in content and any(key in content for key in _SPLITS)
+        return f"{root.name} with names and images" if is_yolo else None
+    file = _find_config(root)
+    return None if file is None else f"{file.name} of YOLO"
+
+
+YOLO = AnnotationFormat("yolo", "YOLO polygons with data.yaml", read_yolo, _recognise)
