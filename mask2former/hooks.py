@@ -11,6 +11,8 @@ from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from .fast.checkpointing import has_room, set_checkpointing
+from .pictures import HardExamples, Pictures
+from .training_log import PeakMemory
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -181,4 +183,7 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     MetricWindow: None,
     UnwrittenMetrics: None,
     AmpleMemory: None,
+    PeakMemory: None,
+    HardExamples: None,
+    Pictures: "_period",
 }

@@ -11,7 +11,7 @@ NUM_ACCUMULATION_STEPS): gradients and losses are those of the batch.
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext, suppress
 from typing import Any, NamedTuple
 
@@ -23,6 +23,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from .utils.host_copy import HostCopy
 
+GRADIENT_NORM = "grad_norm"
+
 
 class _Pending(NamedTuple):
     """Losses and metrics of an iteration that are not written yet."""
@@ -33,6 +35,7 @@ class _Pending(NamedTuple):
     data_time: float
     prefix: str
     iteration: int
+    late: HostCopy | None = None
 
     def losses(self) -> dict[str, Tensor]:
         names = self.names[: self.num_losses]
@@ -40,7 +43,8 @@ class _Pending(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         names = self.names[self.num_losses :]
-        return dict(zip(names, self.values.read()[self.num_losses :].tolist(), strict=True))
+        values = dict(zip(names, self.values.read()[self.num_losses :].tolist(), strict=True))
+        return values if self.late is None else values | {GRADIENT_NORM: self.late.read().item()}
 
 
 class DelayedMetrics(SimpleTrainer):
@@ -54,15 +58,22 @@ class DelayedMetrics(SimpleTrainer):
             images of many sizes.
         num_accumulation_steps: micro-batches into which each batch is split. With more than one,
             the model has a context manager `accumulating`, see `MaskFormer`.
+        logs_gradient_norm: write the norm of all gradients before clipping also if clipping does
+            not compute it (`optimizer.py`).
+        weights: weight of each loss, to write those of the last prediction layer without it too.
+        observers: called with the iteration and this rank's losses when they are written.
     """
 
     num_accumulation_steps = 1
+    logs_gradient_norm = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self.cudnn_benchmark = False
         self._is_read: Callable[[int], bool] = lambda iteration: True
         self._pending: _Pending | None = None
+        self.weights: Mapping[str, float] = {}
+        self.observers: list[Callable[[int, Mapping[str, Tensor]], None]] = []
 
     def delay_metrics(self, is_read: Callable[[int], bool]) -> None:
         """Begin to delay.
@@ -98,6 +109,7 @@ class DelayedMetrics(SimpleTrainer):
                 super().run_step()
             else:
                 self._accumulate()
+            self._write_clipped_norm()
         except FloatingPointError:
             raise
         except Exception as error:
@@ -173,14 +185,34 @@ class DelayedMetrics(SimpleTrainer):
         self.flush()
         iteration = self.iter if iter is None else iter
         metrics = self._device_metrics()
+        if self.logs_gradient_norm and not hasattr(self.optimizer, "total_norm"):
+            metrics[GRADIENT_NORM] = self._gradient_norm()
         values = [*loss_dict.values(), *metrics.values()]
-        if self._is_read(iteration) or not _can_be_stacked(values):
+        if not _can_be_stacked(values):
             self._write_now(loss_dict, metrics, data_time, prefix, iteration)
             return
         with torch.no_grad():
             copied = HostCopy(torch.stack(values))
         names = [*loss_dict, *metrics]
         self._pending = _Pending(names, len(loss_dict), copied, data_time, prefix, iteration)
+        if self._is_read(iteration):
+            self.flush()
+
+    def _gradient_norm(self) -> Tensor:
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters]).float()
+
+    def _write_clipped_norm(self) -> None:
+        """Write the norm that the optimiser has just clipped, with the losses of its iteration."""
+        norm = getattr(self.optimizer, "total_norm", None)
+        if norm is None:
+            return
+        self.optimizer.total_norm = None  # the gradient scaler may skip the next step
+        if self._pending is not None:
+            self._pending = self._pending._replace(late=HostCopy(norm))
+        else:
+            self._put_metrics({GRADIENT_NORM: norm}, self.iter)
 
     def _write_now(
         self,
@@ -191,8 +223,49 @@ class DelayedMetrics(SimpleTrainer):
         iteration: int,
     ) -> None:
         super()._write_metrics(losses, data_time, prefix, iteration)
+        self._put_metrics(metrics, iteration)
+        for name, value in unweighted_losses(losses, self.weights, prefix, iteration).items():
+            get_event_storage().put_scalar(name, value, cur_iter=iteration)
+        for observer in self.observers:
+            observer(iteration, losses)
+
+    @staticmethod
+    def _put_metrics(metrics: Mapping[str, Tensor | float], iteration: int) -> None:
         for name, value in metrics.items():
-            get_event_storage().put_scalar(name, float(value), cur_iter=iteration)
+            number = float(value)
+            # The gradient scaler skips steps whose gradients are not finite.
+            if name != GRADIENT_NORM or math.isfinite(number):
+                get_event_storage().put_scalar(name, number, cur_iter=iteration)
+
+
+def is_of_last_layer(name: str) -> bool:
+    """Whether a loss is of the last prediction layer; those of others end in their number."""
+    return not name.rpartition("_")[2].isdigit()
+
+
+def unweighted_losses(
+    names: Iterable[str], weights: Mapping[str, float], prefix: str, iteration: int
+) -> dict[str, float]:
+    """Losses of the last prediction layer divided by their weights, from the event storage.
+
+    Args:
+        names: of the losses written.
+        weights: by name of the loss. Losses of weight 0 cannot be recovered and are left out.
+        prefix: of the names in the storage.
+        iteration: that the losses must be of.
+
+    Returns:
+        Averages over the ranks by name, "unweighted/ce" for loss_ce: "loss" in a name would add it
+        to the terminal's line. Empty on ranks that do not write.
+    """
+    latest = get_event_storage().latest()
+    result = {}
+    for name in names:
+        value, written = latest.get(f"{prefix}{name}", (0.0, None))
+        if written == iteration and is_of_last_layer(name) and weights.get(name):
+            short = name.removeprefix("loss_")
+            result[f"{prefix}unweighted/{short}"] = value / weights[name]
+    return result
 
 
 def _can_be_stacked(values: list[Any]) -> bool:
@@ -238,6 +311,12 @@ class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
         # `get_scale` would sync.
         one = torch.ones((), device=next(self.model.parameters()).device)
         return {"[metric]grad_scaler": self.grad_scaler.scale(one)}
+
+    def _gradient_norm(self) -> Tensor:
+        norm = super()._gradient_norm()
+        if not self.grad_scaler.is_enabled():
+            return norm
+        return norm / self.grad_scaler.scale(torch.ones_like(norm))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Runs in other precisions save no state of the scaler, or an empty one.

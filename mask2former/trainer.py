@@ -42,6 +42,7 @@ from .data.loader import (
 )
 from .evaluation import build_evaluator, write_results
 from .evaluation.expected_results import check_expected_results
+from .experiment_trackers import build_trackers
 from .fast.setup import apply_config
 from .hooks import (
     READING_PERIODS,
@@ -58,6 +59,7 @@ from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
+from .training_log import configure_step, with_logging_hooks
 from .utils.chosen_keys import is_unset
 from .utils.determinism import use_deterministic_algorithms
 from .utils.files import WriteError, make_folder
@@ -124,6 +126,7 @@ class Trainer(DefaultTrainer):
                 gradient_as_bucket_view=True,
             )
         self._trainer = self._build_step(cfg, model, data_loader, optimizer)
+        configure_step(cfg, self._trainer, getattr(model, "module", model))
         self._trainer.cudnn_benchmark = on_gpu and chooses_cudnn_benchmark(cfg, data_loader)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Mask2FormerCheckpointer(
@@ -170,7 +173,7 @@ class Trainer(DefaultTrainer):
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
         chooses = on_gpu and self.cfg.MODEL.get("CHECKPOINTING") == "auto"
         return [
-            *super().build_hooks(),
+            *with_logging_hooks(self.cfg, super().build_hooks()),
             IterationSeed(),
             MetricWindow(),
             UnwrittenMetrics(),
@@ -178,7 +181,10 @@ class Trainer(DefaultTrainer):
         ]
 
     def build_writers(self) -> list[EventWriter]:
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        trainer = weakref.proxy(self)
+        # Before the writer of TensorBoard, which takes the pictures.
+        trackers = build_trackers(self.cfg, lambda: trainer.start_iter > 0)
+        return [*trackers, *build_writers(self.cfg.OUTPUT_DIR, self.max_iter)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint if `resume` and there is one, else MODEL.WEIGHTS.

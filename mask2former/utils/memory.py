@@ -1,7 +1,8 @@
-"""Allocator setting for programs that run a model on a CPU."""
+"""Memory of a process: how much it took, and an allocator setting for models on a CPU."""
 
 import ctypes
 import os
+import resource
 import sys
 
 # Environment variable; 0 leaves the allocator unchanged.
@@ -39,3 +40,9 @@ def keep_freed_memory() -> bool:
     except AttributeError:  # not in musl
         return False
     return all([set_option(key, _MAX_INT) for key in (_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD)])
+
+
+def peak_resident_bytes() -> int:
+    """The largest resident memory of this process so far."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 2**10
