@@ -36,7 +36,7 @@ from mask2former.utils.output_lock import lock_output
 
 TOY = Path(__file__).parent / "toy_training.py"
 # Metrics that depend on the clock.
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "max_mem"}
 
 
 @pytest.fixture(autouse=True)
