@@ -20,7 +20,6 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
-from detectron2.evaluation.evaluator import inference_context
 from detectron2.utils import comm
 from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
@@ -165,10 +164,11 @@ class Pictures(EvalHook):
             loader = self.trainer.build_test_loader(self._cfg, name)
             self._chosen[name] = choose_samples(loader, name, self._cfg.LOGGING.PICTURES)
         model, tasks = self.trainer.model, enabled_tasks(self._cfg)
+        num_classes = self._cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
         if isinstance(model, DistributedDataParallel):
             model = model.module  # the other ranks do not take part
         rows = [
-            predictions_row(model, sample, record, name, tasks)
+            predictions_row(model, sample, record, described(name, num_classes), tasks)
             for sample, record in self._chosen[name]
         ]
         titles = ["image", *(title for task in tasks for title in (f"{task} gt", "prediction"))]
@@ -181,12 +181,11 @@ class Pictures(EvalHook):
             return
         samples = self.trainer.data_loader.dataset
         names = self._cfg.DATASETS.TRAIN
-        metadata = MetadataCatalog.get(names[0])
-        classes = class_names(names[0]) or ()
+        metadata = described(names[0], self._cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)
         rows = []
         for loss, iteration, draws in worst:
             cells = [
-                sample_cell(samples[draw], metadata, classes, image_format_of(self._cfg))
+                sample_cell(samples[draw], metadata, image_format_of(self._cfg))
                 for draw in draws[:_MAX_SAMPLES]
             ]
             caption = f"loss {loss:.4g}", f"iteration {iteration}"
@@ -234,8 +233,26 @@ def choose_samples(loader: DataLoader, name: str, number: int) -> list[tuple[dic
     return chosen
 
 
+def described(name: str, num_classes: int) -> Metadata:
+    """Metadata with names for every task, though the data set may have them for one only.
+
+    Args:
+        name: of the data set.
+        num_classes: of the model.
+
+    Returns:
+        Its metadata with `thing_classes`, `stuff_classes`, and `model_classes`, the names by the
+        model's class.
+    """
+    stored = MetadataCatalog.get(name).as_dict()
+    known = class_names(name) or stored.get("stuff_classes") or stored.get("thing_classes")
+    classes = list(known or map(str, range(num_classes)))
+    names = {key: stored.get(key) or classes for key in ("thing_classes", "stuff_classes")}
+    return Metadata(**stored | names | {"model_classes": classes})
+
+
 def predictions_row(
-    model: nn.Module, sample: dict, record: dict, name: str, tasks: Iterable[str]
+    model: nn.Module, sample: dict, record: dict, metadata: Metadata, tasks: Iterable[str]
 ) -> list[np.ndarray]:
     """An image, and ground truth and prediction of each task, (H, W, 3) each.
 
@@ -245,52 +262,55 @@ def predictions_row(
         model: in any mode, which stays.
         sample: its input.
         record: of the data set.
-        name: of the data set.
+        metadata: of the data set, see `described`.
         tasks: of TASKS, which the model's outputs contain.
     """
-    metadata = MetadataCatalog.get(name)
     original = read_colours(record["file_name"])
     record = record | {"height": original.shape[0], "width": original.shape[1]}
     image = shrink(original, _DRAWING_SIZE, enlarge=True)
     height, width = image.shape[:2]
-    with inference_context(model), torch.no_grad():
-        (outputs,) = model([sample | {"height": height, "width": width}])
+    was_training = model.training
+    try:
+        with torch.no_grad():
+            (outputs,) = model.eval()([sample | {"height": height, "width": width}])
+    finally:
+        # Detectron2's `inference_context` leaves it in evaluation after an error.
+        model.train(was_training)
     row = [image]
     for task in tasks:
-        row.append(_draw_any_gt(image, record, metadata, task, name))
+        row.append(_draw_any_gt(image, record, metadata, task))
         row.append(draw_prediction(image, outputs, metadata, task))
     return row
 
 
-def _draw_any_gt(
-    image: np.ndarray, record: dict, metadata: Metadata, task: str, name: str
-) -> np.ndarray:
+def _draw_any_gt(image: np.ndarray, record: dict, metadata: Metadata, task: str) -> np.ndarray:
     """The ground truth of a task, or else of another one; blank if there is none."""
     if task == "instance" and record.get("pan_seg_file_name") and "annotations" not in record:
         task = "panoptic"
         things = [s for s in record["segments_info"] if s.get("isthing", True)]
         record = record | {"segments_info": things}
-    classes = class_names(name) or ()
     ignore_label = metadata.get("ignore_label", 255)
     for kind in (task, *TASKS):
         with isolated_rng(0):  # the visualizer picks random colours
             drawing = draw_gt(
-                image, record, metadata, kind, classes=classes, ignore_label=ignore_label
+                image,
+                record,
+                metadata,
+                kind,
+                classes=metadata.model_classes,
+                ignore_label=ignore_label,
             )
         if drawing is not None:
             return drawing
     return _BLANK
 
 
-def sample_cell(
-    sample: dict, metadata: Metadata, classes: Sequence[str], image_format: str
-) -> np.ndarray:
+def sample_cell(sample: dict, metadata: Metadata, image_format: str) -> np.ndarray:
     """A training sample as the model sees it, beside its targets, and the name of its file.
 
     Args:
         sample: `image` (C, H, W), and `instances` with `gt_classes` (T,) and `gt_masks`.
-        metadata: class colours.
-        classes: names by class.
+        metadata: see `described`.
         image_format: INPUT.FORMAT.
 
     Returns:
@@ -315,7 +335,7 @@ def sample_cell(
     seen = masks.flatten(1).any(1).nonzero()[:, 0].tolist()
     visualizer = Visualizer(image, metadata)
     if seen:
-        labels = instances.gt_classes.tolist()
+        labels, classes = instances.gt_classes.tolist(), metadata.model_classes
         names = [classes[labels[i]] if labels[i] < len(classes) else str(labels[i]) for i in seen]
         with isolated_rng(0):
             visualizer.overlay_instances(masks=masks[seen].numpy(), labels=names)
