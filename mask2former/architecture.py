@@ -55,6 +55,7 @@ _FOREIGN = {
     "class_predictor.": f"the transformers package, {_NOT_CONVERTED}",
     "panoptic_head.": f"MMDetection, {_NOT_CONVERTED}",
     "decode_head.": f"MMSegmentation, {_NOT_CONVERTED}",
+    "_blocks.0._depthwise_conv.": f"an EfficientNet of efficientnet-pytorch, {_CONVERT}",
     "layer1.0.conv1.": f"a ResNet of torchvision, {_CONVERT}",
     "layers.0.blocks.0.attn.": f"a Swin Transformer of its authors' release, {_CONVERT}",
 }
@@ -237,6 +238,11 @@ def _backbone(shapes: Shapes) -> str:
     if width and all(depths):
         other = f"Swin of width {width} and depths {'-'.join(map(str, depths))}"
         return _SWINS.get((width, tuple(depths)), other)
+    for prefix, kind in (("body.", "timm model"), ("net.body.", "plain vision transformer")):
+        # The innermost numbered modules, which are what sizes of a family differ in.
+        layers = _count(shapes, rf"{re.escape(prefix)}(.*\.\d+)\.")
+        if layers:
+            return f"{kind} of {layers} numbered layers"
     return _modules(list(shapes))
 
 

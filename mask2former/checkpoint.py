@@ -36,6 +36,7 @@ from .checkpoint_weights import (
     non_finite,
     update_names,
 )
+from .modeling.backbone.timm_weights import fit_weights, local_file, warn_without_weights
 from .utils.files import (
     atomic_write,
     checkpoint_format,
@@ -168,8 +169,8 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         """Load a checkpoint.
 
         Args:
-            path: path, URL or `detectron2://` name. Empty: load nothing, allowed only at the start
-                of a training run.
+            path: path, URL, `detectron2://` or `timm://` name, or folder of Hugging Face. Empty:
+                load nothing, allowed only at the start of a training run.
             checkpointables: names of the other objects to load; None: all that the file has.
 
         Returns:
@@ -183,6 +184,9 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         self._partial = self._partial_init and checkpointables == []
         if not path and not self._partial:
             raise ValueError("MODEL.WEIGHTS is empty: name the checkpoint to load.")
+        path = local_file(path) if path else ""
+        if not path:
+            warn_without_weights(self.model)
         local = path.split("?")[0]
         if path and "://" not in path and not os.path.isfile(local):
             problem = "is not a file" if os.path.exists(local) else "does not exist"
@@ -244,6 +248,8 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         weights = checkpoint["model"]
         in_model = self.model.state_dict()
         update_names(weights, in_model)
+        if self._partial:
+            weights = checkpoint["model"] = fit_weights(self.model, weights, self._path)
         by_suffix = checkpoint.get("matching_heuristics", False)
         # At the start of a training, the images may have other channels.
         adapted = adapt_stem(weights, in_model, by_suffix) if self._partial else None

@@ -49,10 +49,17 @@ _ADDED_KEYS = (
     "MODEL.MASK_FORMER.MATCHER_NAME",
     "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "MODEL.MASK_FORMER.DECODER",
+    "MODEL.TIMM",
+    "MODEL.VIT",
     "SOLVER.AMP.DTYPE",
     "SOLVER.LAYER_DECAY",
     "SOLVER.NUM_ACCUMULATION_STEPS",
     "SOLVER.REFERENCE_BATCH_SIZE",
+    "SOLVER.EMA",
+    "TEST.BEST_METRIC",
+    "TEST.BEST_MODE",
+    "TEST.EARLY_STOPPING_PATIENCE",
+    "TEST.EARLY_STOPPING_MIN_DELTA",
 )
 
 
@@ -239,6 +246,26 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST = True
     # Dropout probability, on residual branches and attention weights.
     cfg.MODEL.MASK_FORMER.DECODER.DROPOUT = 0.0
+    # TimmBackbone (or build_timm_backbone): hierarchical models of timm.
+    cfg.MODEL.TIMM = CfgNode()
+    # The model: architecture or architecture.weights, such as convnext_tiny.fb_in22k_ft_in1k. The
+    # weights are loaded only if MODEL.WEIGHTS names them.
+    cfg.MODEL.TIMM.NAME = ""
+    # Which maps the backbone returns: res2 to res5, strides 4 to 32.
+    cfg.MODEL.TIMM.OUT_FEATURES = ["res2", "res3", "res4", "res5"]
+    # The largest stochastic depth.
+    cfg.MODEL.TIMM.DROP_PATH_RATE = 0.0
+    # Batch norms of models that have them: FrozenBN for pretrained weights and few images per GPU,
+    # BN or SyncBN to train them, as training from scratch needs.
+    cfg.MODEL.TIMM.NORM = "FrozenBN"
+    # TimmViTBackbone: plain vision transformers of timm with a simple feature pyramid.
+    cfg.MODEL.VIT = CfgNode()
+    # The model, as MODEL.TIMM.NAME; such as vit_base_patch14_dinov2.lvd142m.
+    cfg.MODEL.VIT.NAME = ""
+    # Channels of each map of the pyramid.
+    cfg.MODEL.VIT.OUT_CHANNELS = 256
+    # The largest stochastic depth.
+    cfg.MODEL.VIT.DROP_PATH_RATE = 0.0
     # Training and evaluation by tools/train_net.py or `Trainer`: use deterministic algorithms only,
     # so that a run can be repeated or resumed with the same bits on a GPU too. Slower; an operator
     # without such an algorithm raises. Not together with CUDNN_BENCHMARK.
@@ -260,6 +287,24 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # Batch size for which SOLVER.BASE_LR (and BASE_LR_END) is given: training multiplies it by
     # IMS_PER_BATCH / REFERENCE_BATCH_SIZE. 0: off.
     cfg.SOLVER.REFERENCE_BATCH_SIZE = 0
+    # Exponential moving average of the weights (ema.py), evaluated and saved beside them.
+    cfg.SOLVER.EMA = CfgNode()
+    cfg.SOLVER.EMA.ENABLED = False
+    # Share of the average that each iteration keeps: 0.9998 averages over about the last 5000.
+    cfg.SOLVER.EMA.DECAY = 0.9998
+    # Average over at most about the last tenth of the iterations so far.
+    cfg.SOLVER.EMA.WARMUP = True
+    # Metric by which model_best.pth is chosen among the evaluations of TEST.EVAL_PERIOD, such as
+    # "panoptic_seg/PQ", "segm/AP" or "sem_seg/mIoU"; "ema/segm/AP" is that of SOLVER.EMA, whose
+    # weights are then saved. With several test sets their name comes first: "my_val/segm/AP".
+    # Empty: off.
+    cfg.TEST.BEST_METRIC = ""
+    # Whether larger ("max") or smaller ("min") values are better.
+    cfg.TEST.BEST_MODE = "max"
+    # End training after this number of evaluations in which BEST_METRIC has not improved by more
+    # than EARLY_STOPPING_MIN_DELTA; 0: off.
+    cfg.TEST.EARLY_STOPPING_PATIENCE = 0
+    cfg.TEST.EARLY_STOPPING_MIN_DELTA = 0.0
     # What a training logs besides the losses (training_log.py); it changes no number.
     cfg.LOGGING = CfgNode()
     # Images of each of DATASETS.TEST drawn at every evaluation, ground truth beside prediction, for

@@ -19,22 +19,29 @@ from .config_parts import (
     MASK_FORMER_HEAD,
     OUR_HEADS,
     get_value,
+    has_best_metric,
     has_key,
+    has_known_backbone,
     has_only_known_parts,
     has_our_mapper,
     has_resnet,
     has_swin,
+    has_timm,
+    has_vit,
     is_plain,
+    stops_early,
 )
 from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
 from .data.formats.bands import BANDS
 from .model_checks import (
     check_attention_heads,
+    check_deterministic_vit,
     check_groups,
     check_head,
     check_resnet,
     check_swin,
+    check_timm,
 )
 from .modeling.accumulation import check_accumulation
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
@@ -92,10 +99,15 @@ def check_config(cfg: CfgNode) -> None:
     check_values(cfg)
     _check_deterministic(cfg)
     _check_reference(cfg)
+    _check_best_metric(cfg)
     if has_resnet(cfg):
         check_resnet(cfg)
     if has_swin(cfg):
         check_swin(cfg)
+    if has_timm(cfg):
+        check_timm(cfg, "MODEL.TIMM")
+    if has_vit(cfg):
+        check_timm(cfg, "MODEL.VIT")
     if is_mask_former(cfg.MODEL.META_ARCHITECTURE):
         _check_input(cfg)
         check_schedule(cfg)
@@ -168,6 +180,8 @@ def _check_deterministic(cfg: CfgNode) -> None:
             "DETERMINISTIC and MODEL.SWIN.APE are both True, but torch has no deterministic "
             "algorithm on a GPU to train the position table: set one of them to False."
         )
+    if has_vit(cfg) and not cfg.MODEL.DEVICE.startswith("cpu"):
+        check_deterministic_vit(cfg)
     if cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME == FAPN and not cfg.MODEL.DEVICE.startswith("cpu"):
         raise ValueError(
             f"DETERMINISTIC is True and MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME is {FAPN!r}, but "
@@ -183,6 +197,20 @@ def _check_reference(cfg: CfgNode) -> None:
         raise ValueError(
             f"SOLVER.{workers} is {cfg.SOLVER[workers]} and SOLVER.{batch_size} is "
             f"{cfg.SOLVER[batch_size]}, but both scale the learning rate: set one of them to 0."
+        )
+
+
+def _check_best_metric(cfg: CfgNode) -> None:
+    """The best checkpoint and early stopping need evaluations in training."""
+    if has_best_metric(cfg) and cfg.TEST.EVAL_PERIOD == 0:
+        raise ValueError(
+            f"TEST.BEST_METRIC is {cfg.TEST.BEST_METRIC!r}, but TEST.EVAL_PERIOD is 0, so that "
+            "only the last weights are evaluated: set TEST.EVAL_PERIOD to a number of iterations."
+        )
+    if stops_early(cfg) and not has_best_metric(cfg):
+        raise ValueError(
+            f"TEST.EARLY_STOPPING_PATIENCE is {cfg.TEST.EARLY_STOPPING_PATIENCE}, but "
+            "TEST.BEST_METRIC is empty: name the metric that must improve."
         )
 
 
@@ -242,7 +270,7 @@ def _check_channels(cfg: CfgNode) -> None:
             f"MODEL.PIXEL_MEAN is {mean!r} and MODEL.PIXEL_STD is {std!r}; allowed: one number for "
             "each channel in both."
         )
-    is_ours = is_plain(cfg) and has_our_mapper(cfg) and (has_swin(cfg) or has_resnet(cfg))
+    is_ours = is_plain(cfg) and has_our_mapper(cfg) and has_known_backbone(cfg)
     image_format = cfg.INPUT.FORMAT
     if is_ours and image_format != BANDS and len(mean) != len(image_format):
         raise ValueError(

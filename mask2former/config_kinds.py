@@ -97,6 +97,16 @@ class Text:
 
 
 @dataclass(frozen=True)
+class Metric:
+    """The name of a metric in the results of an evaluation."""
+
+    allowed = "a metric by its path, such as 'segm/AP'"
+
+    def accepts(self, value: Any) -> bool:
+        return isinstance(value, str) and "/" in value and all(map(str.strip, value.split("/")))
+
+
+@dataclass(frozen=True)
 class Path:
     """A file or folder; empty: none."""
 

@@ -8,7 +8,7 @@ from detectron2.modeling import BACKBONE_REGISTRY
 from detectron2.utils.registry import Registry
 
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
-from .modeling.backbone.swin import D2SwinTransformer
+from .modeling.backbone import D2SwinTransformer, TimmBackbone, TimmViTBackbone, build_timm_backbone
 from .utils.registry import is_mask_former
 
 MASK_FORMER_HEAD = "MaskFormerHead"
@@ -74,6 +74,22 @@ def has_swin(cfg: CfgNode) -> bool:
     return _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME") is D2SwinTransformer
 
 
+def has_timm(cfg: CfgNode) -> bool:
+    """Whether the backbone is a hierarchical model of timm."""
+    builders = (TimmBackbone, build_timm_backbone)
+    return _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME") in builders
+
+
+def has_vit(cfg: CfgNode) -> bool:
+    """Whether the backbone is a plain vision transformer of timm."""
+    return _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME") is TimmViTBackbone
+
+
+def has_known_backbone(cfg: CfgNode) -> bool:
+    """Whether the backbone is Detectron2's ResNet or one of this project."""
+    return any(condition(cfg) for condition in (has_swin, has_resnet, has_timm, has_vit))
+
+
 def has_resnet(cfg: CfgNode) -> bool:
     """Whether the backbone is one of Detectron2's ResNets."""
     builder = _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME")
@@ -93,7 +109,7 @@ def has_only_known_parts(cfg: CfgNode) -> bool:
     return (
         is_plain(cfg)
         and has_our_mapper(cfg)
-        and (has_swin(cfg) or has_resnet(cfg))
+        and has_known_backbone(cfg)
         and head.NAME in OUR_HEADS
         and head.PIXEL_DECODER_NAME in OUR_PIXEL_DECODERS
         and decoder in OUR_DECODERS
@@ -135,6 +151,15 @@ def mapped_by(*bases: type) -> Condition:
 
 def turned_on(key: str) -> Condition:
     return lambda cfg: has_key(cfg, key) and get_value(cfg, key) is True
+
+
+def has_best_metric(cfg: CfgNode) -> bool:
+    return has_key(cfg, "TEST.BEST_METRIC") and get_value(cfg, "TEST.BEST_METRIC") != ""
+
+
+def stops_early(cfg: CfgNode) -> bool:
+    key = "TEST.EARLY_STOPPING_PATIENCE"
+    return has_key(cfg, key) and get_value(cfg, key) > 0
 
 
 def matches_at_points(cfg: CfgNode) -> bool:

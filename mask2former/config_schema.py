@@ -23,6 +23,7 @@ from .config_kinds import (
     Flag,
     Kind,
     ListOf,
+    Metric,
     Norm,
     Null,
     Number,
@@ -44,6 +45,7 @@ from .config_parts import (
     all_of,
     always,
     get_value,
+    has_best_metric,
     has_key,
     has_losses_at_points,
     has_mask_former,
@@ -51,12 +53,15 @@ from .config_parts import (
     has_our_mapper,
     has_resnet,
     has_swin,
+    has_timm,
+    has_vit,
     is_plain,
     mapped_by,
     matches_at_points,
     named,
     never,
     scheduled_by,
+    stops_early,
     turned_on,
 )
 from .data.dataset_mappers import DETRPanopticDatasetMapper
@@ -65,6 +70,7 @@ from .data.dataset_mappers.base import (
     LargeScaleJitterDatasetMapper,
     ResizeCropDatasetMapper,
 )
+from .modeling.backbone.timm import NORMS
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
 
 _SIZE = Whole(1, 2**16)  # pixels, channels, queries
@@ -159,7 +165,21 @@ GROUPS = (
             "TEST.EXPECTED_RESULTS": ListOf(_EXPECTED_RESULT),
             "TEST.PRECISE_BN.ENABLED": Flag(),
             "TEST.AUG.ENABLED": Flag(),
+            "SOLVER.EMA.ENABLED": Flag(),
+            "TEST.BEST_METRIC": Either(OneOf(""), Metric()),
+            "TEST.EARLY_STOPPING_PATIENCE": _LENGTH,
         },
+    ),
+    Group(
+        always,
+        {"SOLVER.EMA.DECAY": Number(0, 1, above=True, below=True), "SOLVER.EMA.WARMUP": Flag()},
+        turned_on("SOLVER.EMA.ENABLED"),
+    ),
+    Group(always, {"TEST.BEST_MODE": OneOf("max", "min")}, has_best_metric),
+    Group(
+        always,
+        {"TEST.EARLY_STOPPING_MIN_DELTA": Number(0, 1e6)},
+        all_of(has_best_metric, stops_early),
     ),
     Group(
         always,
@@ -460,7 +480,7 @@ GROUPS = (
     # ---- backbones ----
     # The stem is 1, the stages are 2 to 5; 0 and negative: nothing is frozen.
     Group(
-        lambda cfg: has_swin(cfg) or has_resnet(cfg),
+        lambda cfg: has_swin(cfg) or has_resnet(cfg) or has_timm(cfg),
         {"MODEL.BACKBONE.FREEZE_AT": Whole(None, 5)},
     ),
     Group(
@@ -482,6 +502,25 @@ GROUPS = (
             "MODEL.SWIN.PATCH_NORM": Flag(),
             "MODEL.SWIN.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
             "MODEL.SWIN.USE_CHECKPOINT": Flag(),
+        },
+    ),
+    Group(
+        has_timm,
+        {
+            "MODEL.TIMM.NAME": Text(),
+            "MODEL.TIMM.OUT_FEATURES": ListOf(OneOf(*_STAGES), 1, distinct=True),
+            "MODEL.TIMM.DROP_PATH_RATE": _RATE,
+            "MODEL.TIMM.NORM": OneOf(*NORMS),
+        },
+    ),
+    Group(
+        has_vit,
+        {
+            "MODEL.VIT.NAME": Text(),
+            "MODEL.VIT.OUT_CHANNELS": _SIZE,
+            "MODEL.VIT.DROP_PATH_RATE": _RATE,
+            # The embeddings are 1, then each block counts.
+            "MODEL.BACKBONE.FREEZE_AT": Whole(None, 1000),
         },
     ),
     Group(

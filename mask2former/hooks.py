@@ -1,5 +1,6 @@
 """Hooks of the trainer, and which hooks read the losses in which iterations."""
 
+import datetime
 import json
 import logging
 import os
@@ -10,9 +11,12 @@ from detectron2.engine import hooks
 from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 
+from .best_checkpoint import BestModel, EarlyStop
+from .ema import WeightAverage
 from .fast.checkpointing import has_room, set_checkpointing
 from .pictures import HardExamples, Pictures
 from .training_log import PeakMemory
+from .utils.memory import peak_resident_bytes
 from .utils.seeding import MODEL, seed_all
 
 _logger = logging.getLogger(__name__)
@@ -83,11 +87,16 @@ def finish_iteration(trainer: TrainerBase) -> None:
     """
     done = trainer.start_iter - 1
     is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done
-    if any(comm.all_gather(is_written)):
-        return
+    is_written = any(comm.all_gather(is_written))
     trainer.iter = trainer.storage.iter = done
     for hook in trainer._hooks:
-        if isinstance(hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter):
+        if isinstance(hook, EarlyStop):
+            hook.after_step()
+        elif is_written and isinstance(hook, BestModel):
+            hook.add_recorded(done)
+        elif not is_written and isinstance(
+            hook, hooks.EvalHook | hooks.BestCheckpointer | hooks.PeriodicWriter
+        ):
             hook.after_step()
     trainer.iter = trainer.storage.iter = trainer.start_iter
 
@@ -167,6 +176,72 @@ class AmpleMemory(HookBase):
         return torch.cuda.max_memory_allocated(device), free + torch.cuda.memory_reserved(device)
 
 
+class StartReport(HookBase):
+    """Logs time and memory after the first iterations, and what would make training faster.
+
+    Times are medians over the last iterations, as everywhere in the log; memory is that of the main
+    process.
+    """
+
+    _NUM_ITERATIONS = 20
+    # Share of an iteration in which training waits for data, and of memory in use, for a hint.
+    _SLOW_DATA = 0.3
+    _AMPLE_MEMORY = 0.6
+
+    def after_step(self) -> None:
+        trainer = self.trainer
+        last = min(trainer.start_iter + self._NUM_ITERATIONS, trainer.max_iter) - 1
+        if trainer.iter == last and comm.is_main_process():
+            _logger.info(self._report())
+
+    def _report(self) -> str:
+        trainer, cfg = self.trainer, self.trainer.cfg
+        number = trainer.iter - trainer.start_iter + 1
+        histories = trainer.storage.histories()
+        if not {"time", "data_time"} <= histories.keys():  # not in the first iterations
+            return f"After {number} iterations: no times yet; {self._memory()[0]}"
+        seconds = histories["time"].median(number)
+        data = histories["data_time"].median(number) / seconds
+        batch = cfg.SOLVER.IMS_PER_BATCH
+        remaining = seconds * (trainer.max_iter - trainer.iter - 1)
+        memory, used = self._memory()
+        lines = [
+            f"After {number} iterations: {seconds:.3f} s/it, {batch / seconds:.1f} images/s, "
+            f"{min(data, 1):.0%} of the time waiting for data, "
+            f"ETA {datetime.timedelta(seconds=round(remaining))}",
+            f"batch {batch} = {comm.get_world_size()} process(es) x "
+            f"{batch // comm.get_world_size()} images; {memory}",
+        ]
+        if data > self._SLOW_DATA:
+            lines.append(
+                f"Training waits for data: raise DATALOADER.NUM_WORKERS "
+                f"({cfg.DATALOADER.NUM_WORKERS} for each process; this machine has "
+                f"{os.cpu_count()} CPU cores), or keep the images on a faster disk."
+            )
+        if used is not None and used < self._AMPLE_MEMORY:
+            lines.append(
+                f"{1 - used:.0%} of the GPU's memory is free: a larger batch may fit, see "
+                "tools/find_batch_size.py."
+            )
+        return "\n  ".join(lines)
+
+    def _memory(self) -> tuple[str, float | None]:
+        """Peak memory in words, and the share of the GPU's that is in use."""
+        device = next(self.trainer.model.parameters()).device
+        resident = f"{peak_resident_bytes() / 2**30:.1f} GiB in the main process"
+        if device.type != "cuda":
+            return f"peak memory {resident}", None
+        # None of these waits for the GPU.
+        allocated = torch.cuda.max_memory_allocated(device)
+        reserved = torch.cuda.max_memory_reserved(device)
+        total = torch.cuda.get_device_properties(device).total_memory
+        text = (
+            f"peak memory of the GPU {allocated / 2**30:.1f} GiB allocated, "
+            f"{reserved / 2**30:.1f} reserved, of {total / 2**30:.1f}; {resident}"
+        )
+        return text, reserved / total
+
+
 # Hooks that do not read the losses, or only after every so many iterations: the attribute says how
 # many. All others may read them any time.
 READING_PERIODS: dict[type[HookBase], str | None] = {
@@ -183,6 +258,10 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     MetricWindow: None,
     UnwrittenMetrics: None,
     AmpleMemory: None,
+    WeightAverage: None,
+    BestModel: "_period",
+    EarlyStop: None,
+    StartReport: None,
     PeakMemory: None,
     HardExamples: None,
     Pictures: "_period",

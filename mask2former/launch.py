@@ -26,10 +26,16 @@ from detectron2.utils.logger import setup_logger
 from torch.distributed.elastic.multiprocessing.errors import record
 
 from .checkpoint import Mask2FormerCheckpointer
-from .config import ExtendConfig, register_custom_datasets, without_added_defaults
+from .config import (
+    ExtendConfig,
+    load_config,
+    register_custom_datasets,
+    without_added_defaults,
+)
 from .env import describe
 from .evaluation.expected_results import check_expected_results
 from .preflight import Purpose, check_run, load_and_check
+from .smoke_test import empty_smoke_folder, run_smoke_test, smoke_folder
 from .trainer import Trainer, has_own_evaluators
 from .utils.determinism import use_deterministic_algorithms
 from .utils.files import explained_write_errors, require_writable
@@ -137,7 +143,8 @@ def main(args: argparse.Namespace) -> dict | None:
 
     Args:
         args: of Detectron2's `default_argument_parser`; an additional `compile` is a mode of
-            `torch.compile` for evaluation.
+            `torch.compile` for evaluation, `smoke` asks for a smoke test (`smoke_test.py`), which
+            `launch` has prepared.
 
     Returns:
         The evaluation results, on the main process: {task: {metric: value}}, per data set if
@@ -175,6 +182,8 @@ def _train_or_evaluate(args: argparse.Namespace, compile_mode: str | None) -> di
             verify_results(cfg, results)
         return results
 
+    if getattr(args, "smoke", False):
+        return run_smoke_test(cfg)
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
@@ -202,6 +211,12 @@ def run(
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="with --eval-only: compile the model with torch.compile in this mode; recompiles for "
         "every padded image size, so a larger MODEL.MASK_FORMER.SIZE_DIVISIBILITY may help",
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="is everything in place? Two iterations, a checkpoint, an evaluation of a few images "
+        "and a drawing, in OUTPUT_DIR/smoke; a checklist, and status 1 if a step fails",
     )
     args = parser.parse_args()
     print("Command Line Args:", args)
@@ -247,6 +262,12 @@ def launch(
             f"{args.num_machines} would start processes twice: leave them out, and tell "
             "torchrun --nproc-per-node and --nnodes."
         )
+    is_smoke = getattr(args, "smoke", False)
+    if is_smoke and (args.resume or args.eval_only or main is not _OWN_MAIN):
+        raise ValueError(
+            "--smoke tries the training of tools/train_net.py from its start: leave out --resume "
+            "and --eval-only. A program with a main function of its own is not known to it."
+        )
     purpose: Purpose = "unknown"
     if main is _OWN_MAIN:
         purpose = "evaluate" if args.eval_only else "train"
@@ -255,12 +276,16 @@ def launch(
         interruptible(lambda signum: _message_before_start(signum, args.opts)),
         kept_warnings() as warnings,
     ):
-        cfg = load_and_check(
-            args.config_file,
-            args.opts,
+        cfg = load_config(args.config_file, args.opts, extend_config)
+        if is_smoke:
+            # Before the checks, which would have to run again.
+            cfg.OUTPUT_DIR = smoke_folder(cfg)
+            if int(os.environ["RANK"] if by_torchrun else args.machine_rank) == 0:
+                empty_smoke_folder(cfg.OUTPUT_DIR)
+        check_run(
+            cfg,
             purpose,
             num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
-            extend_config=extend_config,
             own_evaluators=has_own_evaluators(Trainer),
         )
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"

@@ -17,10 +17,13 @@ from .config_parts import (
     OUR_DECODERS,
     OUR_PIXEL_DECODERS,
     PIXEL_DECODERS_WITH_ENCODER,
+    get_value,
     has_resnet,
 )
 from .config_schema import bad_value
+from .modeling.backbone.freezing import freeze_at_of
 from .modeling.backbone.swin import check_stages
+from .modeling.backbone.timm_models import check_name, on_meta
 from .modeling.layers import CROSS_ATTENTION_REGISTRY
 from .modeling.pixel_decoder.fapn import OFFSET_GROUPS
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
@@ -223,6 +226,24 @@ def check_swin(cfg: CfgNode) -> None:
     """The stages."""
     swin = cfg.MODEL.SWIN
     check_stages(swin.EMBED_DIM, swin.DEPTHS, swin.NUM_HEADS)
+
+
+def check_timm(cfg: CfgNode, section: str) -> None:
+    """The model's name. What the model itself decides is checked when it is built."""
+    check_name(get_value(cfg, f"{section}.NAME"), f"{section}.NAME")
+
+
+def check_deterministic_vit(cfg: CfgNode) -> None:
+    """Position embeddings that are interpolated and trained."""
+    name = cfg.MODEL.VIT.NAME
+    check_name(name, "MODEL.VIT.NAME")
+    is_trained = freeze_at_of(cfg) < 1
+    if is_trained and getattr(on_meta(name), "pos_embed", None) is not None:
+        raise ValueError(
+            f"DETERMINISTIC is True and MODEL.VIT.NAME is {name!r}, but torch has no deterministic "
+            "algorithm on a GPU to train its interpolated position embeddings: set "
+            "MODEL.BACKBONE.FREEZE_AT to 1 to freeze them, or DETERMINISTIC to False."
+        )
 
 
 def check_resnet(cfg: CfgNode) -> None:

@@ -16,6 +16,7 @@ from detectron2.config import CfgNode
 from detectron2.data import DatasetCatalog
 from detectron2.utils import comm
 
+from .best_checkpoint import check_best_metric
 from .config import ExtendConfig, load_config
 from .config_checks import check_config, check_once, check_parts, check_training
 from .data.class_counts import check_class_counts
@@ -99,6 +100,8 @@ def check_run(
         # Training does not evaluate with augmentation.
         check_tasks = partial(check_expected_tasks, with_tta=purpose == "evaluate")
         check_once(cfg, f"expected results {purpose}", check_tasks)
+        if purpose == "train":
+            check_once(cfg, "best metric", check_best_metric)
         for name in cfg.DATASETS.TEST:
             check_once(cfg, f"ground truth {name}", partial(check_ground_truth, dataset_name=name))
     if purpose == "train":

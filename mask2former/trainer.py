@@ -32,6 +32,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
+from .best_checkpoint import BestModel, EarlyStop, StopsEarly
 from .checkpoint import Mask2FormerCheckpointer
 from .data.dataset_mappers import build_mapper
 from .data.loader import (
@@ -40,6 +41,7 @@ from .data.loader import (
     build_train_loader,
     has_fixed_size,
 )
+from .ema import WeightAverage
 from .evaluation import build_evaluator, write_results
 from .evaluation.expected_results import check_expected_results
 from .experiment_trackers import build_trackers
@@ -49,16 +51,19 @@ from .hooks import (
     AmpleMemory,
     IterationSeed,
     MetricWindow,
+    StartReport,
     UnwrittenMetrics,
     finish_iteration,
 )
 from .maskformer_model import MaskFormer
 from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .optimizer import build_optimizer, scale_learning_rate
+from .pictures import HardExamples
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
+from .training_evaluation import with_evaluation_hooks
 from .training_log import configure_step, with_logging_hooks
 from .utils.chosen_keys import is_unset
 from .utils.determinism import use_deterministic_algorithms
@@ -74,12 +79,16 @@ _logger = logging.getLogger(__name__)
 _STEPS = ("run_step", "before_step", "after_step", "after_backward")
 
 
-class Trainer(DefaultTrainer):
+class Trainer(DefaultTrainer, StopsEarly):
     """Trains and evaluates what a config describes.
 
     Attributes:
         seed: of the run: the config's SEED, or drawn once, logged and saved in checkpoints.
+        evaluated_iter: `iter` at the last evaluation in this process, if SOLVER.EMA or
+            TEST.BEST_METRIC is on; -1: none yet.
     """
+
+    evaluated_iter = -1
 
     def __init__(self, cfg: CfgNode, *, delay_metrics: bool | None = None) -> None:
         """
@@ -173,11 +182,12 @@ class Trainer(DefaultTrainer):
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
         chooses = on_gpu and self.cfg.MODEL.get("CHECKPOINTING") == "auto"
         return [
-            *with_logging_hooks(self.cfg, super().build_hooks()),
+            *with_logging_hooks(self.cfg, with_evaluation_hooks(self, super().build_hooks())),
             IterationSeed(),
             MetricWindow(),
             UnwrittenMetrics(),
             AmpleMemory() if chooses else None,
+            StartReport(),
         ]
 
     def build_writers(self) -> list[EventWriter]:
@@ -194,6 +204,7 @@ class Trainer(DefaultTrainer):
         # The start is the iteration after this one, which the state of training sets.
         self.iter = -1
         super().resume_or_load(resume)
+        self._end_if_stopped()
         if resume and not self.checkpointer.has_checkpoint():
             self._warn_of_unnamed_checkpoints()
         elif self.iter == -1 and resume:
@@ -202,6 +213,17 @@ class Trainer(DefaultTrainer):
                 "weights: training starts at iteration 0, with a new optimiser and schedule."
             )
         self.iter = max(self.iter, 0)
+
+    def _end_if_stopped(self) -> None:
+        """Leave nothing to train if early stopping has ended the run to resume."""
+        for hook in self._hooks:
+            if isinstance(hook, EarlyStop) and hook.is_over() and self.start_iter < self.max_iter:
+                _logger.info(
+                    f"Early stopping has ended this training after iteration {self.start_iter - 1}:"
+                    f" it is finished. With a larger TEST.EARLY_STOPPING_PATIENCE, or 0, it "
+                    "continues."
+                )
+                self.max_iter = self.start_iter
 
     def _warn_of_unnamed_checkpoints(self) -> None:
         unnamed = sorted(Path(self.cfg.OUTPUT_DIR).glob("model_*.pth"))
@@ -351,6 +373,7 @@ class Trainer(DefaultTrainer):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_trainer_state(self, state_dict)
+        state_dict = self._without_unused(state_dict)
         configured = Configured(self.cfg, self._trainer.optimizer, self.scheduler)
         super().load_state_dict(state_dict)
         # Checkpoints of other trainers have no settings.
@@ -368,6 +391,21 @@ class Trainer(DefaultTrainer):
         elif seed != self.seed:
             _logger.info(f"Continuing with the seed of the run to resume, {seed}")
             self.seed = seed
+
+    def _without_unused(self, state_dict: dict[str, Any]) -> dict[str, Any]:
+        """State of training without that of hooks that the config has turned off since."""
+        states = dict(state_dict.get("hooks", {}))
+        keys: dict[type[HookBase], str] = {
+            WeightAverage: "SOLVER.EMA.ENABLED",
+            BestModel: "TEST.BEST_METRIC",
+            HardExamples: "LOGGING.HARD_EXAMPLES",
+        }
+        for hook, key in keys.items():
+            name = hook.__qualname__
+            if name in states and not any(type(own) is hook for own in self._hooks):
+                del states[name]
+                _logger.info(f"The checkpoint has state for {key}, which is off: it is not used.")
+        return state_dict | {"hooks": states}
 
     @classmethod
     def build_model(cls, cfg: CfgNode) -> nn.Module:

@@ -26,6 +26,15 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("needs a CUDA device")
 
 
+@pytest.fixture(autouse=True, scope="session")
+def annotation_cache(tmp_path_factory) -> Iterator[str]:
+    """Keep converted annotations out of the home folder, also in programs that tests start."""
+    folder = str(tmp_path_factory.mktemp("cache"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MASK2FORMER_CACHE", folder)
+        yield folder
+
+
 @pytest.fixture(params=["plain", "fast"])
 def mode(request) -> Callable[[nn.Module], nn.Module]:
     """Function that makes a module run as written, or leaves its fast twins on; returns it."""

@@ -102,3 +102,26 @@ def entry(kind: str, root: Path, name: str = "own_train", **others: Any) -> dict
         "semantic": {"LABEL_ROOT": str(root / "labels"), "CLASSES": CLASSES},
     }[kind]
     return {"NAME": name, "TYPE": kind, "IMAGE_ROOT": str(root / "images"), **keys, **others}
+
+
+def many_images(root: Path, number: int = 40) -> list[str]:
+    """Adds root/images/00.jpg, 01.jpg, ... to data of one of the functions above; their names."""
+    names = [f"{i:02}.jpg" for i in range(number)]
+    for name in names:
+        photograph(root / "images" / name)
+    return names
+
+
+def yolo(root: Path, train: int = 2, val: int = 1) -> None:
+    """Writes YOLO polygons: classes cat, dog and bird; each image has a cat of 6 x 4 pixels at the
+    top left, and all but the first of a split a dog of 3 x 4 at the bottom right."""
+    cat, dog = "0 0 0 0.5 0 0.5 0.5 0 0.5", "1 0.75 0.5 1 0.5 1 1 0.75 1"
+    for split, number in (("train", train), ("val", val)):
+        for i in range(number):
+            photograph(root / f"images/{split}/{split}{i}.jpg")
+            labels = root / f"labels/{split}/{split}{i}.txt"
+            labels.parent.mkdir(parents=True, exist_ok=True)
+            labels.write_text("\n".join([cat, dog][: 1 + (i > 0)]) + "\n")
+    (root / "data.yaml").write_text(
+        "path: .\ntrain: images/train\nval: images/val\nnames: {0: cat, 1: dog, 2: bird}\n"
+    )

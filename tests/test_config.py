@@ -78,9 +78,23 @@ ADDED = {
     "MODEL.MASK_FORMER.DECODER.LEARNABLE_QUERY_FEATURES": True,
     "MODEL.MASK_FORMER.DECODER.CROSS_ATTENTION_FIRST": True,
     "MODEL.MASK_FORMER.DECODER.DROPOUT": 0.0,
+    "MODEL.TIMM.NAME": "",
+    "MODEL.TIMM.OUT_FEATURES": ["res2", "res3", "res4", "res5"],
+    "MODEL.TIMM.DROP_PATH_RATE": 0.0,
+    "MODEL.TIMM.NORM": "FrozenBN",
+    "MODEL.VIT.NAME": "",
+    "MODEL.VIT.OUT_CHANNELS": 256,
+    "MODEL.VIT.DROP_PATH_RATE": 0.0,
     "SOLVER.AMP.DTYPE": "float16",
     "SOLVER.NUM_ACCUMULATION_STEPS": 1,
     "SOLVER.REFERENCE_BATCH_SIZE": 0,
+    "SOLVER.EMA.ENABLED": False,
+    "SOLVER.EMA.DECAY": 0.9998,
+    "SOLVER.EMA.WARMUP": True,
+    "TEST.BEST_METRIC": "",
+    "TEST.BEST_MODE": "max",
+    "TEST.EARLY_STOPPING_PATIENCE": 0,
+    "TEST.EARLY_STOPPING_MIN_DELTA": 0.0,
 }
 COCO_SEMANTIC = "coco/semantic-segmentation/maskformer2_R50_bs16_50ep.yaml"
 FAPN = (
@@ -160,6 +174,7 @@ def test_every_recipe_is_known():
     files = {str(path.relative_to(CONFIGS)) for path in CONFIGS.rglob("maskformer*.yaml")}
     # Recipes of models and tasks that the original release lacks: test_maskformer_recipes.py.
     added = {path for path in files if path.startswith(("_base/", "shapes/", "maskformer/"))}
+    added |= {path for path in files if "/timm/" in path}  # tests/modeling/backbone/test_timm.py
     light = {path for path in files if "/light/" in path}  # test_light_recipes.py
     assert files - added - light == {*RECIPES, FAPN, LVIS, COCO_SEMANTIC}
 
@@ -460,7 +475,7 @@ def test_written_config_is_readable_for_the_original_release(cfg):
     for key in ADDED:
         section, _, name = key.rpartition(".")
         del get_value(original, section)[name]
-    del original.MODEL.MASK_FORMER["DECODER"]
+    del original.MODEL.MASK_FORMER["DECODER"], original.MODEL["TIMM"], original.MODEL["VIT"]
     text = without_added_defaults(cfg).dump()
     original.merge_from_other_cfg(CfgNode.load_cfg(text))
     assert {*flatten(cfg)} - {*flatten(original)} == {*ADDED}

@@ -51,6 +51,14 @@ BASES = {
             "MODEL.RESNETS.DEFORM_ON_PER_STAGE": [False, False, False, True],
         },
     ),
+    "timm": (
+        "coco/panoptic-segmentation/timm/maskformer2_convnext_tiny_bs16_50ep.yaml",
+        {"MODEL.TIMM.NAME": "test_convnext"},
+    ),
+    "ViT": (
+        "coco/panoptic-segmentation/timm/maskformer2_dinov2_base_bs16_50ep.yaml",
+        {"MODEL.VIT.NAME": "test_vit"},
+    ),
     "FPN": (
         "mapillary-vistas/semantic-segmentation/maskformer2_R50_bs16_300k.yaml",
         {
@@ -149,6 +157,7 @@ ACCEPTED = {
             "*SINGLE_CATEGORY_MAX_AREA",
             "*NUM_WORKERS",
             "*EVAL_PERIOD",
+            "*MIN_DELTA",
             "*REFERENCE_WORLD_SIZE",
             "*REFERENCE_BATCH_SIZE",
             "*TRANSFORMER_ENC_LAYERS",
@@ -168,6 +177,7 @@ ACCEPTED = {
             "*_WEIGHT",
             "*WEIGHT_DECAY*",
             "*OVERSAMPLE_RATIO",
+            "*MIN_DELTA",
             "*_SCALE",
             "*BASE_LR",
             "*GAMMA",

@@ -1,17 +1,19 @@
 """A training job with steps of milliseconds, for tests; also a program.
 
-    python toy_training.py [--resume] [--kill-at ITERATION] [--delayed | --at-once] OUTPUT_DIR
-        [KEY VALUE ...]
+    python toy_training.py [--resume] [--kill-at ITERATION] [--delayed | --at-once] [--planned]
+        OUTPUT_DIR [KEY VALUE ...]
 
 Its model and its mapper use random numbers in each step, from all three generators. Every step's
 losses are appended to OUTPUT_DIR/losses.txt in full precision, except with --delayed and --at-once,
-which say when they are written to metrics.json.
+which say when they are written to metrics.json. With --planned its evaluations have the values of
+tests/test_best_checkpoint.py.
 """
 
 import argparse
 import os
 import random
 import signal
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -157,7 +159,11 @@ def read_losses(output_dir: str | Path) -> dict[int, str]:
 
 def main(args: argparse.Namespace) -> None:
     torch.manual_seed(0)
-    trainer = ToyTrainer(toy_config(args.output_dir, *args.opts), delay_metrics=args.delayed)
+    kind = ToyTrainer
+    if args.planned:
+        sys.modules["toy_training"] = sys.modules["__main__"]
+        from test_best_checkpoint import Evaluating as kind
+    trainer = kind(toy_config(args.output_dir, *args.opts), delay_metrics=args.delayed)
     if args.delayed is not None:
         trainer._hooks = [hook for hook in trainer._hooks if type(hook) is not WriteLosses]
     trainer.resume_or_load(resume=args.resume)
@@ -173,6 +179,7 @@ if __name__ == "__main__":
     parser.add_argument("--kill-at", type=int)
     parser.add_argument("--delayed", action="store_true", default=None)
     parser.add_argument("--at-once", action="store_false", dest="delayed")
+    parser.add_argument("--planned", action="store_true")
     parser.add_argument("opts", nargs=argparse.REMAINDER)
     arguments = parser.parse_args()
     if started_by_torchrun():

@@ -42,7 +42,7 @@ class Row(NamedTuple):
     Attributes:
         name: in this project's words.
         config: its file, relative to configs/; "" if the base recipe is unchanged.
-        recipe: folder of the recipe that takes the place of the base; "" if none does.
+        recipe: folder of the task whose recipe takes the place of the base; "" if none does.
         layer: the decoder layer whose proposals are evaluated.
         paper: its numbers: scores in percent, params, FLOPs, fps, memory.
     """
@@ -86,7 +86,7 @@ def read_tables(path: Path) -> dict[str, Table]:
     """Read configs/ablations/paper.yaml.
 
     Raises:
-        ValueError: an unknown kind or number.
+        ValueError: an unknown kind or number, or rows whose files would have one name.
     """
     tables = {}
     for key, content in yaml.safe_load(path.read_text()).items():
@@ -100,6 +100,9 @@ def read_tables(path: Path) -> dict[str, Table]:
                 raise ValueError(f"{path}: row {entry['name']!r} has {sorted(unknown)}")
             config, recipe = entry.get("config", ""), entry.get("recipe", "")
             rows.append(Row(entry["name"], config, recipe, entry.get("layer"), numbers))
+        slugs = [row.slug for row in rows]
+        if len(set(slugs)) < len(slugs):
+            raise ValueError(f"{path}: rows of table {key} have the same name in files: {slugs}")
         tables[key] = Table(key, content["kind"], content["title"], rows)
     return tables
 
@@ -169,13 +172,17 @@ def _table_text(
     if any("memory" in row.paper for row in table.rows):
         for row, cells in zip(table.rows, rows, strict=True):
             cells["memory (GB), paper"] = f"{row.paper['memory']:g}"
-    if any((table.key, row.name) in results for row in table.rows):
-        for row, cells in zip(table.rows, rows, strict=True):
-            runs = results.get((table.key, row.name), [])
+    runs_of = {row.name: results.get((table.key, row.name), []) for row in table.rows}
+    if any(runs_of.values()):
+        for cells in rows:
+            runs = runs_of[cells["row"]]
             cells["memory (GB)"] = f"{max(r.memory for r in runs) / 2**30:.2f}" if runs else ""
             cells["minutes"] = (
                 f"{statistics.mean(r.seconds for r in runs) / 60:.1f}" if runs else ""
             )
+    if len({len(runs) for runs in runs_of.values() if runs}) > 1:  # some have failed
+        for cells in rows:
+            cells["seeds"] = str(len(runs_of[cells["row"]]))
     if table.kind == "recipe":
         for row, cells in zip(table.rows, rows, strict=True):
             cells["config"] = f"configs/{row.config}"
@@ -246,6 +253,8 @@ def draw_table(table: Table, results: dict[tuple[str, str], list[Result]]) -> by
 
 
 def _heading(table: Table) -> str:
+    if not any(character.isdigit() for character in table.key):  # no table of the paper's
+        return table.title
     number = table.key.removeprefix("fig")
     return f"{'Table' if number == table.key else 'Figure'} {number}: {table.title}"
 

@@ -12,36 +12,16 @@ there is any problem. Warnings are about things that may be intended.
 
 import argparse
 import os
-import re
 import sys
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from typing import Any
-
-import cv2
-import torch
-from tqdm import tqdm
 
 from mask2former.config import load_config
-from mask2former.data.check.images import ItemChecker, ItemReport
-from mask2former.data.check.index import Index, build_index, find_unlisted
-from mask2former.data.check.report import (
-    choose_examples,
-    draw_examples,
-    summarise,
-    write_reports,
-)
+from mask2former.data.check.run import check_datasets
 from mask2former.data.class_counts import check_class_counts
 from mask2former.data.formats.findings import Finding
 from mask2former.data.loader import check_dataset_names
 from mask2former.utils.files import WriteError, require_writable
 from mask2former.utils.interrupts import run_program
-
-# Findings printed per data set; the report has all.
-_NUM_PRINTED = 10
-
-# Examples on the contact sheet.
-_NUM_EXAMPLES = 12
+from mask2former.utils.log_file import kept_warnings
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -81,7 +61,8 @@ def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None, set[
     """
     names, mismatch, tested = args.names, None, set()
     if args.config_file:
-        cfg = load_config(args.config_file, args.opts)
+        with kept_warnings():  # prints what formats have been recognised
+            cfg = load_config(args.config_file, args.opts)
         names = names or [*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST]
         tested = {*cfg.DATASETS.TEST} - {*cfg.DATASETS.TRAIN}
         try:
@@ -96,40 +77,6 @@ def resolve_names(args: argparse.Namespace) -> tuple[list[str], str | None, set[
     return list(dict.fromkeys(names)), mismatch, tested
 
 
-def worker_pool(workers: int) -> ProcessPoolExecutor:
-    """Return a pool of single-threaded processes: a fork would deadlock on its parent's threads."""
-    return ProcessPoolExecutor(workers, initializer=_use_one_thread)
-
-
-def _use_one_thread() -> None:
-    torch.set_num_threads(1)
-    cv2.setNumThreads(0)
-
-
-def check_items(index: Index, workers: int) -> list[ItemReport]:
-    """Check every image and annotation in parallel; return one report per item, in order."""
-    checker = ItemChecker(index)
-    items = index.items
-
-    def results() -> Iterator[ItemReport]:
-        if workers == 1 or len(items) < 2:
-            yield from map(checker, items)
-            return
-        with worker_pool(min(workers, len(items))) as pool:
-            chunk = max(1, min(32, len(items) // (4 * workers)))
-            yield from pool.map(checker, items, chunksize=chunk)
-
-    return list(tqdm(results(), total=len(items), desc=index.name, unit="image"))
-
-
-def print_findings(title: str, findings: Sequence[dict[str, Any]]) -> None:
-    for finding in findings[:_NUM_PRINTED]:
-        item_id = "" if finding["id"] is None else f", {finding['id']}"
-        print(f"  {title}: {finding['file']}{item_id}: {finding['why']}")
-    if len(findings) > _NUM_PRINTED:
-        print(f"  ... and {len(findings) - _NUM_PRINTED} more {title}s")
-
-
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
@@ -138,53 +85,11 @@ def main(argv: list[str] | None = None) -> None:
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     try:
-        has_problems = check_all(args, names, mismatch, tested)
+        known = Finding(args.config_file, None, mismatch) if mismatch else None
+        has_problems = check_datasets(names, args.output, args.workers, tested, known)
     except WriteError as error:
         sys.exit(f"error: {error}")
     sys.exit(has_problems)
-
-
-def check_all(
-    args: argparse.Namespace, names: list[str], mismatch: str | None, tested: set[str]
-) -> bool:
-    """Check data sets, print findings and write the reports. Returns whether there are problems.
-
-    Args:
-        args: the command's arguments.
-        names, mismatch, tested: of `resolve_names`.
-
-    Raises:
-        WriteError: a report cannot be written.
-    """
-    indices = [build_index(name, for_training=name not in tested) for name in names]
-    if mismatch:
-        indices[0].problem(args.config_file, None, mismatch)
-    unlisted = find_unlisted(indices)
-    summaries = {}
-    for index in indices:
-        in_folders: list[Finding] = [
-            f for f in unlisted if os.path.dirname(f.file) in map(os.path.normpath, index.folders)
-        ]
-        index.warnings.extend(in_folders)
-        reports = check_items(index, args.workers)
-        summary = summarise(index, reports)
-        summaries[index.name] = summary
-        # Written after each data set, so that an interruption loses little.
-        write_reports(args.output, summaries)
-        examples = choose_examples(index, reports, _NUM_EXAMPLES)
-        if examples:
-            file_name = f"contact_sheet_{re.sub(r'[^-.0-9A-Za-z]', '_', index.name)}.png"
-            draw_examples(index, examples, os.path.join(args.output, file_name))
-        problems, warnings = summary["problems"], summary["warnings"]
-        print(
-            f"{index.name}: {summary['num_images']} images, {len(problems)} problems, "
-            f"{len(warnings)} warnings, {len(summary['classes_never_seen'])} of "
-            f"{len(index.classes)} classes never seen"
-        )
-        print_findings("problem", problems)
-        print_findings("warning", warnings)
-    print(f"report: {os.path.join(args.output, 'report.md')}")
-    return any(summary["problems"] for summary in summaries.values())
 
 
 if __name__ == "__main__":

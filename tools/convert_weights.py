@@ -1,12 +1,14 @@
 #!/usr/bin/env python
-"""Convert ImageNet weights of a backbone to Detectron2's names and format.
+"""Convert ImageNet weights of a backbone to the names that `MODEL.WEIGHTS` accepts.
 
     python tools/convert_weights.py resnet101-63fe2227.pth R-101.pkl
     python tools/convert_weights.py swin_small_patch4_window7_224.{pth,pkl}
+    python tools/convert_weights.py efficientnet-lite0-57934424.pth tf_efficientnet_lite0.pth
 
-The input is a ResNet of torchvision or a Swin Transformer of its authors' release, told apart by
-their keys. The output is the file that `MODEL.WEIGHTS` of the recipes names. Classifier weights are
-left out and listed.
+The input is a ResNet of torchvision, a Swin Transformer of its authors' release or an EfficientNet
+(also Lite) of the packages efficientnet-pytorch and efficientnet-lite-pytorch, told apart by their
+keys. ResNets and Swins become `.pkl` files of Detectron2; classifier weights are left out and
+listed. EfficientNets become `.pth` files of timm, whole, for `TimmBackbone`.
 """
 
 import argparse
@@ -17,6 +19,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mask2former.utils.files import (
@@ -28,7 +31,11 @@ from mask2former.utils.files import (
 )
 from mask2former.utils.interrupts import run_program
 
-_NAMES = {"torchvision": "a ResNet of torchvision", "swin": "an official Swin Transformer"}
+_NAMES = {
+    "torchvision": "a ResNet of torchvision",
+    "swin": "an official Swin Transformer",
+    "efficientnet": "an EfficientNet of efficientnet-pytorch",
+}
 # Keys that each kind of file must have, and patterns of all keys that it may have.
 _RESNET_KEYS = {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"}
 _RESNET_KEY = re.compile(
@@ -44,6 +51,36 @@ _SWIN_KEY = re.compile(
     r"|layers\.\d\.blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.\w+|attn_mask"
     r"|attn\.relative_position_(bias_table|index))"
 )
+_EFFICIENTNET_KEYS = {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"}
+_EFFICIENTNET_KEY = re.compile(
+    r"_(conv_stem|conv_head|bn0|bn1|fc)\.\w+"
+    r"|_blocks\.\d+\._((expand|depthwise|project)_conv|bn[0-2]|se_(reduce|expand))\.\w+"
+)
+# By timm's names. A block without expansion lacks the first pair, and timm then numbers its norms
+# from 1 and calls its projection conv_pw.
+_EFFICIENTNET_BLOCK = {
+    "_expand_conv": "conv_pw",
+    "_bn0": "bn1",
+    "_depthwise_conv": "conv_dw",
+    "_bn1": "bn2",
+    "_se_reduce": "se.conv_reduce",
+    "_se_expand": "se.conv_expand",
+    "_project_conv": "conv_pwl",
+    "_bn2": "bn3",
+}
+_EFFICIENTNET_FIRST_BLOCK = {
+    **_EFFICIENTNET_BLOCK,
+    "_bn1": "bn1",
+    "_project_conv": "conv_pw",
+    "_bn2": "bn2",
+}
+_EFFICIENTNET_REST = {
+    "_conv_stem": "conv_stem",
+    "_bn0": "bn1",
+    "_conv_head": "conv_head",
+    "_bn1": "bn2",
+    "_fc": "classifier",
+}
 # Other common files, recognised by a key.
 _OTHERS = {
     r"(^|\.)sem_seg_head\.": "a whole segmentation model, which MODEL.WEIGHTS accepts unconverted",
@@ -92,6 +129,40 @@ def convert_swin(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list
     return {k: v for k, v in weights.items() if k not in left_out}, left_out
 
 
+def convert_efficientnet(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """Rename the weights of an EfficientNet to those of timm's `tf_efficientnet_*`.
+
+    There blocks are numbered throughout, in timm within their stage. Each stage has other output
+    channels than the one before.
+
+    Args:
+        weights: by the names of efficientnet-pytorch.
+
+    Returns:
+        All weights by timm's names, and nothing left out.
+    """
+    places: dict[str, tuple[int, int]] = {}
+    stage, block, channels = -1, 0, None
+    while f"_blocks.{len(places)}._project_conv.weight" in weights:
+        number = str(len(places))
+        out_channels = len(weights[f"_blocks.{number}._project_conv.weight"])
+        stage, block = (stage + 1, 0) if out_channels != channels else (stage, block + 1)
+        places[number], channels = (stage, block), out_channels
+    renamed = {}
+    for name, value in weights.items():
+        parts = name.split(".")
+        if parts[0] != "_blocks":
+            renamed[f"{_EFFICIENTNET_REST[parts[0]]}.{parts[1]}"] = value
+            continue
+        if parts[1] not in places:
+            raise ValueError(f"block {parts[1]} has no projection, or one before it is missing.")
+        has_expansion = f"_blocks.{parts[1]}._expand_conv.weight" in weights
+        table = _EFFICIENTNET_BLOCK if has_expansion else _EFFICIENTNET_FIRST_BLOCK
+        stage, block = places[parts[1]]
+        renamed[f"blocks.{stage}.{block}.{table[parts[2]]}.{parts[3]}"] = value
+    return renamed, []
+
+
 def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
     """Identify the content of a file.
 
@@ -100,10 +171,10 @@ def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
         path: the file, for error messages.
 
     Returns:
-        "torchvision" or "swin", and the weights.
+        "torchvision", "swin" or "efficientnet", and the weights.
 
     Raises:
-        ValueError: the file is neither.
+        ValueError: the file is none of them.
     """
     weights = data.get("model", data) if isinstance(data, dict) else data
     is_state_dict = isinstance(weights, dict) and weights
@@ -112,7 +183,11 @@ def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
             sorted(map(str, weights))[:5] if isinstance(weights, dict) else type(data).__name__
         )
         raise ValueError(f"{path} does not hold a state dict, but {content}.")
-    kinds = (("torchvision", _RESNET_KEYS, _RESNET_KEY), ("swin", _SWIN_KEYS, _SWIN_KEY))
+    kinds = (
+        ("torchvision", _RESNET_KEYS, _RESNET_KEY),
+        ("swin", _SWIN_KEYS, _SWIN_KEY),
+        ("efficientnet", _EFFICIENTNET_KEYS, _EFFICIENTNET_KEY),
+    )
     for kind, required, allowed in kinds:
         if required <= weights.keys():
             unknown = [name for name in weights if not allowed.fullmatch(name)]
@@ -127,9 +202,16 @@ def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
             if re.search(pattern, name):
                 raise ValueError(f"{path} holds {what} (it has {name}); it cannot be converted.")
     raise ValueError(
-        f"{path} is neither {_NAMES['torchvision']} nor {_NAMES['swin']}: its first keys are "
+        f"{path} is neither {' nor '.join(_NAMES.values())}: its first keys are "
         f"{', '.join(list(weights)[:5])}."
     )
+
+
+_CONVERTERS = {
+    "torchvision": convert_resnet,
+    "swin": convert_swin,
+    "efficientnet": convert_efficientnet,
+}
 
 
 def convert(source: str, target: str) -> tuple[str, int, list[str]]:
@@ -137,18 +219,20 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
 
     Args:
         source: file written by `torch.save`, or a safetensors file.
-        target: the `.pkl` to write; an existing file is replaced.
+        target: the file to write, `.pkl`, or `.pth` for an EfficientNet; an existing one is
+            replaced.
 
     Returns:
         The kind of the source, the number of tensors written, and the names left out.
 
     Raises:
         FileNotFoundError: the source does not exist.
-        ValueError: the source is of neither kind or cannot be read, or the target is not a `.pkl`.
+        ValueError: the source is of no such kind or cannot be read, or the target ends wrongly.
     """
-    if Path(target).suffix != ".pkl":
+    if Path(target).suffix not in (".pkl", ".pth"):
         raise ValueError(
-            f"{target}: the output must end in .pkl, which tells Detectron2 its format."
+            f"{target}: the output must end in .pkl, which tells Detectron2 its format, or in .pth "
+            "for an EfficientNet."
         )
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist.")
@@ -158,10 +242,20 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
         is_safe = checkpoint_format(source) == "safetensors"
         data = load_safetensors(source) if is_safe else load_torch(source)
     kind, weights = identify(data, source)
-    converted, left_out = (convert_resnet if kind == "torchvision" else convert_swin)(weights)
+    expected = ".pth" if kind == "efficientnet" else ".pkl"
+    if Path(target).suffix != expected:
+        raise ValueError(f"{target}: the output must end in {expected}, for {_NAMES[kind]}.")
+    try:
+        converted, left_out = _CONVERTERS[kind](weights)
+    except (KeyError, ValueError) as error:
+        raise ValueError(f"{source} looks like {_NAMES[kind]}, but: {error}") from error
     bad = [name for name, value in converted.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(f"{source} holds NaN or infinite values, in {', '.join(bad[:5])}.")
+    if kind == "efficientnet":
+        with atomic_write(target, "wb") as file:
+            torch.save(converted, file)
+        return kind, len(converted), left_out
     result = {
         "model": {name: value.detach().numpy() for name, value in converted.items()},
         "__author__": "torchvision" if kind == "torchvision" else "third_party",
@@ -175,9 +269,9 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Convert ImageNet weights for Detectron2.")
     parser.add_argument(
-        "source", metavar="INPUT", help="weights of torchvision's or Swin's release"
+        "source", metavar="INPUT", help="weights of torchvision, Swin's release or an EfficientNet"
     )
-    parser.add_argument("target", metavar="OUTPUT", help="the .pkl to write")
+    parser.add_argument("target", metavar="OUTPUT", help="the .pkl or .pth to write")
     args = parser.parse_args(argv)
     try:
         kind, number, left_out = convert(args.source, args.target)

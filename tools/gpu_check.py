@@ -286,6 +286,24 @@ STEPS = (
         headline=read_result,
         result="result.json",
     ),
+    Step(
+        "loss_memory",
+        60,
+        lambda run: program(
+            "loss_memory",
+            run,
+            *(("--size", "64", "--targets", "2", *config(run)) if run.dry else ()),
+        ),
+        headline=read_result,
+        result="result.json",
+    ),
+    Step(
+        "fps",
+        90,
+        lambda run: program("fps", run, *(("--size", "64", *config(run)) if run.dry else ())),
+        headline=read_result,
+        result="result.json",
+    ),
 )
 
 

@@ -4,14 +4,16 @@
     python tools/run_ablations.py 4a 4c                     # on Shapes, also on a CPU
     python tools/run_ablations.py 4e --seeds 1 2 3 --jobs 2
     python tools/run_ablations.py 4a --base configs/coco/panoptic-segmentation/... --num-gpus 8
+    python tools/run_ablations.py architectures-panoptic architectures-semantic
     python tools/run_ablations.py 7b --base configs/ade20k/panoptic-segmentation/... --num-gpus 8
     python tools/run_ablations.py 1 2 3 6 [--fps]           # parameters and multiply-adds
     python tools/run_ablations.py --list
 
 Tables 4a to 4e and 5 apply the differences of each row in configs/ablations to one recipe, --base.
-Tables 7a to 7c (COCO, ADE20K, Cityscapes) train the recipes of the three tasks beside it, fig3
-evaluates the proposals of the base model by decoder layer. A finished run is reused and an
-interrupted one resumed, so the same command goes on where it stopped. The page is
+Tables 7a to 7c (COCO, ADE20K, Cityscapes) train the recipes of the three tasks beside it,
+architectures-semantic the semantic one. fig3 evaluates the proposals of the base model by decoder
+layer; a base with fewer layers is trained with as many as the rows ask for. A finished run is
+reused and an interrupted one resumed, so the same command goes on where it stopped. The page is
 OUTPUT/ablations.md, with a plot per table.
 """
 
@@ -90,9 +92,24 @@ def own_values(path: Path) -> dict[str, Any]:
     return own(values, "")
 
 
-def write_row_config(row: Row, base: Path, path: Path) -> None:
-    """Write a config: the recipe `base` with the differences of a row."""
+def write_row_config(row: Row, base: Path, path: Path, num_layers: int = 0) -> None:
+    """Write a config: the recipe `base` with the differences of a row.
+
+    Args:
+        row: of a table.
+        base: a config file.
+        path: of the new file.
+        num_layers: the least number of decoder layers; a smaller model gets as many.
+    """
     values = own_values(CONFIGS / row.config) if row.config else {}
+    # DEC_LAYERS counts the prediction of the learned queries too.
+    if num_layers and num_layers >= load_config(str(base)).MODEL.MASK_FORMER.DEC_LAYERS:
+        values = {"MODEL": {"MASK_FORMER": {"DEC_LAYERS": num_layers + 1}}}
+    model = values.get("MODEL", {})
+    if model.get("SEM_SEG_HEAD", {}).get("NAME") == "PerPixelBaselinePlusHead":
+        # One query per class: the row's file has the number of its own data set.
+        num_classes = load_config(str(base)).MODEL.SEM_SEG_HEAD.NUM_CLASSES
+        model["MASK_FORMER"]["NUM_OBJECT_QUERIES"] = num_classes
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(str(path)) as file:
         yaml.safe_dump({_BASE_KEY: str(base.resolve())} | values, file, sort_keys=False)
@@ -112,7 +129,7 @@ def task_recipe(base: Path, folder: str) -> Path:
     path = Path(*parts)
     if folder not in parts or not path.is_file():
         raise FileNotFoundError(
-            f"Tables 7a to 7c need a recipe per task, but {path} does not exist beside {base}"
+            f"this table needs a recipe per task, but {path} does not exist beside {base}"
         )
     return path
 
@@ -131,11 +148,12 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
     for table in tables:
         if table.kind == "recipe":
             continue
+        num_layers = max((row.layer or 0 for row in table.rows), default=0)
         for row in table.rows:
             base = task_recipe(args.base, row.recipe) if row.recipe else args.base
             name = f"{table.key}_{row.slug}"
             config = args.output / "configs" / f"{name}.yaml"
-            write_row_config(row, base, config)
+            write_row_config(row, base, config, num_layers)
             # Rows of the same config, such as those without differences, share a run.
             digest = hashlib.sha256(config.read_bytes()).hexdigest()[:8]
             for seed in args.seeds:
@@ -153,7 +171,25 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
                     check_same_config(folder, cfg, "delete that folder")
                     shared[key] = Run(f"{name} seed {seed}", config, folder, opts)
                 runs[table.key, row.name, seed] = shared[key]
+                check_num_layers(table, shared[key], num_layers)
     return runs
+
+
+def check_num_layers(table: Table, run: Run, num_layers: int) -> None:
+    """Check that the model of a run has the decoder layers of a table, if that has any.
+
+    Raises:
+        ValueError: an override makes it too small.
+    """
+    if num_layers == 0:
+        return
+    number = load_config(str(run.config), run.opts).MODEL.MASK_FORMER.DEC_LAYERS - 1
+    if number < num_layers:
+        raise ValueError(
+            f"table {table.key} needs {num_layers} decoder layers, but --opts "
+            f"MODEL.MASK_FORMER.DEC_LAYERS {number + 1} makes {number}: leave it out, or name "
+            "rows of earlier layers after --rows"
+        )
 
 
 def devices_of_jobs(num_gpus: int, jobs: int) -> list[str | None]:
@@ -402,21 +438,14 @@ def run_tables(
                 result = read_result(run)
                 if row.layer is not None:
                     if run.folder not in recalls:
-                        layers = existing_layers(run, table)
+                        layers = [row.layer for row in table.rows if row.layer is not None]
                         recalls[run.folder] = layer_recall(run, layers, args.num_gpus)
                     recall = recalls[run.folder].get(row.layer)
-                    if recall is None:  # no such layer, or no object in the data set
+                    if recall is None:  # no object in the data set
                         continue
                     result = result._replace(scores={"AR": recall})
                 results.setdefault((table.key, row.name), []).append(result)
     return results, errors
-
-
-def existing_layers(run: Run, table: Table) -> list[int]:
-    """The layers of a table that the model of a run has."""
-    cfg = load_config(str(run.config), run.opts)
-    last = cfg.MODEL.MASK_FORMER.DEC_LAYERS - 1
-    return [row.layer for row in table.rows if row.layer is not None and row.layer <= last]
 
 
 if __name__ == "__main__":

@@ -10,9 +10,10 @@ packed_masks.py       masks as sent to the device
 loader.py             samples → batches, in a resumable order
 class_counts.py       sets the number of classes from your data and checks it for every data set
 check/                checks of whole data sets, for tools/check_dataset.py
+conversion/           any annotation format → COCO instances, COCO panoptic, label maps
 
-Register your own data with `register_panoptic`, `register_instances` or `register_semantic`, and
-your own mapper with `register_mapper`.
+Register your own data with `register_annotations` (any format), `register_panoptic`,
+`register_instances` or `register_semantic`, and your own mapper with `register_mapper`.
 """
 
 from . import datasets
@@ -27,6 +28,7 @@ from .dataset_mappers import (
     build_mapper,
     register_mapper,
 )
+from .datasets.register_annotations import register_annotations
 from .datasets.register_custom import register_instances, register_panoptic, register_semantic
 
 __all__ = [
@@ -39,6 +41,7 @@ __all__ = [
     "MaskFormerSemanticDatasetMapper",
     "build_mapper",
     "datasets",
+    "register_annotations",
     "register_instances",
     "register_mapper",
     "register_panoptic",

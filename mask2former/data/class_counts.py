@@ -120,9 +120,28 @@ def _wrong_number(cfg: CfgNode, name: str, classes: list[str]) -> str:
         return f"{message} Set the key to {len(classes)}, or name other data sets."
     if own == name:
         return f"{message} Leave the key out, and it follows from the data, or correct the data."
+    expected = class_names(own) or []
+    one_sided = [
+        f"only {owner!r} has {', '.join(map(repr, only[:5]))}{', ...' * (len(only) > 5)}"
+        for owner, only in (
+            (own, [c for c in expected if c not in classes]),
+            (name, [c for c in classes if c not in expected]),
+        )
+        if only
+    ]
     return (
-        f"{message} Data set {own!r} has {len(class_names(own))}: all of DATASETS.TRAIN and "
-        "DATASETS.TEST must have the same classes."
+        f"{message} Data set {own!r} has {len(expected)}: all of DATASETS.TRAIN and "
+        f"DATASETS.TEST must have the same classes; {'; '.join(one_sided)}.{_remedy(own, name)}"
+    )
+
+
+def _remedy(*names: str) -> str:
+    """How to give your own data sets the same classes."""
+    if not all(map(is_own, names)):
+        return ""
+    return (
+        " CLASSES in each entry of DATASETS.CUSTOM, with all classes in order, makes them the same;"
+        " RENAME merges or leaves out others."
     )
 
 
@@ -131,7 +150,7 @@ def _check_same_classes(first: str, expected: list[str], name: str, classes: lis
         if one != other:
             raise ValueError(
                 f"Data sets {first!r} and {name!r} have different classes: number {i} (from 0) is "
-                f"{one!r} in the first and {other!r} in the second."
+                f"{one!r} in the first and {other!r} in the second.{_remedy(first, name)}"
             )
 
 

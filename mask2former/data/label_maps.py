@@ -70,6 +70,10 @@ class Runs:
         # bincount adds in float64, which is exact for integers of this size.
         return np.bincount(self._indices, self._lengths, len(self.values)).astype(np.int64)
 
+    def replaced(self, new_values: np.ndarray) -> np.ndarray:
+        """The label map (H, W) with each of `values` replaced by the new value at its place."""
+        return np.repeat(new_values[self._indices], self._lengths).reshape(self._size)
+
     def layers(self, values: np.ndarray) -> list[np.ndarray]:
         """Layers (H, W) uint8 of the given values: the first 254 become 1 to 254 of layer 0.
 

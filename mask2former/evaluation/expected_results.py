@@ -16,7 +16,7 @@ from ..data.evaluator_types import builders_of
 
 _KEY = "TEST.EXPECTED_RESULTS"
 # Task of the config → its name in the results of the evaluators here.
-_RESULT_NAMES = {"PANOPTIC_ON": "panoptic_seg", "INSTANCE_ON": "segm", "SEMANTIC_ON": "sem_seg"}
+RESULT_NAMES = {"PANOPTIC_ON": "panoptic_seg", "INSTANCE_ON": "segm", "SEMANTIC_ON": "sem_seg"}
 _AUGMENTED = "sem_seg_TTA"
 
 
@@ -45,7 +45,7 @@ def check_expected_tasks(cfg: CfgNode, *, with_tta: bool) -> None:
     builders = builders_of(cfg, name)
     if not all(build.__module__.startswith("mask2former.") for build in builders.values()):
         return
-    tasks = [_RESULT_NAMES[task] for task in builders]
+    tasks = [RESULT_NAMES[task] for task in builders]
     if with_tta and cfg.TEST.AUG.ENABLED:
         tasks.append(_AUGMENTED)
     for i, (task, *_) in enumerate(expected):

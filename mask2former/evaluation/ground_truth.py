@@ -126,7 +126,10 @@ def _file_problem(record: dict[str, Any]) -> str | None:
         if key == "pan_seg_file_name" and not is_panoptic_mode(header.mode):
             return wrong_panoptic_mode(file, header.mode)
         if key == "sem_seg_file_name" and header.mode in _COLOURS:
-            return f"{file} is an image of mode {header.mode}: a label map has one channel"
+            return (
+                f"{file} is an image of mode {header.mode}: a label map has one channel (VALUE_MAP "
+                "in DATASETS.CUSTOM maps colours)"
+            )
     return None
 
 

@@ -53,6 +53,13 @@ def set_checkpointing(model: nn.Module, policy: str) -> None:
     for module in model.modules():
         vars(module)["_saves_all"] = policy == "none"
     if policy == "blocks":
+        nested = {  # such as the transformer inside a feature pyramid
+            part
+            for backbone in model.modules()
+            if isinstance(backbone, Backbone) and describes_depths(backbone)
+            for part in backbone.modules()
+            if part is not backbone
+        }
         for module in model.modules():
             if isinstance(module, _BLOCKS):
                 _save_all_within(module)
@@ -61,7 +68,7 @@ def set_checkpointing(model: nn.Module, policy: str) -> None:
                 module.use_checkpoint = True
             elif recompute_block(module):
                 _save_all_within(module)
-            elif isinstance(module, Backbone):
+            elif isinstance(module, Backbone) and module not in nested:
                 _recompute_backbone(module)
 
 

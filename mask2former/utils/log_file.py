@@ -45,6 +45,7 @@ def checked_log_file() -> Iterator[None]:
 def kept_warnings() -> Iterator[list[logging.LogRecord]]:
     """Collect the warnings of the block, which comes before the log file is set up.
 
+    So are lines of loggers of a lower level of their own, such as what a data set of yours has.
     They are printed as well. For `write_to_log_file`, also in a process spawned later; none if
     there is a log file already.
     """
@@ -81,7 +82,7 @@ def _log_files() -> list[logging.Handler]:
 
 class _Collector(logging.Handler):
     def __init__(self, printer: logging.Handler | None) -> None:
-        super().__init__(logging.WARNING)
+        super().__init__(logging.INFO)
         self.records: list[logging.LogRecord] = []
         self._printer = printer
 

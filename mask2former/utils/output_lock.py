@@ -12,7 +12,7 @@ from detectron2.utils import comm
 
 from .files import WriteError, explained_write_errors
 
-_FILE = "training.lock"
+LOCK_FILE = "training.lock"
 # What file systems without locks answer.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
@@ -59,7 +59,7 @@ def lock_output(output_dir: str) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _locked_file(folder: str, output_dir: str) -> Iterator[None]:
-    path = os.path.join(folder, _FILE)
+    path = os.path.join(folder, LOCK_FILE)
     with contextlib.ExitStack() as stack:
         with explained_write_errors(path):
             os.makedirs(folder, exist_ok=True)

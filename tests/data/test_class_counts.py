@@ -153,6 +153,40 @@ def test_splits_with_other_classes(tmp_path):
         check_class_counts(cfg)
 
 
+def test_classes_that_only_one_split_has(tmp_path):
+    content = own_data.instances(tmp_path)
+    content["categories"] = content["categories"][:1]
+    content["annotations"] = [a for a in content["annotations"] if a["category_id"] == 3]
+    write_json(tmp_path / "cups.json", content)
+    cups = {"INSTANCES_JSON": str(tmp_path / "cups.json")}
+    entries = [
+        own_data.entry("instance", tmp_path),
+        own_data.entry("instance", tmp_path, "v", **cups),
+    ]
+    base = CONFIGS / "shapes/instance-segmentation/maskformer2_R18_quickstart.yaml"
+    cfg = load_config(write_config(tmp_path, entries, ["own_train"], ["v"], base))
+    with pytest.raises(ValueError, match="only 'own_train' has 'plate'. CLASSES in each entry of"):
+        check_class_counts(cfg)
+    for entry in entries:
+        entry |= {"NAME": f"{entry['NAME']}2", "CLASSES": ["cup", "plate"]}
+    cfg = load_config(write_config(tmp_path, entries, ["own_train2"], ["v2"], base))
+    check_class_counts(cfg)
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 2
+
+
+def test_every_key_is_saved(tmp_path):
+    own_data.semantic(tmp_path)
+    keys = {"VALUE_MAP": {0: "a", 1: "b", 2: None}, "IGNORE_LABELS": [7], "SHARE": [0.0, 1.0]}
+    keys |= {"RENAME": {"b": None}, "SHARE_SEED": 3, "IMAGE_EXT": ["jpg", "png"]}
+    entry = own_data.entry("semantic", tmp_path, **keys)
+    del entry["CLASSES"]
+    cfg = load_config(write_config(tmp_path, [entry], ["own_train"], []))
+    assert cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES == 1
+    (tmp_path / "saved.yaml").write_text(cfg.dump())
+    again = load_config(str(tmp_path / "saved.yaml"))
+    assert again.DATASETS.CUSTOM == [entry]
+
+
 def test_instances_of_the_things_of_a_panoptic_model(panoptic_config):
     """AP on the instance data set of the same things is defined: their ids come first."""
     cfg = load_config(panoptic_config, ["DATASETS.TEST", "('own_val', 'own_instances')"])
@@ -220,10 +254,12 @@ def test_subclasses_of_the_model_are_checked(monkeypatch):
 def test_configs_of_the_readme(tmp_path, monkeypatch):
     blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     monkeypatch.chdir(DATA)
-    expected = {"nuts_train": (4, 14, 255), "camvid_train": (11, 60, 11)}
+    own_data.yolo(tmp_path / "pets")
+    expected = {"pets_train": (3, 2, 255), "nuts_train": (4, 14, 255), "camvid_train": (11, 60, 11)}
     actual = {}
     for i, block in enumerate(blocks):
         path = tmp_path / f"{i}.yaml"
+        block = block.replace("ROOT: pets", f"ROOT: {tmp_path}/pets")
         path.write_text(block.replace("_BASE_: configs", f"_BASE_: {CONFIGS}"))
         cfg = load_config(str(path))
         check_class_counts(cfg)

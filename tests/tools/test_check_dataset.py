@@ -1,13 +1,13 @@
 """tools/check_dataset.py on small data sets, intact and broken, and on real ones."""
 
 import json
+import logging
 import os
 from pathlib import Path
 
 import numpy as np
 import own_data
 import pytest
-import torch
 import yaml
 from dataset_trees import photograph, save, write_json
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -15,6 +15,7 @@ from detectron2.data.datasets import register_coco_instances
 from load_script import load_script
 from PIL import Image
 
+from mask2former.data.check import run as run_checks
 from mask2former.data.datasets.register_coco_panoptic_annos_semseg import (
     get_metadata,
     register_coco_panoptic_annos_sem_seg,
@@ -201,17 +202,10 @@ def test_report_on_a_full_disk(config, tmp_path):
         tool.main(["--config-file", str(config), "--output", str(output)])
 
 
-def test_workers_use_one_thread():
-    """Workers are forked from a process with several threads, which they do not inherit."""
-    torch.rand(1 << 20).exp_()
-    with tool.worker_pool(2) as pool:
-        assert pool.submit(torch.get_num_threads).result(timeout=60) == 1
-
-
 @needs_data
 def test_real_coco(tmp_path, monkeypatch):
     """50 COCO images, registered like `coco_2017_val` and `coco_2017_val_panoptic`."""
-    monkeypatch.setattr(tool, "_NUM_EXAMPLES", 1)
+    monkeypatch.setattr(run_checks, "_NUM_EXAMPLES", 1)
     coco = DATA / "coco"
     metadata = {k: v for k, v in get_metadata().items() if k.startswith("thing_")}
     instances = str(coco / "annotations/instances_val2017.json")
@@ -242,3 +236,21 @@ def test_label_maps_without_class(config, tmp_path):
     status, report = run(tmp_path / "out", "own/semantic", "--config-file", config)
     problems = report["own/semantic"]["problems"]
     assert status == 1 and any(why in problem["why"] for problem in problems), problems
+
+
+def test_folder_of_a_labelling_tool(tmp_path, capfd, monkeypatch):
+    # As in a program of its own.
+    monkeypatch.setattr(logging.getLogger(), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("mask2former"), "handlers", [])
+    monkeypatch.setattr(logging.getLogger("mask2former"), "propagate", True)
+    own_data.yolo(tmp_path / "pets")
+    entry = {"NAME": "pets", "TYPE": "auto", "ROOT": str(tmp_path / "pets"), "SPLIT": "train"}
+    path = tmp_path / "pets.yaml"
+    content = {"CUSTOM": [entry], "TRAIN": ["pets"], "TEST": []}
+    base = ROOT / "configs/shapes/instance-segmentation/maskformer2_R18_quickstart.yaml"
+    path.write_text(yaml.safe_dump({"_BASE_": str(base), "DATASETS": content}))
+    status, report = run(tmp_path / "out", "--config-file", path, "--workers", 1)
+    assert status == 0
+    assert report["pets"]["num_images"] == 2 and report["pets"]["num_objects"] == 3
+    assert report["pets"]["classes_never_seen"] == ["bird"]
+    assert "'pets': TYPE yolo (" in capfd.readouterr().err

@@ -228,3 +228,53 @@ def test_existing_output_is_replaced_only_when_complete(tmp_path, monkeypatch):
     tool.main([str(source), str(target)])
     assert sorted(load_pickle(str(target))["model"])[0] == "res2.0.conv1.weight"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["in.pth", "out.pkl"]
+
+
+def as_efficientnet_pytorch(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The weights of timm's EfficientNet under the names of efficientnet-pytorch.
+
+    Both register their modules in the order of use, so the names follow from the order alone.
+    """
+    blocks = [block for stage in model.blocks for block in stage]
+    old = ["_conv_stem", "_bn0"]
+    for i, block in enumerate(blocks):
+        has_se = any("se" in name.split(".") for name, _ in block.named_parameters())
+        parts = ["_expand_conv", "_bn0", "_depthwise_conv", "_bn1", "_project_conv", "_bn2"]
+        parts[4:4] = ["_se_reduce", "_se_expand"] if has_se else []
+        old += [f"_blocks.{i}.{part}" for part in (parts if i else parts[2:])]
+    old += ["_conv_head", "_bn1", "_fc"]
+    state = model.state_dict()
+    new = list(dict.fromkeys(name.rpartition(".")[0] for name in state))
+    names = dict(zip(new, old, strict=True))
+    return {f"{names[k.rpartition('.')[0]]}.{k.rpartition('.')[2]}": v for k, v in state.items()}
+
+
+@pytest.mark.parametrize("name", ["tf_efficientnet_lite0", "tf_efficientnet_b0"])
+def test_efficientnet_gets_the_names_of_timm(name, tmp_path, capsys):
+    timm = pytest.importorskip("timm")
+    model = randomised(timm.create_model(name, num_classes=7))
+    source, target = tmp_path / "in.pth", tmp_path / "out.pth"
+    torch.save(as_efficientnet_pytorch(model), source)
+    tool.main([str(source), str(target)])
+    assert "is an EfficientNet of efficientnet-pytorch: wrote " in capsys.readouterr().out
+    converted = torch.load(target)
+    assert converted.keys() == model.state_dict().keys()
+    for key, value in model.state_dict().items():
+        assert torch.equal(converted[key], value), key
+
+
+def test_efficientnet_files_that_are_damaged(tmp_path):
+    timm = pytest.importorskip("timm")
+    weights = as_efficientnet_pytorch(timm.create_model("tf_efficientnet_lite0"))
+    source = tmp_path / "in.pth"
+    torch.save(weights, source)
+    with pytest.raises(SystemExit, match=r"out\.pkl: the output must end in \.pth"):
+        tool.main([str(source), str(tmp_path / "out.pkl")])
+    without = {k: v for k, v in weights.items() if not k.startswith("_blocks.3._project_conv")}
+    torch.save(without, source)
+    with pytest.raises(SystemExit, match=r"but: block \d+ has no projection, or one before it"):
+        tool.main([str(source), str(tmp_path / "out.pth")])
+    torch.save({**weights, "_blocks.0._other.weight": torch.ones(1)}, source)
+    with pytest.raises(SystemExit, match="1 unknown keys: _blocks.0._other.weight"):
+        tool.main([str(source), str(tmp_path / "out.pth")])
+    assert not (tmp_path / "out.pth").exists()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shlex
 import signal
 import subprocess
@@ -20,6 +21,7 @@ benchmark = load_script("tools/benchmark")
 STEPS = (
     *("versions", "self-test", "cases", "memcheck", "racecheck", "racecheck-shared", "tests", "op"),
     *("cases-shared", "op-shared", "ncu", "model", "train", "train-16", "trainer", "attention"),
+    *("loss_memory", "fps"),
 )
 
 
@@ -212,7 +214,7 @@ def test_options_of_the_programs(is_dry, tmp_path, monkeypatch):
 
 
 # One step of each kind. Tests of their own run the programs of the others.
-DRY = ("memcheck", "tests", "ncu", "train-16", "trainer", "attention")
+DRY = ("memcheck", "tests", "ncu", "train-16", "trainer", "attention", "loss_memory", "fps")
 
 
 def test_dry_run(tmp_path):
@@ -232,6 +234,9 @@ def test_dry_run(tmp_path):
     assert step[0] == "bf16 64x64 batch 3 step" and "calls, 1 syncs" in step[1]
     assert "s/it" in rows["trainer"]["headline"] and (tmp_path / "trainer/trace.json.gz").exists()
     assert "| boolean | our layer |" in (tmp_path / "attention/attention.md").read_text()
+    assert rows["loss_memory"]["headline"]["match masks, train masks"].endswith("(paper: 18 GB)")
+    assert len(rows["loss_memory"]["headline"]) == 4  # rows of Table 5
+    assert re.fullmatch(r"\d+\.\d images/s", rows["fps"]["headline"]["tiny"])
 
 
 def test_output_that_is_no_folder(tmp_path, capsys):

@@ -30,6 +30,13 @@ TINY = {
     "SOLVER.MAX_ITER": 2,
 }
 
+# {table: recipe on which its rows build}
+BASES = {
+    "4a": "coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml",
+    "architectures-panoptic": "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml",
+    "architectures-semantic": "ade20k/semantic-segmentation/maskformer2_R50_bs16_160k.yaml",
+}
+
 tool = load_script("tools/run_ablations.py")
 page = sys.modules["ablation_page"]
 TABLES = tool.read_tables(CONFIGS / "ablations/paper.yaml")
@@ -77,13 +84,12 @@ def test_multiply_adds_of_the_paper(table, row, monkeypatch):
 def test_rows_state_only_their_differences(table, row, tmp_path):
     """Applied to a recipe, a row changes its own keys only, and the model can be built."""
     file = read_config_file(str(CONFIGS / row.config))
-    bases = yaml.safe_load((CONFIGS / row.config).read_text())["_BASE_"]
-    assert bases == "../../coco/instance-segmentation/maskformer2_R50_bs16_50ep.yaml"
+    own_base = yaml.safe_load((CONFIGS / row.config).read_text())["_BASE_"]
+    assert own_base == f"../../{BASES.get(table.key, BASES['4a'])}"
+    base = tool.task_recipe(tool.SHAPES, row.recipe) if row.recipe else tool.SHAPES
     config = tmp_path / "row.yaml"
-    tool.write_row_config(row, tool.SHAPES, config)
-    base, changed = (
-        load_config(str(path), ["MODEL.DEVICE", "cpu"]) for path in (tool.SHAPES, config)
-    )
+    tool.write_row_config(row, base, config)
+    base, changed = (load_config(str(path), ["MODEL.DEVICE", "cpu"]) for path in (base, config))
     flat, flat_base = ({k: v for k, v in _leaves(cfg)} for cfg in (changed, base))
     differing = {key for key in flat if flat[key] != flat_base[key]}
     assert differing <= file.own_keys
@@ -98,12 +104,88 @@ def _leaves(node, prefix=""):
             yield prefix + key, value
 
 
+# What the recipe of a row sets, but its model does not use.
+UNUSED = {
+    "MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS",
+    "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD",
+    "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD",
+    "MODEL.MASK_FORMER.CLASS_WEIGHT",
+    "MODEL.MASK_FORMER.DICE_WEIGHT",
+    "MODEL.MASK_FORMER.MASK_WEIGHT",
+}
+
+
+@pytest.mark.parametrize(
+    ("row", "recipe", "unused"),
+    [
+        ("panoptic_maskformer", "coco-panoptic/maskformer_panoptic_R50_bs64_554k", set()),
+        ("semantic_maskformer", "ade20k-150/maskformer_R50_bs16_160k", UNUSED),
+        (
+            "semantic_per_pixel_baseline_plus",
+            "ade20k-150/per_pixel_baseline_plus_R50_bs16_160k",
+            UNUSED,
+        ),
+        (
+            "semantic_per_pixel_baseline",
+            "ade20k-150/per_pixel_baseline_R50_bs16_160k",
+            {
+                *UNUSED,
+                "MODEL.MASK_FORMER.DROPOUT",
+                "MODEL.MASK_FORMER.DEC_LAYERS",
+                "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE",
+            },
+        ),
+    ],
+)
+def test_architectures_are_those_of_maskformers_recipes(row, recipe, unused):
+    files = (f"ablations/architectures/{row}.yaml", f"maskformer/{recipe}.yaml")
+    ours, theirs = (
+        dict(_leaves(load_config(str(CONFIGS / file), ["MODEL.DEVICE", "cpu"]).MODEL, "MODEL."))
+        for file in files
+    )
+    assert {key for key in ours if ours[key] != theirs[key]} <= unused
+
+
+def test_one_query_per_class_of_the_base(tmp_path):
+    """ADE20K has 150 classes, Shapes 10."""
+    rows = {row.name: row for row in TABLES["architectures-semantic"].rows}
+    row = rows["per-pixel baseline plus"]
+    base = tool.task_recipe(tool.SHAPES, row.recipe)
+    tool.write_row_config(row, base, tmp_path / "row.yaml")
+    head = load_config(str(tmp_path / "row.yaml"), ["MODEL.DEVICE", "cpu"]).MODEL
+    assert head.MASK_FORMER.NUM_OBJECT_QUERIES == head.SEM_SEG_HEAD.NUM_CLASSES == 10
+
+
+def test_figure_3_has_the_layers_that_it_asks_for(tmp_path):
+    """Shapes' model has three layers, that of COCO nine."""
+
+    def layers(base, *rows):
+        args = tool.parse_args(["fig3", "--output", str(tmp_path), "--base", str(base)])
+        runs = tool.plan(tool.choose(TABLES, ["fig3"], rows or None), args)
+        (config,) = {tool.load_config(str(r.config), r.opts).dump() for r in runs.values()}
+        return yaml.safe_load(config)["MODEL"]["MASK_FORMER"]["DEC_LAYERS"] - 1
+
+    assert layers(tool.SHAPES) == 9
+    assert layers(tool.SHAPES, "layer 3", "layer 6") == 6
+    assert layers(tool.SHAPES, "learnable queries", "layer 3") == 3
+    assert layers(CONFIGS / BASES["architectures-panoptic"], "layer 3") == 9
+
+
 def test_order_differences():
     paper = {"a": 3.0, "b": 2.0, "c": 2.0, "d": 1.0}
     assert page.order_differences(paper, paper) == []
     # b and c are equal in the paper: they have no order. e is not in the paper.
     here = {"a": 1.5, "b": 1.0, "c": 2.0, "d": 1.2, "e": 9.0}
     assert page.order_differences(paper, here) == [("c", "a"), ("d", "b")]
+
+
+def test_rows_of_one_name(tmp_path):
+    """Their configs would overwrite each other."""
+    rows = [{"name": "row"}, {"name": "row+"}]
+    content = {"4a": {"kind": "ablation", "title": "Title", "rows": rows}}
+    (tmp_path / "paper.yaml").write_text(yaml.safe_dump(content))
+    with pytest.raises(ValueError, match=r"4a have the same name in files: \['row', 'row'\]"):
+        page.read_tables(tmp_path / "paper.yaml")
 
 
 def test_page(tmp_path):
@@ -120,6 +202,7 @@ def test_page(tmp_path):
     assert "| one   | 2.0 (1)     | 2.0 ± 1.4 (2) |" in text
     assert "two > one (+2.0 here, -1.0 in the paper)" in text
     assert "Trained: base.yaml, 2 seeds." in text
+    assert re.search(r"\| seeds +\|$.*\| 2 +\|$.*\| 1 +\|$", text, re.MULTILINE | re.DOTALL)
     assert "mIoU of semantic models on ADE20K" in text
     assert (tmp_path / "table_4a.png").read_bytes().startswith(b"\x89PNG")
     content = json.loads((tmp_path / "ablations.json").read_text())
@@ -127,6 +210,9 @@ def test_page(tmp_path):
     # Nothing was trained: no plot, no order.
     text = page.write_page(tmp_path / "counted", [table], {}, {}, "base.yaml").read_text()
     assert "Trained" not in text and "order" not in text
+    # Not a table of the paper's.
+    text = page.write_page(tmp_path, [table._replace(key="other")], {}, {}, "").read_text()
+    assert "## Title\n" in text
     assert not (tmp_path / "counted/table_4a.png").exists()
 
 
@@ -170,6 +256,7 @@ def test_results_of_a_run(tmp_path, metric):
         (["4a", "--base", "missing.yaml"], "missing.yaml"),
         (["4a", "--opts", "SOLVER.MAX_ITERS", "3"], "Did you mean SOLVER.MAX_ITER"),
         (["4a", "--opts", "DATASETS.TEST", "('a','b')"], r"TEST is \['a', 'b'\], but a table"),
+        (["fig3", "--opts", "MODEL.MASK_FORMER.DEC_LAYERS", "4"], "needs 9 decoder layers.* 3:"),
     ],
 )
 def test_mistakes_are_found_before_training(arguments, message, tmp_path, monkeypatch):

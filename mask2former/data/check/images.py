@@ -227,7 +227,8 @@ class ItemChecker:
             return
         if labels.ndim != 2:
             problem(
-                f"has {labels.shape[-1]} channels; a label map has one, the class of each pixel"
+                f"has {labels.shape[-1]} channels; a label map has one, the class of each pixel "
+                "(VALUE_MAP in DATASETS.CUSTOM maps colours)"
             )
             return
         if size is not None and labels.shape != tuple(size):

@@ -125,6 +125,8 @@ def build_index(name: str, for_training: bool = True) -> Index:
         _index_semantic(index, metadata)
     else:
         _index_loaded(index, metadata)
+    if metadata.get("is_selection"):
+        index.folders.clear()  # the other files are of other splits
     if not index.items and not index.problems:
         index.problem(name, None, "the data set has no images")
     elif not index.problems and not any(map(_has_target, index.items)):
@@ -259,14 +261,14 @@ def _compare_names(index: Index, data: Panoptic) -> None:
 
 
 def _index_semantic(index: Index, metadata: Metadata) -> None:
-    pairs = read_semantic_folders(
-        metadata.image_root,
-        metadata.sem_seg_root,
-        index.findings,
-        metadata.get("image_ext"),
-        metadata.get("label_ext"),
-    )
+    source = metadata.get("semantic_source")
     index.folders = {metadata.image_root, metadata.sem_seg_root}
+    if source is None:
+        pairs = read_semantic_folders(metadata.image_root, metadata.sem_seg_root, index.findings)
+    else:
+        pairs = source.pairs(index.findings)
+        if source.labels.table is not None:  # the label maps are in the cache
+            index.folders.discard(metadata.sem_seg_root)
     index.items = [Item(image, sem_seg_file_name=label, is_read=True) for image, label in pairs]
 
 

@@ -292,7 +292,8 @@ def load_sem_seg(
     sem_seg = read_image(file_name)
     if sem_seg.ndim != 2:
         raise ValueError(
-            f"{file_name} has {sem_seg.shape[-1]} channels; a semantic map has one, the label."
+            f"{file_name} has {sem_seg.shape[-1]} channels; a semantic map has one, the label. "
+            "VALUE_MAP in DATASETS.CUSTOM maps colours."
         )
     check_size(sem_seg.shape, image_size, file_name, sample["file_name"])
     check_whole(sem_seg, file_name)

@@ -2,17 +2,23 @@
 
     DATASETS:
       CUSTOM:
-        - {NAME: my_train, TYPE: instance, IMAGE_ROOT: images, INSTANCES_JSON: train.json}
-        - {NAME: my_val, TYPE: instance, IMAGE_ROOT: images, INSTANCES_JSON: val.json}
+        - {NAME: my_train, TYPE: auto, ROOT: my_data, SHARE: [0.0, 0.8]}
+        - {NAME: my_val, TYPE: auto, ROOT: my_data, SHARE: [0.8, 1.0]}
+        - {NAME: others, TYPE: instance, IMAGE_ROOT: images, INSTANCES_JSON: train.json}
 
 The keys of an entry are the arguments of the function that registers its TYPE, in capitals.
 """
 
 import difflib
 import inspect
+import itertools
+import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
+from ..formats.annotation_formats import FORMATS
+from .register_annotations import AUTO, register_annotations
 from .register_custom import register_instances, register_panoptic, register_semantic
 
 _HELPERS: dict[str, Callable[..., None]] = {
@@ -20,18 +26,54 @@ _HELPERS: dict[str, Callable[..., None]] = {
     "instance": register_instances,
     "semantic": register_semantic,
 }
+# Keys whose values are not texts → the types that they may have, and in words.
+_KINDS: dict[str, tuple[tuple[type, ...], str]] = {
+    "BOXES_AS_MASKS": ((bool,), "bool"),
+    "CLASSES": ((str, list, tuple), "str or list or tuple"),
+    "IGNORE_LABEL": ((int,), "int"),
+    "IGNORE_LABELS": ((list, tuple), "list of values"),
+    "IMAGE_EXT": ((str, list, tuple), "str or list of str"),
+    "LABEL_EXT": ((str, list, tuple), "str or list of str"),
+    "RENAME": ((Mapping,), "mapping of class names, such as {old: new}"),
+    "SHARE": ((list, tuple), "list of two numbers, such as [0.0, 0.8]"),
+    "SHARE_SEED": ((int,), "int"),
+    "VALUE_MAP": ((Mapping,), "mapping of values to class names, such as {0: background, 255: x}"),
+}
+# Types of the entries of lists.
+_ITEMS: dict[str, tuple[type, ...]] = {
+    "IGNORE_LABELS": (int, str, list, tuple),
+    "IMAGE_EXT": (str,),
+    "LABEL_EXT": (str,),
+    "SHARE": (int, float),
+}
+
+# What says whether two entries are of the same images.
+_SOURCES = (
+    "TYPE",
+    "ROOT",
+    "SPLIT",
+    "IMAGE_ROOT",
+    "INSTANCES_JSON",
+    "PANOPTIC_JSON",
+    "LABEL_ROOT",
+    "IMAGE_LIST",
+)
+
+_logger = logging.getLogger(__name__)
 
 
 def register_entries(entries: Sequence[Mapping[str, Any]]) -> None:
     """Register the data sets that DATASETS.CUSTOM lists.
 
     Args:
-        entries: mappings, each with NAME, TYPE (panoptic, instance or semantic) and the arguments
-            of `register_panoptic`, `register_instances` or `register_semantic` in capitals.
+        entries: mappings, each with NAME, TYPE and the arguments in capitals of
+            `register_panoptic`, `register_instances` or `register_semantic` (TYPE panoptic,
+            instance or semantic), or of `register_annotations` (TYPE auto or a format).
 
     Raises:
         FileNotFoundError: a file or a folder does not exist.
         ValueError: an entry is invalid; the message names the entry and the key.
+        WriteError: the cache of converted annotations cannot be written.
     """
     for i, entry in enumerate(entries):
         where = f"DATASETS.CUSTOM[{i}]"
@@ -42,14 +84,41 @@ def register_entries(entries: Sequence[Mapping[str, Any]]) -> None:
             )
         where += f" ({entry['NAME']})" if "NAME" in entry else ""
         kind = entry.get("TYPE")
-        if kind not in _HELPERS:
+        helpers = _helpers()
+        if not isinstance(kind, str) or kind not in helpers:
             stated = f"TYPE {kind!r}" if "TYPE" in entry else "no TYPE"
-            raise ValueError(f"{where} has {stated}; allowed: {', '.join(_HELPERS)}.")
-        helper = _HELPERS[kind]
-        parameters = inspect.signature(helper).parameters
+            raise ValueError(f"{where} has {stated}; allowed: {', '.join(helpers)}.")
+        helper = helpers[kind]
+        parameters = dict(inspect.signature(helper).parameters)
+        parameters.pop("type", None)
         arguments = {str(key): value for key, value in entry.items() if key != "TYPE"}
         _check_keys(where, kind, arguments, parameters)
         helper(**{key.lower(): value for key, value in arguments.items()})
+    _warn_of_common_images(entries)
+
+
+def _helpers() -> dict[str, Callable[..., None]]:
+    """TYPE → the function that registers it."""
+    return _HELPERS | {kind: partial(register_annotations, type=kind) for kind in (AUTO, *FORMATS)}
+
+
+def _warn_of_common_images(entries: Sequence[Mapping[str, Any]]) -> None:
+    """Warn of two splits of one source with different shares that have images in common."""
+    shared = [entry for entry in entries if entry.get("SHARE")]
+    for one, other in itertools.combinations(shared, 2):
+        if any(one.get(key) != other.get(key) for key in _SOURCES):
+            continue
+        (low, high), (other_low, other_high) = one["SHARE"], other["SHARE"]
+        names = f"Data sets {one['NAME']!r} and {other['NAME']!r} are of one source"
+        if one.get("SHARE_SEED", 0) != other.get("SHARE_SEED", 0):
+            _logger.warning(
+                f"{names}, but have different SHARE_SEED, so that they have images in common."
+            )
+        elif max(low, other_low) < min(high, other_high) and (low, high) != (other_low, other_high):
+            _logger.warning(
+                f"{names}, and have images in common: SHARE [{low:g}, {high:g}] and "
+                f"[{other_low:g}, {other_high:g}] overlap."
+            )
 
 
 def _check_keys(
@@ -67,20 +136,28 @@ def _check_keys(
                 f"{where} has the key {key!r}, which is unknown for type {kind}.{hint} Keys of "
                 f"type {kind}: TYPE, {', '.join(keys)}."
             )
-        allowed: tuple[type, ...] = (str,)
-        if key == "CLASSES":
-            allowed = (str, list, tuple)
-        elif key == "IGNORE_LABEL":
-            allowed = (int,)
-        elif keys[key].default is None:
-            allowed = (str, type(None))
-        if not isinstance(value, allowed) or isinstance(value, bool):
-            names = " or ".join(kind.__name__ for kind in allowed)
-            raise ValueError(f"{where} has {key} {value!r}; it must be a {names}.")
+        _check_value(where, key, value, keys[key])
     missing = [
         key
         for key, parameter in keys.items()
         if parameter.default is inspect.Parameter.empty and key not in arguments
     ]
+    hint = ""
+    if kind == "semantic" and not {"CLASSES", "VALUE_MAP"} & arguments.keys():
+        missing.append("CLASSES")
+        hint = " VALUE_MAP can be in place of CLASSES."
     if missing:
-        raise ValueError(f"{where} lacks {', '.join(missing)}, which type {kind} needs.")
+        raise ValueError(f"{where} lacks {', '.join(missing)}, which type {kind} needs.{hint}")
+
+
+def _check_value(where: str, key: str, value: Any, parameter: inspect.Parameter) -> None:
+    allowed, words = _KINDS.get(key, ((str,), "str"))
+    if value is None and parameter.default is None:
+        return
+    is_wrong_bool = isinstance(value, bool) and bool not in allowed
+    if not isinstance(value, allowed) or is_wrong_bool:
+        raise ValueError(f"{where} has {key} {value!r}; it must be a {words}.")
+    items = value if key in _ITEMS and isinstance(value, list | tuple) else ()
+    for item in items:
+        if not isinstance(item, _ITEMS[key]) or isinstance(item, bool):
+            raise ValueError(f"{where} has {key} {value!r}; it must be a {words}, not {item!r}.")

@@ -1,4 +1,6 @@
-"""Registers your own data: COCO panoptic JSON and PNGs, COCO instance JSON, or label PNGs.
+"""Registers your own data: COCO panoptic JSON and PNGs, COCO instance JSON, or label images.
+
+Other formats are converted to COCO instance JSON, see `register_annotations.py`.
 
 Either list the splits in DATASETS.CUSTOM of a config (`custom_entries.py`) or call a function of
 this module once per split. Then name the splits in DATASETS.TRAIN and DATASETS.TEST; the number of
@@ -8,11 +10,9 @@ Paths are relative to the working directory; `~` is the home folder. Registering
 does nothing, because every process registers it; other data under the same name is an error.
 """
 
-import colorsys
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache, partial
-from pathlib import Path
 from typing import Any
 
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -20,8 +20,23 @@ from detectron2.data import DatasetCatalog, MetadataCatalog
 from ..formats.coco_instances import Category, read_categories
 from ..formats.findings import Findings
 from ..formats.json_files import read_sections
-from .loading import load_instances, load_own_semantic
+from .arguments import (
+    check_extensions,
+    class_list,
+    existing_file,
+    existing_folder,
+    list_extensions,
+    make_changes,
+)
+from .colours import class_colours
+from .derived_json import Changes, derive_instances, derive_panoptic
+from .label_values import Value, ValueMap, make_labels
+from .loading import load_instances
 from .register_coco_panoptic_annos_semseg import register_coco_panoptic_annos_sem_seg
+from .selection import make_selection
+from .semantic_source import SemanticSource, load_source
+
+_PANOPTIC_KEYS = ("id", "name", "isthing")
 
 # Registered name → content of the data set.
 _registered: dict[str, dict[str, Any]] = {}
@@ -82,17 +97,6 @@ def panoptic_metadata(categories: Sequence[dict[str, Any]]) -> dict[str, Any]:
     return metadata
 
 
-def _colours(number: int) -> list[list[int]]:
-    """Distinct fixed colours (RGB), so that a class looks the same in all drawings."""
-    # Golden-ratio steps spread any number of hues evenly.
-    hues = (i * 0.618034 % 1 for i in range(number))
-    shades = ((0.85, 0.9), (0.55, 0.95), (0.9, 0.6))
-    return [
-        [round(255 * channel) for channel in colorsys.hsv_to_rgb(hue, *shades[i % len(shades)])]
-        for i, hue in enumerate(hues)
-    ]
-
-
 def register_panoptic(
     name: str,
     image_root: str,
@@ -100,6 +104,12 @@ def register_panoptic(
     panoptic_json: str,
     instances_json: str | None = None,
     sem_seg_root: str | None = None,
+    *,
+    classes: Sequence[str] | str | None = None,
+    rename: Mapping[str, str] | None = None,
+    share: Sequence[float] | None = None,
+    share_seed: int = 0,
+    image_list: str | None = None,
 ) -> None:
     """Register a data set in the COCO panoptic format.
 
@@ -111,33 +121,38 @@ def register_panoptic(
         instances_json: COCO instance JSON of the same images, for AP.
         sem_seg_root: folder of semantic PNGs with contiguous labels, 255 for unlabelled pixels;
             if None, semantic labels are derived from the panoptic annotation.
+        classes, share, share_seed, image_list: see `register_annotations`.
+        rename: likewise, but no class can be left out and no stuff merged, as the PNGs stay.
 
     Raises:
-        FileNotFoundError: a file or a folder does not exist.
-        ValueError: a JSON is damaged, the two JSONs list different things, or the name is taken.
+        FileNotFoundError: a file, a folder or a listed image does not exist.
+        ValueError: a JSON is damaged, the two JSONs list different things, the classes do not fit,
+            no image is left, or the name is taken.
+        WriteError: the cache cannot be written.
     """
-    image_root = _folder(name, image_root, "images")
-    panoptic_root = _folder(name, panoptic_root, "panoptic PNGs")
+    image_root = existing_folder(name, image_root, "images")
+    panoptic_root = existing_folder(name, panoptic_root, "panoptic PNGs")
     if sem_seg_root is not None:
-        sem_seg_root = _folder(name, sem_seg_root, "semantic PNGs")
-    panoptic_json = _file(name, panoptic_json, "panoptic JSON")
-    categories = _read_categories(name, panoptic_json, ("id", "name", "isthing"))
-    metadata = panoptic_metadata([category.as_dict() for category in categories])
-    if instances_json is not None:
-        instances_json = _file(name, instances_json, "instance JSON")
-        things = dict(
-            zip(
-                metadata["thing_dataset_id_to_contiguous_id"],
-                metadata["thing_classes"],
-                strict=True,
-            )
+        sem_seg_root = existing_folder(name, sem_seg_root, "semantic PNGs")
+    panoptic_json = existing_file(name, panoptic_json, "panoptic JSON")
+    changes = make_changes(name, classes, rename, share, share_seed, image_list)
+    if sem_seg_root is not None and (changes.classes or changes.rename):
+        raise ValueError(
+            f"Data set {name!r}: SEM_SEG_ROOT has labels of the classes as they are, which CLASSES "
+            "and RENAME would change: leave it out, and labels are derived from the panoptic PNGs."
         )
-        listed = {c.id: c.name for c in _read_categories(name, instances_json)}
-        if listed != things:
-            raise ValueError(
-                f"Data set {name!r}: the categories of {instances_json} are {_short(listed)}, but "
-                f"the things of {panoptic_json} are {_short(things)}. They must be the same."
-            )
+    categories = _read_categories(name, panoptic_json, _PANOPTIC_KEYS)
+    listed_things: list[Category] = []
+    if instances_json is not None:
+        instances_json = existing_file(name, instances_json, "instance JSON")
+        listed_things = _read_categories(name, instances_json)
+        _compare_things(name, panoptic_json, categories, instances_json, listed_things)
+    if changes:
+        panoptic_json, instances_json = derive_panoptic(
+            name, panoptic_json, instances_json, categories, listed_things, changes
+        )
+        categories = _read_categories(name, panoptic_json, _PANOPTIC_KEYS)
+    metadata = panoptic_metadata([category.as_dict() for category in categories])
     content = {
         "type": "panoptic",
         "image_root": image_root,
@@ -153,30 +168,77 @@ def register_panoptic(
     register_coco_panoptic_annos_sem_seg(
         name, metadata, image_root, panoptic_root, panoptic_json, sem_seg_root, instances_json
     )
+    MetadataCatalog.get(name).is_selection = not changes.selection.is_all
     _registered[name] = content
 
 
-def register_instances(name: str, image_root: str, instances_json: str) -> None:
+def _compare_things(
+    name: str,
+    panoptic_json: str,
+    categories: Sequence[Category],
+    instances_json: str,
+    listed: Sequence[Category],
+) -> None:
+    things = {category.id: category.name for category in categories if category.isthing}
+    if {category.id: category.name for category in listed} != things:
+        raise ValueError(
+            f"Data set {name!r}: the categories of {instances_json} are "
+            f"{_short({c.id: c.name for c in listed})}, but the things of {panoptic_json} are "
+            f"{_short(things)}. They must be the same."
+        )
+
+
+def register_instances(
+    name: str,
+    image_root: str,
+    instances_json: str,
+    *,
+    classes: Sequence[str] | str | None = None,
+    rename: Mapping[str, str | None] | None = None,
+    share: Sequence[float] | None = None,
+    share_seed: int = 0,
+    image_list: str | None = None,
+) -> None:
     """Register a data set in the COCO instance format (polygons or RLE).
 
     Args:
         name: name to register.
         image_root: folder of the images.
         instances_json: COCO instance JSON; classes are read from it.
+        classes, rename, share, share_seed, image_list: see `register_annotations`.
 
     Raises:
-        FileNotFoundError: the JSON or the folder does not exist.
-        ValueError: the JSON is damaged, or the name is taken.
+        FileNotFoundError: the JSON, the folder or a listed image does not exist.
+        ValueError: the JSON is damaged, the classes do not fit, no image is left, or the name is
+            taken.
+        WriteError: the cache cannot be written.
     """
-    image_root = _folder(name, image_root, "images")
-    instances_json = _file(name, instances_json, "instance JSON")
+    image_root = existing_folder(name, image_root, "images")
+    instances_json = existing_file(name, instances_json, "instance JSON")
+    changes = make_changes(name, classes, rename, share, share_seed, image_list)
+    register_changed_instances(name, image_root, instances_json, changes, instances_json)
+
+
+def register_changed_instances(
+    name: str, image_root: str, instances_json: str, changes: Changes, source: str
+) -> None:
+    """Register what `register_instances` does.
+
+    Args:
+        name, image_root, instances_json: see there; the paths exist.
+        changes: of images and classes.
+        source: what the JSON was made of, for errors.
+    """
+    if changes:
+        categories = _read_categories(name, instances_json)
+        instances_json = derive_instances(name, instances_json, categories, changes, source)
     # In the order of Detectron2's loader, which would set it only after reading the annotations.
     ordered = sorted(_read_categories(name, instances_json), key=lambda category: category.id)
     metadata: dict[str, Any] = {
         "thing_classes": [c.name for c in ordered],
         "thing_dataset_id_to_contiguous_id": {c.id: i for i, c in enumerate(ordered)},
     }
-    colours = _colours(len(ordered))
+    colours = class_colours(len(ordered))
     metadata["thing_colors"] = [
         c.color or colour for c, colour in zip(ordered, colours, strict=True)
     ]
@@ -191,7 +253,11 @@ def register_instances(name: str, image_root: str, instances_json: str) -> None:
         return
     DatasetCatalog.register(name, partial(load_instances, instances_json, image_root, name))
     MetadataCatalog.get(name).set(
-        image_root=image_root, json_file=instances_json, evaluator_type="coco", **metadata
+        image_root=image_root,
+        json_file=instances_json,
+        is_selection=not changes.selection.is_all,
+        evaluator_type="coco",
+        **metadata,
     )
     _registered[name] = content
 
@@ -200,94 +266,84 @@ def register_semantic(
     name: str,
     image_root: str,
     label_root: str,
-    classes: Sequence[str] | str,
-    ignore_label: int = 255,
-    image_ext: str = "jpg",
-    label_ext: str = "png",
+    classes: Sequence[str] | str | None = None,
+    ignore_label: int | None = None,
+    image_ext: str | Sequence[str] = "jpg",
+    label_ext: str | Sequence[str] = "png",
+    *,
+    value_map: ValueMap | None = None,
+    ignore_labels: Sequence[Value] = (),
+    rename: Mapping[str, str | None] | None = None,
+    share: Sequence[float] | None = None,
+    share_seed: int = 0,
+    image_list: str | None = None,
 ) -> None:
-    """Register a folder of images and a folder of label PNGs of the same names.
+    """Register a folder of images and a folder of label images of the same names.
+
+    If a folder has no image itself, all below it are read: images/train/x.png belongs to
+    labels/train/x.png. Labels that `value_map`, `ignore_labels` or `rename` change are written to
+    the cache (`annotation_cache.py`) when the data set is first loaded.
 
     Args:
         name: name to register.
         image_root: folder of the images.
-        label_root: folder of one-channel PNGs whose values index ``classes``.
-        classes: names in the order of the labels, or a text file with one name per line.
-        ignore_label: label of pixels that are ignored in training and evaluation.
-        image_ext: file name extension of the images; images of other formats are read too, where
-            no image with this extension has the same name.
-        label_ext: file name extension of the labels, likewise.
+        label_root: folder of the label images: of one channel, with a palette, or with `value_map`
+            of colours.
+        classes: names in the order of the labels, or a text file with one name per line. With
+            `value_map` the order of the classes, under the names there or those of `rename`.
+        ignore_label: label of pixels that are ignored in training and evaluation; None: 255, or
+            with `value_map` none.
+        image_ext: file name extensions of the images; images of other formats are read too, where
+            no image with these extensions has the same name.
+        label_ext: file name extensions of the labels, likewise.
+        value_map: value of the label images → class name, or None to ignore the pixels. All values
+            are integers (of palette images the indices), or all are colours: "#rrggbb", "r, g, b"
+            or (r, g, b). Several values may have one class.
+        ignore_labels: more values whose pixels are ignored.
+        rename, share, share_seed, image_list: see `register_annotations`; pixels of a class that is
+            left out are ignored.
 
     Raises:
-        FileNotFoundError: a folder or the class file does not exist.
-        ValueError: a folder has no such files, the classes are invalid, or the name is taken.
+        FileNotFoundError: a folder, the class file or the image list does not exist.
+        ValueError: a folder has no such files, the classes or values are invalid, or the name is
+            taken.
     """
-    image_root = _folder(name, image_root, "images")
-    label_root = _folder(name, label_root, "labels")
-    image_ext, label_ext = (f".{extension.lstrip('.')}" for extension in (image_ext, label_ext))
-    for folder, extension, key in (
-        (image_root, image_ext, "image_ext"),
-        (label_root, label_ext, "label_ext"),
+    image_root = existing_folder(name, image_root, "images")
+    label_root = existing_folder(name, label_root, "labels")
+    extensions = tuple(map(list_extensions, (image_ext, label_ext)))
+    for folder, listed, key in zip(
+        (image_root, label_root), extensions, ("image_ext", "label_ext"), strict=True
     ):
-        if not any(file.name.lower().endswith(extension.lower()) for file in os.scandir(folder)):
-            present = sorted({Path(file.name).suffix for file in os.scandir(folder)})
-            raise ValueError(
-                f"Data set {name!r}: folder {folder} holds no *{extension} file ({key}); the "
-                f"extensions there are {', '.join(map(repr, present)) or 'none, it is empty'}."
-            )
-    names = _class_list(name, classes)
-    if 0 <= ignore_label < len(names):
-        raise ValueError(
-            f"Data set {name!r}: ignore_label {ignore_label} is the label of class "
-            f"{names[ignore_label]!r}; choose one outside [0, {len(names)})."
-        )
-    content = {
-        "type": "semantic",
-        "image_root": image_root,
-        "label_root": label_root,
-        "class names": names,
-        "ignore_label": ignore_label,
-        "image_ext": image_ext,
-        "label_ext": label_ext,
-    }
+        check_extensions(name, folder, listed, key)
+    names = None if classes is None else class_list(name, classes)
+    labels = make_labels(name, names, value_map, ignore_label, ignore_labels, rename)
+    source = SemanticSource(
+        name=name,
+        image_root=image_root,
+        label_root=label_root,
+        image_ext=extensions[0],
+        label_ext=extensions[1],
+        selection=make_selection(name, share, share_seed, image_list),
+        labels=labels,
+    )
+    content = {"type": "semantic", "class names": labels.classes} | vars(source)
     if _is_registered(name, content):
         return
-    DatasetCatalog.register(
-        name, partial(load_own_semantic, name, label_root, image_root, label_ext, image_ext)
-    )
+    DatasetCatalog.register(name, partial(load_source, source))
     MetadataCatalog.get(name).set(
-        stuff_classes=names,
-        stuff_colors=_colours(len(names)),
+        stuff_classes=labels.classes,
+        stuff_colors=labels.colours or class_colours(len(labels.classes)),
         image_root=image_root,
         sem_seg_root=label_root,
-        image_ext=image_ext,
-        label_ext=label_ext,
+        semantic_source=source,
+        is_selection=not source.selection.is_all,
         evaluator_type="sem_seg",
-        ignore_label=ignore_label,
+        ignore_label=labels.ignore_label,
     )
     _registered[name] = content
 
 
-# ---- arguments ----
-
-
-def _folder(name: str, folder: str, what: str) -> str:
-    path = os.path.expanduser(folder)
-    if not os.path.isdir(path):
-        raise FileNotFoundError(
-            f"Data set {name!r}: folder {_where(folder, path)} of the {what} does not exist."
-        )
-    return path
-
-
-def _file(name: str, file: str, what: str) -> str:
-    path = os.path.expanduser(file)
-    if not os.path.isfile(path):
-        raise FileNotFoundError(f"Data set {name!r}: {what} {_where(file, path)} does not exist.")
-    return path
-
-
-def _where(given: str, path: str) -> str:
-    return given if os.path.isabs(path) else f"{given} (in {os.getcwd()})"
+# ---- categories ----
 
 
 def _short(categories: dict[int | str, str]) -> str:
@@ -327,25 +383,3 @@ def _categories(json_file: str, mtime_ns: int, size: int) -> tuple[list[Category
     if sections is not None:
         categories = read_categories(sections, json_file, findings)
     return categories, findings
-
-
-def _class_list(name: str, classes: Sequence[str] | str) -> list[str]:
-    origin = "classes"
-    if isinstance(classes, str):
-        origin = _file(name, classes, "class list")
-        classes = [
-            line.strip()
-            for line in Path(origin).read_text(encoding="utf-8-sig").rstrip().splitlines()
-        ]
-    names = list(classes)
-    wrong = [i for i, value in enumerate(names) if not isinstance(value, str) or not value]
-    if wrong:
-        raise ValueError(
-            f"Data set {name!r}: class {wrong[0]} (from 0) of {origin} is {names[wrong[0]]!r}, not "
-            "a name. YAML reads words such as yes, no, on and off as true or false: quote them."
-        )
-    repeated = [value for value in names if names.count(value) > 1]
-    if repeated or not names:
-        what = f"names {repeated[0]!r} more than once" if repeated else "is empty"
-        raise ValueError(f"Data set {name!r}: {origin} {what}.")
-    return names

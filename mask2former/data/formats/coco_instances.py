@@ -242,6 +242,13 @@ def check_one_type(what: str, ids: Iterable[Id], file: str, findings: Findings) 
 # ---- images ----
 
 
+def image_file(image: Image) -> str | None:
+    """The file of an image relative to the folder of the images, if the JSON names it."""
+    if not image.file_name and image.coco_url:
+        return image.coco_url.removeprefix(_COCO_URL)
+    return image.file_name
+
+
 def _usable_images(
     data: Instances, images: Sequence[Image], findings: Findings, needs_files: bool
 ) -> list[Image]:
@@ -253,8 +260,7 @@ def _usable_images(
             findings.problem(data.file, image.id, f"images: id {image.id!r} occurs more than once")
             continue
         ids.add(image.id)
-        if not image.file_name and image.coco_url:
-            image.file_name = image.coco_url.removeprefix(_COCO_URL)
+        image.file_name = image_file(image)
         has_size = image.height is not None and image.width is not None
         if not image.file_name and (needs_files or not has_size):
             findings.problem(data.file, image.id, "an image has no 'file_name'")

@@ -1,12 +1,13 @@
 """Reads folders of images and label maps of the same names.
 
-Files are paired by their names without extension. The stated extension comes first; files of other
-image formats complete it, so that a folder of .jpg and .png is read whole. An image without label
+Files are paired by their names without extension. A stated extension comes first; files of other
+image formats complete it, so that a folder of .jpg and .png is read whole. Folders that have no
+image themselves are read with all below them. An image without label
 map and a label map without image are problems: the data is not what its owner thinks.
 """
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import numpy as np
 from detectron2.utils.file_io import PathManager
@@ -21,78 +22,142 @@ IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".t
 _NUM_SAMPLES = 16
 
 
+# File name extensions, with or without dot.
+Extensions = Sequence[str]
+
+
 def read_semantic_folders(
     image_root: str,
     label_root: str,
     findings: Findings,
-    image_ext: str | None = None,
-    label_ext: str | None = None,
+    image_ext: str | Extensions | None = None,
+    label_ext: str | Extensions | None = None,
 ) -> list[tuple[str, str]]:
     """List the pairs of images and label maps, in the order of their names.
 
     Args:
         image_root, label_root: the folders.
         findings: gets files without partner, and doubtful ones.
-        image_ext, label_ext: extension of the files, with or without dot; None: any image format.
+        image_ext, label_ext: extensions of the files, with or without dot; None: any image format.
 
     Returns:
         (image, label map) of each pair.
     """
-    images = _files_by_stem(image_root, image_ext, "images", findings)
-    labels = _files_by_stem(label_root, label_ext, "label maps", findings)
+    stated = [_listed(image_ext), _listed(label_ext)]
+    images = _files_by_stem(image_root, stated[0], "images", findings)
+    labels = _files_by_stem(label_root, stated[1], "label maps", findings)
     if images is None or labels is None:
         return []
-    for stem in sorted(images.keys() - labels.keys()):
-        why = f"the image has no label map in {label_root}"
-        if image_ext is not None and not _has_extension(images[stem], image_ext):
-            findings.warn(images[stem], None, f"{why}, and not the extension {image_ext}: not used")
-        else:
-            findings.problem(images[stem], None, why, is_missing=True)
-    for stem in sorted(labels.keys() - images.keys()):
-        why = f"the label map has no image in {image_root}"
-        if label_ext is not None and not _has_extension(labels[stem], label_ext):
-            findings.warn(labels[stem], None, f"{why}, and not the extension {label_ext}: not used")
-        else:
-            findings.problem(labels[stem], None, why, is_missing=True)
-    pairs = [(images[stem], labels[stem]) for stem in sorted(images.keys() & labels.keys())]
-    for files, extension in ((images, image_ext), (labels, label_ext)):
-        used = [files[stem] for stem in sorted(images.keys() & labels.keys())]
-        others = [f for f in used if extension is not None and not _has_extension(f, extension)]
-        if others:
-            why = f"is read, but has not the extension {extension} ({len(others)} such files)"
-            findings.warn(others[0], None, why)
-    return pairs
+    for files, others, extensions, lacks in (
+        (images, labels, stated[0], f"the image has no label map in {label_root}"),
+        (labels, images, stated[1], f"the label map has no image in {image_root}"),
+    ):
+        for stem in sorted(files.keys() - others.keys()):
+            if extensions and not _has_extension(files[stem], extensions):
+                why = f"{lacks}, and not the extension {' or '.join(extensions)}: not used"
+                findings.warn(files[stem], None, why)
+            else:
+                findings.problem(files[stem], None, lacks, is_missing=True)
+    common = sorted(images.keys() & labels.keys())
+    for files, extensions in ((images, stated[0]), (labels, stated[1])):
+        unstated = [files[s] for s in common if not _has_extension(files[s], extensions)]
+        if unstated and extensions:
+            why = (
+                f"is read, but has not the extension {' or '.join(extensions)} ({len(unstated)} "
+                "such files)"
+            )
+            findings.warn(unstated[0], None, why)
+    return [(images[stem], labels[stem]) for stem in common]
+
+
+def list_files(folder: str) -> list[str]:
+    """The files of a folder, or if no image is among them, of all folders below it.
+
+    Returns:
+        Paths relative to the folder, sorted. Links to nothing are left out.
+    """
+    names = sorted(list_names(folder))
+    if any(name.lower().endswith(IMAGE_EXTENSIONS) for name in names) or not os.path.isdir(folder):
+        return names
+    return [
+        os.path.relpath(os.path.join(path, name), folder)
+        for path, name in _walk(folder)
+        if os.path.isfile(os.path.join(path, name))
+    ] or names
+
+
+def _walk(folder: str) -> Iterator[tuple[str, str]]:
+    """Yield folder and name of all files below a folder, in a fixed order."""
+    seen: set[str] = set()
+    for path, folders, names in os.walk(folder, followlinks=True):
+        real = os.path.realpath(path)
+        if real in seen:  # a link to a folder above
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in sorted(names):
+            yield path, name
+
+
+def _listed(extensions: str | Extensions | None) -> list[str]:
+    if extensions is None:
+        return []
+    return [extensions] if isinstance(extensions, str) else list(extensions)
 
 
 def _files_by_stem(
-    folder: str, extension: str | None, what: str, findings: Findings
+    folder: str, extensions: Extensions, what: str, findings: Findings
 ) -> dict[str, str] | None:
-    """Name without extension → path; those with the stated extension win."""
+    """Name without extension → path; those with a stated extension win."""
     if not PathManager.isdir(folder):
         why = f"the folder of the {what} does not exist"
         findings.problem(folder, None, why, is_missing=True)
         return None
-    present = list_names(folder)
-    for name in sorted(set(PathManager.ls(folder)) - present):
-        if name.lower().endswith(IMAGE_EXTENSIONS):
-            why = "is a link to a file that does not exist, or no file"
-            findings.problem(os.path.join(folder, name), None, why, is_missing=True)
-    names = sorted(present)
-    stated = [n for n in names if extension is not None and _has_extension(n, extension)]
-    others = [n for n in names if n.lower().endswith(IMAGE_EXTENSIONS)]
+    names = list_files(folder)
+    for name in sorted(_links_to_nothing(folder, names)):
+        why = "is a link to a file that does not exist, or no file"
+        findings.problem(os.path.join(folder, name), None, why, is_missing=True)
+    stated = {name for name in names if _has_extension(name, extensions)}
+    others = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
     files: dict[str, str] = {}
-    for name in (*stated, *others):
-        stem = _stem(name, extension) if name in stated else os.path.splitext(name)[0]
-        files.setdefault(stem, os.path.join(folder, name))
+    for group in (sorted(stated), [name for name in others if name not in stated]):
+        found: dict[str, str] = {}
+        for name in group:
+            stem = _stem(name, extensions) if name in stated else os.path.splitext(name)[0]
+            first = found.setdefault(stem, name)
+            if first != name and stem not in files:
+                why = f"has the same name without extension as {first}: remove or rename one"
+                findings.problem(os.path.join(folder, name), None, why)
+        for stem, name in found.items():
+            files.setdefault(stem, os.path.join(folder, name))
     return files
 
 
-def _has_extension(name: str, extension: str) -> bool:
-    return name.lower().endswith(f".{extension.lstrip('.').lower()}")
+def _links_to_nothing(folder: str, names: Iterable[str]) -> set[str]:
+    present = {*names}
+    is_flat = not any(os.sep in name for name in present)
+    listed = (
+        set(PathManager.ls(folder))
+        if is_flat
+        else {os.path.relpath(os.path.join(path, name), folder) for path, name in _walk(folder)}
+    )
+    return {
+        name
+        for name in listed - present
+        if name.lower().endswith(IMAGE_EXTENSIONS)
+        and not os.path.isfile(os.path.join(folder, name))
+    }
 
 
-def _stem(name: str, extension: str) -> str:
-    return name[: -len(extension.lstrip(".")) - 1]
+def _has_extension(name: str, extensions: Extensions) -> bool:
+    return name.lower().endswith(tuple(f".{e.lstrip('.').lower()}" for e in extensions))
+
+
+def _stem(name: str, extensions: Extensions) -> str:
+    """A file name without its stated extension, of which the longest counts."""
+    longest = max(len(e.lstrip(".")) for e in extensions if _has_extension(name, [e]))
+    return name[: -longest - 1]
 
 
 def warn_of_one_class(

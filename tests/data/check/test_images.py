@@ -194,7 +194,10 @@ def test_label_maps(semantic_item, tmp_path):
     assert whys(report.problems) == [(None, why)]
     assert report.pixels == {0: 29, 1: 16, 2: 48}
     save(path, np.stack([labels] * 3, -1))
-    why = "has 3 channels; a label map has one, the class of each pixel"
+    why = (
+        "has 3 channels; a label map has one, the class of each pixel (VALUE_MAP in "
+        "DATASETS.CUSTOM maps colours)"
+    )
     assert whys(check(semantic_item).problems) == [(None, why)]
     save(path, labels[:4])
     assert "is 12 x 4 pixels, but its image" in check(semantic_item).problems[0].why

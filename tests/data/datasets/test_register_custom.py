@@ -96,7 +96,7 @@ def test_same_name_again(tmp_path):
         ({"TYPE": "boxes"}, r"CUSTOM\[1\] \(own_val\) has TYPE 'boxes'; allowed: panoptic, inst"),
         ({"TYPE": None}, "has TYPE None"),
         ({"INSTANCE_JSON": "x"}, "key 'INSTANCE_JSON', .* Did you mean INSTANCES_JSON"),
-        ({"CLASSES": ["cup"]}, "key 'CLASSES', which is unknown for type instance"),
+        ({"LABEL_ROOT": "x"}, "key 'LABEL_ROOT', which is unknown for type instance"),
         ({"NAME": 3}, "has NAME 3; it must be a str"),
         ({"IMAGE_ROOT": None}, "has IMAGE_ROOT None; it must be a str"),
         ({"IMAGE_ROOT": "nowhere"}, r"'own_val': folder nowhere \(in /.*of the images does not"),
