@@ -41,6 +41,7 @@ _ADDED_KEYS = (
     "DETERMINISTIC",
     "DISTRIBUTED_TIMEOUT",
     "INPUT.IGNORE_UNLABELLED",
+    "LOGGING",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
     "MODEL.MASK_FORMER.CRITERION_NAME",
@@ -310,6 +311,22 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # than EARLY_STOPPING_MIN_DELTA; 0: off.
     cfg.TEST.EARLY_STOPPING_PATIENCE = 0
     cfg.TEST.EARLY_STOPPING_MIN_DELTA = 0.0
+    # What a training logs besides the losses (training_log.py); it changes no number.
+    cfg.LOGGING = CfgNode()
+    # Images of each of DATASETS.TEST drawn at every evaluation, ground truth beside prediction, for
+    # TensorBoard and in OUTPUT_DIR/pictures; 0: off.
+    cfg.LOGGING.PICTURES = 4
+    # Training batches with the largest losses since the last evaluation, drawn there too; 0: off.
+    cfg.LOGGING.HARD_EXAMPLES = 4
+    # Log the norm of all gradients before clipping also if clipping does not compute it, as
+    # SOLVER.CLIP_GRADIENTS.CLIP_TYPE full_model does.
+    cfg.LOGGING.GRADIENT_NORM = False
+    # Write to Weights & Biases (package wandb) and to MLflow (mlflow or mlflow-skinny), by default
+    # without network into OUTPUT_DIR (experiment_trackers.py).
+    cfg.LOGGING.WANDB = False
+    cfg.LOGGING.MLFLOW = False
+    # Their name for the project or experiment; the run is named after OUTPUT_DIR.
+    cfg.LOGGING.PROJECT = "mask2former"
 
 
 def load_config(

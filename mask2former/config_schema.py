@@ -157,6 +157,11 @@ GROUPS = (
             "SOLVER.CLIP_GRADIENTS.ENABLED": Flag(),
             "SOLVER.AMP.ENABLED": Flag(),
             "SOLVER.NON_FINITE.MAX_SKIPPED": Whole(0, 2**31 - 1),
+            "LOGGING.PICTURES": Whole(0, 1000),
+            "LOGGING.HARD_EXAMPLES": Whole(0, 1000),
+            "LOGGING.GRADIENT_NORM": Flag(),
+            "LOGGING.WANDB": Flag(),
+            "LOGGING.MLFLOW": Flag(),
             "TEST.EVAL_PERIOD": _LENGTH,  # 0: only after the last iteration
             "TEST.EXPECTED_RESULTS": ListOf(_EXPECTED_RESULT),
             "TEST.PRECISE_BN.ENABLED": Flag(),
@@ -190,6 +195,11 @@ GROUPS = (
             "TEST.AUG.FLIP": Flag(),
         },
         turned_on("TEST.AUG.ENABLED"),
+    ),
+    Group(
+        always,
+        {"LOGGING.PROJECT": Text()},
+        lambda cfg: turned_on("LOGGING.WANDB")(cfg) or turned_on("LOGGING.MLFLOW")(cfg),
     ),
     Group(
         always,

@@ -15,6 +15,8 @@ from .best_checkpoint import BestModel, EarlyStop
 from .ema import WeightAverage
 from .fast.checkpointing import has_room, set_checkpointing
 from .non_finite import NonFiniteWatch
+from .pictures import HardExamples, Pictures
+from .training_log import PeakMemory
 from .utils.memory import peak_resident_bytes
 from .utils.seeding import MODEL, seed_all
 
@@ -262,4 +264,7 @@ READING_PERIODS: dict[type[HookBase], str | None] = {
     BestModel: "_period",
     EarlyStop: None,
     StartReport: None,
+    PeakMemory: None,
+    HardExamples: None,
+    Pictures: "_period",
 }

@@ -186,17 +186,22 @@ def _save_names(names: dict[nn.Parameter, str]) -> Callable[[Optimizer, dict[str
 def _clipping_full_model(
     optimizer_type: type[Optimizer], max_norm: float, norm_type: float
 ) -> type[Optimizer]:
-    """A subclass whose `step` first clips the norm of all gradients together to `max_norm`."""
+    """A subclass whose `step` first clips the norm of all gradients together to `max_norm`.
+
+    Its attribute `total_norm` is that norm in the last step, before clipping; None before the
+    first.
+    """
 
     class FullModelGradientClippingOptimizer(optimizer_type):  # type: ignore[valid-type, misc]
         grad_scale: Tensor | None
+        total_norm: Tensor | None = None
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             parameters = list(itertools.chain(*(group["params"] for group in self.param_groups)))
             if getattr(self, "grad_scale", None) is not None:
                 _unscale(parameters, self.grad_scale)
                 self.grad_scale = None
-            torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+            self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
             return super().step(closure)
 
     return FullModelGradientClippingOptimizer

@@ -24,6 +24,7 @@ from .data.evaluator_types import builders_of
 from .data.loader import check_batch_size, check_dataset_names
 from .evaluation.expected_results import check_expected_tasks
 from .evaluation.ground_truth import check_ground_truth
+from .experiment_trackers import check_trackers
 
 Purpose = Literal["train", "evaluate", "predict", "unknown"]
 
@@ -84,6 +85,7 @@ def check_run(
     if purpose == "train":
         name = f"training {num_workers}"
         check_once(cfg, name, lambda cfg: check_training(cfg, num_workers))
+        check_once(cfg, "trackers", check_trackers)
     needed = {
         # Test sets too: otherwise a wrong name would be noticed when training has ended.
         "train": (*cfg.DATASETS.TRAIN, *cfg.DATASETS.TEST),

@@ -11,7 +11,7 @@ NUM_ACCUMULATION_STEPS): gradients and losses are those of the batch.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, nullcontext, suppress
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -27,6 +27,7 @@ from .utils.host_copy import HostCopy
 if TYPE_CHECKING:
     from .non_finite import NonFiniteWatch
 
+GRADIENT_NORM = "grad_norm"
 # What scipy says of costs that are not finite, in matchers of other projects.
 _INVALID_COSTS = "invalid numeric entries"
 
@@ -45,6 +46,7 @@ class _Pending(NamedTuple):
     prefix: str
     iteration: int
     batch: Any
+    late: HostCopy | None = None
 
     def losses(self) -> dict[str, Tensor]:
         names = self.names[: self.num_losses]
@@ -52,7 +54,8 @@ class _Pending(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         names = self.names[self.num_losses :]
-        return dict(zip(names, self.values.read()[self.num_losses :].tolist(), strict=True))
+        values = dict(zip(names, self.values.read()[self.num_losses :].tolist(), strict=True))
+        return values if self.late is None else values | {GRADIENT_NORM: self.late.read().item()}
 
 
 class DelayedMetrics(SimpleTrainer):
@@ -67,13 +70,17 @@ class DelayedMetrics(SimpleTrainer):
         watch: captures iterations that are not finite, and may skip them.
         num_accumulation_steps: micro-batches into which each batch is split. With more than one,
             the model has a context manager `accumulating`, see `MaskFormer`.
-        watch: captures iterations that are not finite, and may skip them.
         skipped: whether the last iteration was skipped.
+        logs_gradient_norm: write the norm of all gradients before clipping also if clipping does
+            not compute it (`optimizer.py`).
+        weights: weight of each loss, to write those of the last prediction layer without it too.
+        observers: called with the iteration and this rank's losses when they are written.
     """
 
     num_accumulation_steps = 1
     watch: "NonFiniteWatch | None" = None
     skipped = False
+    logs_gradient_norm = False
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -83,6 +90,8 @@ class DelayedMetrics(SimpleTrainer):
         self._batch: Any = None
         self._buffers: dict[str, Tensor] = {}
         self._bad_costs: list[int] = []
+        self.weights: Mapping[str, float] = {}
+        self.observers: list[Callable[[int, Mapping[str, Tensor]], None]] = []
 
     @property
     def _data_loader_iter(self) -> Iterator[Any]:
@@ -101,12 +110,16 @@ class DelayedMetrics(SimpleTrainer):
         """
         self._is_read = is_read
 
-    def flush(self) -> None:
-        """Write what has been delayed; all ranks together."""
+    def flush(self, *, late: bool = True) -> None:
+        """Write what has been delayed; all ranks together.
+
+        Args:
+            late: whether the update of that iteration has been made.
+        """
         pending, self._pending = self._pending, None
         if pending is not None:
             self._write_now(
-                self._finite(pending.losses(), pending.iteration, pending.batch, late=True),
+                self._finite(pending.losses(), pending.iteration, pending.batch, late=late),
                 pending.metrics(),
                 pending.data_time,
                 pending.prefix,
@@ -134,6 +147,7 @@ class DelayedMetrics(SimpleTrainer):
                     super().run_step()
                 else:
                     self._accumulate()
+            self._write_clipped_norm()
         except SkippedIteration:
             self.skipped = True
             self.optimizer.zero_grad()
@@ -259,15 +273,18 @@ class DelayedMetrics(SimpleTrainer):
             numbers = {name: loss.item() for name, loss in loss_dict.items()}
             self.watch.check(iteration, self._batch, numbers, self._bad_costs)
         metrics = self._device_metrics()
+        if self.logs_gradient_norm and not hasattr(self.optimizer, "total_norm"):
+            metrics[GRADIENT_NORM] = self._gradient_norm()
         values = [*loss_dict.values(), *metrics.values()]
-        if self._is_read(iteration) or not _can_be_stacked(values):
+        if not _can_be_stacked(values):
             loss_dict = self._finite(loss_dict, iteration, self._batch, late=False)
             self._write_now(loss_dict, metrics, data_time, prefix, iteration)
             return
+        is_read = self._is_read(iteration)
         with torch.no_grad():
             stacked = torch.stack(values)
             copied = HostCopy(stacked)
-            if self._guards_update():
+            if self._guards_update() and not is_read:
                 # So that the weights stay those of this iteration until its losses are read. The
                 # gradient scaler of float16 puts its own in place, which is as good.
                 is_finite = stacked[: len(loss_dict)].isfinite().all()
@@ -275,6 +292,24 @@ class DelayedMetrics(SimpleTrainer):
         names = [*loss_dict, *metrics]
         pending = (names, len(loss_dict), copied, data_time, prefix, iteration, self._batch)
         self._pending = _Pending(*pending)
+        if is_read:
+            self.flush(late=False)
+
+    def _gradient_norm(self) -> Tensor:
+        groups = self.optimizer.param_groups
+        parameters = [p for group in groups for p in group["params"] if p.grad is not None]
+        return torch.nn.utils.get_total_norm([p.grad for p in parameters]).float()
+
+    def _write_clipped_norm(self) -> None:
+        """Write the norm that the optimiser has just clipped, with the losses of its iteration."""
+        norm = getattr(self.optimizer, "total_norm", None)
+        if norm is None:
+            return
+        self.optimizer.total_norm = None  # the gradient scaler may skip the next step
+        if self._pending is not None:
+            self._pending = self._pending._replace(late=HostCopy(norm))
+        else:
+            self._put_metrics({GRADIENT_NORM: norm}, self.iter)
 
     def _write_now(
         self,
@@ -285,8 +320,49 @@ class DelayedMetrics(SimpleTrainer):
         iteration: int,
     ) -> None:
         super()._write_metrics(losses, data_time, prefix, iteration)
+        self._put_metrics(metrics, iteration)
+        for name, value in unweighted_losses(losses, self.weights, prefix, iteration).items():
+            get_event_storage().put_scalar(name, value, cur_iter=iteration)
+        for observer in self.observers:
+            observer(iteration, losses)
+
+    @staticmethod
+    def _put_metrics(metrics: Mapping[str, Tensor | float], iteration: int) -> None:
         for name, value in metrics.items():
-            get_event_storage().put_scalar(name, float(value), cur_iter=iteration)
+            number = float(value)
+            # The gradient scaler skips steps whose gradients are not finite.
+            if name != GRADIENT_NORM or math.isfinite(number):
+                get_event_storage().put_scalar(name, number, cur_iter=iteration)
+
+
+def is_of_last_layer(name: str) -> bool:
+    """Whether a loss is of the last prediction layer; those of others end in their number."""
+    return not name.rpartition("_")[2].isdigit()
+
+
+def unweighted_losses(
+    names: Iterable[str], weights: Mapping[str, float], prefix: str, iteration: int
+) -> dict[str, float]:
+    """Losses of the last prediction layer divided by their weights, from the event storage.
+
+    Args:
+        names: of the losses written.
+        weights: by name of the loss. Losses of weight 0 cannot be recovered and are left out.
+        prefix: of the names in the storage.
+        iteration: that the losses must be of.
+
+    Returns:
+        Averages over the ranks by name, "unweighted/ce" for loss_ce: "loss" in a name would add it
+        to the terminal's line. Empty on ranks that do not write.
+    """
+    latest = get_event_storage().latest()
+    result = {}
+    for name in names:
+        value, written = latest.get(f"{prefix}{name}", (0.0, None))
+        if written == iteration and is_of_last_layer(name) and weights.get(name):
+            short = name.removeprefix("loss_")
+            result[f"{prefix}unweighted/{short}"] = value / weights[name]
+    return result
 
 
 def _can_be_stacked(values: list[Any]) -> bool:
@@ -337,6 +413,12 @@ class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
         if self.grad_scaler.is_enabled():
             return "those before the update, unless its gradients were finite"
         return super()._weights_after_update()
+
+    def _gradient_norm(self) -> Tensor:
+        norm = super()._gradient_norm()
+        if not self.grad_scaler.is_enabled():
+            return norm
+        return norm / self.grad_scaler.scale(torch.ones_like(norm))
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Runs in other precisions save no state of the scaler, or an empty one.

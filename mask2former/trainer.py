@@ -44,6 +44,7 @@ from .data.loader import (
 from .ema import WeightAverage
 from .evaluation import build_evaluator, write_results
 from .evaluation.expected_results import check_expected_results
+from .experiment_trackers import build_trackers
 from .fast.setup import apply_config
 from .hooks import (
     READING_PERIODS,
@@ -58,11 +59,13 @@ from .maskformer_model import MaskFormer
 from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .non_finite import NonFiniteWatch, max_skipped
 from .optimizer import build_optimizer, scale_learning_rate
+from .pictures import HardExamples
 from .preflight import check_precision, check_run
 from .test_time_augmentation import SemanticSegmentorWithTTA
 from .train_step import DelayedMetrics, MixedPrecisionStep, Step
 from .trainer_state import Configured, check_trainer_state, solver_settings
 from .training_evaluation import with_evaluation_hooks
+from .training_log import configure_step, with_logging_hooks
 from .utils.chosen_keys import is_unset
 from .utils.determinism import use_deterministic_algorithms
 from .utils.files import WriteError, make_folder
@@ -133,6 +136,7 @@ class Trainer(DefaultTrainer, StopsEarly):
                 gradient_as_bucket_view=True,
             )
         self._trainer = self._build_step(cfg, model, data_loader, optimizer)
+        configure_step(cfg, self._trainer, getattr(model, "module", model))
         self._trainer.cudnn_benchmark = on_gpu and chooses_cudnn_benchmark(cfg, data_loader)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
         self.checkpointer = Mask2FormerCheckpointer(
@@ -179,7 +183,7 @@ class Trainer(DefaultTrainer, StopsEarly):
         on_gpu = torch.device(self.cfg.MODEL.DEVICE).type == "cuda"
         chooses = on_gpu and self.cfg.MODEL.get("CHECKPOINTING") == "auto"
         return [
-            *with_evaluation_hooks(self, super().build_hooks()),
+            *with_logging_hooks(self.cfg, with_evaluation_hooks(self, super().build_hooks())),
             IterationSeed(),
             MetricWindow(),
             UnwrittenMetrics(),
@@ -189,7 +193,10 @@ class Trainer(DefaultTrainer, StopsEarly):
         ]
 
     def build_writers(self) -> list[EventWriter]:
-        return build_writers(self.cfg.OUTPUT_DIR, self.max_iter)
+        trainer = weakref.proxy(self)
+        # Before the writer of TensorBoard, which takes the pictures.
+        trackers = build_trackers(self.cfg, lambda: trainer.start_iter > 0)
+        return [*trackers, *build_writers(self.cfg.OUTPUT_DIR, self.max_iter)]
 
     def resume_or_load(self, resume: bool = True) -> None:
         """Load the last checkpoint if `resume` and there is one, else MODEL.WEIGHTS.
@@ -390,7 +397,12 @@ class Trainer(DefaultTrainer, StopsEarly):
     def _without_unused(self, state_dict: dict[str, Any]) -> dict[str, Any]:
         """State of training without that of hooks that the config has turned off since."""
         states = dict(state_dict.get("hooks", {}))
-        for hook, key in ((WeightAverage, "SOLVER.EMA.ENABLED"), (BestModel, "TEST.BEST_METRIC")):
+        keys: dict[type[HookBase], str] = {
+            WeightAverage: "SOLVER.EMA.ENABLED",
+            BestModel: "TEST.BEST_METRIC",
+            HardExamples: "LOGGING.HARD_EXAMPLES",
+        }
+        for hook, key in keys.items():
             name = hook.__qualname__
             if name in states and not any(type(own) is hook for own in self._hooks):
                 del states[name]

@@ -134,6 +134,8 @@ ACCEPTED = {
         ("*NAME", "MODEL.META_ARCHITECTURE", "DATASETS.T*"),
     ),
     "text without a meaning of its own": (("another", "space"), ("MODEL.WEIGHTS", "OUTPUT_DIR")),
+    "a name that the user makes up": (("another",), ("LOGGING.PROJECT",)),
+    "0 draws nothing": (("zero",), ("LOGGING.PICTURES", "LOGGING.HARD_EXAMPLES")),
     "none": (("null", "empty"), ("MODEL.WEIGHTS", "*.NORM")),
     "no files": (("empty",), ("OUTPUT_DIR",)),
     "0 turns the term, the limit or the randomness off": (

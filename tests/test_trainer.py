@@ -36,7 +36,7 @@ from mask2former.utils.output_lock import lock_output
 
 TOY = Path(__file__).parent / "toy_training.py"
 # Metrics that depend on the clock.
-TIMES = {"time", "data_time", "rank_data_time", "eta_seconds"}
+TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "max_mem"}
 
 
 @pytest.fixture(autouse=True)
@@ -77,10 +77,16 @@ def start_program(*arguments, launcher=(), cwd=None):
     return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
 
 
+def rows_of(output_dir):
+    """Iteration → its last row of metrics.json."""
+    rows = map(json.loads, (Path(output_dir) / "metrics.json").read_text().splitlines())
+    return {row["iteration"]: row for row in rows}
+
+
 def metrics(output_dir):
     """Iteration → its last row of metrics.json, without TIMES."""
-    rows = map(json.loads, (Path(output_dir) / "metrics.json").read_text().splitlines())
-    return {r["iteration"]: {k: v for k, v in r.items() if k not in TIMES} for r in rows}
+    rows = rows_of(output_dir)
+    return {i: {k: v for k, v in row.items() if k not in TIMES} for i, row in rows.items()}
 
 
 @pytest.mark.parametrize(

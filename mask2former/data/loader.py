@@ -72,6 +72,9 @@ _MAPPERS = (
     MaskFormerSemanticDatasetMapper,
 )
 
+# Batches whose draws are kept: more than loader processes load ahead.
+_NUM_RECENT = 1024
+
 # How many samples in a row a mapper may reject (return None) before it is an error.
 _MAX_REJECTIONS = 100
 
@@ -184,6 +187,7 @@ class ResumableBatchSampler(Sampler):
         self._reseed = reseed
         self._is_wide = is_wide
         self._start_iteration = 0
+        self._recent: dict[int, list[Draw]] = {}
 
     def seek(self, seed: int, iteration: int) -> None:
         """Start the next iterator at `iteration` of the run with this `seed`."""
@@ -199,7 +203,19 @@ class ResumableBatchSampler(Sampler):
             for position, index in zip(positions, self._indices, strict=False)
         )
         batches = self._batches(draws) if self._is_wide is None else self._grouped_batches(draws)
-        yield from itertools.islice(batches, self._start_iteration, None)
+        numbered = enumerate(batches)
+        for iteration, batch in itertools.islice(numbered, self._start_iteration, None):
+            self._recent[iteration] = batch
+            self._recent.pop(iteration - _NUM_RECENT, None)
+            yield batch
+
+    def draws(self, iteration: int) -> list[Draw]:
+        """The draws of this worker's batch in a recent iteration.
+
+        Raises:
+            KeyError: it has not been drawn, or too long ago.
+        """
+        return self._recent[iteration]
 
     def _batches(self, draws: Iterator[Draw]) -> Iterator[list[Draw]]:
         while batch := list(itertools.islice(draws, self._batch_size)):

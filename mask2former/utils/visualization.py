@@ -1,6 +1,7 @@
 """Draws predictions and ground truth on images.
 
-Used by tools/demo.py and tools/quickstart.py. H, W: image size in pixels. Images are RGB, uint8.
+Used by the tools that draw, the data set check and the pictures of training. H, W: image size in
+pixels. Images are RGB, uint8.
 """
 
 import os
@@ -16,7 +17,8 @@ from detectron2.utils.visualizer import ColorMode, VisImage, Visualizer
 from panopticapi.utils import rgb2id
 from PIL import Image, ImageDraw, ImageFont
 
-from ..data.formats.images import read_panoptic_png
+from ..data.formats.images import read_image, read_panoptic_png
+from ..data.targets import rasterise, read_annotations
 from .files import atomic_write
 from .seeding import isolated_rng
 
@@ -128,13 +130,103 @@ def draw_panoptic_gt(
 draw_panoptic_truth = draw_panoptic_gt
 
 
+def draw_gt(
+    image: np.ndarray,
+    record: dict,
+    metadata: Metadata,
+    task: str,
+    *,
+    classes: Sequence[str],
+    ignore_label: int = 255,
+) -> np.ndarray | None:
+    """Draws the ground truth of one task on an image, which may be smaller than its file.
+
+    Draws random colours for classes without one.
+
+    Args:
+        image: (H, W, 3).
+        record: of a data set, in Detectron2's format, with contiguous category ids and the size of
+            the file in `height` and `width`.
+        metadata: class names and colours.
+        task: one of TASKS.
+        classes: names by contiguous id, for instances.
+        ignore_label: label of pixels without a class, which are not drawn.
+
+    Returns:
+        The drawing, (H, W, 3); None if the record has no ground truth of this task.
+    """
+    size = image.shape[:2]
+    visualizer = Visualizer(image, _by_contiguous_id(metadata))
+    if task == "instance" and record.get("annotations") is not None:
+        drawn = _draw_annotations(visualizer, record, classes, size)
+    elif task == "panoptic" and record.get("pan_seg_file_name"):
+        ids = rgb2id(resize_labels(read_panoptic_png(record["pan_seg_file_name"]), size))
+        shown = set(np.unique(ids).tolist())
+        # The visualizer fails on segments without pixels, as small ones may be at this size, and on
+        # several ids without segment.
+        segments = [
+            {"isthing": True} | segment
+            for segment in record["segments_info"]
+            if segment["id"] in shown
+        ]
+        ids[~np.isin(ids, [segment["id"] for segment in segments])] = 0
+        drawn = visualizer.draw_panoptic_seg(torch.from_numpy(ids.astype(np.int64)), segments)
+    elif task == "semantic" and record.get("sem_seg_file_name"):
+        labels = resize_labels(read_image(record["sem_seg_file_name"]), size).astype(np.int64)
+        labels[labels == ignore_label] = len(classes)  # not drawn
+        drawn = visualizer.draw_sem_seg(labels)
+    else:
+        return None
+    return drawn.get_image()
+
+
+def _draw_annotations(
+    visualizer: Visualizer, record: dict, classes: Sequence[str], size: tuple[int, int]
+) -> VisImage:
+    image_size = record["height"], record["width"]
+    masks, names = [], []
+    for annotation in record["annotations"]:
+        # Draw crowds too; the class is in the label.
+        plain = annotation | {"category_id": 0, "iscrowd": 0}
+        _, shapes = read_annotations([plain], image_size, record["file_name"])
+        mask = resize_labels(rasterise(shapes, image_size)[0].numpy().astype(np.uint8), size)
+        if mask.any():
+            masks.append(mask)
+            crowd = " crowd" * annotation.get("iscrowd", 0)
+            names.append(f"{classes[annotation['category_id']]}{crowd}")
+    return visualizer.overlay_instances(masks=masks, labels=names) if masks else visualizer.output
+
+
+def shrink(image: np.ndarray, longest: int, *, enlarge: bool = False) -> np.ndarray:
+    """Returns an image (H, W, 3), at most `longest` pixels high and wide, in its proportions.
+
+    Args:
+        image: (H, W, 3).
+        longest: in pixels.
+        enlarge: whether a smaller image gets that size too.
+    """
+    height, width = image.shape[:2]
+    scale = longest / max(height, width)
+    if not enlarge:
+        scale = min(1.0, scale)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    return np.asarray(Image.fromarray(image).resize(size, Image.Resampling.BILINEAR))
+
+
+def resize_labels(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Nearest-neighbour resize of integers (h, w) or (h, w, 3) to `size` (H, W)."""
+    rows = np.arange(size[0]) * labels.shape[0] // size[0]
+    columns = np.arange(size[1]) * labels.shape[1] // size[1]
+    return labels[rows[:, None], columns]
+
+
 def contact_sheet(
     rows: Sequence[Sequence[np.ndarray]],
     path: str | os.PathLike,
     titles: Sequence[str] = (),
     *,
     margin: int = 8,
-) -> None:
+) -> np.ndarray:
     """Writes a table of images as one PNG, each column as wide as its widest image.
 
     Args:
@@ -142,6 +234,9 @@ def contact_sheet(
         path: file to write, atomically.
         titles: one per column, or none.
         margin: pixels between images.
+
+    Returns:
+        The table, (height, width, 3).
 
     Raises:
         ValueError: no images, rows of different lengths, or a wrong number of titles.
@@ -173,6 +268,7 @@ def contact_sheet(
         x += width + margin
     with atomic_write(os.fspath(path), "wb") as file:
         sheet.save(file, format="PNG")
+    return np.asarray(sheet)
 
 
 def magnify(image: np.ndarray, scale: float) -> np.ndarray:

@@ -10,19 +10,14 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-import torch
 from detectron2.data import MetadataCatalog
-from detectron2.utils.visualizer import Visualizer
-from panopticapi.utils import rgb2id
-from PIL import Image
 
 from ...utils.files import atomic_write, make_folder
 from ...utils.seeding import isolated_rng
-from ...utils.visualization import contact_sheet
+from ...utils.visualization import contact_sheet, draw_gt, shrink
 from ..formats.findings import NO_LABELLED_PIXEL, Finding
-from ..formats.images import read_colours, read_image, read_panoptic_png
+from ..formats.images import read_colours
 from ..formats.semantic_folders import hidden_classes
-from ..targets import rasterise, read_annotations
 from .images import ItemReport
 from .index import Index, Item
 
@@ -228,53 +223,34 @@ def draw_examples(index: Index, items: Sequence[Item], path: str, columns: int =
 
 def _draw(index: Index, item: Item) -> np.ndarray:
     image = read_colours(item.file_name)
-    height, width = image.shape[:2]
-    scale = min(1.0, _DRAWING_SIZE / max(height, width))
-    size = (max(1, round(height * scale)), max(1, round(width * scale)))
-    image = np.asarray(Image.fromarray(image).resize(size[::-1], Image.Resampling.BILINEAR))
-    visualizer = Visualizer(image, MetadataCatalog.get(index.name))
+    record: dict[str, Any] = {
+        "file_name": item.file_name,
+        "height": image.shape[0],
+        "width": image.shape[1],
+        "sem_seg_file_name": item.sem_seg_file_name,
+    }
+    task = "semantic"
     if item.annotations is not None:
-        drawn = _draw_instances(visualizer, index, item, (height, width), size)
+        task = "instance"
+        record["annotations"] = [
+            annotation | {"category_id": index.contiguous_ids[annotation["category_id"]]}
+            for annotation in item.annotations
+        ]
     elif item.pan_seg_file_name is not None:
-        ids = rgb2id(_resize(read_panoptic_png(item.pan_seg_file_name), size))
-        shown = set(np.unique(ids).tolist())
-        segments = []
-        for segment in item.segments_info:
-            # The visualizer fails on segments without pixels, as small ones may be at this size.
-            if segment["id"] in shown:
-                class_id = index.contiguous_ids[segment["category_id"]]
-                is_thing = class_id in index.thing_ids
-                segments.append({"id": segment["id"], "category_id": class_id, "isthing": is_thing})
-        drawn = visualizer.draw_panoptic_seg(torch.from_numpy(ids.astype(np.int64)), segments)
-    else:
-        labels = _resize(read_image(item.sem_seg_file_name), size).astype(np.int64)
-        labels[labels == index.ignore_label] = len(index.classes)  # not drawn
-        drawn = visualizer.draw_sem_seg(labels)
-    return drawn.get_image()
-
-
-def _draw_instances(
-    visualizer: Visualizer,
-    index: Index,
-    item: Item,
-    image_size: tuple[int, int],
-    size: tuple[int, int],
-):
-    masks, names = [], []
-    for annotation in item.annotations:
-        # Draw crowds too; the class is in the label.
-        plain = annotation | {"category_id": 0, "iscrowd": 0}
-        _, shapes = read_annotations([plain], image_size, item.file_name)
-        mask = _resize(rasterise(shapes, image_size)[0].numpy().astype(np.uint8), size)
-        if mask.any():
-            masks.append(mask)
-            class_name = index.classes[index.contiguous_ids[annotation["category_id"]]]
-            names.append(f"{class_name}{' crowd' * annotation.get('iscrowd', 0)}")
-    return visualizer.overlay_instances(masks=masks, labels=names) if masks else visualizer.output
-
-
-def _resize(labels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Nearest-neighbour resize of integers (h, w) or (h, w, 3) to `size` (H, W)."""
-    rows = np.arange(size[0]) * labels.shape[0] // size[0]
-    columns = np.arange(size[1]) * labels.shape[1] // size[1]
-    return labels[rows[:, None], columns]
+        task = "panoptic"
+        record["pan_seg_file_name"] = item.pan_seg_file_name
+        record["segments_info"] = [
+            {"id": segment["id"], "category_id": class_id, "isthing": class_id in index.thing_ids}
+            for segment in item.segments_info
+            for class_id in (index.contiguous_ids[segment["category_id"]],)
+        ]
+    drawing = draw_gt(
+        shrink(image, _DRAWING_SIZE),
+        record,
+        MetadataCatalog.get(index.name),
+        task,
+        classes=index.classes,
+        ignore_label=index.ignore_label,
+    )
+    assert drawing is not None
+    return drawing
