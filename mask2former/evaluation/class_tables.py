@@ -121,7 +121,13 @@ def semantic_rows(confusion: np.ndarray, class_names: Sequence[str]) -> list[Row
 
 
 def write_class_table(
-    folder: str | None, dataset: str, task: str, rows: Sequence[Row], gt_file: str | None = None
+    folder: str | None,
+    dataset: str,
+    task: str,
+    rows: Sequence[Row],
+    *,
+    gt_file: str | None = None,
+    image_root: str | None = None,
 ) -> None:
     """Write per_class_DATASET_TASK.{json,md} atomically and log the table, or its extremes.
 
@@ -130,7 +136,8 @@ def write_class_table(
         dataset: registered name.
         task: "panoptic_seg", "segm" or "sem_seg".
         rows: "id", "class", metrics in percent and counts; the first metric ranks them in the log.
-        gt_file: the annotation file, noted in the JSON for tools that read it later.
+        gt_file, image_root: the annotation file and the folder of the images, noted in the JSON for
+            tools that read them later.
 
     Raises:
         WriteError: a file cannot be written.
@@ -142,6 +149,7 @@ def write_class_table(
             "dataset": dataset,
             "task": task,
             "gt_file": gt_file,
+            "image_root": image_root,
             "classes": [
                 {
                     key: None if isinstance(value, float) and math.isnan(value) else value
@@ -164,9 +172,7 @@ def table(rows: Sequence[Row]) -> str:
         return "none"
     cells = [[_cell(value) for value in row.values()] for row in rows]
     align = ["left" if isinstance(value, str) else "right" for value in rows[0].values()]
-    return tabulate(
-        cells, list(rows[0]), tablefmt="pipe", colalign=align, disable_numparse=True
-    )
+    return tabulate(cells, list(rows[0]), tablefmt="pipe", colalign=align, disable_numparse=True)
 
 
 def _extremes(rows: Sequence[Row]) -> str:

@@ -27,7 +27,10 @@ class ImageStatistics(Protocol):
 
     image_ids: list
     class_names: list[str]
-    metric_names: tuple[str, ...]
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """Names of the metrics, the most important first."""
 
     def scores(self, weights: np.ndarray) -> tuple[dict[str, np.ndarray], np.ndarray]:
         """Evaluate weighted images.

@@ -95,8 +95,9 @@ class InstanceSegEvaluator(EncodesMasks, WritesPredictions, COCOEvaluator):
             images = None if coco_eval is None else coco_eval.params.imgIds
             rows = mask_rows(self._coco_api, coco_eval, self._metadata.thing_classes, images)
             name = self._metadata.name
-            json_file = MetadataCatalog.get(name).json_file
-            write_class_table(self._folder, name, "segm", rows, json_file)
+            metadata = MetadataCatalog.get(name)
+            files = {"gt_file": metadata.json_file, "image_root": metadata.get("image_root")}
+            write_class_table(self._folder, name, "segm", rows, **files)
         names = [*(f"AR{limit}" for limit in self._max_dets_per_image), "ARs", "ARm", "ARl"]
         stats = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[6:12]
         recalls = {

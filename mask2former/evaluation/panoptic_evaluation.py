@@ -158,14 +158,18 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         """Write what explains the averages: classes, images, kinds of errors."""
         name, folder = self._metadata.name, self._output_dir
         rows = panoptic_rows(total, self._categories)
-        write_class_table(folder, name, "panoptic_seg", rows, self._metadata.panoptic_json)
+        files = {
+            "gt_file": self._metadata.panoptic_json,
+            "image_root": self._metadata.get("image_root"),
+        }
+        write_class_table(folder, name, "panoptic_seg", rows, **files)
         if not folder:
             return
         images = [annotation["image_id"] for annotation in self._gt["annotations"]]
         write_panoptic_statistics(folder, name, self._categories, images, stats)
         if self._use_fast_impl:
-            files = {a["image_id"]: a["file_name"] for a in self._gt["annotations"]}
-            evaluated = {files[i]: errors[i] or [] for i in images}
+            png_files = {a["image_id"]: a["file_name"] for a in self._gt["annotations"]}
+            evaluated = {png_files[i]: errors[i] or [] for i in images}
             write_errors(folder, name, self._categories, self._gt_folder, evaluated)
 
     def _official_stats(

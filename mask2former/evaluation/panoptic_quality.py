@@ -137,10 +137,7 @@ def match_segments(
         if gt_id not in gt_by_id or pred_id not in pred_by_id:
             continue
         segment = gt_by_id[gt_id]
-        if (
-            segment["iscrowd"] == 1
-            or segment["category_id"] != pred_by_id[pred_id]["category_id"]
-        ):
+        if segment["iscrowd"] == 1 or segment["category_id"] != pred_by_id[pred_id]["category_id"]:
             continue
         in_void = overlaps.get((_VOID, pred_id), 0)
         union = pred_areas[pred_id] + segment["area"] - intersection - in_void

@@ -174,9 +174,7 @@ def _variances_between_runs(sides: Sequence[np.ndarray]) -> list[tuple[float, in
     ]
 
 
-def _interval(
-    value: float, draws: np.ndarray, variances: Sequence[tuple[float, int]]
-) -> Interval:
+def _interval(value: float, draws: np.ndarray, variances: Sequence[tuple[float, int]]) -> Interval:
     """95 % interval: percentiles of the draws, or Welch's t with the variance between runs."""
     draws = draws[~np.isnan(draws)]
     if not len(draws):
@@ -214,7 +212,8 @@ def _compare_classes(
     """
     images = (runs[0].gt_counts() > 0).sum(0)
     spreads = [_variances_between_runs([v[:num_a], v[num_a:]]) for v in value.T]
-    rows, p_values = [], []
+    rows: list[dict[str, Any]] = []
+    p_values = []
     for k, name in enumerate(runs[0].class_names):
         a, b = float(value[:num_a, k].mean()), float(value[num_a:, k].mean())
         known = draws[:, k][~np.isnan(draws[:, k])]

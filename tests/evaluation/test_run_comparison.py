@@ -1,13 +1,12 @@
 """Comparing runs by resampling images, with numbers worked out by hand."""
 
-import json
 import math
 
 import numpy as np
 import pytest
 from panopticapi.evaluation import PQStat
-from pycocotools.coco import COCO
 from pycocotools import mask as mask_util
+from pycocotools.coco import COCO
 
 from mask2former.evaluation.image_statistics import (
     PanopticStatistics,
@@ -221,7 +220,9 @@ def test_other_test_sets_are_refused():
     run = panoptic([1, 0], [0, 1], [0, 1])
     others = [panoptic([1], [0], [0]), panoptic([1, 0], [0, 1], [0, 2])]
     classes = SemanticStatistics([0, 1], ["dog"], *np.zeros((3, 2, 1)))
-    for other, message in zip([*others, classes], ["images", "ground truth", "classes"], strict=True):
+    for other, message in zip(
+        [*others, classes], ["images", "ground truth", "classes"], strict=True
+    ):
         with pytest.raises(ValueError, match=message):
             check_same_test_set([run, other], ["a", "b"])
     with pytest.raises(ValueError, match="at least 2 images"):
