@@ -9,7 +9,7 @@ can be resampled without predictions or ground truth.
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -205,6 +205,7 @@ def read_statistics(path: str) -> tuple[str, str, PanopticStatistics | SemanticS
             "version."
         )
     try:
+        read: Callable[[dict[str, Any]], PanopticStatistics | SemanticStatistics]
         read = {"panoptic_seg": _read_panoptic, "sem_seg": _read_semantic}[content["task"]]
         return content["dataset"], content["task"], read(content)
     except (KeyError, TypeError, ValueError, IndexError) as error:

@@ -112,7 +112,8 @@ def _draw(gt: COCO, candidate: dict[str, Any], image_root: str) -> np.ndarray:
             interpolation=cv2.INTER_NEAREST,
         )
         contours, _ = cv2.findContours(part, cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-        cv2.drawContours(crop, contours, -1, colour, 2)
+        # The prediction is drawn thinner, so that both show where they agree.
+        cv2.drawContours(crop, contours, -1, colour, 5 if colour == _GT_COLOUR else 2)
     return _captioned(crop, candidate)
 
 
@@ -132,11 +133,10 @@ def _captioned(crop: np.ndarray, candidate: dict[str, Any]) -> np.ndarray:
     sheet = Image.new("RGB", (_CROP_SIZE, crop.shape[0] + _CAPTION), "white")
     sheet.paste(Image.fromarray(crop), (0, _CAPTION))
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(size=13)
-    gt_class = candidate["gt_class"] or "nothing"
+    gt_class = candidate["gt_class"] or "no label"
     lines = [
-        f"{candidate['kind']}, image {candidate['image_id']}",
-        f"{gt_class} → {candidate['predicted_class']} {candidate['score']:.2f}, "
-        f"IoU {candidate['iou']:.2f}",
+        f"{candidate['kind']}, IoU {candidate['iou']:.2f}, image {candidate['image_id']}",
+        f"{gt_class}, predicted {candidate['predicted_class']} {candidate['score']:.2f}",
     ]
     for number, line in enumerate(lines):
         draw.text((2, 2 + 18 * number), line, fill="black", font=font)
