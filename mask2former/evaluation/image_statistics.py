@@ -9,7 +9,7 @@ can be resampled without predictions or ground truth.
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -205,9 +205,12 @@ def read_statistics(path: str) -> tuple[str, str, PanopticStatistics | SemanticS
             "version."
         )
     try:
-        read: Callable[[dict[str, Any]], PanopticStatistics | SemanticStatistics]
-        read = {"panoptic_seg": _read_panoptic, "sem_seg": _read_semantic}[content["task"]]
-        return content["dataset"], content["task"], read(content)
+        task, dataset = content["task"], content["dataset"]
+        if task == "panoptic_seg":
+            return dataset, task, _read_panoptic(content)
+        if task == "sem_seg":
+            return dataset, task, _read_semantic(content)
+        raise ValueError(f"unknown task {task!r}")
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise ValueError(
             f"{path} is damaged ({type(error).__name__}: {error}): evaluate again."
