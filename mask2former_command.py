@@ -26,6 +26,8 @@ PROGRAMS = {
     "ablations": (["{tools}/run_ablations.py"], "run the tables of the paper"),
     "proposals": (["{tools}/evaluate_proposals.py"], "recall of class-agnostic masks"),
     "boundary-ap": (["{tools}/evaluate_coco_boundary_ap.py"], "Boundary AP of a result file"),
+    "compare": (["{tools}/compare_runs.py"], "whether two evaluated runs differ, with intervals"),
+    "errors": (["{tools}/analyze_errors.py"], "kinds of errors and label-error candidates"),
     "env": (["-m", "mask2former.env"], "versions, devices, compiled op, what is missing"),
     "ops": (["-m", "mask2former.ops"], "the compiled op and its self-test"),
     "quickstart": (["{tools}/quickstart.py"], "train, evaluate and draw on the Shapes data"),

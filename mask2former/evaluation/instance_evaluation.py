@@ -9,6 +9,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
+from .class_tables import mask_rows, write_class_table
 from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 from .mask_encoding import EncodesMasks
@@ -90,6 +91,13 @@ class InstanceSegEvaluator(EncodesMasks, WritesPredictions, COCOEvaluator):
     ) -> dict[str, float]:
         """Add AR by number of detections and by size, which the official code also prints."""
         results = super()._derive_coco_results(coco_eval, iou_type, class_names)
+        if iou_type == "segm":
+            images = None if coco_eval is None else coco_eval.params.imgIds
+            rows = mask_rows(self._coco_api, coco_eval, self._metadata.thing_classes, images)
+            name = self._metadata.name
+            metadata = MetadataCatalog.get(name)
+            files = {"gt_file": metadata.json_file, "image_root": metadata.get("image_root")}
+            write_class_table(self._folder, name, "segm", rows, **files)
         names = [*(f"AR{limit}" for limit in self._max_dets_per_image), "ARs", "ARm", "ARl"]
         stats = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[6:12]
         recalls = {

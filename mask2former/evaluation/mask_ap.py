@@ -8,7 +8,7 @@ input that hotcoco treats differently is evaluated by pycocotools, with a log me
 import logging
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import hotcoco
 import numpy as np
@@ -88,14 +88,28 @@ def _why_not_compiled(gt: COCO, results: Sequence[dict[str, Any]]) -> str | None
     return None
 
 
-def _compiled_arrays(evaluation: COCOeval, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the arrays of the official `accumulate`.
+class CompiledMasks(NamedTuple):
+    """Ground truth and results in hotcoco, which needs positive integer ids: position + 1."""
 
-    hotcoco needs positive integer ids, so image and class ids are remapped to 1..n in sorted order.
+    evaluation: hotcoco.COCOeval
+    image_ids: list  # by hotcoco's id - 1
+    class_ids: list
+    annotations: list[dict[str, Any]]  # ground truth
+    results: list[dict[str, Any]]
+
+
+def compile_masks(
+    gt: COCO, results: Sequence[dict[str, Any]], img_ids: Sequence[Any], cat_ids: Sequence[Any]
+) -> CompiledMasks:
+    """Hand ground truth and results to hotcoco, without evaluating.
+
+    Args:
+        gt: annotations in COCO's format.
+        results: in the COCO result format, not modified.
+        img_ids, cat_ids: the images and classes to evaluate, sorted.
     """
-    gt, params = evaluation.cocoGt, evaluation.params
-    images = {image_id: number for number, image_id in enumerate(params.imgIds, start=1)}
-    classes = {class_id: number for number, class_id in enumerate(params.catIds, start=1)}
+    images = {image_id: number for number, image_id in enumerate(img_ids, start=1)}
+    classes = {class_id: number for number, class_id in enumerate(cat_ids, start=1)}
 
     def is_evaluated(annotation: dict[str, Any]) -> bool:
         return annotation["image_id"] in images and annotation["category_id"] in classes
@@ -107,13 +121,13 @@ def _compiled_arrays(evaluation: COCOeval, results: Sequence[dict[str, Any]]) ->
             **{name: annotation[name] for name in names},
         }
 
+    annotations = list(filter(is_evaluated, gt.loadAnns(gt.getAnnIds(imgIds=img_ids))))
     gt_masks = [
         {"id": number, **remap(annotation, "segmentation", "area", "iscrowd")}
-        for number, annotation in enumerate(
-            filter(is_evaluated, gt.loadAnns(gt.getAnnIds(imgIds=params.imgIds))), start=1
-        )
+        for number, annotation in enumerate(annotations, start=1)
     ]
-    pred_masks = [remap(r, "segmentation", "score") for r in results if is_evaluated(r)]
+    results = list(filter(is_evaluated, results))
+    pred_masks = [remap(result, "segmentation", "score") for result in results]
     used = {mask["image_id"] for mask in (*gt_masks, *pred_masks)}
     compiled_gt = hotcoco.COCO(
         {
@@ -131,6 +145,13 @@ def _compiled_arrays(evaluation: COCOeval, results: Sequence[dict[str, Any]]) ->
         }
     )
     compiled = hotcoco.COCOeval(compiled_gt, compiled_gt.load_res(pred_masks), "segm")
+    return CompiledMasks(compiled, list(images), list(classes), annotations, results)
+
+
+def _compiled_arrays(evaluation: COCOeval, results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the arrays of the official `accumulate`."""
+    params = evaluation.params
+    compiled = compile_masks(evaluation.cocoGt, results, params.imgIds, params.catIds).evaluation
     compiled.params.max_dets = params.maxDets
     compiled.params.use_cats = bool(params.useCats)
     compiled.evaluate()

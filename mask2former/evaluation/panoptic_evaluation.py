@@ -16,14 +16,19 @@ from panopticapi.evaluation import PQStat
 from tabulate import tabulate
 
 from ..utils.files import atomic_write, explained_write_errors
+from .class_tables import panoptic_rows, write_class_table
 from .ground_truth import read_panoptic_gt
+from .image_statistics import write_panoptic_statistics
+from .panoptic_errors import find_errors, write_errors
 from .panoptic_quality import (
     add_up,
     as_segment_ids,
-    count_segments,
+    category_counts,
     image_stat,
+    match_segments,
     official_image_stats,
     read_segment_ids,
+    segment_overlaps,
     with_sufficient_areas,
 )
 
@@ -44,7 +49,8 @@ class PanopticEvaluator(COCOPanopticEvaluator):
         """
         Args:
             dataset_name: registered name; its metadata has `panoptic_json` and `panoptic_root`.
-            output_dir: folder for `predictions.json`, not written by default.
+            output_dir: folder for `predictions.json`, tables per class and counts per image, not
+                written by default.
             use_fast_impl: False uses panopticapi instead: the same digits, computed from PNG files
                 after the last image.
         """
@@ -87,14 +93,13 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             }
             annotation = self._annotations.get(image["image_id"])
             if annotation is not None:
-                gt_ids = self._read_gt_ids(annotation)
-                prediction["counts"] = count_segments(
-                    gt_ids,
-                    as_segment_ids(panoptic_map),
-                    with_sufficient_areas(annotation, gt_ids),
-                    segments,
-                    self._categories,
-                )
+                gt_ids, pred_ids = self._read_gt_ids(annotation), as_segment_ids(panoptic_map)
+                annotation = with_sufficient_areas(annotation, gt_ids)
+                overlaps = segment_overlaps(gt_ids, pred_ids, annotation)
+                matches = match_segments(overlaps, annotation, segments, self._categories)
+                prediction["counts"] = category_counts(matches, annotation, segments)
+                if self._output_dir:
+                    prediction["errors"] = find_errors(overlaps, matches, annotation, segments)
             self._predictions.append(prediction)
 
     def _read_gt_ids(self, annotation: dict[str, Any]) -> np.ndarray:
@@ -133,6 +138,7 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             image_id: prediction.pop("counts" if self._use_fast_impl else "png_string", None)
             for image_id, prediction in predictions.items()
         }
+        errors = {image_id: p.pop("errors", None) for image_id, p in predictions.items()}
         if self._output_dir:
             path = os.path.join(self._output_dir, "predictions.json")
             with atomic_write(path) as file:
@@ -142,7 +148,29 @@ class PanopticEvaluator(COCOPanopticEvaluator):
             stats = [image_stat(image_results[a["image_id"]]) for a in annotations]
         else:
             stats = self._official_stats(predictions, image_results)
-        return self._summarise(add_up(stats), self._categories)
+        total = add_up(stats)
+        self._write_tables(total, stats, errors)
+        return self._summarise(total, self._categories)
+
+    def _write_tables(
+        self, total: PQStat, stats: list[PQStat], errors: dict[Any, list | None]
+    ) -> None:
+        """Write what explains the averages: classes, images, kinds of errors."""
+        name, folder = self._metadata.name, self._output_dir
+        rows = panoptic_rows(total, self._categories)
+        files = {
+            "gt_file": self._metadata.panoptic_json,
+            "image_root": self._metadata.get("image_root"),
+        }
+        write_class_table(folder, name, "panoptic_seg", rows, **files)
+        if not folder:
+            return
+        images = [annotation["image_id"] for annotation in self._gt["annotations"]]
+        write_panoptic_statistics(folder, name, self._categories, images, stats)
+        if self._use_fast_impl:
+            png_files = {a["image_id"]: a["file_name"] for a in self._gt["annotations"]}
+            evaluated = {png_files[i]: errors[i] or [] for i in images}
+            write_errors(folder, name, self._categories, self._gt_folder, evaluated)
 
     def _official_stats(
         self, predictions: dict[Any, dict[str, Any]], png_files: dict[Any, bytes]

@@ -76,6 +76,14 @@ def as_segment_ids(panoptic_map: np.ndarray) -> np.ndarray:
     return panoptic_map.astype(np.uint32) & _ID_MASK
 
 
+class Matches(NamedTuple):
+    """The segments of one image, matched by the official rules."""
+
+    matched: list[tuple[int, int, float]]  # gt id, predicted id, IoU
+    missed: list[int]  # gt ids: false negatives
+    wrong: list[int]  # predicted ids: false positives
+
+
 def count_segments(
     gt_ids: np.ndarray,
     pred_ids: np.ndarray,
@@ -96,12 +104,26 @@ def count_segments(
         ValueError: the sizes differ.
         KeyError: `pred_ids` and `pred_segments` have different ids, or a category is unknown.
     """
-    if gt_ids.shape != pred_ids.shape:
-        raise ValueError(
-            f"The prediction for image {annotation['image_id']} has shape {pred_ids.shape}, but "
-            f"the ground truth {annotation['file_name']} has shape {gt_ids.shape}."
-        )
-    overlaps = _overlaps(gt_ids, pred_ids)
+    overlaps = segment_overlaps(gt_ids, pred_ids, annotation)
+    matches = match_segments(overlaps, annotation, pred_segments, categories)
+    return category_counts(matches, annotation, pred_segments)
+
+
+def match_segments(
+    overlaps: dict[tuple[int, int], int],
+    annotation: dict[str, Any],
+    pred_segments: Sequence[dict[str, Any]],
+    categories: Collection[int],
+) -> Matches:
+    """Match segments of the same class with IoU > 0.5.
+
+    Args:
+        overlaps: of `segment_overlaps`.
+        annotation, pred_segments, categories: as in `count_segments`.
+
+    Raises:
+        KeyError: pixels and `pred_segments` have different ids, or a category is unknown.
+    """
     gt_by_id = {segment["id"]: segment for segment in annotation["segments_info"]}
     pred_by_id = {segment["id"]: segment for segment in pred_segments}
     pred_areas: dict[int, int] = {}
@@ -109,21 +131,20 @@ def count_segments(
         pred_areas[pred_id] = pred_areas.get(pred_id, 0) + area
     _check_predictions(annotation["image_id"], pred_areas, pred_by_id, categories)
 
-    matched: list[tuple[int, float]] = []
+    matched: list[tuple[int, int, float]] = []
     matched_gt_ids, matched_pred_ids = set(), set()
     for (gt_id, pred_id), intersection in overlaps.items():
         if gt_id not in gt_by_id or pred_id not in pred_by_id:
             continue
         segment = gt_by_id[gt_id]
-        category = segment["category_id"]
-        if segment["iscrowd"] == 1 or category != pred_by_id[pred_id]["category_id"]:
+        if segment["iscrowd"] == 1 or segment["category_id"] != pred_by_id[pred_id]["category_id"]:
             continue
         in_void = overlaps.get((_VOID, pred_id), 0)
         union = pred_areas[pred_id] + segment["area"] - intersection - in_void
         # Only a wrong area in the annotation file makes the union zero.
         iou = intersection / union if union else math.inf
         if iou > 0.5:
-            matched.append((category, iou))
+            matched.append((gt_id, pred_id, iou))
             matched_gt_ids.add(gt_id)
             matched_pred_ids.add(pred_id)
 
@@ -135,7 +156,7 @@ def count_segments(
         if segment["iscrowd"] == 1:
             crowds[segment["category_id"]] = gt_id
         else:
-            missed.append(segment["category_id"])
+            missed.append(gt_id)
 
     wrong: list[int] = []
     for pred_id, segment in pred_by_id.items():
@@ -146,8 +167,21 @@ def count_segments(
         if category in crowds:
             ignored += overlaps.get((crowds[category], pred_id), 0)
         if ignored / pred_areas[pred_id] <= 0.5:
-            wrong.append(category)
-    return SegmentCounts(matched, missed, wrong)
+            wrong.append(pred_id)
+    return Matches(matched, missed, wrong)
+
+
+def category_counts(
+    matches: Matches, annotation: dict[str, Any], pred_segments: Sequence[dict[str, Any]]
+) -> SegmentCounts:
+    """Return the categories of matched, missed and wrong segments."""
+    gt = {segment["id"]: segment["category_id"] for segment in annotation["segments_info"]}
+    pred = {segment["id"]: segment["category_id"] for segment in pred_segments}
+    return SegmentCounts(
+        [(gt[gt_id], iou) for gt_id, _, iou in matches.matched],
+        [gt[gt_id] for gt_id in matches.missed],
+        [pred[pred_id] for pred_id in matches.wrong],
+    )
 
 
 def image_stat(counts: SegmentCounts) -> PQStat:
@@ -218,8 +252,23 @@ def _official_image_stat(
         return pq_compute_single_core(0, [pair], gt_folder, pred_folder, categories)
 
 
-def _overlaps(gt_ids: np.ndarray, pred_ids: np.ndarray) -> dict[tuple[int, int], int]:
-    """Count the pixels of each pair (gt id, pred id) that occurs, in ascending order."""
+def segment_overlaps(
+    gt_ids: np.ndarray, pred_ids: np.ndarray, annotation: dict[str, Any]
+) -> dict[tuple[int, int], int]:
+    """Count the pixels of each pair (gt id, pred id) that occurs, in ascending order.
+
+    Args:
+        gt_ids, pred_ids: (H, W) uint32, 0 for void.
+        annotation: with `image_id` and `file_name`, for errors.
+
+    Raises:
+        ValueError: the sizes differ.
+    """
+    if gt_ids.shape != pred_ids.shape:
+        raise ValueError(
+            f"The prediction for image {annotation['image_id']} has shape {pred_ids.shape}, but "
+            f"the ground truth {annotation['file_name']} has shape {gt_ids.shape}."
+        )
     gt_ids, pred_ids = gt_ids.ravel(), pred_ids.ravel()
     changes = gt_ids[1:] != gt_ids[:-1]
     changes |= pred_ids[1:] != pred_ids[:-1]

@@ -12,15 +12,19 @@ import numpy as np
 import torch
 from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.evaluation import SemSegEvaluator
+from detectron2.utils import comm
 from torch import Tensor
 
 from ..data.formats.images import read_image
 from ..data.label_maps import check_whole
+from .class_tables import semantic_rows, write_class_table
+from .image_statistics import write_semantic_statistics
 from .mask_encoding import encode_transposed
 from .panoptic_quality import read_segment_ids
 from .results import WritesPredictions
 
 _IGNORE = 255
+_VIEW = "/semantic_from_panoptic"
 
 
 def build_semantic_evaluator(dataset_name: str, output_folder: str | None) -> SemSegEvaluator:
@@ -40,6 +44,11 @@ def build_semantic_evaluator(dataset_name: str, output_folder: str | None) -> Se
 class SemanticEvaluator(WritesPredictions, SemSegEvaluator):
     """Detectron2's evaluator with faster per-image CPU work and the same results."""
 
+    def reset(self) -> None:
+        super().reset()
+        # By file: (predicted class, gt class, pixels), the counts of its confusion matrix.
+        self._images: dict[str, list[list[int]]] = {}
+
     def process(self, inputs: list[dict], outputs: list[dict]) -> None:
         """
         Args:
@@ -51,7 +60,10 @@ class SemanticEvaluator(WritesPredictions, SemSegEvaluator):
             gt_file = self.input_file_to_gt_file[image["file_name"]]
             gt = self.sem_seg_loading_fn(gt_file, dtype=int)
             gt[gt == self._ignore_label] = self._num_classes
-            self._conf_matrix += self._confusion(labels, gt)
+            confusion = self._confusion(labels, gt)
+            self._conf_matrix += confusion
+            if self._output_dir:
+                self._images[image["file_name"]] = self._known_pixels(confusion)
             if self._compute_boundary_iou:
                 # 8-bit sums that wrap around, for the same values as Detectron2.
                 boundaries = [self._mask_to_boundary(x.astype(np.uint8)) for x in (labels, gt)]
@@ -64,11 +76,27 @@ class SemanticEvaluator(WritesPredictions, SemSegEvaluator):
         Raises:
             WriteError: a file of the output folder cannot be written.
         """
+        shards = comm.gather(self._images) if self._distributed else [self._images]
         results = super().evaluate()
         if results is not None:
+            self._write_tables({name: rows for shard in shards for name, rows in shard.items()})
             self.write_predictions("sem_seg_predictions.json", self._predictions)
             self.write_predictions("sem_seg_evaluation.pth", results["sem_seg"])
         return results
+
+    def _write_tables(self, images: dict[str, list[list[int]]]) -> None:
+        """Write what explains the averages: classes and images."""
+        name = self._dataset_name.removesuffix(_VIEW)
+        rows = semantic_rows(self._conf_matrix[:-1, :-1], self._class_names)
+        write_class_table(self._folder, name, "sem_seg", rows)
+        if self._folder:
+            write_semantic_statistics(self._folder, name, self._class_names, images)
+
+    @staticmethod
+    def _known_pixels(confusion: np.ndarray) -> list[list[int]]:
+        known = confusion[:-1, :-1]
+        predicted, labels = np.nonzero(known)
+        return np.stack([predicted, labels, known[predicted, labels]], 1).tolist()
 
     def _confusion(self, labels: np.ndarray, gt: np.ndarray) -> np.ndarray:
         pairs = (self._num_classes + 1) * labels.ravel() + gt.ravel()
@@ -193,7 +221,7 @@ def _register_semantic_view(dataset_name: str, records: list[dict]) -> str:
     Raises:
         ValueError: thing and stuff ids overlap, or `stuff_classes` does not name all classes.
     """
-    view = f"{dataset_name}/semantic_from_panoptic"
+    view = f"{dataset_name}{_VIEW}"
     if view in DatasetCatalog.list():
         return view
     metadata: Metadata = MetadataCatalog.get(dataset_name)

@@ -8,7 +8,7 @@ import sys
 import time
 from typing import NamedTuple
 
-from compare_runs import differences
+from same_bits import differences
 from tabulate import tabulate
 from tqdm import tqdm
 from training_runs import Event, Run, Training
