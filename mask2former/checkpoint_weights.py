@@ -178,9 +178,6 @@ def drop_class_weights(weights: Weights, in_model: Weights) -> tuple[float, floa
 def adapt_stem(weights: Weights, in_model: Weights, by_suffix: bool) -> str | None:
     """Fit the stem of a backbone for colour images, in place, to another number of channels.
 
-    One channel: the sum over the three, so that a grey image gives what it gives as colours. Other
-    numbers: the three are repeated, and scaled so that the sum stays.
-
     Args:
         weights: of a file.
         in_model: of the model. Its stem is the convolution of the backbone that has the channels of
@@ -200,15 +197,28 @@ def adapt_stem(weights: Weights, in_model: Weights, by_suffix: bool) -> str | No
             is_stem = value.shape == (target.shape[0], 3, *target.shape[2:])
             if not (is_stem and value.is_floating_point()):
                 continue
-            if channels == 1:
-                weights[key] = value.sum(dim=1, keepdim=True)
-                how = "one with the sum of these"
-            else:
-                repeated = value.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
-                weights[key] = repeated * (3 / channels)
-                how = f"{channels}, which are these repeated and scaled by 3/{channels}"
+            weights[key], how = fit_channels(value, channels)
             return f"{name} has 3 input channels, in the model (MODEL.PIXEL_MEAN) {how}"
     return None
+
+
+def fit_channels(stem: torch.Tensor, channels: int) -> tuple[torch.Tensor, str]:
+    """Fit the convolution of a stem for colours to another number of channels.
+
+    Args:
+        stem: (C, 3, h, w).
+        channels: of the images.
+
+    Returns:
+        (C, channels, h, w), and in words what was done. One channel: the sum over the three, so
+        that a grey image gives what it gives as colours. Other numbers: the three are repeated, and
+        scaled so that the sum stays.
+    """
+    if channels == 1:
+        return stem.sum(dim=1, keepdim=True), "one with the sum of these"
+    repeated = stem.repeat(1, -(-channels // 3), 1, 1)[:, :channels]
+    how = f"{channels}, which are these repeated and scaled by 3/{channels}"
+    return repeated * (3 / channels), how
 
 
 def _no_object_weight(class_weights: torch.Tensor) -> float | None:

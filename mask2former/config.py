@@ -20,6 +20,12 @@ from .config_parts import get_value, has_key
 from .config_schema import check_values
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
+from .modeling.backbone.freezing import (
+    FREEZE_AT,
+    FREEZE_AT_COUNTS,
+    needs_to_tell,
+    resolve_freeze_at,
+)
 from .utils.chosen_keys import is_unset, remember_keys
 
 __all__ = [
@@ -79,10 +85,12 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     #     0 or less          everything is trained
     #     1                  the stem is frozen: ResNet: stem; Swin: patch embedding, position table
     #     n                  also the first n - 1 stages: ResNet: res2 to res{n}; Swin: layers.0 to
-    #                        layers.{n - 2}, with the norms of their outputs
-    #     5                  all of the backbone
-    #   Frozen parts compute as in evaluation, also in training. Swin takes 2, Detectron2's default,
-    #   for "not set", unless the config file itself (not one of its bases) or an override sets it.
+    #                        layers.{n - 2}, with the norms of their outputs; plain transformers:
+    #                        n - 1 blocks
+    #     5                  all of a backbone with four stages
+    #   Frozen parts compute as in evaluation, also in training. Swin and the backbones of timm take
+    #   2, Detectron2's default, for "not set", unless the config file itself (not one of its bases)
+    #   or an override sets it; `load_config` makes it 0 then.
 
     # Registered name of the dataset mapper, which turns annotations into training samples
     # (DATASET_MAPPER_REGISTRY in data/dataset_mappers).
@@ -394,15 +402,20 @@ def load_config(
 
     file_keys = {key for key, _ in _leaves(loaded)}
     check_values(cfg)  # before the first of them is used
-    # What a run writes has every key, whoever set it.
-    own = set(opts[::2]) | (set() if is_complete(cfg, own_keys) else own_keys)
-    remember_keys(cfg, set(known) - file_keys - set(opts[::2]), own)
+    options = set(opts[::2])
+    if is_complete(cfg, own_keys, _ADDED_KEYS):
+        # Somebody has set the others in another file, or nobody.
+        chosen = options | (own_keys & {FREEZE_AT} if FREEZE_AT_COUNTS in own_keys else set())
+    else:
+        chosen = options | own_keys
+    remember_keys(cfg, set(known) - file_keys - options, chosen)
+    resolve_freeze_at(cfg)
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
-    follow_own_data(cfg, own_keys, set(opts[::2]))
+    follow_own_data(cfg, own_keys, options)
     check_once(cfg, "config", check_config)
-    check_set_keys(cfg, own_keys, set(opts[::2]))
+    check_set_keys(cfg, chosen)
     return cfg
 
 
@@ -424,7 +437,7 @@ def without_added_defaults(cfg: CfgNode) -> CfgNode:
 
     Returns:
         Its clone without the keys that the original release does not have, where they still have
-        their default.
+        their default. One of them says that FREEZE_AT counts, see `freezing.py`.
     """
     defaults = get_cfg()
     add_deeplab_config(defaults)
@@ -432,6 +445,8 @@ def without_added_defaults(cfg: CfgNode) -> CfgNode:
     result = cfg.clone()
     for key in _ADDED_KEYS:
         section, _, name = key.rpartition(".")
+        if key == FREEZE_AT_COUNTS and needs_to_tell(cfg):
+            continue
         if has_key(result, key) and get_value(result, key) == get_value(defaults, key):
             del get_value(result, section)[name]
     return result

@@ -123,23 +123,19 @@ def check_config(cfg: CfgNode) -> None:
         check_groups(cfg)
 
 
-def check_set_keys(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> None:
-    """Reject or report keys that somebody set and that no part of the model reads.
+def check_set_keys(cfg: CfgNode, keys: Set[str]) -> None:
+    """Report keys that somebody set and that no part of the model reads.
 
-    Keys of base files are not looked at: they serve several models. Nor are those of a complete
-    config, as runs write it.
+    Keys of base files are not looked at: they serve several models.
 
     Args:
         cfg: the config, checked.
-        file_keys: dotted keys of the config file itself.
-        option_keys: dotted keys of the overrides.
-
+        keys: dotted keys of the overrides and, unless it is complete, of the config file itself.
     """
     unread, defaults = _unread_present_keys(cfg), get_cfg()
-    complete = is_complete(cfg, file_keys)
     ignored = [
         f"{key} {get_value(cfg, key)!r}"
-        for key in sorted(unread & (option_keys if complete else option_keys | file_keys))
+        for key in sorted(unread & keys)
         if not has_key(defaults, key) or get_value(defaults, key) != get_value(cfg, key)
     ]
     if ignored and has_only_known_parts(cfg):
@@ -149,14 +145,19 @@ def check_set_keys(cfg: CfgNode, file_keys: Set[str], option_keys: Set[str]) -> 
         )
 
 
-def is_complete(cfg: CfgNode, file_keys: Set[str]) -> bool:
-    """Whether a config file has every key, as the ones have that runs write.
+def is_complete(cfg: CfgNode, file_keys: Set[str], added_keys: Collection[str]) -> bool:
+    """Whether a config file has every key, whoever set it, as the ones have that runs write.
 
     Args:
         cfg: the config.
         file_keys: dotted keys of the config file itself.
+        added_keys: keys and sections that files of the original release lack, and those of this
+            project where they have their default.
     """
-    return _unread_present_keys(cfg) <= file_keys
+    added = tuple(added_keys)
+    sections = tuple(f"{key}." for key in added)
+    unread = {key for key in _unread_present_keys(cfg) if not key.startswith(sections)}
+    return unread.difference(added) <= file_keys
 
 
 def _unread_present_keys(cfg: CfgNode) -> set[str]:

@@ -21,9 +21,13 @@ from .utils.project_files import project_root
 from .utils.required_modules import INSTALL, REQUIRED, missing_modules
 
 # Module → what needs it.
-OPTIONAL = {"cityscapesscripts": "evaluation on Cityscapes", "lvis": "evaluation on LVIS"}
+OPTIONAL = {
+    "cityscapesscripts": "evaluation on Cityscapes",
+    "lvis": "evaluation on LVIS",
+    "tifffile": "TIFF images of any number of channels",
+}
 # Versions at the head of a log.
-_SHOWN = ("torch", "torchvision", "detectron2", "numpy", "cv2", "pycocotools", "hotcoco")
+_SHOWN = ("torch", "torchvision", "detectron2", "numpy", "timm", "cv2", "pycocotools", "hotcoco")
 
 
 def version(module: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from detectron2.config import CfgNode
+from detectron2.layers.batch_norm import LayerNorm
 from detectron2.solver.build import maybe_add_gradient_clipping
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -40,6 +41,7 @@ _PARAMETER_NAMES = "param_names"
 # Devices with fused kernels.
 _FUSED_DEVICES = ("cpu", "cuda")
 _BACKBONE = "backbone."  # before the names of its parameters
+# Names in the original release's Swin; `is_token` knows those of other transformers.
 _POSITION_TABLES = ("relative_position_bias_table", "absolute_pos_embed")
 
 
@@ -71,12 +73,12 @@ def parameter_groups(cfg: CfgNode, model: nn.Module) -> list[dict]:
             lr *= solver.BACKBONE_MULTIPLIER
         if in_backbone and layer_decay is not None:
             lr *= layer_decay(in_backbone)
-        if any(table in name for table in _POSITION_TABLES):
-            weight_decay = 0.0
         # Other projects' backbones are trained as the original release trains them.
-        if in_backbone and has_depths and is_token(in_backbone):
+        is_ours = bool(in_backbone) and has_depths
+        is_table = any(table in name for table in _POSITION_TABLES)
+        if is_table or (is_ours and is_token(in_backbone)):
             weight_decay = 0.0
-        if isinstance(module, _NORMS):
+        if isinstance(module, _NORMS) or (is_ours and isinstance(module, LayerNorm)):
             weight_decay = solver.WEIGHT_DECAY_NORM
         if isinstance(module, nn.Embedding):
             weight_decay = solver.WEIGHT_DECAY_EMBED

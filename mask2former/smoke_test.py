@@ -28,10 +28,10 @@ from detectron2.utils.file_io import PathManager
 from detectron2.utils.visualizer import ColorMode, Visualizer
 from tabulate import tabulate
 
-from .best_checkpoint import BestModel
+from .best_checkpoint import BestModel, unknown_metric
 from .checkpoint import Mask2FormerCheckpointer
 from .data.formats.images import read_image
-from .ema import unwrapped
+from .ema import EMA, unwrapped, uses_ema
 from .trainer import Trainer
 from .utils.files import atomic_write, make_folder
 from .utils.memory import peak_resident_bytes
@@ -128,7 +128,9 @@ def run_smoke_test(cfg: CfgNode) -> dict:
     test_cfg = _with_test_sets(cfg, names)
     with checklist.step("evaluation") as found:
         results = trainer.test(test_cfg, trainer.model)
-        found.append(_describe(names, results) if comm.is_main_process() else "")
+        if comm.is_main_process():
+            found.append(_describe(names, results))
+            _check_best_metric(cfg, names, results)
     with checklist.step("drawing") as found:
         # On the main process alone, which has all test sets.
         if comm.is_main_process():
@@ -289,10 +291,36 @@ def _with_test_sets(cfg: CfgNode, parts: dict[str, str]) -> CfgNode:
     return cfg
 
 
+def _by_part(parts: dict[str, str], results: dict) -> dict[str, dict]:
+    return results if len(parts) > 1 else {part: results for part in parts.values()}
+
+
+def _check_best_metric(cfg: CfgNode, parts: dict[str, str], results: dict) -> None:
+    """Check that the evaluation gives TEST.BEST_METRIC; a training would find out at its first.
+
+    Raises:
+        ValueError: it does not.
+    """
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    metric = cfg.TEST.get("BEST_METRIC", "")
+    if not metric:
+        return
+    by_part = _by_part(parts, results)
+    known = [
+        f"{f'{name}/' if len(parts) > 1 else ''}{average}{task}/{value}"
+        for name, part in parts.items()
+        for average in ("", f"{EMA}/")[: 1 + uses_ema(cfg)]
+        for task, values in by_part[part].items()
+        for value in values
+    ]
+    if metric not in known:
+        raise unknown_metric(metric, known)
+
+
 def _describe(parts: dict[str, str], results: dict) -> str:
     if not parts:
         return "nothing: DATASETS.TEST is empty"
-    by_part = results if len(parts) > 1 else {next(iter(parts.values())): results}
+    by_part = _by_part(parts, results)
     texts = []
     for name, part in parts.items():
         number = len(DatasetCatalog.get(part))
@@ -332,7 +360,7 @@ def _draw(cfg: CfgNode, model: torch.nn.Module) -> list[str]:
         drawings = [magnify(drawing, _DRAWN_WIDTH / drawing.shape[1]) for drawing in row.values()]
         contact_sheet([drawings], path, list(row))
         files.append(path)
-    return files or ["nothing: DATASETS.TEST is empty"]
+    return files or ["nothing: there is no test image with ground truth"]
 
 
 def _is_of(batch: list[dict], record: dict) -> bool:

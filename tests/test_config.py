@@ -307,7 +307,7 @@ def test_bad_opts():
 TEST = "MODEL.MASK_FORMER.TEST"
 REJECTED = [
     ("INPUT.DATASET_MAPPER_NAME", "coco_panoptic", "allowed: 'coco_instance_lsj', "),
-    ("INPUT.FORMAT", "L", "allowed: 'RGB', 'BGR'"),
+    ("INPUT.FORMAT", "YUV", "allowed: 'RGB', 'BGR'"),
     ("INPUT.RANDOM_FLIP", "diagonal", "'horizontal', 'vertical', 'none'"),
     ("INPUT.CROP.TYPE", "square", "'relative_range', 'relative', 'absolute'"),
     ("INPUT.IMAGE_SIZE", 0, "at least 1"),

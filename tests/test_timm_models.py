@@ -5,6 +5,8 @@ import torch
 from detectron2.modeling import build_model
 from torch import nn
 
+from mask2former.optimizer import parameter_groups
+
 pytest.importorskip("timm")
 
 BACKBONES = {
@@ -62,6 +64,44 @@ def test_without_padding(tiny_cfg, make_input, backbone):
     sum(model(batch).values()).backward()
     with torch.no_grad():
         assert model.eval()(batch)[0]["sem_seg"].shape[1:] == (67, 97)
+
+
+@pytest.mark.parametrize("freeze_at", [0, 2])
+@pytest.mark.parametrize("backbone", BACKBONES)
+def test_parameter_groups(tiny_cfg, backbone, freeze_at):
+    """Every trainable parameter is in one group; pyramids learn as fast as BACKBONE_MULTIPLIER."""
+    tiny_cfg.SOLVER.LAYER_DECAY, tiny_cfg.SOLVER.BACKBONE_MULTIPLIER = 0.5, 0.1
+    model = build(tiny_cfg, backbone)
+    model.backbone.freeze(freeze_at)
+    groups = parameter_groups(tiny_cfg, model)
+    names = {p: name for name, p in model.named_parameters()}
+    rates = {names[p]: group["lr"] for group in groups for p in group["params"]}
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    assert sum(len(group["params"]) for group in groups) == len(rates)
+    assert sorted(rates) == sorted(trained)
+    prefix, base = f"backbone.{model.backbone.timm_prefix}", tiny_cfg.SOLVER.BASE_LR
+    for name, rate in rates.items():
+        if name.startswith(prefix):
+            depth = model.backbone.num_depths - model.backbone.parameter_depth(name[9:])
+            assert depth >= 1 and rate == pytest.approx(base * 0.1 * 0.5**depth), name
+        else:
+            assert rate == pytest.approx(base * (0.1 if name.startswith("backbone.") else 1)), name
+    if freeze_at == 0:
+        assert len({rate for name, rate in rates.items() if name.startswith(prefix)}) > 2
+
+
+def test_norms_of_the_pyramid_have_the_decay_of_norms(tiny_cfg):
+    tiny_cfg.SOLVER.WEIGHT_DECAY, tiny_cfg.SOLVER.WEIGHT_DECAY_NORM = 0.05, 0.0
+    model = build(tiny_cfg, "ViT")
+    decays = {
+        id(p): group["weight_decay"]
+        for group in parameter_groups(tiny_cfg, model)
+        for p in group["params"]
+    }
+    norms = [m for m in model.backbone.modules() if type(m).__name__.startswith("LayerNorm")]
+    assert len({type(norm) for norm in norms}) == 2  # timm's and Detectron2's
+    assert {decays[id(norm.weight)] for norm in norms} == {0.0}
+    assert decays[id(model.backbone.simfp_4[0].weight)] == 0.05
 
 
 def test_plain_and_fast_give_the_same_losses(tiny_cfg, make_input, same_points):

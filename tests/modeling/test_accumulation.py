@@ -128,6 +128,27 @@ def test_equals_the_whole_batch(tiny_cfg, make_input, double, same_points, area,
     assert again == losses
 
 
+@pytest.mark.parametrize("part", ["points", "points, as written", "whole masks", "MaskFormer"])
+def test_pixels_without_a_label(tiny_cfg, make_input, double, same_points, part):
+    """1 x 4 = 2 x 2 = 4 x 1 with INPUT.IGNORE_UNLABELLED; some, no and all pixels are left out."""
+    tiny_cfg.merge_from_list(list(PARTS[part]))
+    torch.manual_seed(0)
+    model = build_model(tiny_cfg).double()
+    inputs = [make_input(*size, labels, seed=i) for i, (size, labels) in enumerate(IMAGES[:4])]
+    plain, _ = backward(model, inputs, 1)
+    for sample, share in zip(inputs, (0.5, 0.2, 0.0, 1.0), strict=True):
+        height, width = sample["image"].shape[-2:]
+        sample["ignored"] = torch.zeros(height, width, dtype=torch.bool)
+        sample["ignored"][: round(share * height)] = True
+    losses, gradients = backward(model, inputs, 1)
+    assert all(loss.isfinite() for loss in losses.values())
+    assert (losses["loss_mask"] - plain["loss_mask"]).abs() > 1e-3 * plain["loss_mask"]
+    for num_steps in (2, 4):
+        actual_losses, actual_gradients = backward(model, inputs, num_steps)
+        assert_same(actual_losses, losses)
+        assert_same(actual_gradients, gradients)
+
+
 def test_naive_accumulation_differs(tiny_cfg, make_input, double, same_points):
     """Otherwise the test above could pass with losses that depend on nothing."""
     torch.manual_seed(0)

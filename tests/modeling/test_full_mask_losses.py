@@ -427,7 +427,7 @@ def test_unread_keys(tiny_cfg, matcher_name, criterion_name):
 def test_set_key_that_is_not_read_is_reported(tiny_cfg, caplog):
     choose(tiny_cfg, "FullMaskMatcher", "FullMaskCriterion")
     with caplog.at_level(logging.WARNING):
-        check_set_keys(tiny_cfg, frozenset(), POINT_KEYS)
+        check_set_keys(tiny_cfg, POINT_KEYS)
     assert "MODEL.MASK_FORMER.TRAIN_NUM_POINTS 64" in caplog.text
 
 

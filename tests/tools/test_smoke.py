@@ -134,6 +134,17 @@ def test_failing_step_is_named(tmp_path, monkeypatch):
     assert "✗" in (tmp_path / "out" / "smoke" / "log.txt").read_text()
 
 
+def test_metric_that_no_evaluation_gives(tmp_path, monkeypatch):
+    """A training would end at its first evaluation. With timm, accumulation and an average."""
+    config = write_config(tmp_path / "data", "semantic")
+    options = {"MODEL__BACKBONE__NAME": "TimmBackbone", "MODEL__TIMM__NAME": "test_convnext"}
+    options |= {"SOLVER__NUM_ACCUMULATION_STEPS": 2, "SOLVER__EMA__ENABLED": True}
+    options |= {"TEST__EVAL_PERIOD": 1, "TEST__BEST_METRIC": "ema/sem_seg/mIou"}
+    problem = "'evaluation': TEST.BEST_METRIC is 'ema/sem_seg/mIou', .*'ema/sem_seg/mIoU'"
+    with pytest.raises(RuntimeError, match=problem):
+        smoke(monkeypatch, config, tmp_path / "out", **options)
+
+
 @pytest.mark.parametrize("flag", ["--resume", "--eval-only"])
 def test_other_purposes(tmp_path, monkeypatch, flag):
     config = write_config(tmp_path / "data", "semantic")

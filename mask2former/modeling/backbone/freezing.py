@@ -13,8 +13,14 @@ from ...utils.chosen_keys import is_own, is_unset
 
 _logger = logging.getLogger(__name__)
 
-_KEY = "MODEL.BACKBONE.FREEZE_AT"
+FREEZE_AT = "MODEL.BACKBONE.FREEZE_AT"
 _DEFAULT = 2  # in Detectron2's config, meant for ResNets
+# A config file with every key has a FREEZE_AT that nobody may have chosen: the original release
+# writes 2 for Swin, and freezes nothing. One with this key, which came with the freezing of all
+# backbones, is from this project, and its FREEZE_AT is what the run did.
+FREEZE_AT_COUNTS = "SOLVER.LAYER_DECAY"
+# Whose constructors call `freeze_at_of`.
+_BACKBONES = ("D2SwinTransformer", "TimmBackbone", "build_timm_backbone", "TimmViTBackbone")
 
 
 def freeze_at_of(cfg: CfgNode) -> int:
@@ -27,15 +33,34 @@ def freeze_at_of(cfg: CfgNode) -> int:
         1 for the stem, n for the first n - 1 stages as well; 0 for nothing.
     """
     freeze_at = cfg.MODEL.BACKBONE.FREEZE_AT
-    if freeze_at == _DEFAULT and not is_own(cfg, _KEY):
-        if not is_unset(cfg, _KEY):
+    if freeze_at == _DEFAULT and not is_own(cfg, FREEZE_AT):
+        if not is_unset(cfg, FREEZE_AT):
             _logger.info(
-                f"{_KEY} is {_DEFAULT}, Detectron2's default, and nothing of "
+                f"{FREEZE_AT} is {_DEFAULT}, Detectron2's default, and nothing of "
                 f"{cfg.MODEL.BACKBONE.NAME} is frozen. To freeze the stem and the first stage, set "
                 "it in the config file itself or on the command line."
             )
         return 0
     return max(freeze_at, 0)
+
+
+def resolve_freeze_at(cfg: CfgNode) -> None:
+    """Set FREEZE_AT to 0 if the backbone takes its default for "not set", in place.
+
+    A file to which the config is written then says what is frozen.
+    """
+    if _reads_default_as_unset(cfg):
+        cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at_of(cfg)
+
+
+def needs_to_tell(cfg: CfgNode) -> bool:
+    """Whether a file needs `FREEZE_AT_COUNTS`, so that FREEZE_AT in it is taken for a choice."""
+    return _reads_default_as_unset(cfg) and freeze_at_of(cfg) == _DEFAULT
+
+
+def _reads_default_as_unset(cfg: CfgNode) -> bool:
+    is_default = cfg.MODEL.BACKBONE.FREEZE_AT == _DEFAULT
+    return is_default and cfg.MODEL.BACKBONE.NAME in _BACKBONES
 
 
 def check_freeze_at(backbone: nn.Module, freeze_at: int, num_stages: int) -> None:
@@ -46,7 +71,7 @@ def check_freeze_at(backbone: nn.Module, freeze_at: int, num_stages: int) -> Non
     """
     if not 0 <= freeze_at <= num_stages + 1:
         raise ValueError(
-            f"{_KEY} is {freeze_at}; allowed: 0 to {num_stages + 1}, because "
+            f"{FREEZE_AT} is {freeze_at}; allowed: 0 to {num_stages + 1}, because "
             f"{type(backbone).__name__} has a stem and {num_stages} stages."
         )
 

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ...checkpoint_weights import fit_channels
 from .timm_models import TimmParts, check_name, import_timm, on_meta
 
 _logger = logging.getLogger(__name__)
@@ -121,8 +122,8 @@ def backbone_weights(
 ) -> dict[str, Tensor]:
     """Rename and fit the weights of a timm model to a backbone made of it.
 
-    Stems of another number of channels are adapted as timm does: summed to one channel, or repeated
-    and scaled. Position embeddings are interpolated if the model does so.
+    Stems of another number of channels are adapted, see `fit_channels`. Position embeddings are
+    interpolated if the model does so.
 
     Args:
         backbone: the backbone.
@@ -230,9 +231,7 @@ def _filtered(
 
 
 def _adapt_stem(weights: dict[str, Tensor], target: dict[str, Tensor], model: Any) -> None:
-    """Fit the first convolutions to the number of channels, in place."""
-    from timm.models import adapt_input_conv
-
+    """Fit the first convolutions, of which a model may have several, to the channels, in place."""
     stems = model.pretrained_cfg.get("first_conv") or ()
     for stem in (stems,) if isinstance(stems, str) else stems:
         name = f"{stem}.weight"
@@ -241,10 +240,8 @@ def _adapt_stem(weights: dict[str, Tensor], target: dict[str, Tensor], model: An
         in_file, in_model = weights[name].shape, target[name].shape
         is_conv = len(in_file) == len(in_model) == 4
         if is_conv and in_file != in_model and in_file[1] == 3:
-            weights[name] = adapt_input_conv(in_model[1], weights[name])
-            _logger.info(
-                f"{name} is adapted from {in_file[1]} to {in_model[1]} channels of the images."
-            )
+            weights[name], how = fit_channels(weights[name], in_model[1])
+            _logger.warning(f"{name} has 3 input channels, in the model (MODEL.PIXEL_MEAN) {how}.")
 
 
 def _check_architecture(path: str, name: str) -> None:

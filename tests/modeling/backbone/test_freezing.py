@@ -4,12 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from detectron2.config import CfgNode
 from detectron2.modeling import build_backbone, build_model
 from torch import nn
 from torch.distributed import destroy_process_group, init_process_group
 from torch.nn.parallel import DistributedDataParallel
 
-from mask2former.config import load_config
+from mask2former.config import load_config, without_added_defaults
 from mask2former.modeling.backbone.freezing import freeze_at_of
 from mask2former.modeling.backbone.swin import SwinTransformer
 from mask2former.optimizer import build_optimizer
@@ -95,8 +96,11 @@ def test_where_the_default_counts(tmp_path, caplog):
     own.write_text(f"_BASE_: {SWIN}\nMODEL:\n  BACKBONE:\n    FREEZE_AT: 2\n")
     other = tmp_path / "other.yaml"
     other.write_text("_BASE_: own.yaml\n")
+    # As the original release writes it.
     complete = tmp_path / "complete.yaml"
-    complete.write_text(load_config(str(own)).dump())
+    original = without_added_defaults(load_config(str(SWIN)))
+    original.MODEL.BACKBONE.FREEZE_AT = 2
+    complete.write_text(original.dump())
     caplog.set_level("INFO")
     assert freeze_at_of(load_config(str(SWIN))) == 0
     assert freeze_at_of(load_config(str(SWIN), [KEY, "2"])) == 2
@@ -108,6 +112,31 @@ def test_where_the_default_counts(tmp_path, caplog):
     assert "nothing of D2SwinTransformer is frozen" in caplog.text
     assert freeze_at_of(load_config(str(complete))) == 0
     assert freeze_at_of(load_config(str(complete), [KEY, "2"])) == 2
+
+
+@pytest.mark.parametrize("dump", [without_added_defaults, CfgNode.clone])
+@pytest.mark.parametrize("backbone", ["D2SwinTransformer", "TimmBackbone", "TimmViTBackbone"])
+def test_a_written_config_freezes_the_same(tmp_path, caplog, backbone, dump):
+    """Whether 2 was chosen, in the file or by an override, or came from a base."""
+    base = tmp_path / "base.yaml"
+    base.write_text(
+        f"_BASE_: {SWIN}\nMODEL:\n  BACKBONE:\n    NAME: {backbone}\n    FREEZE_AT: 2\n"
+        "  TIMM:\n    NAME: test_convnext\n  VIT:\n    NAME: test_vit\n"
+    )
+    from_base = tmp_path / "from_base.yaml"
+    from_base.write_text("_BASE_: base.yaml\n")
+    written = tmp_path / "config.yaml"
+    for path, options in ((base, []), (from_base, []), (from_base, [KEY, "2"])):
+        cfg = load_config(str(path), options)
+        expected = 0 if (path, options) == (from_base, []) else 2
+        assert freeze_at_of(cfg) == expected
+        written.write_text(dump(cfg).dump())
+        caplog.clear()
+        again = load_config(str(written))
+        assert freeze_at_of(again) == expected
+        assert all(again.MODEL[x] == cfg.MODEL[x] for x in ("BACKBONE", "SWIN", "TIMM", "VIT"))
+        # All keys are set in the file, but by nobody.
+        assert "Set but not read" not in caplog.text
 
 
 def test_swin_reads_it_from_the_config(tiny_cfg):
