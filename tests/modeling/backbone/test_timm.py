@@ -270,11 +270,13 @@ def test_timm_is_missing(monkeypatch):
 def test_from_config(builder):
     cfg = load_config(
         str(CONFIGS / CONVNEXT),
-        ["MODEL.BACKBONE.NAME", builder, "MODEL.TIMM.NAME", "resnet10t", "MODEL.TIMM.NORM", "BN"],
+        [
+            *("MODEL.BACKBONE.NAME", builder, "MODEL.BACKBONE.FREEZE_AT", 2),
+            *("MODEL.TIMM.NAME", "resnet10t", "MODEL.TIMM.NORM", "BN"),
+        ],
     )
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res5"]
     cfg.MODEL.TIMM.DROP_PATH_RATE = 0.2
-    cfg.MODEL.BACKBONE.FREEZE_AT = 2
     cfg.MODEL.PIXEL_MEAN = [0.0] * 5
     backbone = build_backbone(cfg)
     assert isinstance(backbone, TimmBackbone)
