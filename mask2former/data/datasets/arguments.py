@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..formats.semantic_folders import list_files
+from ..formats.semantic_folders import list_files, name_end
 from .derived_json import Changes
 from .selection import check_rename, make_selection
 
@@ -26,9 +26,9 @@ def make_changes(
 
 
 def list_extensions(listed: str | Sequence[str]) -> tuple[str, ...]:
-    """One or several file name extensions, each with its dot."""
+    """One or several file name extensions, each with its dot, or ends of names as they are."""
     extensions = (listed,) if isinstance(listed, str) else listed
-    return tuple(f".{extension.lstrip('.')}" for extension in extensions)
+    return tuple(map(name_end, extensions))
 
 
 def check_extensions(name: str, folder: str, extensions: Sequence[str], key: str) -> None:

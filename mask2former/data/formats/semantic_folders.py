@@ -22,7 +22,7 @@ IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".t
 _NUM_SAMPLES = 16
 
 
-# File name extensions, with or without dot.
+# File name extensions, with or without dot, or whole ends of names such as "_mask.png".
 Extensions = Sequence[str]
 
 
@@ -114,7 +114,8 @@ def _files_by_stem(
         why = f"the folder of the {what} does not exist"
         findings.problem(folder, None, why, is_missing=True)
         return None
-    names = list_files(folder)
+    # macOS writes ._NAME beside files on other disks; such a file is no image.
+    names = [n for n in list_files(folder) if not os.path.basename(n).startswith("._")]
     for name in sorted(_links_to_nothing(folder, names)):
         why = "is a link to a file that does not exist, or no file"
         findings.problem(os.path.join(folder, name), None, why, is_missing=True)
@@ -151,13 +152,18 @@ def _links_to_nothing(folder: str, names: Iterable[str]) -> set[str]:
 
 
 def _has_extension(name: str, extensions: Extensions) -> bool:
-    return name.lower().endswith(tuple(f".{e.lstrip('.').lower()}" for e in extensions))
+    return name.lower().endswith(tuple(name_end(e).lower() for e in extensions))
+
+
+def name_end(extension: str) -> str:
+    """What names of files with an extension end with: a dot and it, or "_mask.png" as it is."""
+    return extension if extension.startswith(("_", "-", " ")) else f".{extension.lstrip('.')}"
 
 
 def _stem(name: str, extensions: Extensions) -> str:
     """A file name without its stated extension, of which the longest counts."""
-    longest = max(len(e.lstrip(".")) for e in extensions if _has_extension(name, [e]))
-    return name[: -longest - 1]
+    longest = max(len(name_end(e)) for e in extensions if _has_extension(name, [e]))
+    return name[:-longest]
 
 
 def warn_of_one_class(
