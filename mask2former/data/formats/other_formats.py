@@ -48,7 +48,9 @@ _MAGIC = (
 # Class, and a box or polygon in fractions of the image.
 _YOLO_LINE = re.compile(rb"\s*\d+( +[-+.\deE]+){4,}\s*(\n|$)")
 _YOLO_KEYS = re.compile(rb"^(path|train|val|test|nc|names) *:", re.MULTILINE)
-_CSV_HEADER = re.compile(rb"#?\"?(filename|file_name|ImageID|image_id|image)\"?,", re.IGNORECASE)
+_CSV_HEADER = re.compile(
+    rb"#?\"?(filename|file_name|ImageID|image_id|image|img|id)\"?,", re.IGNORECASE
+)
 
 
 def name_bytes(data: bytes) -> str | None:
