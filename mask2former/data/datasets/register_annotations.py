@@ -39,7 +39,7 @@ AUTO = "auto"
 _READERS_OF = {
     "class_attribute": ("via",),
     "mask_root": ("mask_files",),
-    "boxes_as_masks": ("cvat", "labelme", "via", "yolo"),
+    "boxes_as_masks": ("coco", "cvat", "labelme", "via", "yolo"),
 }
 # Name → arguments of the registration. In one process, changed files do not change a data set.
 _known: dict[str, dict[str, Any]] = {}
@@ -211,6 +211,7 @@ def _write(
     for image in content.images:
         image.path = Path(os.path.abspath(image.path))
     coco = coco_instances(content, Path(image_root))
+    _warn_of_no_pixel(coco, root)
     outside = _outside({str(image.path.parent) for image in content.images}, folders)
     info = _Info(
         image_root=image_root,
@@ -221,6 +222,18 @@ def _write(
         outside_digest=_digest(outside),
     )
     write_json(path, msgspec.json.encode({"info": info} | coco))
+
+
+def _warn_of_no_pixel(coco: Mapping[str, Any], root: Path) -> None:
+    """Warn of objects whose mask has no pixel, such as polygons without width."""
+    empty = [a for a in coco["annotations"] if a["area"] == 0]
+    if empty:
+        names = {image["id"]: image["file_name"] for image in coco["images"]}
+        listed = [names[i] for i in dict.fromkeys(a["image_id"] for a in empty)]
+        _logger.warning(
+            f"{root}: {len(empty)} objects cover no pixel, such as polygons without width, in the "
+            f"images {short_list(listed)}"
+        )
 
 
 def _image_root(content: AnnotatedImages, folders: Sequence[str]) -> str:

@@ -158,6 +158,14 @@ def test_wrong_entries(tmp_path, cache, change, message):
     assert "own_train" not in DatasetCatalog
 
 
+def test_objects_without_a_pixel_are_said(tmp_path, cache, caplog):
+    own_data.yolo(tmp_path / "yolo")
+    label = "0 0.5 0.5 0.5 0.5 0.5 0.5\n"
+    (tmp_path / "yolo/labels/train/train0.txt").write_text(label)
+    register_entries([entry(tmp_path / "yolo")])
+    assert "1 objects cover no pixel, such as" in caplog.text and "train0.jpg" in caplog.text
+
+
 def test_unknown_format(tmp_path, cache):
     photograph(tmp_path / "data/a.jpg")
     with pytest.raises(ValueError, match=r"'own_train': .*data holds no annotations of a known"):
