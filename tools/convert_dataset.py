@@ -68,6 +68,10 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
             "--image-root", type=Path, metavar="DIR", help="folder of the images, if not found"
         )
         command.add_argument(
+            "--mask-root", type=Path, metavar="DIR",
+            help="folder of masks whose names begin with that of their image",
+        )  # fmt: skip
+        command.add_argument(
             "--class-names", nargs="+", metavar="NAME",
             help="of SOURCE, in the order of its labels, if its files hold none",
         )  # fmt: skip
@@ -207,6 +211,7 @@ def _read_options(args: argparse.Namespace) -> ReadOptions:
     return ReadOptions(
         split=args.split,
         image_root=args.image_root,
+        mask_root=args.mask_root,
         classes=tuple(args.class_names) if args.class_names else None,
         class_attribute=args.class_attribute,
         boxes_as_masks=args.boxes_as_masks,

@@ -1,10 +1,11 @@
 """Checks of the arguments that the functions which register your own data share."""
 
+import csv
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from ..formats.semantic_folders import list_files
+from ..formats.semantic_folders import list_files, name_end
 from .derived_json import Changes
 from .selection import check_rename, make_selection
 
@@ -26,9 +27,9 @@ def make_changes(
 
 
 def list_extensions(listed: str | Sequence[str]) -> tuple[str, ...]:
-    """One or several file name extensions, each with its dot."""
+    """One or several file name extensions, each with its dot, or ends of names as they are."""
     extensions = (listed,) if isinstance(listed, str) else listed
-    return tuple(f".{extension.lstrip('.')}" for extension in extensions)
+    return tuple(map(name_end, extensions))
 
 
 def check_extensions(name: str, folder: str, extensions: Sequence[str], key: str) -> None:
@@ -82,7 +83,7 @@ def _where(given: str, path: str) -> str:
 
 
 def class_list(name: str, classes: Sequence[str] | str) -> list[str]:
-    """Check class names, given or in a text file with one per line.
+    """Check class names, given or in a text file with one per line, or in the CSV of Roboflow.
 
     Raises:
         FileNotFoundError: the file does not exist.
@@ -91,10 +92,10 @@ def class_list(name: str, classes: Sequence[str] | str) -> list[str]:
     origin = "classes"
     if isinstance(classes, str):
         origin = existing_file(name, classes, "class list")
-        classes = [
-            line.strip()
-            for line in Path(origin).read_text(encoding="utf-8-sig").rstrip().splitlines()
-        ]
+        lines = Path(origin).read_text(encoding="utf-8-sig").rstrip().splitlines()
+        classes = [line.strip() for line in lines]
+        if origin.lower().endswith(".csv"):
+            classes = _classes_of_roboflow(name, origin, lines)
     names = list(classes)
     wrong = [i for i, value in enumerate(names) if not isinstance(value, str) or not value]
     if wrong:
@@ -107,3 +108,19 @@ def class_list(name: str, classes: Sequence[str] | str) -> list[str]:
         what = f"names {repeated[0]!r} more than once" if repeated else "is empty"
         raise ValueError(f"Data set {name!r}: {origin} {what}.")
     return names
+
+
+def _classes_of_roboflow(name: str, file: str, lines: Sequence[str]) -> list[str]:
+    """The classes of _classes.csv beside the masks of Roboflow: pixel value and class a line."""
+    header, *rows = list(csv.reader(lines, skipinitialspace=True)) or [[]]
+    is_table = [title.strip().lower() for title in header] == ["pixel value", "class"]
+    if not is_table or any(len(row) != 2 for row in rows):
+        raise ValueError(
+            f"Data set {name!r}: {file} is a CSV table, of which only that of Roboflow is read "
+            "(Pixel Value, Class): give a text file with one class per line, or VALUE_MAP."
+        )
+    if [row[0].strip() for row in rows] != [str(i) for i in range(len(rows))]:
+        raise ValueError(
+            f"Data set {name!r}: the pixel values in {file} are not 0, 1, 2, ...: state VALUE_MAP."
+        )
+    return [row[1].strip() for row in rows]

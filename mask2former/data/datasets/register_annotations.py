@@ -38,7 +38,8 @@ AUTO = "auto"
 # Options of single formats.
 _READERS_OF = {
     "class_attribute": ("via",),
-    "boxes_as_masks": ("cvat", "labelme", "via"),
+    "mask_root": ("mask_files",),
+    "boxes_as_masks": ("coco", "cvat", "labelme", "via", "yolo"),
 }
 # Name → arguments of the registration. In one process, changed files do not change a data set.
 _known: dict[str, dict[str, Any]] = {}
@@ -70,6 +71,7 @@ def register_annotations(
     *,
     split: str | None = None,
     image_root: str | None = None,
+    mask_root: str | None = None,
     classes: Sequence[str] | str | None = None,
     rename: Mapping[str, str | None] | None = None,
     share: Sequence[float] | None = None,
@@ -88,6 +90,7 @@ def register_annotations(
         type: a name of `FORMATS`, or "auto" to recognise the format.
         split: which part of the data, such as "train"; None: it has one part.
         image_root: folder of the images where they are not where the format puts them.
+        mask_root: folder of masks whose names begin with that of their image, see `mask_files.py`.
         classes: all classes in order, or a text file with one per line; under the names of the
             files or under those of `rename`. Formats without names take them from here. None:
             those of the files.
@@ -113,15 +116,15 @@ def register_annotations(
     path = Path(root).expanduser()
     if not path.exists():
         raise FileNotFoundError(f"{where}: ROOT {root} does not exist (in {os.getcwd()}).")
-    images = None if image_root is None else Path(image_root).expanduser()
-    if images is not None and not images.is_dir():
-        raise FileNotFoundError(
-            f"{where}: IMAGE_ROOT {image_root} is no folder (in {os.getcwd()})."
-        )
+    images, masks = (None if f is None else Path(f).expanduser() for f in (image_root, mask_root))
+    for key, given, folder in (("IMAGE", image_root, images), ("MASK", mask_root, masks)):
+        if folder is not None and not folder.is_dir():
+            raise FileNotFoundError(f"{where}: {key}_ROOT {given} is no folder (in {os.getcwd()}).")
     listed = None if classes is None else class_list(name, classes)
     options = ReadOptions(
         split=split,
         image_root=images,
+        mask_root=masks,
         classes=None if listed is None else tuple(listed),
         class_attribute=class_attribute,
         boxes_as_masks=boxes_as_masks,
@@ -131,7 +134,7 @@ def register_annotations(
         for key, readers in _READERS_OF.items():
             if getattr(options, key) and reader.name not in readers:
                 raise ValueError(
-                    f"{key.upper()} is for TYPE {' or '.join(readers)}, but this is {reader.name}."
+                    f"{key.upper()} is for TYPE {', '.join(readers)}, but this is {reader.name}."
                 )
         json_file = convert_annotations(path, reader, options)
     except (FileNotFoundError, ValueError) as error:
@@ -176,7 +179,8 @@ def convert_annotations(root: Path, reader: AnnotationFormat, options: ReadOptio
         FileNotFoundError, ValueError: of the reader, or it finds no image.
         WriteError: the cache cannot be written.
     """
-    folders = [str(folder) for folder in (root, options.image_root) if folder and folder.is_dir()]
+    roots = (root, options.mask_root, options.image_root)
+    folders = [str(folder) for folder in roots if folder is not None and folder.is_dir()]
     key = [
         reader.name,
         os.path.abspath(root),
@@ -207,6 +211,7 @@ def _write(
     for image in content.images:
         image.path = Path(os.path.abspath(image.path))
     coco = coco_instances(content, Path(image_root))
+    _warn_of_no_pixel(coco, root)
     outside = _outside({str(image.path.parent) for image in content.images}, folders)
     info = _Info(
         image_root=image_root,
@@ -217,6 +222,18 @@ def _write(
         outside_digest=_digest(outside),
     )
     write_json(path, msgspec.json.encode({"info": info} | coco))
+
+
+def _warn_of_no_pixel(coco: Mapping[str, Any], root: Path) -> None:
+    """Warn of objects whose mask has no pixel, such as polygons without width."""
+    empty = [a for a in coco["annotations"] if a["area"] == 0]
+    if empty:
+        names = {image["id"]: image["file_name"] for image in coco["images"]}
+        listed = [names[i] for i in dict.fromkeys(a["image_id"] for a in empty)]
+        _logger.warning(
+            f"{root}: {len(empty)} objects cover no pixel, such as polygons without width, in the "
+            f"images {short_list(listed)}"
+        )
 
 
 def _image_root(content: AnnotatedImages, folders: Sequence[str]) -> str:

@@ -293,8 +293,9 @@ def register_semantic(
             `value_map` the order of the classes, under the names there or those of `rename`.
         ignore_label: label of pixels that are ignored in training and evaluation; None: 255, or
             with `value_map` none.
-        image_ext: file name extensions of the images; images of other formats are read too, where
-            no image with these extensions has the same name.
+        image_ext: file name extensions of the images, or ends of their names, such as
+            "_leftImg8bit.png"; the rest pairs image and label. Images of other formats are
+            read too, where no image with these extensions has the same name.
         label_ext: file name extensions of the labels, likewise.
         value_map: value of the label images → class name, or None to ignore the pixels. All values
             are integers (of palette images the indices), or all are colours: "#rrggbb", "r, g, b"

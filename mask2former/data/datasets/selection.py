@@ -143,6 +143,8 @@ def _listed(names: Sequence[str], images: Sequence[str], where: str) -> set[str]
     missing: list[str] = []
     for name in names:
         found = _find(name, index, set(images))
+        if not found:  # the label, a class or a flag may follow, as in lists of CamVid and pets
+            found = _find(name.split()[0], index, set(images))
         if not found:
             missing.append(name)
         elif len(found) > 1:

@@ -73,6 +73,7 @@ class ReadOptions:
     Attributes:
         split: which part to read, such as "train"; None: the data has one part.
         image_root: folder of the images where they are not where the format puts them.
+        mask_root: folder of mask files whose names begin with that of their image.
         classes: class names of formats whose files hold none, in the order of their labels.
         class_attribute: the attribute with the class, for tools whose objects may have several.
         boxes_as_masks: whether data with rectangles only is read, each rectangle as a mask.
@@ -80,6 +81,7 @@ class ReadOptions:
 
     split: str | None = None
     image_root: Path | None = None
+    mask_root: Path | None = None
     classes: tuple[str, ...] | None = None
     class_attribute: str | None = None
     boxes_as_masks: bool = False

@@ -5,13 +5,16 @@ older versions of OpenCV and Pillow, labelme needs Qt, and supervision rasterise
 leaves out what it does not know without a word.
 """
 
+import json
 from pathlib import Path
 
+from . import other_formats
 from .annotated_images import AnnotatedImages, AnnotationFormat, ReadOptions
 from .coco_export import COCO
 from .cvat_xml import CVAT
 from .labelme import LABELME
 from .mask_files import MASK_FILES
+from .splits import files_below
 from .via import VIA
 from .voc import VOC
 from .yolo import YOLO
@@ -25,6 +28,8 @@ __all__ = [
 ]
 
 _FORMATS = (YOLO, LABELME, VIA, CVAT, VOC, MASK_FILES, COCO)
+# Files that are looked at to name a format that is not read, and the largest of them.
+_NUM_TRIED, _MAX_BYTES = 20, 16 << 20
 # Name, which is the TYPE in configs → format.
 FORMATS: dict[str, AnnotationFormat] = {item.name: item for item in _FORMATS}
 
@@ -49,9 +54,36 @@ def recognise_format(root: Path) -> tuple[AnnotationFormat, str]:
         return found[0]
     if not found:
         looked_for = "; ".join(f"{item.name}: {item.title}" for item in _FORMATS)
-        raise ValueError(f"{root} holds no annotations of a known format. Known: {looked_for}.")
+        other = _other_format(root)
+        is_known = "" if other is None else f" {other[0]} seems to be {other[1]}."
+        raise ValueError(
+            f"{root} holds no annotations of a known format.{is_known} Known: {looked_for}. Label "
+            "images, whose pixels are classes, are TYPE: semantic."
+        )
     listed = "; ".join(f"{item.name}: {what}" for item, what in found)
     raise ValueError(
         f"{root} holds annotations of more than one format ({listed}). State its TYPE, or name the "
         "folder or file of one."
     )
+
+
+def _other_format(root: Path) -> tuple[Path, str] | None:
+    """A file in a folder that is of a format which is not read, and what it is."""
+    files = [root] if root.is_file() else files_below(root, ".json", ".csv", ".xml")
+    for file in files[:_NUM_TRIED]:
+        if file.stat().st_size > _MAX_BYTES:
+            continue
+        data = file.read_bytes()
+        name = other_formats.name_bytes(data)
+        try:
+            content = json.loads(data) if name is None else None
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(content, list):
+            name = other_formats.name_list(content)
+        elif isinstance(content, dict):
+            first = json.dumps(next(iter(content.values()), None))
+            name = other_formats.name_object(content, first.encode())
+        if name is not None:
+            return file, name
+    return None

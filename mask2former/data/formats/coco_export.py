@@ -8,6 +8,8 @@
 - CVAT and Datumaro write every mask of the brush as a crowd (`iscrowd` 1 with an RLE), though it is
   one object. In their files, all of these are objects. Data with crowds from there is read right as
   plain COCO JSON (TYPE: instance) after removing `iscrowd` from the objects.
+- An object with a box and without a mask, as in mixed projects of Roboflow, is refused, unless it
+  is read with `ReadOptions.boxes_as_masks`.
 - Images are looked for in the folders above, and below them if only one has the name.
 
 `ReadOptions.split` is the name of the folder or that in `instances_NAME.json`; `image_root` is one
@@ -29,7 +31,12 @@ from .annotated_images import (
 )
 from .coco_instances import read_instances
 from .coco_schemas import Rle
-from .coco_tools import drop_root_category, marks_masks_as_crowds
+from .coco_tools import (
+    count_boxes,
+    drop_root_category,
+    make_masks_of_boxes,
+    marks_masks_as_crowds,
+)
 from .drawings import Drawings
 from .json_files import json_object
 from .splits import ImageFinder, choose_split
@@ -44,18 +51,23 @@ def read_coco(root: Path, options: ReadOptions) -> AnnotatedImages:
 
     Args:
         root: the JSON, or the folder of the export.
-        options: `split` and `image_root`.
+        options: `split`, `image_root` and `boxes_as_masks`.
 
     Raises:
         FileNotFoundError, ValueError: naming file and record.
     """
     file, split = _find_json(root, options.split)
     drawings = Drawings("COCO")
-    tool = _Tool(file)
+    tool = _Tool(file, options.boxes_as_masks)
     data = read_instances(str(file), str(file.parent), drawings.findings, adapt=tool.adapt)
     if data is None:
         drawings.findings.raise_first(is_data=False)
         raise ValueError(f"{file} has no annotations that can be read.")
+    if tool.num_boxes and not options.boxes_as_masks:
+        why = f" {tool.num_boxes} objects have a box and no mask; to read each box as the mask of "
+        drawings.findings.raise_first(
+            hint=f"{why}its object, set BOXES_AS_MASKS: True.", is_data=False
+        )
     names = {category.id: str(category.name) for category in data.categories}
     finder = _finder(file, split, options.image_root)
     num_masks = 0
@@ -95,15 +107,21 @@ class _Tool:
 
     Attributes:
         masks_are_crowds: whether it marks every mask as a crowd.
+        num_boxes: objects that have a box and no mask.
     """
 
-    def __init__(self, file: Path) -> None:
+    def __init__(self, file: Path, boxes_as_masks: bool) -> None:
         self.masks_are_crowds = False
+        self.num_boxes = 0
+        self._boxes_as_masks = boxes_as_masks
         self._file = file
 
     def adapt(self, sections: dict[str, Any]) -> None:
         """Look at the sections of the JSON; drops the category that is none."""
         self.masks_are_crowds = marks_masks_as_crowds(sections)
+        self.num_boxes = count_boxes(sections)
+        if self.num_boxes and self._boxes_as_masks:
+            make_masks_of_boxes(sections)
         dropped = drop_root_category(sections)
         if dropped is not None:
             logging.getLogger(__name__).info(

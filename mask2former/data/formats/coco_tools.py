@@ -7,9 +7,20 @@ from typing import Any
 
 import msgspec
 
+from .drawings import rectangle
+
 # What CVAT and Datumaro write for every annotation.
 _OCCLUDED = "occluded"
+# JSON of an absent mask.
+_NO_MASK = (b"null", b"[]", b"[[]]", b"{}", b'""')
 _NO_LICENSE = [{"name": "", "id": 0, "url": ""}]
+
+
+class _Shape(msgspec.Struct, gc=False):
+    """Box and mask of an annotation; the mask stays JSON, which is fast."""
+
+    bbox: Any = None
+    segmentation: msgspec.Raw = msgspec.Raw(b"null")
 
 
 class _Facts(msgspec.Struct, gc=False):
@@ -52,6 +63,29 @@ def drop_root_category(sections: dict[str, Any]) -> str | None:
         return None
     sections["categories"] = others
     return str(root.get("name"))
+
+
+def count_boxes(sections: dict[str, Any]) -> int:
+    """How many annotations have a box and no mask."""
+    return sum(map(_is_box, _decoded(sections.get("annotations"), list[_Shape]) or []))
+
+
+def make_masks_of_boxes(sections: dict[str, Any]) -> None:
+    """Give annotations without a mask the rectangle of their box."""
+    shapes = _decoded(sections["annotations"], list[_Shape]) or []
+    annotations = _decoded(sections["annotations"], list[dict[str, Any]]) or []
+    for shape, annotation in zip(shapes, annotations, strict=True):
+        if _is_box(shape):
+            x, y, width, height = shape.bbox
+            annotation["segmentation"] = [rectangle(x, y, x + width, y + height)]
+    sections["annotations"] = annotations
+
+
+def _is_box(shape: _Shape) -> bool:
+    box = shape.bbox
+    if bytes(shape.segmentation).strip() not in _NO_MASK or not isinstance(box, list):
+        return False
+    return len(box) == 4 and all(isinstance(value, int | float) for value in box)
 
 
 def _facts(sections: dict[str, Any]) -> list[_Facts]:

@@ -186,7 +186,7 @@ class Drawings:
             first = self._shapes[0]
             why = (
                 f"all {len(self._shapes)} shapes are rectangles: data made for detection, without "
-                "masks. If each rectangle is the mask of its object, read boxes as masks"
+                "masks. If each rectangle is the mask of its object, set BOXES_AS_MASKS: True"
             )
             self.findings.problem(first.file, first.entry, why)
         self._check_polygons()

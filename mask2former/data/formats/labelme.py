@@ -3,6 +3,8 @@
 - Polygons, rectangles (also turned ones), circles and masks are objects. Points, lines and line
   strips have no area and are refused by name.
 - Shapes of one label and `group_id` are parts of one object.
+- Shapes labelled `__ignore__`, whose pixels LabelMe leaves without a class, are left out, with a
+  warning.
 - `imagePath` is relative to the JSON, maybe with backslashes; an image that was moved is looked for
   beside the JSON under its name or that of the JSON. `imageData`, a copy of the image, is not read.
 - Classes are the labels, in the order of the alphabet, of all parts of the data.
@@ -33,6 +35,8 @@ from .splits import ImageFinder, files_below, images_below, split_folder
 _Point = Annotated[list[Number], Meta(min_length=2, max_length=2)]
 # Shapes without an area.
 _OPEN = ("point", "points", "line", "linestrip")
+# Label of regions without a class; LabelMe's own conversions leave them out.
+_IGNORED = "__ignore__"
 _TURNED = ("oriented_rectangle", "rotation")
 
 
@@ -70,7 +74,7 @@ def read_labelme(root: Path, options: ReadOptions) -> AnnotatedImages:
         content = _decode(file, drawings.findings)
         if content is None:
             continue
-        classes |= {shape.label for shape in content.shapes}
+        classes |= {shape.label for shape in content.shapes if shape.label != _IGNORED}
         if file == folder or folder in file.parents:
             _read_file(file, content, finder, drawings)
     images = drawings.finish(sorted(classes), boxes_as_masks=options.boxes_as_masks)
@@ -119,7 +123,12 @@ def _read_file(file: Path, content: _File, finder: ImageFinder, drawings: Drawin
     if image is None:
         return
     for i, shape in enumerate(content.shapes):
-        _add_shape(shape, image, name, f"$.shapes[{i}]", drawings)
+        where = f"$.shapes[{i}]"
+        if shape.label == _IGNORED:
+            why = f"a shape labelled {_IGNORED} is left out; its pixels become background"
+            drawings.findings.warn(name, where, why)
+        else:
+            _add_shape(shape, image, name, where, drawings)
 
 
 def _find_image(file: Path, stated: str, finder: ImageFinder) -> Path:

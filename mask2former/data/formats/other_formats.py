@@ -48,7 +48,9 @@ _MAGIC = (
 # Class, and a box or polygon in fractions of the image.
 _YOLO_LINE = re.compile(rb"\s*\d+( +[-+.\deE]+){4,}\s*(\n|$)")
 _YOLO_KEYS = re.compile(rb"^(path|train|val|test|nc|names) *:", re.MULTILINE)
-_CSV_HEADER = re.compile(rb"#?\"?(filename|file_name|ImageID|image_id|image)\"?,", re.IGNORECASE)
+_CSV_HEADER = re.compile(
+    rb"#?\"?(filename|file_name|ImageID|image_id|image|img|id)\"?,", re.IGNORECASE
+)
 
 
 def name_bytes(data: bytes) -> str | None:
@@ -57,7 +59,7 @@ def name_bytes(data: bytes) -> str | None:
         if data.startswith(magic):
             return name
     text = data.removeprefix(b"\xef\xbb\xbf").lstrip()
-    if _YOLO_LINE.match(text):
+    if is_yolo_label(data):
         way_out = _read_as("yolo", "the folder of its data.yaml")
         return f"a label file of YOLO, which has one for each image; {way_out}"
     if len(set(_YOLO_KEYS.findall(text))) >= 2:
@@ -75,6 +77,11 @@ def name_bytes(data: bytes) -> str | None:
     if first.startswith(b"{") and first.rstrip().endswith(b"}") and rest.startswith(b"{"):
         return f"a list of JSON lines; {CONVERT}"
     return None
+
+
+def is_yolo_label(data: bytes) -> bool:
+    """Whether the beginning of a file is that of a label file of YOLO."""
+    return _YOLO_LINE.match(data.removeprefix(b"\xef\xbb\xbf").lstrip()) is not None
 
 
 def name_object(content: Mapping[str, Any], first: bytes) -> str | None:

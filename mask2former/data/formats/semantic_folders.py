@@ -22,7 +22,7 @@ IMAGE_EXTENSIONS = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".t
 _NUM_SAMPLES = 16
 
 
-# File name extensions, with or without dot.
+# File name extensions, with or without dot, or whole ends of names such as "_mask.png".
 Extensions = Sequence[str]
 
 
@@ -44,8 +44,12 @@ def read_semantic_folders(
         (image, label map) of each pair.
     """
     stated = [_listed(image_ext), _listed(label_ext)]
-    images = _files_by_stem(image_root, stated[0], "images", findings)
-    labels = _files_by_stem(label_root, stated[1], "label maps", findings)
+    # In one folder, extensions alone tell labels from images.
+    labels_only = stated[1] if _is_same_folder(image_root, label_root) else []
+    images = _files_by_stem(image_root, stated[0], "images", findings, leave_out=labels_only)
+    labels = _files_by_stem(
+        label_root, stated[1], "label maps", findings, read_others=not labels_only
+    )
     if images is None or labels is None:
         return []
     for files, others, extensions, lacks in (
@@ -68,6 +72,10 @@ def read_semantic_folders(
             )
             findings.warn(unstated[0], None, why)
     return [(images[stem], labels[stem]) for stem in common]
+
+
+def _is_same_folder(one: str, other: str) -> bool:
+    return os.path.isdir(one) and os.path.isdir(other) and os.path.samefile(one, other)
 
 
 def list_files(folder: str) -> list[str]:
@@ -107,19 +115,33 @@ def _listed(extensions: str | Extensions | None) -> list[str]:
 
 
 def _files_by_stem(
-    folder: str, extensions: Extensions, what: str, findings: Findings
+    folder: str,
+    extensions: Extensions,
+    what: str,
+    findings: Findings,
+    *,
+    leave_out: Extensions = (),
+    read_others: bool = True,
 ) -> dict[str, str] | None:
-    """Name without extension → path; those with a stated extension win."""
+    """Name without extension → path; those with a stated extension win.
+
+    Args:
+        folder, extensions, what, findings: see `read_semantic_folders`.
+        leave_out: extensions of files that are something else.
+        read_others: whether images that have no stated extension are read, too.
+    """
     if not PathManager.isdir(folder):
         why = f"the folder of the {what} does not exist"
         findings.problem(folder, None, why, is_missing=True)
         return None
-    names = list_files(folder)
+    # macOS writes ._NAME beside files on other disks; such a file is no image.
+    names = [n for n in list_files(folder) if not os.path.basename(n).startswith("._")]
+    names = [name for name in names if not _has_extension(name, leave_out)]
     for name in sorted(_links_to_nothing(folder, names)):
         why = "is a link to a file that does not exist, or no file"
         findings.problem(os.path.join(folder, name), None, why, is_missing=True)
     stated = {name for name in names if _has_extension(name, extensions)}
-    others = [name for name in names if name.lower().endswith(IMAGE_EXTENSIONS)]
+    others = [name for name in names if read_others and name.lower().endswith(IMAGE_EXTENSIONS)]
     files: dict[str, str] = {}
     for group in (sorted(stated), [name for name in others if name not in stated]):
         found: dict[str, str] = {}
@@ -151,13 +173,18 @@ def _links_to_nothing(folder: str, names: Iterable[str]) -> set[str]:
 
 
 def _has_extension(name: str, extensions: Extensions) -> bool:
-    return name.lower().endswith(tuple(f".{e.lstrip('.').lower()}" for e in extensions))
+    return name.lower().endswith(tuple(name_end(e).lower() for e in extensions))
+
+
+def name_end(extension: str) -> str:
+    """What names of files with an extension end with: a dot and it, or "_mask.png" as it is."""
+    return extension if extension.startswith(("_", "-", " ")) else f".{extension.lstrip('.')}"
 
 
 def _stem(name: str, extensions: Extensions) -> str:
     """A file name without its stated extension, of which the longest counts."""
-    longest = max(len(e.lstrip(".")) for e in extensions if _has_extension(name, [e]))
-    return name[: -longest - 1]
+    longest = max(len(name_end(e)) for e in extensions if _has_extension(name, [e]))
+    return name[:-longest]
 
 
 def warn_of_one_class(

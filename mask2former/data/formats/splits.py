@@ -40,7 +40,7 @@ def choose_split(splits: Mapping[str, T], split: str | None, where: object) -> T
     if split is None:
         if len(splits) == 1:
             return next(iter(splits.values()))
-        raise ValueError(f"{where} has the splits {listed}; state which to read.")
+        raise ValueError(f"{where} has the splits {listed}; state which to read as SPLIT.")
     if split in splits:
         return splits[split]
     same = [name for name in splits if same_split(name, split)]

@@ -184,11 +184,13 @@ def _class_attribute(projects: Sequence[_Project], stated: str | None) -> str | 
         if stated in present or any(stated in project.options for project in projects):
             return stated
         listed = ", ".join(present) or "none"
-        raise ValueError(f"No region has the attribute {stated!r}; the attributes are: {listed}.")
+        raise ValueError(
+            f"No region has the CLASS_ATTRIBUTE {stated!r}; the attributes are: {listed}."
+        )
     if len(with_values) > 1:
         raise ValueError(
             f"{projects[0].file}: regions have the attributes {', '.join(with_values)}; state "
-            "which of them is the class."
+            "which of them is the class as CLASS_ATTRIBUTE."
         )
     return with_values[0] if with_values else None
 
@@ -196,11 +198,14 @@ def _class_attribute(projects: Sequence[_Project], stated: str | None) -> str | 
 def _one_class(given: Sequence[str] | None) -> str:
     if given is not None and len(given) != 1:
         raise ValueError(
-            f"The classes {', '.join(given)} are given, but no region has an attribute that tells "
-            "them apart; give one class."
+            f"CLASSES has {', '.join(given)}, but no region has an attribute that tells them "
+            "apart; give one class."
         )
     name = _ONE_CLASS if given is None else given[0]
-    logging.getLogger(__name__).info(f"No region has an attribute: all are of class {name!r}.")
+    logging.getLogger(__name__).info(
+        f"No region has an attribute: all are of class {name!r}"
+        f"{' (CLASSES names it)' if given is None else ''}."
+    )
     return name
 
 

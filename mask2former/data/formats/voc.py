@@ -1,17 +1,20 @@
-"""Reads the segmentation of Pascal VOC, also as CVAT exports it ("Segmentation mask 1.1").
+"""Reads the segmentation of Pascal VOC, also as CVAT (Segmentation mask 1.1), LabelMe export it.
 
     JPEGImages/            a.jpg
     SegmentationClass/     a.png     the class of each pixel
     SegmentationObject/    a.png     the object of each pixel
     ImageSets/Segmentation/train.txt, val.txt, ...: names of images without extension
     labelmap.txt           `name:r,g,b::` a class (CVAT), the background included
+    class_names.txt        a class a line (labelme2voc), the background first
 
 - Label 0 is background. Label 255, the borders of objects and difficult ones, belongs to no object.
 - The PNGs have one channel or a palette, whose values are the labels, or three channels with the
   colours of the palette of VOC. With labelmap.txt, colours of classes are those it states, and a
   label without colour is the number of its line from 0 on.
-- Classes are those of labelmap.txt, else `ReadOptions.classes`, the names of the labels from 1 on,
-  else the 20 of VOC 2012.
+- Classes are those of labelmap.txt or class_names.txt, else `ReadOptions.classes`, the names of the
+  labels from 1 on, else the 20 of VOC 2012.
+- Folders SegmentationClassPNG and SegmentationObjectPNG come before those of the names above, where
+  older versions of LabelMe put arrays.
 
 `ReadOptions.split` is the name of a list of images, such as train; `image_root` is a folder of
 images in place of JPEGImages.
@@ -38,10 +41,12 @@ VOC_CLASSES = (
 _VOID = 255
 _IMAGES, _CLASSES, _OBJECTS = "JPEGImages", "SegmentationClass", "SegmentationObject"
 _LISTS = Path("ImageSets", "Segmentation")
-_LABELMAP = "labelmap.txt"
+_LABELMAP, _CLASS_NAMES = "labelmap.txt", "class_names.txt"
 # Pixels of no class, and those that belong to nothing.
 _BACKGROUND_INDEX, _VOID_INDEX = -1, -2
 _BACKGROUND = "background"
+# What labels 0 and -1 are called in class_names.txt; -1 is 255 in the PNGs.
+_FIRST_LABELS = ("__ignore__", "_background_", _BACKGROUND)
 
 _Colour = tuple[int, int, int]
 
@@ -76,12 +81,13 @@ def read_voc(root: Path, options: ReadOptions) -> AnnotatedImages:
     classes = _read_classes(root, options.classes)
     finder = ImageFinder([options.image_root, root / _IMAGES, root / "images"], root / _IMAGES)
     drawings = Drawings("Pascal VOC")
+    class_root, object_root = _folder(root, _CLASSES), _folder(root, _OBJECTS)
     # Nothing is shown where the output is no terminal.
     for name, source in tqdm(names, desc="Pascal VOC", disable=None):
-        file = root / _OBJECTS / f"{name}.png"
+        file = object_root / f"{name}.png"
         try:
             path = finder.find(name)
-            labels = _read_labels(root / _CLASSES / f"{name}.png", classes)
+            labels = _read_labels(class_root / f"{name}.png", classes)
             objects = _read_objects(file)
         except (FileNotFoundError, ValueError) as error:
             is_missing = isinstance(error, FileNotFoundError)
@@ -135,15 +141,21 @@ def _add_objects(
 def _find_root(root: Path) -> Path:
     """The folder with SegmentationObject."""
     for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-        if (folder / _OBJECTS).is_dir() and (folder / _CLASSES).is_dir():
+        if _folder(folder, _OBJECTS).is_dir() and _folder(folder, _CLASSES).is_dir():
             return folder
     for folder in (root, *sorted(root.glob("*/"))):
-        if (folder / _CLASSES).is_dir():
+        if _folder(folder, _CLASSES).is_dir():
             raise FileNotFoundError(
                 f"{folder} has {_CLASSES}, but no {_OBJECTS}: it has no objects. Read it as label "
                 "images (TYPE: semantic)."
             )
     raise FileNotFoundError(f"{root} has no folder {_OBJECTS}.")
+
+
+def _folder(root: Path, name: str) -> Path:
+    """The folder of the PNGs of classes or objects, which may not exist."""
+    pngs = root / f"{name}PNG"
+    return pngs if pngs.is_dir() else root / name
 
 
 def _listed_names(root: Path, split: str | None) -> list[tuple[str, str]]:
@@ -152,8 +164,8 @@ def _listed_names(root: Path, split: str | None) -> list[tuple[str, str]]:
     if not lists:
         if split is not None:
             raise FileNotFoundError(f"{root / _LISTS} has no {split}.txt.")
-        files = sorted((root / _OBJECTS).rglob("*.png"))
-        base = root / _OBJECTS
+        base = _folder(root, _OBJECTS)
+        files = sorted(base.rglob("*.png"))
         return [(f.relative_to(base).with_suffix("").as_posix(), str(base)) for f in files]
     file = choose_split(lists, split, root / _LISTS)
     lines = file.read_text(encoding="utf-8-sig").splitlines()
@@ -178,12 +190,33 @@ def _read_classes(root: Path, given: Sequence[str] | None) -> _Classes:
     file = root / _LABELMAP
     if file.is_file():
         return _read_labelmap(file)
-    if given is None:
-        logger = logging.getLogger(__name__)
-        logger.info(f"{root} has no {_LABELMAP}: its classes are the 20 of Pascal VOC 2012.")
-    names = list(VOC_CLASSES if given is None else given)
+    names = _read_class_names(root / _CLASS_NAMES)
+    if names is None:
+        if given is None:
+            logging.getLogger(__name__).info(
+                f"{root} has neither {_LABELMAP} nor {_CLASS_NAMES}, and CLASSES is not given: its "
+                "classes are the 20 of Pascal VOC 2012."
+            )
+        names = list(VOC_CLASSES if given is None else given)
     by_label = {i: i - 1 for i in range(1, len(names) + 1)}
     return _Classes(names, {_VOID: _VOID_INDEX, **by_label, 0: _BACKGROUND_INDEX}, None)
+
+
+def _read_class_names(file: Path) -> list[str] | None:
+    """The classes of the labels from 1 on; None: the file does not exist."""
+    if not file.is_file():
+        return None
+    names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines()]
+    names = [name for name in names if name]
+    first = next((i for i, name in enumerate(names) if name not in _FIRST_LABELS), len(names))
+    if first == 0 or first == len(names):
+        raise ValueError(
+            f"{file} must name {_FIRST_LABELS[1]} first, the class of label 0, and then others."
+        )
+    repeated = [name for name in names if names.count(name) > 1]
+    if repeated:
+        raise ValueError(f"{file} names {repeated[0]!r} more than once.")
+    return names[first:]
 
 
 def _read_labelmap(file: Path) -> _Classes:
@@ -285,7 +318,7 @@ def _recognise(root: Path) -> str | None:
     if root.is_file():
         return None
     for folder in (root, *sorted(root.glob("*/")), *sorted(root.glob("*/*/"))):
-        if (folder / _OBJECTS).is_dir() and (folder / _CLASSES).is_dir():
+        if _folder(folder, _OBJECTS).is_dir() and _folder(folder, _CLASSES).is_dir():
             return f"{_CLASSES} and {_OBJECTS}"
     return None
 

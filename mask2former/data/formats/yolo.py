@@ -9,8 +9,11 @@
 - `train`, `val` and `test` may each be a folder, a list of folders, or a text file with the images.
   They are relative to `path`, which is relative to data.yaml; a path that no longer fits, as in
   exports of Roboflow and on other machines, is looked for in the folder of data.yaml.
-- Four numbers after the class are a box, which has no mask, and refused.
-- Without data.yaml, `classes.txt` and the folders `images` and `labels` are read (Label Studio).
+- Four numbers after the class are a box, which has no mask, and refused, unless it is read with
+  `ReadOptions.boxes_as_masks`.
+- Without data.yaml, the folders `images` and `labels` are read: with classes.txt (Label Studio), or
+  with `ReadOptions.classes` (data of Ultralytics, whose YAML is in their package). Splits are the
+  folders in `images`, or those that hold `images` and `labels`.
 
 `ReadOptions.split` is train, val or test; `classes` names the classes of data without names.
 """
@@ -23,12 +26,15 @@ from typing import Any
 
 from ...config_file import load_plain_yaml
 from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat, ReadOptions
-from .drawings import Drawings
+from .drawings import Drawings, rectangle
+from .other_formats import is_yolo_label
 from .semantic_folders import IMAGE_EXTENSIONS
 from .splits import choose_split, files_below, images_below
 
 _SPLITS = ("train", "val", "valid", "test")
 _IMAGES, _LABELS = "images", "labels"
+# Label files, of which many may be empty, and their first bytes that are read to recognise them.
+_NUM_TRIED, _HEAD = 100, 4096
 # Text files beside labels that are none.
 _NO_LABELS = ("classes.txt", "notes.txt", "readme.txt", "predefined_classes.txt", "obj.names")
 
@@ -38,7 +44,7 @@ class _Config:
     """What data.yaml says, or the folders without it.
 
     Attributes:
-        file: data.yaml or classes.txt.
+        file: data.yaml or classes.txt, or the folder without either.
         classes: by label.
         splits: name → folders or files, as written.
         bases: folders to which they may be relative, the most likely first.
@@ -55,7 +61,8 @@ def read_yolo(root: Path, options: ReadOptions) -> AnnotatedImages:
 
     Args:
         root: data.yaml or its folder.
-        options: `split`, `classes` and `image_root`, to which the paths are then relative.
+        options: `split`, `classes`, `boxes_as_masks` and `image_root`, to which the paths are then
+            relative.
 
     Raises:
         FileNotFoundError, ValueError: naming file and line.
@@ -86,7 +93,7 @@ def read_yolo(root: Path, options: ReadOptions) -> AnnotatedImages:
     for (path, source), label in zip(images, labels, strict=True):
         image = drawings.add_image(path, source)
         if image is not None and label.is_file():
-            _read_labels(label, image, config.classes, drawings)
+            _read_labels(label, image, config.classes, drawings, options.boxes_as_masks)
     _find_orphans(folders, set(labels), drawings)
     return drawings.finish(config.classes, boxes_as_masks=True)
 
@@ -96,16 +103,9 @@ def read_yolo(root: Path, options: ReadOptions) -> AnnotatedImages:
 
 def _read_config(root: Path, options: ReadOptions) -> _Config:
     file = root if root.is_file() else _find_config(root)
-    if file is None:
-        raise FileNotFoundError(
-            f"{root} holds no data.yaml with 'names' and 'train', 'val' or 'test', and no "
-            "classes.txt with the folders images and labels."
-        )
     bases = [] if options.image_root is None else [options.image_root]
-    if file.suffix == ".txt":
-        names = file.read_text(encoding="utf-8-sig").splitlines()
-        classes = _class_names([name.strip() for name in names if name.strip()], file)
-        return _Config(file, classes, {"train": [_IMAGES]}, [*bases, root])
+    if file is None or file.suffix == ".txt":
+        return _config_of_folders(root, file, options.classes, bases)
     content = _load(file)
     splits = {}
     for name in _SPLITS:
@@ -124,9 +124,56 @@ def _read_config(root: Path, options: ReadOptions) -> _Config:
     stated = content.get("path")
     if isinstance(stated, str) and stated:
         stated_path = Path(os.path.expanduser(stated))
-        bases += [file.parent / stated_path, stated_path]
+        # YAML files of Ultralytics name their folder in that of all data sets.
+        bases += [file.parent / stated_path, stated_path, file.parent / stated_path.name]
     bases += [file.parent, file.parent.parent]
     return _Config(file, classes, splits, bases)
+
+
+def _config_of_folders(
+    root: Path, file: Path | None, given: Sequence[str] | None, bases: list[Path]
+) -> _Config:
+    """What the folders say where there is no data.yaml.
+
+    Args:
+        root: the folder.
+        file: classes.txt; None: there is none.
+        given: the classes without classes.txt.
+        bases: see `_Config`.
+    """
+    splits = _folder_splits(root)
+    if not splits:
+        raise FileNotFoundError(
+            f"{root} holds no data.yaml with 'names' and 'train', 'val' or 'test', and no folders "
+            "images and labels."
+        )
+    if file is not None:
+        names = file.read_text(encoding="utf-8-sig").splitlines()
+        classes = _class_names([name.strip() for name in names if name.strip()], file)
+    elif given is not None:
+        classes = list(given)
+    else:
+        raise ValueError(
+            f"{root} has no data.yaml and no classes.txt: name all classes in CLASSES, in the "
+            "order of their labels from 0 on."
+        )
+    return _Config(root if file is None else file, classes, splits, [*bases, root])
+
+
+def _folder_splits(root: Path) -> dict[str, list[str]]:
+    """The folders of images that have labels: of each split, or of one that has no name."""
+    if (root / _IMAGES).is_dir() and (root / _LABELS).is_dir():
+        inner = [path.name for path in sorted((root / _IMAGES).glob("*/"))]
+        named = [name for name in inner if (root / _LABELS / name).is_dir()]
+        # Images that are in none of them belong to no split.
+        is_split = named == inner and not any(
+            path.suffix.lower() in IMAGE_EXTENSIONS for path in (root / _IMAGES).iterdir()
+        )
+        if named and is_split:
+            return {name: [f"{_IMAGES}/{name}"] for name in named}
+        return {"train": [_IMAGES]}
+    names = [path.parent.name for path in sorted(root.glob(f"*/{_IMAGES}/"))]
+    return {name: [f"{name}/{_IMAGES}"] for name in names if (root / name / _LABELS).is_dir()}
 
 
 def _load(file: Path) -> dict[str, Any]:
@@ -161,7 +208,7 @@ def _find_config(root: Path) -> Path | None:
         found = named
     if found:
         return found[0]
-    if all((root / name).is_dir() for name in (_IMAGES, _LABELS)):
+    if _folder_splits(root):
         for file in (root / "classes.txt", root / _LABELS / "classes.txt"):
             if file.is_file():
                 return file
@@ -251,7 +298,11 @@ def _label_file(image: Path) -> Path:
 
 
 def _read_labels(
-    file: Path, image: AnnotatedImage, classes: Sequence[str], drawings: Drawings
+    file: Path,
+    image: AnnotatedImage,
+    classes: Sequence[str],
+    drawings: Drawings,
+    boxes_as_masks: bool,
 ) -> None:
     name = str(file)
     try:
@@ -274,11 +325,19 @@ def _read_labels(
         if not 0 <= label < len(classes) or label != int(label):
             why = f"the class {words[0]} is not one of the {len(classes)}, which count from 0"
             drawings.findings.problem(name, where, why)
+        elif len(values) == 4 and boxes_as_masks:
+            x, y, box_width, box_height = values
+            left, right = (x - box_width / 2) * width, (x + box_width / 2) * width
+            top, bottom = (y - box_height / 2) * height, (y + box_height / 2) * height
+            corners = rectangle(left, top, right, bottom)
+            drawings.add_polygon(image, classes[int(label)], corners, name, where, is_box=True)
         elif len(values) in (4, 5):
             why = (
                 f"{len(values)} numbers after the class are a box, which has no mask; export "
                 "polygons (YOLO segmentation), which have at least 6"
             )
+            if len(values) == 4:
+                why += ". If each box is to be the mask of its object, set BOXES_AS_MASKS: True"
             drawings.findings.problem(name, where, why)
         elif len(values) < 6 or len(values) % 2:
             why = f"{len(values)} numbers after the class; a polygon is x1 y1 x2 y2 x3 y3 ..."
@@ -312,7 +371,15 @@ def _recognise(root: Path) -> str | None:
         is_yolo = "names" in content and any(key in content for key in _SPLITS)
         return f"{root.name} with names and images" if is_yolo else None
     file = _find_config(root)
-    return None if file is None else f"{file.name} of YOLO"
+    if file is not None:
+        return f"{file.name} of YOLO"
+    for (entry,) in _folder_splits(root).values():
+        labels = _label_file(root / entry / "x").parent
+        for label in files_below(labels, ".txt")[:_NUM_TRIED]:
+            with label.open("rb") as stream:
+                if is_yolo_label(stream.read(_HEAD)):
+                    return "labels of YOLO without data.yaml"
+    return None
 
 
 YOLO = AnnotationFormat("yolo", "YOLO polygons with data.yaml", read_yolo, _recognise)

@@ -141,7 +141,8 @@ def test_files_outside_the_root(tmp_path, cache):
         ({"IMAGE_ROOT": "nowhere"}, r"'own_train': IMAGE_ROOT nowhere is no folder"),
         ({"SPLIT": "test"}, r"'own_train': .*train.*val"),
         ({"CLASS_ATTRIBUTE": "type"}, "CLASS_ATTRIBUTE is for TYPE via, but this is yolo"),
-        ({"BOXES_AS_MASKS": True}, "BOXES_AS_MASKS is for TYPE cvat or labelme or via, but"),
+        ({"MASK_ROOT": "."}, "MASK_ROOT is for TYPE mask_files, but this is yolo"),
+        ({"MASK_ROOT": "nowhere"}, r"'own_train': MASK_ROOT nowhere is no folder"),
         ({"BOXES_AS_MASKS": 1}, "BOXES_AS_MASKS 1; it must be a bool"),
         ({"SPLIT": 3}, "SPLIT 3; it must be a str"),
         ({"RENAME": {"cet": "x"}}, "names the class 'cet'.* Did you mean 'cat'"),
@@ -155,6 +156,14 @@ def test_wrong_entries(tmp_path, cache, change, message):
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         register_entries([entry(tmp_path / "yolo") | change])
     assert "own_train" not in DatasetCatalog
+
+
+def test_objects_without_a_pixel_are_said(tmp_path, cache, caplog):
+    own_data.yolo(tmp_path / "yolo")
+    label = "0 0.5 0.5 0.5 0.5 0.5 0.5\n"
+    (tmp_path / "yolo/labels/train/train0.txt").write_text(label)
+    register_entries([entry(tmp_path / "yolo")])
+    assert "1 objects cover no pixel, such as" in caplog.text and "train0.jpg" in caplog.text
 
 
 def test_unknown_format(tmp_path, cache):

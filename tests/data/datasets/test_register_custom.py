@@ -5,7 +5,7 @@ import os
 
 import own_data
 import pytest
-from dataset_trees import write_json
+from dataset_trees import photograph, write_json
 from detectron2.data import DatasetCatalog, MetadataCatalog
 
 from mask2former.data import register_instances, register_panoptic, register_semantic
@@ -224,3 +224,22 @@ def test_annotation_of_an_unknown_category(tmp_path):
         ValueError, match=r"'own_train' cannot be used: .*annotation 10: .*category_id 4"
     ):
         DatasetCatalog.get("own_train")
+
+
+def test_classes_of_roboflow(tmp_path):
+    """_classes.csv beside the masks; other tables are refused, not taken for names."""
+    for name in ("a.jpg", "a_mask.png"):
+        photograph(tmp_path / name)
+    file = tmp_path / "_classes.csv"
+    keys = {"image_root": str(tmp_path), "label_root": str(tmp_path), "classes": str(file)}
+    file.write_text("Pixel Value, Class\n0, background\n1, leaf\n")
+    register_semantic("own_csv", **keys, label_ext="_mask.png")
+    assert MetadataCatalog.get("own_csv").stuff_classes == ["background", "leaf"]
+    for text, message in (
+        ("name,r,g,b\nroad,1,2,3\n", "only that of Roboflow is read"),
+        ("Pixel Value, Class\n1, leaf\n", "are not 0, 1, 2, .*state VALUE_MAP"),
+        ("", "only that of Roboflow is read"),
+    ):
+        file.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            register_semantic("own_csv2", **keys, label_ext="_mask.png")

@@ -76,6 +76,17 @@ def test_wrong_lists(tmp_path, text, error, message):
         listed(tmp_path, text, NAMES)
 
 
+def test_lists_with_more_columns(tmp_path):
+    """As of Oxford-IIIT Pet (classes) and CamVid (labels); a name with a space stays whole."""
+    file = tmp_path / "list.txt"
+    file.write_text("a/000 1 1 1\n/set/b/001.jpg /set/labels/001.png\nmy photo.jpg\n")
+    selection = make_selection("d", None, 0, str(file))
+    chosen = selection.choose([*NAMES, "my photo.jpg", "my.jpg"], "d")
+    assert chosen == {"a/000.jpg", "b/001.jpg", "my photo.jpg"}
+    with pytest.raises(FileNotFoundError, match="names 'c/000 1 1 1', which is no image"):
+        Selection(list_file="list.txt", names=("c/000 1 1 1",)).choose(NAMES, "d")
+
+
 def test_list_of_the_other_split(tmp_path):
     """A file of the same name in another folder is another image."""
     with pytest.raises(FileNotFoundError, match=r"'val/a\.jpg'"):

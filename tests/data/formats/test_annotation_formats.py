@@ -110,6 +110,28 @@ def test_nothing_is_recognised(tmp_path):
         recognise_format(tmp_path / "absent")
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        (
+            "train.csv",
+            "ImageId,EncodedPixels\na.jpg,1 2\n",
+            "train.csv seems to be a CSV table",
+        ),
+        ("meta.json", '{"classes": [], "tags": []}', "meta.json of a Supervisely project"),
+        ("tasks.json", '[{"data": {}, "annotations": []}]', "an export of Label Studio"),
+        ("a.xml", "<annotation></annotation>", "XML of Pascal VOC, which holds the boxes"),
+        ("a.json", "{broken", "known format. Known: yolo"),
+        ("a.json", "3", "known format. Known: yolo"),
+    ],
+)
+def test_other_formats_are_named(tmp_path, name, text, message):
+    (tmp_path / name).write_text(text)
+    for root in (tmp_path, tmp_path / name):
+        with pytest.raises(ValueError, match=message):
+            recognise_format(root)
+
+
 def test_two_formats(tmp_path):
     samples.labelme(tmp_path)
     samples.cvat(tmp_path)

@@ -57,6 +57,22 @@ def test_roboflow(tmp_path):
     assert len(read(tmp_path / "train" / "_annotations.coco.json").images) == 2
 
 
+@pytest.mark.parametrize("segmentation", [[], None, [[]]])
+def test_boxes_of_mixed_projects(tmp_path, segmentation):
+    annotations = [coco_annotation(1, 1, [flat(CUP)]), coco_annotation(2, 2, [flat(PLATE)])]
+    annotations[1] |= {"segmentation": segmentation, "bbox": [4, 0, 4, 4]}
+    samples.images(tmp_path)
+    content = coco_content(annotations)
+    # A class that looks like the supercategory of the others, but has objects.
+    content["categories"][0]["supercategory"] = "none"
+    content["categories"][1]["supercategory"] = "cup"
+    write_json(tmp_path / "_annotations.coco.json", content)
+    with pytest.raises(ValueError, match="1 objects have a box and no mask; .*BOXES_AS_MASKS"):
+        read(tmp_path)
+    content = read(tmp_path, boxes_as_masks=True)
+    assert found(content) == [("cup", 32, False), ("plate", 16, False)]
+
+
 def test_supercategory_with_the_name_of_a_class(tmp_path):
     """Roboflow names both alike for projects of one class."""
     roboflow(tmp_path, "train")

@@ -225,3 +225,14 @@ def test_bad_files(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"a\.json: \$\.shapes: expected 'array', got 'null'"):
         read(tmp_path)
+
+
+def test_ignored_shapes(tmp_path, caplog):
+    """The label for regions without a class is none."""
+    photograph(tmp_path / "a.jpg")
+    shapes = [labelme_shape("__ignore__", PLATE), labelme_shape("cup", CUP)]
+    labelme_json(tmp_path / "a.json", shapes)
+    content = read(tmp_path)
+    assert content.classes == ["cup"]
+    assert [item.class_name for item in content.images[0].objects] == ["cup"]
+    assert "$.shapes[0]: a shape labelled __ignore__ is left out" in caplog.text

@@ -38,9 +38,9 @@ def test_folder_an_image(tmp_path):
         assert found(content) == [[("object", 32), ("object", 16)], []]
         assert content.classes == ["object"]
     assert read(root, classes=("nucleus",)).classes == ["nucleus"]
-    with pytest.raises(ValueError, match="The classes a, b are given, but the masks are not in"):
+    with pytest.raises(ValueError, match="CLASSES has a, b, but the masks are not in"):
         read(root, classes=("a", "b"))
-    with pytest.raises(FileNotFoundError, match="Its folder stage1_train has: state it as the sp"):
+    with pytest.raises(FileNotFoundError, match="Its folder stage1_train has: state it as SPL"):
         read(tmp_path)
 
 
@@ -147,3 +147,88 @@ def test_label_maps_are_not_taken(tmp_path):
         recognise_format(tmp_path)
     with pytest.raises(FileNotFoundError, match="has neither folders with an image in images and"):
         read(tmp_path)
+
+
+# ---- masks with the numbers of objects ----
+
+
+def test_penn_fudan(tmp_path):
+    """One PNG an image, whose values number the objects; its folders are recognised."""
+    for name in ("FudanPed1", "FudanPed10"):
+        photograph(tmp_path / "PNGImages" / f"{name}.png")
+    save(tmp_path / "PedMasks" / "FudanPed1_mask.png", array(1, 2))
+    save(tmp_path / "PedMasks" / "FudanPed10_mask.png", array(7, 7))
+    assert recognise_format(tmp_path)[0].name == "mask_files"
+    content = read(tmp_path, classes=("person",))
+    assert found(content) == [[("person", 32), ("person", 16)], [("person", 48)]]
+    assert content.classes == ["person"]
+    assert found(read(tmp_path)) == [[("object", 32), ("object", 16)], [("object", 48)]]
+
+
+@pytest.mark.parametrize("names", [["a_1.png", "a_2.png"], ["a/x.png", "a/y.png"], ["a.png"]])
+def test_names_that_begin_with_the_image(tmp_path, caplog, names):
+    """One file an object or an image; the longest name counts; one has no objects."""
+    for name in ("a.jpg", "a-b.jpg", "c.jpg"):
+        photograph(tmp_path / "photos" / name)
+    values = [array(1, 2)] if len(names) == 1 else [array(255, 0), array(0, 255)]
+    for name, pixels in zip(names, values, strict=True):
+        save(tmp_path / "truth" / name, pixels)
+    save(tmp_path / "truth" / "a-b_mask.png", array(1, 0).astype(np.uint16) * 300)
+    folders = {"image_root": tmp_path / "photos", "mask_root": tmp_path / "truth"}
+    content = read(tmp_path, **folders)
+    assert [image.path.stem for image in content.images] == ["a-b", "a", "c"]
+    assert found(content) == [[("object", 32)], [("object", 32), ("object", 16)], []]
+    assert "c.jpg: has no mask in" in caplog.text
+    with pytest.raises(ValueError, match=r"photos, but masks are found by .*: state MASK_ROOT"):
+        read(tmp_path, image_root=tmp_path / "photos")
+
+
+def test_colours_number_objects(tmp_path):
+    photograph(tmp_path / "images" / "a.jpg")
+    pixels = np.stack([array(200, 0), array(0, 10), array(200, 10)], -1)
+    save(tmp_path / "truth" / "a.png", pixels)
+    content = read(tmp_path, mask_root=tmp_path / "truth")
+    assert found(content) == [[("object", 16), ("object", 32)]]
+
+
+def test_splits_of_masks(tmp_path):
+    for split in ("train", "val"):
+        photograph(tmp_path / "images" / split / f"{split}.jpg")
+        save(tmp_path / "truth" / split / f"{split}_mask.png", array(1, 2))
+    assert len(read(tmp_path, "train", mask_root=tmp_path / "truth").images) == 1
+    with pytest.raises(ValueError, match="has the splits train, val; state which"):
+        read(tmp_path, mask_root=tmp_path / "truth")
+
+
+@pytest.mark.parametrize(
+    ("name", "pixels", "message"),
+    [
+        (
+            "ab_mask.png",
+            array(1, 2),
+            r"ab_mask\.png is a mask, but its name begins with that of",
+        ),
+        ("a_mask.png", array(1, 255), "has 3 values, among them 255: borders or a smoothed mask"),
+        ("a_mask.png", array(1, 2)[:5], "has 12 x 5 pixels, but its image"),
+    ],
+)
+def test_bad_numbers(tmp_path, name, pixels, message):
+    photograph(tmp_path / "images" / "a.jpg")
+    save(tmp_path / "truth" / name, pixels)
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        read(tmp_path, mask_root=tmp_path / "truth")
+
+
+def test_bad_folders_of_masks(tmp_path):
+    photograph(tmp_path / "images" / "a.jpg")
+    (tmp_path / "truth").mkdir()
+    with pytest.raises(FileNotFoundError, match="images: no image has a mask in .*truth whose"):
+        read(tmp_path, mask_root=tmp_path / "truth")
+    with pytest.raises(ValueError, match="images is also the folder of the images: move the masks"):
+        read(tmp_path, mask_root=tmp_path / "images")
+    photograph(tmp_path / "images" / "a.png")
+    with pytest.raises(ValueError, match=r"a\.png has the same name without ext.* There are 2 "):
+        read(tmp_path, mask_root=tmp_path / "truth")
+    (tmp_path / "images").rename(tmp_path / "photos")
+    with pytest.raises(FileNotFoundError, match="does not exist: state the images as IMAGE_ROOT"):
+        read(tmp_path, mask_root=tmp_path / "truth")

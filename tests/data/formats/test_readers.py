@@ -242,6 +242,35 @@ def test_mixed_extensions_are_all_read(tmp_path):
     assert [f.file.rpartition("/")[2] for f in findings.warnings] == ["d.png", "b.JPEG"]
 
 
+def test_ends_of_names(tmp_path):
+    """As of ISIC and Cityscapes; what macOS writes beside files is no image."""
+    for name in ("a", "b"):
+        photograph(tmp_path / "images" / f"{name}_photo.jpg")
+        photograph(tmp_path / "labels" / f"{name}_mask.png")
+        (tmp_path / "labels" / f"._{name}_mask.png").write_bytes(b"\0")
+    findings = Findings()
+    folders = (str(tmp_path / "images"), str(tmp_path / "labels"))
+    pairs = read_semantic_folders(*folders, findings, "_photo.jpg", "_mask.png")
+    assert [tuple(p.rpartition("/")[2] for p in pair) for pair in pairs] == [
+        ("a_photo.jpg", "a_mask.png"),
+        ("b_photo.jpg", "b_mask.png"),
+    ]
+    assert findings == Findings()
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png"])
+def test_images_and_labels_in_one_folder(tmp_path, extension):
+    """As Roboflow gives masks: a file is an image or a label, never both."""
+    for name in (f"a.{extension}", "a_mask.png", f"b.{extension}"):
+        photograph(tmp_path / name)
+    findings = Findings()
+    pairs = read_semantic_folders(str(tmp_path), str(tmp_path), findings, extension, "_mask.png")
+    assert pairs == [(str(tmp_path / f"a.{extension}"), str(tmp_path / "a_mask.png"))]
+    (problem,) = findings.problems
+    assert problem.file.endswith(f"b.{extension}") and "has no label map" in problem.why
+    assert not findings.warnings
+
+
 def test_label_of_a_class_that_is_ignored(tmp_path, caplog):
     own_data.semantic(tmp_path)
     for stem in own_data.STEMS:

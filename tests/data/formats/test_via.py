@@ -81,7 +81,7 @@ def test_class_attribute(tmp_path):
     assert found(content) == [("cup", 32), ("plate", 16)]
     with pytest.raises(ValueError, match=r"region 1: has the value '', not one class, of the att"):
         read(tmp_path, class_attribute="colour")
-    with pytest.raises(ValueError, match="No region has the attribute 'size'; the attributes ar"):
+    with pytest.raises(ValueError, match="No region has the CLASS_ATTRIBUTE 'size'; the attr"):
         read(tmp_path, class_attribute="size")
 
 
@@ -99,7 +99,7 @@ def test_without_attributes(tmp_path):
     written(tmp_path, [via_region(None, CUP), via_region(None, PLATE)], export=True)
     assert found(read(tmp_path)) == [("object", 32), ("object", 16)]
     assert read(tmp_path, classes=("balloon",)).classes == ["balloon"]
-    with pytest.raises(ValueError, match="The classes a, b are given, but no region has an attr"):
+    with pytest.raises(ValueError, match="CLASSES has a, b, but no region has an attribute that"):
         read(tmp_path, classes=("a", "b"))
     written(tmp_path, [via_region(None, CUP), via_region("cup", PLATE)])
     with pytest.raises(ValueError, match="region 0: has the value None, not one class"):

@@ -170,3 +170,35 @@ def test_bad_labelmap(tmp_path, text, message):
     write_text(tmp_path / "labelmap.txt", text)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("suffix", ["", "PNG"])
+def test_class_names_of_labelme(tmp_path, suffix):
+    """As labelme2voc writes it: no lists, class_names.txt, arrays where older versions put them."""
+    written(tmp_path, array(1, 2), array(1, 2))
+    for folder in ("SegmentationClass", "SegmentationObject"):
+        (tmp_path / folder).rename(tmp_path / f"{folder}{suffix}")
+        photograph(tmp_path / f"{folder}Visualization" / "a.jpg")
+        arrays = tmp_path / (folder if suffix else f"{folder}Npy")
+        arrays.mkdir()
+        np.save(arrays / "a.npy", array(1, 2).astype(np.int32))
+    write_text(tmp_path / "class_names.txt", "_background_\nfig\nplum\n")
+    assert recognise_format(tmp_path)[0].name == "voc"
+    content = read(tmp_path)
+    assert content.classes == ["fig", "plum"]
+    assert found(content) == [("fig", 32), ("plum", 16)]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("fig\nplum\n", "class_names.txt must name _background_ first"),
+        ("_background_\n", "class_names.txt must name _background_ first"),
+        ("_background_\nfig\nfig\n", "class_names.txt names 'fig' more than once"),
+    ],
+)
+def test_bad_class_names(tmp_path, text, message):
+    written(tmp_path, array(1, 2), array(1, 2))
+    write_text(tmp_path / "class_names.txt", text)
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path)

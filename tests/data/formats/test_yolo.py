@@ -191,7 +191,7 @@ def test_bad_yaml(tmp_path, yaml, message):
 def test_files_that_do_not_fit(tmp_path):
     dataset(tmp_path, "train: train/images\nnames: [cup]")
     with pytest.raises(FileNotFoundError, match=r"holds no data\.yaml with 'names' and"):
-        read(tmp_path / "train")
+        read(tmp_path / "train" / "images")
     samples.write_text(tmp_path / "train" / "labels" / "z.txt", TRIANGLE)
     samples.write_text(tmp_path / "train" / "labels" / "classes.txt", "cup")
     with pytest.raises(FileNotFoundError, match=r"z\.txt has no image of its name in .*images"):
@@ -219,3 +219,67 @@ def test_two_configs(tmp_path):
     (tmp_path / "data.yaml").rename(tmp_path / "plates.yml")
     with pytest.raises(ValueError, match=r"several files that describe YOLO data .*name one"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("folder", "split"),
+    [
+        ("images/train", "train"),
+        ("images/train2017", "train2017"),
+        ("train/images", "train"),
+        ("images", None),
+    ],
+)
+def test_folders_without_yaml(tmp_path, folder, split):
+    """As Ultralytics gives its samples, whose YAML files are in their package."""
+    dataset(tmp_path, "", folder=folder, label="\n" + TRIANGLE)
+    if split is not None:
+        dataset(tmp_path, "", folder=folder.replace(split, "val"), label="")
+    (tmp_path / "data.yaml").unlink()
+    samples.write_text(tmp_path / "README.txt", "not a label file")
+    assert recognise_format(tmp_path)[0].name == "yolo"
+    content = read(tmp_path, split, classes=("cup", "plate"))
+    assert content.classes == ["cup", "plate"]
+    assert [image.path.parent for image in content.images] == [tmp_path / folder]
+    assert polygons(content) == TRIANGLE_PIXELS
+    with pytest.raises(ValueError, match="has no data.yaml and no classes.txt: name all classes"):
+        read(tmp_path, split)
+    if split is not None:
+        with pytest.raises(ValueError, match=f"has the splits {split}, val; state which to read"):
+            read(tmp_path, classes=("cup", "plate"))
+
+
+def test_folders_that_are_no_splits(tmp_path):
+    """Images beside folders, or a folder without labels: all are read."""
+    dataset(tmp_path, "", folder="images/kitchen")
+    photograph(tmp_path / "images" / "b.jpg")
+    (tmp_path / "data.yaml").unlink()
+    assert len(read(tmp_path, classes=("cup",)).images) == 2
+
+
+def test_other_texts_are_not_recognised(tmp_path):
+    dataset(tmp_path, "", folder="images", label="a photograph of 1 cup\n")
+    (tmp_path / "data.yaml").unlink()
+    with pytest.raises(ValueError, match="holds no annotations of a known format"):
+        recognise_format(tmp_path)
+
+
+def test_yaml_above_its_folder(tmp_path):
+    """`path` of Ultralytics is relative to the folder of all its data sets."""
+    dataset(tmp_path / "coco8-seg", "", folder="images/train")
+    (tmp_path / "coco8-seg" / "data.yaml").unlink()
+    file = tmp_path / "coco8-seg.yaml"
+    samples.write_text(file, "path: ../datasets/coco8-seg\ntrain: images/train\nnames: {0: cup}")
+    assert polygons(read(file, "train")) == TRIANGLE_PIXELS
+
+
+def test_boxes_as_masks(tmp_path):
+    """Boxes among polygons, as in exports of mixed projects; a score makes no box."""
+    dataset(tmp_path, "train: train/images\nnames: [cup]", label=f"{TRIANGLE}0 0.5 0.5 0.5 0.25\n")
+    with pytest.raises(ValueError, match="line 2: 4 numbers .* set BOXES_AS_MASKS: True"):
+        read(tmp_path)
+    box = [3, 3, 9, 3, 9, 5, 3, 5]
+    assert polygons(read(tmp_path, boxes_as_masks=True)) == [*TRIANGLE_PIXELS, [box]]
+    samples.write_text(tmp_path / "train" / "labels" / "a.txt", "0 0.5 0.5 0.5 0.25 0.9\n")
+    with pytest.raises(ValueError, match="line 1: 5 numbers after the class are a box"):
+        read(tmp_path, boxes_as_masks=True)
