@@ -45,6 +45,8 @@ _LABELMAP, _CLASS_NAMES = "labelmap.txt", "class_names.txt"
 # Pixels of no class, and those that belong to nothing.
 _BACKGROUND_INDEX, _VOID_INDEX = -1, -2
 _BACKGROUND = "background"
+# Share of an object's pixels that must have one class.
+_MAIN_SHARE = 0.95
 # What labels 0 and -1 are called in class_names.txt; -1 is 255 in the PNGs.
 _FIRST_LABELS = ("__ignore__", "_background_", _BACKGROUND)
 
@@ -125,17 +127,23 @@ def _add_objects(
         if region is None:
             continue
         mask = (objects[region] == i) & (labels[region] != _VOID_INDEX)
-        found = np.unique(labels[region][mask]).tolist()
-        if not found:
+        found, counts = np.unique(labels[region][mask], return_counts=True)
+        if not found.size:
             continue
-        if len(found) > 1 or found[0] == _BACKGROUND_INDEX:
+        main = found[counts.argmax()]
+        is_clear = counts.max() >= _MAIN_SHARE * counts.sum() and main != _BACKGROUND_INDEX
+        if not is_clear or found.size > 1:
             listed = ", ".join(_BACKGROUND if j == _BACKGROUND_INDEX else names[j] for j in found)
-            why = f"its pixels have the classes {listed} in {_CLASSES}; all must have one class"
-            drawings.findings.problem(file, f"object {i}", why)
+            why = f"its pixels have the classes {listed} in {_CLASSES}"
+        if not is_clear:
+            drawings.findings.problem(file, f"object {i}", f"{why}; all must have one class")
             continue
+        if found.size > 1:
+            # Hand-drawn borders may stray by a pixel.
+            drawings.findings.warn(file, f"object {i}", f"{why}; it is taken for {names[main]}")
         rows, columns = region
         corner = columns.start, rows.start
-        drawings.add_mask(image, names[found[0]], mask, corner, file, f"object {i}")
+        drawings.add_mask(image, names[main], mask, corner, file, f"object {i}")
 
 
 def _find_root(root: Path) -> Path:

@@ -129,6 +129,18 @@ def test_bad_pngs(tmp_path, classes, objects, message):
         read(tmp_path)
 
 
+def test_stray_pixel_of_another_class(tmp_path, caplog):
+    classes, objects = array(1, 1), array(1, 2)
+    row, column = np.argwhere(objects == 1)[0]
+    classes[row, column] = 2
+    assert found(read(written(tmp_path, classes, objects))) == [
+        ("aeroplane", 32),
+        ("aeroplane", 16),
+    ]
+    assert "object 1: its pixels have the classes aeroplane, bicycle" in caplog.text
+    assert "it is taken for aeroplane" in caplog.text
+
+
 def test_unknown_colour(tmp_path):
     voc(tmp_path)
     save(tmp_path / "SegmentationClass" / "a.png", np.full((8, 12, 3), 7, np.uint8))
