@@ -274,15 +274,15 @@ def test_from_config(builder):
     )
     cfg.MODEL.TIMM.OUT_FEATURES = ["res3", "res5"]
     cfg.MODEL.TIMM.DROP_PATH_RATE = 0.2
-    cfg.MODEL.BACKBONE.FREEZE_AT = 2
+    cfg.MODEL.BACKBONE.FREEZE_AT = 3  # 2 set here would count as not set
     cfg.MODEL.PIXEL_MEAN = [0.0] * 5
     backbone = build_backbone(cfg)
     assert isinstance(backbone, TimmBackbone)
     assert list(backbone.output_shape()) == ["res3", "res5"]
     assert backbone.body.conv1[0].in_channels == 5
     assert backbone.body.layer4[0].drop_path.drop_prob == pytest.approx(0.2)
-    assert not backbone.body.layer1[0].conv1.weight.requires_grad
-    assert backbone.body.layer2[0].bn1.weight.requires_grad
+    assert not backbone.body.layer2[0].conv1.weight.requires_grad
+    assert backbone.body.layer3[0].bn1.weight.requires_grad
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
