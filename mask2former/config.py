@@ -16,15 +16,15 @@ from detectron2.projects.deeplab import add_deeplab_config
 
 from .config_checks import check_config, check_once, check_set_keys, is_complete
 from .config_file import read_config_file
-from .config_parts import get_value, has_key
+from .config_parts import get_value, has_key, has_own_backbone
 from .config_schema import check_values
 from .data.class_counts import follow_own_data
 from .data.datasets.custom_entries import register_entries
 from .modeling.backbone.freezing import (
     FREEZE_AT,
     FREEZE_AT_COUNTS,
-    needs_to_tell,
-    resolve_freeze_at,
+    freeze_at_of,
+    is_chosen_default,
 )
 from .utils.chosen_keys import is_unset, remember_keys
 
@@ -409,7 +409,9 @@ def load_config(
     else:
         chosen = options | own_keys
     remember_keys(cfg, set(known) - file_keys - options, chosen)
-    resolve_freeze_at(cfg)
+    if has_own_backbone(cfg):
+        # A file to which the config is written then says what is frozen.
+        cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at_of(cfg)
     register_custom_datasets(cfg)
     if not cfg.DATASETS.CUSTOM:
         del cfg.DATASETS["CUSTOM"]
@@ -445,7 +447,7 @@ def without_added_defaults(cfg: CfgNode) -> CfgNode:
     result = cfg.clone()
     for key in _ADDED_KEYS:
         section, _, name = key.rpartition(".")
-        if key == FREEZE_AT_COUNTS and needs_to_tell(cfg):
+        if key == FREEZE_AT_COUNTS and has_own_backbone(cfg) and is_chosen_default(cfg):
             continue
         if has_key(result, key) and get_value(result, key) == get_value(defaults, key):
             del get_value(result, section)[name]

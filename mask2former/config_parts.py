@@ -85,9 +85,14 @@ def has_vit(cfg: CfgNode) -> bool:
     return _registered(cfg, BACKBONE_REGISTRY, "MODEL.BACKBONE.NAME") is TimmViTBackbone
 
 
+def has_own_backbone(cfg: CfgNode) -> bool:
+    """Whether the backbone is one of this project."""
+    return has_swin(cfg) or has_timm(cfg) or has_vit(cfg)
+
+
 def has_known_backbone(cfg: CfgNode) -> bool:
     """Whether the backbone is Detectron2's ResNet or one of this project."""
-    return any(condition(cfg) for condition in (has_swin, has_resnet, has_timm, has_vit))
+    return has_resnet(cfg) or has_own_backbone(cfg)
 
 
 def has_resnet(cfg: CfgNode) -> bool:

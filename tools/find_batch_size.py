@@ -120,7 +120,11 @@ def random_sample(cfg: CfgNode, height: int, width: int, num_targets: int) -> di
     instances = Instances((height, width))
     instances.gt_classes = torch.randint(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES, (num_targets,))
     instances.gt_masks = masks
-    return {"image": image, "instances": instances, "height": height, "width": width}
+    sample = {"image": image, "instances": instances, "height": height, "width": width}
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    if cfg.INPUT.get("IGNORE_UNLABELLED", False):
+        sample["ignored"] = ~masks.any(0)
+    return sample
 
 
 # ---- one size, in a process of its own ----

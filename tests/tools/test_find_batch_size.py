@@ -90,11 +90,13 @@ def test_image_of_unknown_size():
         tool.largest_image(cfg)
 
 
-def test_sample_trains():
-    cfg = load_config(str(SHAPES), TINY)
+@pytest.mark.parametrize("ignores", [False, True])
+def test_sample_trains(ignores):
+    cfg = load_config(str(SHAPES), [*TINY, "INPUT.IGNORE_UNLABELLED", str(ignores)])
     torch.manual_seed(0)
     sample = tool.random_sample(cfg, 64, 32, 3)
     assert sample["instances"].gt_masks.flatten(1).any(1).all()
+    assert ("ignored" in sample) == ignores
     losses = Trainer.build_model(cfg).train()([sample])
     assert all(loss.isfinite() for loss in losses.values())
 

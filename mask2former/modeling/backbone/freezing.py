@@ -19,8 +19,6 @@ _DEFAULT = 2  # in Detectron2's config, meant for ResNets
 # writes 2 for Swin, and freezes nothing. One with this key, which came with the freezing of all
 # backbones, is from this project, and its FREEZE_AT is what the run did.
 FREEZE_AT_COUNTS = "SOLVER.LAYER_DECAY"
-# Whose constructors call `freeze_at_of`.
-_BACKBONES = ("D2SwinTransformer", "TimmBackbone", "build_timm_backbone", "TimmViTBackbone")
 
 
 def freeze_at_of(cfg: CfgNode) -> int:
@@ -44,23 +42,13 @@ def freeze_at_of(cfg: CfgNode) -> int:
     return max(freeze_at, 0)
 
 
-def resolve_freeze_at(cfg: CfgNode) -> None:
-    """Set FREEZE_AT to 0 if the backbone takes its default for "not set", in place.
+def is_chosen_default(cfg: CfgNode) -> bool:
+    """Whether FREEZE_AT is 2 because somebody wants it so; a file then has `FREEZE_AT_COUNTS`.
 
-    A file to which the config is written then says what is frozen.
+    Args:
+        cfg: with a backbone of this project.
     """
-    if _reads_default_as_unset(cfg):
-        cfg.MODEL.BACKBONE.FREEZE_AT = freeze_at_of(cfg)
-
-
-def needs_to_tell(cfg: CfgNode) -> bool:
-    """Whether a file needs `FREEZE_AT_COUNTS`, so that FREEZE_AT in it is taken for a choice."""
-    return _reads_default_as_unset(cfg) and freeze_at_of(cfg) == _DEFAULT
-
-
-def _reads_default_as_unset(cfg: CfgNode) -> bool:
-    is_default = cfg.MODEL.BACKBONE.FREEZE_AT == _DEFAULT
-    return is_default and cfg.MODEL.BACKBONE.NAME in _BACKBONES
+    return freeze_at_of(cfg) == _DEFAULT
 
 
 def check_freeze_at(backbone: nn.Module, freeze_at: int, num_stages: int) -> None:
