@@ -276,18 +276,21 @@ def launch(
         interruptible(lambda signum: _message_before_start(signum, args.opts)),
         kept_warnings() as warnings,
     ):
-        cfg = load_config(args.config_file, args.opts, extend_config)
+        options: Any = {
+            "num_workers": int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
+            "own_evaluators": has_own_evaluators(Trainer),
+        }
         if is_smoke:
+            cfg = load_config(args.config_file, args.opts, extend_config)
             # Before the checks, which would have to run again.
             cfg.OUTPUT_DIR = smoke_folder(cfg)
             if int(os.environ["RANK"] if by_torchrun else args.machine_rank) == 0:
                 empty_smoke_folder(cfg.OUTPUT_DIR)
-        check_run(
-            cfg,
-            purpose,
-            num_workers=int(os.environ["WORLD_SIZE"]) if by_torchrun else num_spawned,
-            own_evaluators=has_own_evaluators(Trainer),
-        )
+            check_run(cfg, purpose, **options)
+        else:
+            cfg = load_and_check(
+                args.config_file, args.opts, purpose, extend_config=extend_config, **options
+            )
     on_gpu = torch.device(cfg.MODEL.DEVICE).type == "cuda"
     if num_spawned > 1 and not on_gpu and torch.cuda.is_available():
         # Detectron2's launcher uses NCCL if there is a GPU, and NCCL cannot send CPU tensors.

@@ -44,16 +44,21 @@ class PeakMemory(HookBase):
 
 
 def with_logging_hooks(cfg: CfgNode, inherited: Sequence[HookBase | None]) -> list[HookBase | None]:
-    """Add the hooks of this module and of `pictures.py` before the writers.
+    """Add the hooks of this module and of `pictures.py` between evaluation and writers.
 
     Args:
         cfg: the config. A project with its own copy of `add_maskformer2_config` lacks LOGGING and
             gets no pictures.
         inherited: the other hooks; only the main process has writers among them.
     """
-    places = [i for i, hook in enumerate(inherited) if isinstance(hook, hooks.PeriodicWriter)]
-    place = places[0] if places else len(inherited)
-    added: list[HookBase] = [PeakMemory(inherited[place]._period)] if places else []
+    writers = [hook for hook in inherited if isinstance(hook, hooks.PeriodicWriter)]
+    # Right after the evaluation, on all ranks: drawing ends in a barrier, and early stopping, which
+    # comes last, would keep some ranks from it.
+    evaluating = hooks.EvalHook | hooks.BestCheckpointer
+    places = [i + 1 for i, hook in enumerate(inherited) if isinstance(hook, evaluating)]
+    places = places or [i for i, hook in enumerate(inherited) if hook in writers]
+    place = places[-1] if places else len(inherited)
+    added: list[HookBase] = [PeakMemory(hook._period) for hook in writers[:1]]
     logging = cfg.get("LOGGING", {})
     if logging.get("PICTURES") or logging.get("HARD_EXAMPLES"):
         hard_examples = HardExamples(logging.HARD_EXAMPLES, cfg.TEST.EVAL_PERIOD)

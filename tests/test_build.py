@@ -180,6 +180,9 @@ class Checkout:
         shutil.copytree(ROOT / "mask2former", self.folder / "mask2former", ignore=no_leftovers)
         for name in ["setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE"]:
             shutil.copy(ROOT / name, self.folder)
+        shutil.copy(ROOT / "mask2former_command.py", self.folder)
+        for name in ["configs", "tools"]:
+            (self.folder / name).mkdir()
         (self.folder / "mask2former" / "csrc" / "cuda").mkdir(exist_ok=True)
         (self.folder / "mask2former" / "csrc" / "cuda" / "fake.cu").write_text("")
         # PATH holds these programs and nothing else.
@@ -379,7 +382,6 @@ def test_make_builds_a_missing_or_old_library(tmp_path: Path, checkout: Checkout
         assert result.returncode == 0, result.stderr
         return step in result.stdout
 
-    (checkout.folder / "tools").mkdir()
     for name in ["requirements.txt", "requirements-detectron2.txt", "tools/setup_env.py"]:
         (checkout.folder / name).write_text("")
     venv.mkdir()

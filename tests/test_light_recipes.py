@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from detectron2.modeling import build_model
+from detectron2.utils.events import EventStorage
 
 from mask2former.config import load_config
 from mask2former.optimizer import build_optimizer, scale_learning_rate
@@ -93,7 +94,8 @@ def test_a_step_on_own_data(tmp_path, make_input, recipe):
     step.num_accumulation_steps = 2
     step._write_metrics = lambda losses, data_time: losses_of.update(losses)
     losses_of: dict = {}
-    step.run_step()
+    with EventStorage():
+        step.run_step()
     assert len(losses_of) == 3 * 4 and all(loss.isfinite() for loss in losses_of.values())
     trained = [name for name, p in model.named_parameters() if p.requires_grad]
     unused = [name for name in trained if model.get_parameter(name).grad is None]

@@ -345,8 +345,9 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def main(arguments: list[str]) -> int:
+def main(arguments: list[str] | None = None) -> int:
     """Returns the exit status: 1 if not even one image fits."""
+    arguments = sys.argv[1:] if arguments is None else arguments
     options = build_parser().parse_args(arguments)
     cfg = load_config(options.config_file, options.opts)
     check_device(cfg)
@@ -387,4 +388,4 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_program(lambda: main(sys.argv[1:]))
+    run_program(main)
