@@ -1,6 +1,7 @@
 """`tools/train_net.py` on folders of labelling tools, with nothing but a config."""
 
 import json
+import logging
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,8 @@ from dataset_trees import save
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from load_script import load_script
+
+from mask2former.utils.log_file import _log_files
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs/shapes"
@@ -31,7 +34,13 @@ OPTIONS = {
 
 train_net = load_script(ROOT / "tools" / "train_net.py")
 
-pytestmark = pytest.mark.usefixtures("restore_loggers")
+
+@pytest.fixture(autouse=True)
+def no_log_file(restore_loggers):
+    """As a new process: an earlier test in this one may have left its log file open."""
+    logger = logging.getLogger("mask2former")
+    for handler in _log_files():
+        logger.removeHandler(handler)
 
 
 @pytest.fixture(autouse=True)
