@@ -16,6 +16,7 @@ import platform
 import subprocess
 import sys
 from collections.abc import Mapping
+from typing import Any
 
 from .utils.project_files import project_root
 from .utils.required_modules import INSTALL, REQUIRED, missing_modules
@@ -74,7 +75,7 @@ def describe(*, self_test: bool) -> tuple[list[str], list[str]]:
     return lines, problems
 
 
-def _devices(torch) -> list[str]:  # type: ignore[no-untyped-def]
+def _devices(torch: Any) -> list[str]:
     lines = [f"CPU: {os.cpu_count()} cores, {torch.get_num_threads()} threads"]
     if not torch.cuda.is_available():
         build = (

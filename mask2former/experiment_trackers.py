@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -31,7 +32,7 @@ _logger = logging.getLogger(__name__)
 _MAX_PARAMS, _MAX_METRICS, _MAX_TEXT = 100, 1000, 500
 
 
-class TrackerWriter(EventWriter):
+class TrackerWriter(EventWriter, ABC):
     """Sends scalars, pictures and the config to an experiment tracker.
 
     Pictures stay in the event storage for TensorBoard's writer, which removes them and must come
@@ -127,13 +128,15 @@ class TrackerWriter(EventWriter):
     def _config(self) -> dict[str, Any]:
         return yaml.safe_load(self._cfg.dump())
 
+    @abstractmethod
     def _start(self, old: str | None) -> str:
         """Start a run, or continue the one with the number `old`; returns its number."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _put_scalars(self, scalars: dict[str, float], iteration: int) -> None:
-        raise NotImplementedError
+        """Send values by name."""
 
+    @abstractmethod
     def _put_picture(self, name: str, image: np.ndarray, iteration: int) -> None:
         """
         Args:
@@ -141,10 +144,10 @@ class TrackerWriter(EventWriter):
             image: (H, W, 3) RGB.
             iteration: when it was drawn.
         """
-        raise NotImplementedError
 
+    @abstractmethod
     def _end(self, error: BaseException | None) -> None:
-        raise NotImplementedError
+        """End the run: finished, or as failed or killed by the error."""
 
 
 class WandbWriter(TrackerWriter):

@@ -136,7 +136,7 @@ def make_labels(
     meanings: dict[Any, str | None]
     if value_map is not None:
         meanings = _read_map(where, value_map)
-        wanted = classes
+        class_order = classes
     elif classes is not None:
         meanings = dict(enumerate(classes))
         ignore_label = _IGNORE if ignore_label is None else ignore_label
@@ -145,7 +145,7 @@ def make_labels(
                 f"{where}: ignore_label {ignore_label} is the label of class "
                 f"{classes[ignore_label]!r}; choose one outside [0, {len(classes)})."
             )
-        wanted = None
+        class_order = None
         if not ignore_labels and rename is None:
             return Labels(list(classes), ignore_label)
     else:
@@ -164,7 +164,7 @@ def make_labels(
     present = list(dict.fromkeys(c for c in meanings.values() if c is not None))
     if not present:
         raise ValueError(f"{where}: VALUE_MAP has no class, such as {_EXAMPLE}.")
-    names, renamed = map_classes(where, present, wanted, rename)
+    names, renamed = map_classes(where, present, class_order, rename)
     # A label that needs no mapping in other splits stays.
     fits = ignore_label is not None and len(names) <= ignore_label <= _IGNORE
     ignore = ignore_label if fits else _IGNORE if len(names) <= _IGNORE else 65535

@@ -260,10 +260,10 @@ def map_classes(
     result = {old: renamed(old) for old in present}
     listed = present if classes is None else classes
     names = [new for old in listed if (new := renamed(old)) is not None]
-    if classes is None and rename.get(OTHERS) in names:
+    others = rename.get(OTHERS)
+    if classes is None and others is not None and others in names:
         # A class of all others comes last.
-        last = rename[OTHERS]
-        names = [new for new in names if new != last] + [last]  # type: ignore[list-item]
+        names = [new for new in names if new != others] + [others]
     names = list(dict.fromkeys(names))
     unlisted = [old for old, new in result.items() if new is not None and new not in names]
     if unlisted:
