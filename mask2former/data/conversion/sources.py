@@ -10,7 +10,7 @@ from ..formats.annotated_images import (
     coco_instances,
     image_folder,
 )
-from ..formats.annotation_formats import FORMATS, recognise_format
+from ..formats.annotation_formats import FORMATS, check_options, recognise_format
 from ..formats.coco_schemas import Image
 from ..formats.coco_tools import drop_root_category, marks_masks_as_crowds
 from ..formats.findings import Findings
@@ -62,7 +62,9 @@ def read_annotations(
     else:
         allowed = ", ".join((AUTO, *FORMATS))
         raise ValueError(f"The format {format_name!r} is unknown. Allowed: {allowed}.")
-    content = chosen.read(source, ReadOptions() if options is None else options)
+    options = ReadOptions() if options is None else options
+    check_options(chosen, options)
+    content = chosen.read(source, options)
     if not content.images:
         raise ValueError(f"{source} lists no images.")
     for image in content.images:

@@ -22,7 +22,7 @@ from ..formats.annotated_images import (
     ReadOptions,
     coco_instances,
 )
-from ..formats.annotation_formats import FORMATS, recognise_format
+from ..formats.annotation_formats import FORMATS, check_options, recognise_format
 from ..formats.findings import Findings
 from ..formats.json_files import decode_value, read_sections
 from .annotation_cache import cached, stamp, stamp_folder, stamp_tree, write_json
@@ -35,12 +35,6 @@ _logger = logging.getLogger(__name__)
 _logger.setLevel(logging.INFO)
 
 AUTO = "auto"
-# Options of single formats.
-_READERS_OF = {
-    "class_attribute": ("via",),
-    "mask_root": ("mask_files",),
-    "boxes_as_masks": ("coco", "cvat", "labelme", "via", "yolo"),
-}
 # Name → arguments of the registration. In one process, changed files do not change a data set.
 _known: dict[str, dict[str, Any]] = {}
 
@@ -131,11 +125,7 @@ def register_annotations(
     )
     try:
         reader, found = _find_format(path, type)
-        for key, readers in _READERS_OF.items():
-            if getattr(options, key) and reader.name not in readers:
-                raise ValueError(
-                    f"{key.upper()} is for TYPE {', '.join(readers)}, but this is {reader.name}."
-                )
+        check_options(reader, options)
         json_file = convert_annotations(path, reader, options)
     except (FileNotFoundError, ValueError) as error:
         kind = FileNotFoundError if isinstance(error, FileNotFoundError) else ValueError

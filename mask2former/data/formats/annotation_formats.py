@@ -24,6 +24,7 @@ __all__ = [
     "AnnotatedImages",
     "AnnotationFormat",
     "ReadOptions",
+    "check_options",
     "recognise_format",
 ]
 
@@ -32,6 +33,27 @@ _FORMATS = (YOLO, LABELME, VIA, CVAT, VOC, MASK_FILES, COCO)
 _NUM_TRIED, _MAX_BYTES = 20, 16 << 20
 # Name, which is the TYPE in configs → format.
 FORMATS: dict[str, AnnotationFormat] = {item.name: item for item in _FORMATS}
+
+
+# Options of single formats → those that read them.
+_READERS_OF = {
+    "class_attribute": ("via",),
+    "mask_root": ("mask_files",),
+    "boxes_as_masks": ("coco", "cvat", "labelme", "via", "yolo"),
+}
+
+
+def check_options(item: AnnotationFormat, options: ReadOptions) -> None:
+    """Check that a format reads the options that are set.
+
+    Raises:
+        ValueError: it does not.
+    """
+    for key, readers in _READERS_OF.items():
+        if getattr(options, key) and item.name not in readers:
+            raise ValueError(
+                f"{key.upper()} is for TYPE {', '.join(readers)}, but this is {item.name}."
+            )
 
 
 def recognise_format(root: Path) -> tuple[AnnotationFormat, str]:

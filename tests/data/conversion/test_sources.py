@@ -96,6 +96,19 @@ def test_refused_sources(tmp_path):
         as_instances(tmp_path, tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"class_attribute": "type"}, "CLASS_ATTRIBUTE is for TYPE via, but this is yolo"),
+        ({"mask_root": Path("masks")}, "MASK_ROOT is for TYPE mask_files, but this is yolo"),
+    ],
+)
+def test_options_of_another_format(tmp_path, options, message):
+    samples.SAMPLES["yolo"](tmp_path)
+    with pytest.raises(ValueError, match=message):
+        read_annotations(tmp_path, "yolo", ReadOptions(split="train", **options))
+
+
 def test_options(tmp_path):
     """They reach the reader."""
     samples.yolo(tmp_path)
