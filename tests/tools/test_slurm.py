@@ -12,7 +12,8 @@ def submit(tmp_path: Path, *arguments: str, **changes: str | None) -> subprocess
     """Run the script as Slurm would on the first node."""
     for name, body in {
         "srun": 'printf "%s\\n" "$@"',
-        "scontrol": "echo node7; echo node8",
+        # More than a pipe holds: who reads one line of it ends the writer.
+        "scontrol": "for i in $(seq 7 20000); do echo node$i; done",
     }.items():
         program = tmp_path / name
         program.write_text(f"#!/bin/sh\n{body}\n")
