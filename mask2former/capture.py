@@ -15,8 +15,7 @@ import detectron2
 import numpy as np
 import torch
 from detectron2.structures import BitMasks, Boxes, Instances, PolygonMasks
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 from .data.packed_masks import PackedMasks, TargetInstances
 from .utils.files import atomic_write, explained_read_errors, load_torch
@@ -91,11 +90,6 @@ _TYPES: dict[str, type | tuple[type, ...]] = {
 def file_name(iteration: int, rank: int) -> str:
     """Name of the capture file of an iteration in OUTPUT_DIR."""
     return f"non_finite_{iteration}_rank{rank}.pth"
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without its wrapper for distributed training."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 def versions() -> dict[str, str]:

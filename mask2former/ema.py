@@ -19,10 +19,10 @@ from detectron2.config import CfgNode
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .utils.files import atomic_write
+from .utils.misc import unwrapped
 from .utils.plain_values import describe
 
 # Before the task in results, `ema/panoptic_seg/PQ`, and in file names, `model_final_ema.pth`.
@@ -34,11 +34,6 @@ _logger = logging.getLogger(__name__)
 def uses_ema(cfg: CfgNode) -> bool:
     """Whether training keeps an average; configs made elsewhere may lack the key."""
     return "EMA" in cfg.SOLVER and cfg.SOLVER.EMA.ENABLED
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The model without its wrapper for distributed training."""
-    return model.module if isinstance(model, DistributedDataParallel) else model
 
 
 class WeightAverage(HookBase):

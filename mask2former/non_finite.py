@@ -19,9 +19,10 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 
-from .capture import Capture, file_name, plain_metadata, unwrapped, versions, write_capture
+from .capture import Capture, file_name, plain_metadata, versions, write_capture
 from .checkpoint_weights import non_finite
 from .train_step import DelayedMetrics, MixedPrecisionStep, SkippedIteration
+from .utils.misc import unwrapped
 from .utils.plain_values import describe
 
 _logger = logging.getLogger(__name__)

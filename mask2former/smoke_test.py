@@ -31,10 +31,11 @@ from tabulate import tabulate
 from .best_checkpoint import BestModel, unknown_metric
 from .checkpoint import Mask2FormerCheckpointer
 from .data.formats.images import read_image
-from .ema import EMA, unwrapped, uses_ema
+from .ema import EMA, uses_ema
 from .trainer import Trainer
 from .utils.files import atomic_write, make_folder
 from .utils.memory import peak_resident_bytes
+from .utils.misc import unwrapped
 from .utils.seeding import isolated_rng
 from .utils.visualization import (
     contact_sheet,

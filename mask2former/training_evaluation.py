@@ -14,8 +14,9 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
 
 from .best_checkpoint import BestModel, EarlyStop, is_of_average
-from .ema import EMA, WeightAverage, unwrapped, uses_ema
+from .ema import EMA, WeightAverage, uses_ema
 from .evaluation import write_results
+from .utils.misc import unwrapped
 
 _logger = logging.getLogger(__name__)
 

@@ -15,7 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modeling.criterion import SetCriterion, begin_average_num_masks, ignored_regions
+from ..modeling.criterion import (
+    AVERAGE_NUM_MASKS,
+    SetCriterion,
+    begin_average_num_masks,
+    ignored_regions,
+)
 from ..modeling.layers.point_sampling import hide_ignored, labelled_at, point_sample
 from ..modeling.mask_losses import (
     batch_dice_loss,
@@ -33,7 +38,6 @@ from .point_sampling import BilinearSampler, TargetMasks, max_elements, sample_u
 
 # Candidate points per chunk: the largest temporaries, which on a CPU should fit the cache.
 _MAX_CANDIDATES = {"cpu": 2**20, "cuda": 2**24}
-_AVERAGE_NUM_MASKS = SetCriterion.average_num_masks
 
 
 def match(matcher: HungarianMatcher, outputs: dict[str, Any], targets: Targets) -> Indices:
@@ -129,7 +133,7 @@ def losses(criterion: SetCriterion, outputs: dict[str, Any], targets: Targets) -
     device = outputs["pred_logits"].device
     whole = criterion._whole_batch
     # Begun before matching, whose host sync then serves both.
-    replaced = why_touched(criterion, SetCriterion, {"average_num_masks": _AVERAGE_NUM_MASKS})
+    replaced = why_touched(criterion, SetCriterion, {"average_num_masks": AVERAGE_NUM_MASKS})
     if whole is not None:
         whole.add(targets)
         average = whole.num_masks

@@ -345,7 +345,7 @@ class SetCriterion(nn.Module):
         """
         device, labels = self.empty_weight.device, [target["labels"] for target in targets]
         method = "average_num_masks"
-        if method in self.__dict__ or getattr(type(self), method) is not _AVERAGE_NUM_MASKS:
+        if method in self.__dict__ or getattr(type(self), method) is not AVERAGE_NUM_MASKS:
             num_masks = functools.partial(self.average_num_masks, targets, device)
             whole = WholeBatch(labels, functools.cache(num_masks))
         else:
@@ -374,4 +374,5 @@ class SetCriterion(nn.Module):
         return "\n".join([f"Criterion {type(self).__name__}", *(indent + line for line in body)])
 
 
-_AVERAGE_NUM_MASKS = SetCriterion.average_num_masks
+# The original method, which patches of the class replace.
+AVERAGE_NUM_MASKS = SetCriterion.average_num_masks

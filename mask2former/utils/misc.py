@@ -1,4 +1,4 @@
-"""Helpers that other projects import: batches of tensors of different sizes, process groups.
+"""Batches of tensors of different sizes, process groups; other projects import from here too.
 
 Shape letters: B batch, C channels (or number of masks), H W height and width in pixels.
 """
@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 
 class NestedTensor:
@@ -70,3 +71,8 @@ def nested_tensor_from_tensor_list(tensor_list: Sequence[Tensor]) -> NestedTenso
 def is_dist_avail_and_initialized() -> bool:
     """Whether torch.distributed is available and its process group initialised."""
     return dist.is_available() and dist.is_initialized()
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model without its wrapper for distributed training."""
+    return model.module if isinstance(model, DistributedDataParallel) else model
