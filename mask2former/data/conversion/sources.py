@@ -160,7 +160,8 @@ def as_instances(
         WriteError: the JSON cannot be written.
     """
     options = ReadOptions() if options is None else options
-    if format_name == AUTO and is_coco_json(source) and not _is_particular(source):
+    is_plain = options == ReadOptions(image_root=options.image_root)
+    if format_name == AUTO and is_plain and is_coco_json(source) and not _is_particular(source):
         return InstanceSource(source, find_images(source, options.image_root), "COCO JSON")
     content, found = read_annotations(source, format_name, options)
     image_root = folder_of_images(content, options.image_root)

@@ -13,6 +13,7 @@ import difflib
 import inspect
 import itertools
 import logging
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -104,13 +105,15 @@ def _helpers() -> dict[str, Callable[..., None]]:
 
 def _warn_of_common_images(entries: Sequence[Mapping[str, Any]]) -> None:
     """Warn of two splits of one source with different shares that have images in common."""
-    shared = [entry for entry in entries if entry.get("SHARE")]
-    for one, other in itertools.combinations(shared, 2):
-        if any(one.get(key) != other.get(key) for key in _SOURCES):
+    for one, other in itertools.combinations(entries, 2):
+        if not (one.get("SHARE") or other.get("SHARE")):
             continue
-        (low, high), (other_low, other_high) = one["SHARE"], other["SHARE"]
+        if any(_source(one, key) != _source(other, key) for key in _SOURCES):
+            continue
+        (low, high), (other_low, other_high) = (x.get("SHARE") or (0, 1) for x in (one, other))
         names = f"Data sets {one['NAME']!r} and {other['NAME']!r} are of one source"
-        if one.get("SHARE_SEED", 0) != other.get("SHARE_SEED", 0):
+        is_split = bool(one.get("SHARE") and other.get("SHARE"))
+        if is_split and one.get("SHARE_SEED", 0) != other.get("SHARE_SEED", 0):
             _logger.warning(
                 f"{names}, but have different SHARE_SEED, so that they have images in common."
             )
@@ -119,6 +122,14 @@ def _warn_of_common_images(entries: Sequence[Mapping[str, Any]]) -> None:
                 f"{names}, and have images in common: SHARE [{low:g}, {high:g}] and "
                 f"[{other_low:g}, {other_high:g}] overlap."
             )
+
+
+def _source(entry: Mapping[str, Any], key: str) -> Any:
+    """The value of a key of `_SOURCES`, which may be a path."""
+    value = entry.get(key)
+    if isinstance(value, str) and key not in ("TYPE", "SPLIT"):
+        return os.path.realpath(os.path.expanduser(value))
+    return value
 
 
 def _check_keys(

@@ -340,7 +340,8 @@ def _log(name: str, derived: str, changes: Changes) -> None:
         )
     for class_name, objects in info.left_out.items():
         _logger.info(
-            f"Data set {name!r}: RENAME leaves out class {class_name!r} ({objects} objects)"
+            f"Data set {name!r}: RENAME leaves out class {class_name!r}: {objects} objects are "
+            "background"
         )
 
 

@@ -9,7 +9,7 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,9 +45,10 @@ class _Info(msgspec.Struct):
     Attributes:
         image_root: folder of the images.
         images, objects, crowds: how many it has.
-        outside: folders of files that are neither in the folder of the annotations nor in that of
-            the images.
-        outside_digest: of their content.
+        outside: folders of images that are neither in the folder of the annotations nor in that
+            of the images.
+        sources: other files and folders there.
+        outside_digest: of the content of both.
     """
 
     image_root: str
@@ -55,6 +56,7 @@ class _Info(msgspec.Struct):
     objects: int
     crowds: int
     outside: list[str]
+    sources: list[str]
     outside_digest: str
 
 
@@ -120,6 +122,7 @@ def register_annotations(
         image_root=images,
         mask_root=masks,
         classes=None if listed is None else tuple(listed),
+        rename=rename,
         class_attribute=class_attribute,
         boxes_as_masks=boxes_as_masks,
     )
@@ -184,7 +187,7 @@ def convert_annotations(root: Path, reader: AnnotationFormat, options: ReadOptio
     while True:
         json_file = cached(source, ".json", [*key, outside], write)
         info = _info(_sections(json_file))
-        now = _digest(info.outside)
+        now = _digest(info.outside, info.sources)
         if now == info.outside_digest:
             return json_file
         # Files elsewhere have changed since.
@@ -197,19 +200,22 @@ def _write(
     content = reader.read(root, options)
     if not content.images:
         raise ValueError(f"{root} has no images ({reader.title}).")
-    image_root = _image_root(content, folders)
+    parent = [str(root.parent)] if root.is_file() else []
+    image_root = _image_root(content, [*parent, *folders])
     for image in content.images:
         image.path = Path(os.path.abspath(image.path))
     coco = coco_instances(content, Path(image_root))
     _warn_of_no_pixel(coco, root)
     outside = _outside({str(image.path.parent) for image in content.images}, folders)
+    sources = _outside(map(os.path.abspath, content.sources), folders)
     info = _Info(
         image_root=image_root,
         images=len(content.images),
         objects=len(coco["annotations"]),
         crowds=sum(annotation["iscrowd"] for annotation in coco["annotations"]),
         outside=outside,
-        outside_digest=_digest(outside),
+        sources=sources,
+        outside_digest=_digest(outside, sources),
     )
     write_json(path, msgspec.json.encode({"info": info} | coco))
 
@@ -242,19 +248,15 @@ def _is_in(path: str, folder: str) -> bool:
     return os.path.commonpath((path, folder)) == folder
 
 
-def _outside(image_folders: set[str], folders: Sequence[str]) -> list[str]:
-    """The folders with images, and with their labels as in YOLO, that are in none of `folders`."""
-    candidates = set(image_folders)
-    for folder in image_folders:
-        before, images, after = folder.rpartition(f"{os.sep}images")
-        if images:
-            candidates.add(f"{before}{os.sep}labels{after}")
+def _outside(paths: Iterable[str], folders: Sequence[str]) -> list[str]:
+    """The files and folders that are in none of `folders`."""
     roots = [os.path.abspath(folder) for folder in folders]
-    return sorted(c for c in candidates if not any(_is_in(c, folder) for folder in roots))
+    return sorted(path for path in set(paths) if not any(_is_in(path, root) for root in roots))
 
 
-def _digest(folders: Sequence[str]) -> str:
+def _digest(folders: Sequence[str], sources: Sequence[str]) -> str:
     stamps = [stamp_folder(folder) for folder in folders]
+    stamps += [[stamp(path)] if os.path.isfile(path) else stamp_tree(path) for path in sources]
     return hashlib.sha256(json.dumps(stamps).encode()).hexdigest()[:16]
 
 

@@ -7,7 +7,7 @@ and `images.py` see it: with its EXIF orientation applied.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -59,11 +59,13 @@ class AnnotatedImages:
         classes: names of all classes in the order of the format, or else of the alphabet; also
             those without an object.
         images: in the order of the format.
+        sources: other files and folders that were read and may lie outside the root.
     """
 
     format: str
     classes: list[str]
     images: list[AnnotatedImage]
+    sources: list[Path] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,8 @@ class ReadOptions:
         image_root: folder of the images where they are not where the format puts them.
         mask_root: folder of mask files whose names begin with that of their image.
         classes: class names of formats whose files hold none, in the order of their labels.
+        rename: old → new class name, or None to leave it out; the reader does not apply it, but
+            `classes` may be under the new names, of which files know nothing.
         class_attribute: the attribute with the class, for tools whose objects may have several.
         boxes_as_masks: whether data with rectangles only is read, each rectangle as a mask.
     """
@@ -83,8 +87,29 @@ class ReadOptions:
     image_root: Path | None = None
     mask_root: Path | None = None
     classes: tuple[str, ...] | None = None
+    rename: Mapping[str, str | None] | None = None
     class_attribute: str | None = None
     boxes_as_masks: bool = False
+
+    def label_names(self, source: object) -> list[str] | None:
+        """`classes` as the names of the labels of files that hold none; None: not given.
+
+        Args:
+            source: the files, for the error.
+
+        Raises:
+            ValueError: a name is a new one of `rename`: which label it has cannot be known.
+        """
+        if self.classes is None:
+            return None
+        renamed = (self.rename or {}).items()
+        new = [n for old, n in renamed if n in self.classes and old not in (*self.classes, "*")]
+        if new:
+            raise ValueError(
+                f"{source}: the files do not name their labels, so that CLASSES must, in the order "
+                f"of the labels, but {new[0]!r} is a new name of RENAME: list the old names."
+            )
+        return list(self.classes)
 
 
 @dataclass(frozen=True)

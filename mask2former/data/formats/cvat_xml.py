@@ -60,10 +60,10 @@ def read_cvat(root: Path, options: ReadOptions) -> AnnotatedImages:
             )
     if len(set(classes)) < len(classes):
         classes = list(dict.fromkeys(classes))  # a project repeats the labels of its tasks
-    if split is not None:
-        subsets: dict[str, list[Element]] = {}
-        for element in images:
-            subsets.setdefault(element.get("subset") or "default", []).append(element)
+    subsets: dict[str, list[Element]] = {}
+    for element in images:
+        subsets.setdefault(element.get("subset") or "default", []).append(element)
+    if split is not None or len(subsets) > 1:
         images = choose_split(subsets, split, file)
     folder = file.parent
     finder = ImageFinder(
@@ -183,7 +183,7 @@ def _add_shape(
         coordinates = _coordinates(shape.tag, attributes)
     except KeyError as error:
         drawings.findings.problem(name, where, f"a {shape.tag} has no {error.args[0]!r}")
-    except ValueError as error:
+    except (ValueError, OverflowError) as error:
         drawings.findings.problem(name, where, f"a {shape.tag} that cannot be read: {error}")
     else:
         is_box = shape.tag == "box"

@@ -30,7 +30,7 @@ from .coco_schemas import Number, Side
 from .drawings import Drawings, ellipse, rectangle
 from .findings import Findings
 from .json_files import decode_value, explain, json_object, read_json
-from .splits import ImageFinder, files_below, images_below, split_folder
+from .splits import ImageFinder, files_below, split_folder, warn_of_unlabelled
 
 _Point = Annotated[list[Number], Meta(min_length=2, max_length=2)]
 # Shapes without an area.
@@ -78,7 +78,8 @@ def read_labelme(root: Path, options: ReadOptions) -> AnnotatedImages:
         if file == folder or folder in file.parents:
             _read_file(file, content, finder, drawings)
     images = drawings.finish(sorted(classes), boxes_as_masks=options.boxes_as_masks)
-    _warn_of_unlabelled(folder, images)
+    if folder.is_dir():
+        warn_of_unlabelled(folder, images, "has no JSON of LabelMe")
     return images
 
 
@@ -207,19 +208,6 @@ def _add_mask(
         drawings.findings.problem(name, where, f"its mask cannot be read as {what}: {error}")
         return
     drawings.add_mask(image, shape.label, patch, (left, top), name, where, group=shape.group_id)
-
-
-def _warn_of_unlabelled(folder: Path, images: AnnotatedImages) -> None:
-    """Images without JSON are not labelled yet, which differs from having no objects."""
-    if not folder.is_dir():
-        return
-    used = {image.path.resolve() for image in images.images}
-    others = [path for path in images_below(folder) if path.resolve() not in used]
-    if others:
-        findings = Findings()
-        why = f"has no JSON of LabelMe, like {len(others) - 1} more images: not read"
-        findings.warn(str(others[0]), None, why)
-        findings.log()
 
 
 def _recognise(root: Path) -> str | None:

@@ -79,11 +79,13 @@ def read_mask_files(root: Path, options: ReadOptions) -> AnnotatedImages:
     folders = {path.name for _, masks in all_pairs for path in _folders(masks)}
     classes = sorted(folders) or [_one_class(options.classes)]
     # Nothing is shown where the output is no terminal.
+    without = []
     for path, masks in tqdm(pairs, desc="mask files", disable=None):
         image = drawings.add_image(path, str(path))
-        if image is None:
-            continue
-        for file in images_below(masks):
+        files = images_below(masks)
+        if not files:
+            without.append(path)
+        for file in files if image is not None else ():
             inner_folders = file.relative_to(masks).parts[:-1]
             if not folders:
                 _add_mask(file, classes[0], image, drawings)
@@ -92,6 +94,9 @@ def read_mask_files(root: Path, options: ReadOptions) -> AnnotatedImages:
             else:
                 why = "the mask is in no folder of a class, but others are"
                 drawings.findings.problem(str(file), None, why)
+    if without:
+        why = f"has no mask, like {len(without) - 1} more of the {len(pairs)} images: no objects"
+        drawings.findings.warn(str(without[0]), None, why)
     return drawings.finish(classes)
 
 

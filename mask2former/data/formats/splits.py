@@ -6,6 +6,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
+from .annotated_images import AnnotatedImages
+from .findings import Findings
 from .semantic_folders import IMAGE_EXTENSIONS
 
 T = TypeVar("T")
@@ -91,6 +93,22 @@ def files_below(root: Path, *extensions: str) -> list[Path]:
 def images_below(root: Path) -> list[Path]:
     """The images in a folder and its folders, sorted."""
     return files_below(root, *IMAGE_EXTENSIONS)
+
+
+def warn_of_unlabelled(folder: Path, content: AnnotatedImages, why: str) -> None:
+    """Warn of images without annotations: not labelled yet, which differs from having no objects.
+
+    Args:
+        folder: of the images; may not exist.
+        content: the images that are read.
+        why: what an image lacks, as a predicate.
+    """
+    used = {image.path.resolve() for image in content.images}
+    others = [path for path in images_below(folder) if path.resolve() not in used]
+    if others:
+        findings = Findings()
+        findings.warn(str(others[0]), None, f"{why}, like {len(others) - 1} more images: not read")
+        findings.log()
 
 
 class ImageFinder:

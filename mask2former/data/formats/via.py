@@ -29,6 +29,7 @@ _METADATA, _ATTRIBUTES, _SETTINGS = "_via_img_metadata", "_via_attributes", "_vi
 _OPEN = ("point", "polyline", "line")
 # Class of data without attributes.
 _ONE_CLASS = "object"
+_MAX_NUMBER = 1e15
 # Numbers that each closed shape has.
 _NUMBERS = {
     "rect": ("x", "y", "width", "height"),
@@ -276,7 +277,7 @@ def _add_region(
             drawings.findings.problem(name, where, why)
             return
         coordinates = [value for point in zip(xs, ys, strict=True) for value in point]
-    elif kind in _NUMBERS:
+    elif isinstance(kind, str) and kind in _NUMBERS:
         numbers = [shape.get(key) for key in _NUMBERS[kind]]
         if not _are_numbers(numbers):
             why = f"the shape {kind!r} needs the numbers {', '.join(_NUMBERS[kind])}"
@@ -300,7 +301,11 @@ def _add_region(
 
 def _are_numbers(values: Any) -> bool:
     return isinstance(values, list) and all(
-        isinstance(value, int | float) and not isinstance(value, bool) for value in values
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        # More than this is no length in pixels, and overflows.
+        and abs(value) < _MAX_NUMBER
+        for value in values
     )
 
 

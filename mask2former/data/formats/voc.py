@@ -12,7 +12,8 @@
   colours of the palette of VOC. With labelmap.txt, colours of classes are those it states, and a
   label without colour is the number of its line from 0 on.
 - Classes are those of labelmap.txt or class_names.txt, else `ReadOptions.classes`, the names of the
-  labels from 1 on, else the 20 of VOC 2012.
+  labels from 1 on, else the 20 of VOC 2012; these, too, if `classes` lists all that remain of them.
+- A listed image without PNGs has no objects if there is labelmap.txt, as CVAT exports it.
 - Folders SegmentationClassPNG and SegmentationObjectPNG come before those of the names above, where
   older versions of LabelMe put arrays.
 
@@ -31,8 +32,9 @@ from tqdm import tqdm
 
 from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat, ReadOptions
 from .drawings import Drawings
+from .findings import Findings
 from .images import read_header, read_image
-from .splits import ImageFinder, choose_split
+from .splits import ImageFinder, choose_split, warn_of_unlabelled
 
 VOC_CLASSES = (
     "aeroplane bicycle bird boat bottle bus car cat chair cow diningtable dog horse motorbike "
@@ -47,6 +49,8 @@ _BACKGROUND_INDEX, _VOID_INDEX = -1, -2
 _BACKGROUND = "background"
 # Share of an object's pixels that must have one class.
 _MAIN_SHARE = 0.95
+# Share of the pixels of classes that may belong to no object, at hand-drawn borders.
+_STRAY_SHARE = 0.02
 # What labels 0 and -1 are called in class_names.txt; -1 is 255 in the PNGs.
 _FIRST_LABELS = ("__ignore__", "_background_", _BACKGROUND)
 
@@ -80,16 +84,23 @@ def read_voc(root: Path, options: ReadOptions) -> AnnotatedImages:
     """
     root = _find_root(root)
     names = _listed_names(root, options.split)
-    classes = _read_classes(root, options.classes)
+    classes = _read_classes(root, options)
     finder = ImageFinder([options.image_root, root / _IMAGES, root / "images"], root / _IMAGES)
     drawings = Drawings("Pascal VOC")
     class_root, object_root = _folder(root, _CLASSES), _folder(root, _OBJECTS)
+    may_be_empty = (root / _LABELMAP).is_file()
+    has_no_lists = not any((root / _LISTS).glob("*.txt"))
+    empty: list[Path] = []
     # Nothing is shown where the output is no terminal.
     for name, source in tqdm(names, desc="Pascal VOC", disable=None):
-        file = object_root / f"{name}.png"
+        file, class_file = object_root / f"{name}.png", class_root / f"{name}.png"
         try:
             path = finder.find(name)
-            labels = _read_labels(class_root / f"{name}.png", classes)
+            if may_be_empty and not file.exists() and not class_file.exists():
+                empty.append(path)
+                drawings.add_image(path, source)
+                continue
+            labels = _read_labels(class_file, classes)
             objects = _read_objects(file)
         except (FileNotFoundError, ValueError) as error:
             is_missing = isinstance(error, FileNotFoundError)
@@ -104,7 +115,34 @@ def read_voc(root: Path, options: ReadOptions) -> AnnotatedImages:
         image = drawings.add_image(path, str(file), size=objects.shape)
         if image is not None:
             _add_objects(objects, labels, classes.names, image, str(file), drawings)
-    return drawings.finish(classes.names)
+            _find_pixels_without_object(objects, labels, str(file), drawings.findings)
+    if empty:
+        why = f"has no PNGs, like {len(empty) - 1} more listed images: no objects"
+        drawings.findings.warn(str(empty[0]), None, why)
+    content = drawings.finish(classes.names)
+    if has_no_lists:
+        folder = options.image_root or root / _IMAGES
+        warn_of_unlabelled(folder, content, f"has no PNG in {object_root.name}")
+    return content
+
+
+def _find_pixels_without_object(
+    objects: np.ndarray, labels: np.ndarray, file: str, findings: Findings
+) -> None:
+    """Pixels of a class that belong to no object would be background.
+
+    Args:
+        objects, labels: see `_add_objects`.
+        file: of the objects.
+        findings: where to add them.
+    """
+    labelled = labels >= 0
+    lost = int(np.count_nonzero(labelled & (objects == 0)))
+    why = f"has no object number in {lost} pixels that have a class in {_CLASSES}"
+    if lost and not objects[labelled].any():
+        findings.problem(file, None, f"{why}, which are all: it does not number the objects from 1")
+    elif lost > _STRAY_SHARE * np.count_nonzero(labelled):
+        findings.warn(file, None, f"{why}: they are background")
 
 
 def _add_objects(
@@ -194,20 +232,30 @@ def _voc_colours() -> dict[_Colour, int]:
     return colours
 
 
-def _read_classes(root: Path, given: Sequence[str] | None) -> _Classes:
+def _read_classes(root: Path, options: ReadOptions) -> _Classes:
     file = root / _LABELMAP
     if file.is_file():
         return _read_labelmap(file)
     names = _read_class_names(root / _CLASS_NAMES)
     if names is None:
-        if given is None:
-            logging.getLogger(__name__).info(
-                f"{root} has neither {_LABELMAP} nor {_CLASS_NAMES}, and CLASSES is not given: its "
-                "classes are the 20 of Pascal VOC 2012."
-            )
-        names = list(VOC_CLASSES if given is None else given)
+        given = None if _are_of_voc(options) else options.label_names(root)
+        names = list(VOC_CLASSES) if given is None else given
+        what = "the 20 of Pascal VOC 2012" if given is None else "those of CLASSES"
+        listed = ", ".join(f"{label} {name}" for label, name in enumerate(names, 1))
+        logging.getLogger(__name__).info(
+            f"{root} has neither {_LABELMAP} nor {_CLASS_NAMES}: the classes of its labels are "
+            f"{what}: {listed}"
+        )
     by_label = {i: i - 1 for i in range(1, len(names) + 1)}
     return _Classes(names, {_VOID: _VOID_INDEX, **by_label, 0: _BACKGROUND_INDEX}, None)
+
+
+def _are_of_voc(options: ReadOptions) -> bool:
+    """Whether classes are selected of those of VOC, rather than named in the order of labels."""
+    rename = options.rename or {}
+    new = {rename.get(name, name) for name in VOC_CLASSES} - {None}
+    given = {rename.get(name, name) for name in options.classes or ()} - {None}
+    return bool(given) and given <= new and ("*" in rename or new <= given)
 
 
 def _read_class_names(file: Path) -> list[str] | None:

@@ -72,6 +72,7 @@ def read_yolo(root: Path, options: ReadOptions) -> AnnotatedImages:
     drawings = Drawings("YOLO")
     images: list[tuple[Path, str]] = []
     folders: list[Path] = []
+    lists: list[Path] = []
     for entry in entries:
         path = _resolve(entry, config)
         if path.is_dir():
@@ -80,22 +81,63 @@ def read_yolo(root: Path, options: ReadOptions) -> AnnotatedImages:
         elif path.suffix.lower() in IMAGE_EXTENSIONS:
             images.append((path, str(config.file)))
         else:
+            lists.append(path)
             images += _listed_images(path, config)
     if not images:
         listed = ", ".join(str(_resolve(entry, config)) for entry in entries)
         raise ValueError(f"{config.file}: there are no images in {listed}.")
-    labels = [_label_file(path) for path, _ in images]
+    if options.image_root is None:
+        labels = [_label_file(path) for path, _ in images]
+    else:
+        labels = _labels_elsewhere([path for path, _ in images], options.image_root, config)
     if not any(label.is_file() for label in labels):
         raise FileNotFoundError(
             f"{config.file}: none of the {len(images)} images has a label file; that of "
             f"{images[0][0]} would be {labels[0]}."
         )
+    unlabelled = []
     for (path, source), label in zip(images, labels, strict=True):
         image = drawings.add_image(path, source)
-        if image is not None and label.is_file():
+        if not label.is_file():
+            unlabelled.append(path)
+        elif image is not None:
             _read_labels(label, image, config.classes, drawings, options.boxes_as_masks)
+    if unlabelled:
+        why = (
+            f"has no label file, like {len(unlabelled) - 1} more of the {len(images)} images: it "
+            "is taken to have no objects, which an empty label file says without this warning"
+        )
+        drawings.findings.warn(str(unlabelled[0]), None, why)
     _find_orphans(folders, set(labels), drawings)
-    return drawings.finish(config.classes, boxes_as_masks=True)
+    content = drawings.finish(config.classes, boxes_as_masks=True)
+    label_folders = {_label_file(folder / "x").parent for folder in folders}
+    content.sources += [*folders, *lists, *{label.parent for label in labels} | label_folders]
+    return content
+
+
+def _labels_elsewhere(images: Sequence[Path], image_root: Path, config: _Config) -> list[Path]:
+    """The label files of images that are stated apart: as if the images were beside data.yaml.
+
+    Raises:
+        ValueError: no image is in `image_root`.
+    """
+    root = Path(os.path.abspath(image_root))
+    bases = [base for base in config.bases if base != image_root]
+    labels, num_inside = [], 0
+    for image in images:
+        candidates = [_label_file(image)]
+        absolute = Path(os.path.abspath(image))
+        if absolute.is_relative_to(root):
+            num_inside += 1
+            inside = absolute.relative_to(root)
+            candidates = [_label_file(base / inside) for base in bases] + candidates
+        labels.append(next((file for file in candidates if file.is_file()), candidates[0]))
+    if not num_inside:
+        raise ValueError(
+            f"IMAGE_ROOT is {image_root}, but none of the {len(images)} images of {config.file} is "
+            f"there, such as {images[0]}."
+        )
+    return labels
 
 
 # ---- data.yaml ----
@@ -105,7 +147,8 @@ def _read_config(root: Path, options: ReadOptions) -> _Config:
     file = root if root.is_file() else _find_config(root)
     bases = [] if options.image_root is None else [options.image_root]
     if file is None or file.suffix == ".txt":
-        return _config_of_folders(root, file, options.classes, bases)
+        given = options.label_names(root) if file is None else None
+        return _config_of_folders(root, file, given, bases)
     content = _load(file)
     splits = {}
     for name in _SPLITS:
@@ -120,7 +163,8 @@ def _read_config(root: Path, options: ReadOptions) -> _Config:
         raise ValueError(f"{file} names no images: it has none of the keys train, val and test.")
     if "kpt_shape" in content:
         raise ValueError(f"{file} has kpt_shape: it describes poses, which have no masks.")
-    classes = _classes(content, file, options.classes)
+    given = options.label_names(file) if content.get("names") is None else None
+    classes = _classes(content, file, given)
     stated = content.get("path")
     if isinstance(stated, str) and stated:
         stated_path = Path(os.path.expanduser(stated))
@@ -151,7 +195,7 @@ def _config_of_folders(
         names = file.read_text(encoding="utf-8-sig").splitlines()
         classes = _class_names([name.strip() for name in names if name.strip()], file)
     elif given is not None:
-        classes = list(given)
+        classes = _class_names(given, root)
     else:
         raise ValueError(
             f"{root} has no data.yaml and no classes.txt: name all classes in CLASSES, in the "

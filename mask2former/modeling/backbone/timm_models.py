@@ -84,7 +84,7 @@ def options_for(name: str, key: str, in_channels: int, drop_path_rate: float) ->
         ValueError: timm has no such model, or it has no stochastic depth.
     """
     check_name(name, f"{key}.NAME")
-    parameters = inspect.signature(type(on_meta(name)).__init__).parameters
+    parameters = _constructor_options(type(on_meta(name)))
     options: dict[str, Any] = {"in_chans": in_channels, "num_classes": 0}
     for option, value in _ANY_SIZE.items():
         if option in parameters:
@@ -98,6 +98,19 @@ def options_for(name: str, key: str, in_channels: int, drop_path_rate: float) ->
             )
         options["drop_path_rate"] = drop_path_rate
     return options
+
+
+def _constructor_options(model_type: type) -> set[str]:
+    """Names of the arguments of a class, with those that it passes on to the classes it extends."""
+    names: set[str] = set()
+    for base in model_type.__mro__:
+        if "__init__" not in vars(base):
+            continue
+        parameters = inspect.signature(base.__init__).parameters  # type: ignore[misc]
+        names |= parameters.keys()
+        if not any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()):
+            break
+    return names
 
 
 def pad_to_multiple(images: Tensor, divisor: int) -> Tensor:

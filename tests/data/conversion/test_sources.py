@@ -114,3 +114,10 @@ def test_options(tmp_path):
     samples.yolo(tmp_path)
     with pytest.raises((ValueError, FileNotFoundError), match="nights"):
         read_annotations(tmp_path, "yolo", ReadOptions(split="nights"))
+
+
+def test_options_of_a_coco_json_are_read(source):
+    """Or refused, as for any other source."""
+    json_file = source / "instances.json"
+    with pytest.raises(ValueError, match="CLASS_ATTRIBUTE is for TYPE via, but this is coco"):
+        as_instances(json_file, source, options=ReadOptions(class_attribute="kind"))

@@ -116,7 +116,7 @@ def test_left_out_objects_are_counted(tmp_path, caplog):
     entry = own_data.entry("instance", tmp_path)
     with caplog.at_level("INFO"):
         register_entries([entry | {"RENAME": {"plate": None}, "SHARE": [0.0, 1.0]}])
-    assert "'own_train': RENAME leaves out class 'plate' (3 objects)" in caplog.text
+    assert "'own_train': RENAME leaves out class 'plate': 3 objects are background" in caplog.text
     assert "SHARE [0, 1], SHARE_SEED 0: 3 of 3 images, 3 objects" in caplog.text
 
 
@@ -193,10 +193,14 @@ def test_semantic_labels_do_not_follow_a_renamed_panoptic_class(tmp_path):
         ({"SHARE": [0.7, 1.0]}, r"SHARE \[0, 0\.8\] and \[0\.7, 1\] overlap"),
         ({"SHARE": [0.8, 1.0], "SHARE_SEED": 1}, "have different SHARE_SEED"),
         ({"SHARE": [0.8, 1.0]}, None),
+        ({}, r"SHARE \[0, 0\.8\] and \[0, 1\] overlap"),
+        ({"SHARE": [0.7, 1.0], "IMAGE_ROOT": "./"}, r"SHARE \[0, 0\.8\] and \[0\.7, 1\] overlap"),
     ],
 )
 def test_images_in_two_splits(tmp_path, caplog, other, message):
     entry = many("semantic", tmp_path)
+    if "IMAGE_ROOT" in other:  # another spelling of the folder
+        other = other | {"IMAGE_ROOT": f"{entry['IMAGE_ROOT']}/../{Path(entry['IMAGE_ROOT']).name}"}
     register_entries([entry | {"SHARE": [0.0, 0.8]}, entry | {"NAME": "own_val"} | other])
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == (message is not None)

@@ -134,6 +134,47 @@ def test_files_outside_the_root(tmp_path, cache):
     assert [len(r["annotations"]) for r in DatasetCatalog.get("c")] == [0, 2, 0]
 
 
+def test_lists_and_new_folders_outside_the_root(tmp_path, cache):
+    """A list of images, a folder of images v2, and a folder that is new, with ROOT a file."""
+    own_data.yolo(tmp_path / "else/images/v")
+    (tmp_path / "else/images/v/images").rename(tmp_path / "else/images/v/images_v2")
+    data = tmp_path / "else/images/v"
+    (data / "images_v2").rename(data / "images")
+    (data / "list.txt").write_text("images/train/train0.jpg\n")
+    names = "names: [cat, dog, bird]\n"
+    (tmp_path / "a.yaml").write_text(f"path: {data}\ntrain: list.txt\n{names}")
+    (tmp_path / "b.yaml").write_text(f"path: {data}\ntrain: images/train\n{names}")
+
+    def counts(file: str, name: str) -> list[int]:
+        register_entries([entry(tmp_path / file, name, TYPE="yolo")])
+        return [len(r["annotations"]) for r in DatasetCatalog.get(name)]
+
+    assert counts("a.yaml", "a1") == [1]
+    (data / "list.txt").write_text("images/train/train0.jpg\nimages/train/train1.jpg\n")
+    assert counts("a.yaml", "a2") == [1, 2]
+    assert counts("b.yaml", "b1") == [1, 2]
+    photograph(data / "images/train/more/train2.jpg")
+    assert sorted(counts("b.yaml", "b2")) == [0, 1, 2]
+    (data / "labels/train/more").mkdir()
+    (data / "labels/train/more/train2.txt").write_text("0 0 0 1 0 1 1\n")
+    assert sorted(counts("b.yaml", "b3")) == [1, 1, 2]
+
+
+def test_shares_stay_when_a_folder_is_new(tmp_path, cache):
+    """ROOT is a file: names are relative to its folder."""
+    data = tmp_path / "yolo"
+    own_data.yolo(data, train=20)
+    (data / "images/train").rename(data / "images/a")
+    (data / "labels/train").rename(data / "labels/a")
+    (data / "data.yaml").write_text("train: images\nnames: [cat, dog, bird]\n")
+    options = {"TYPE": "yolo", "SHARE": [0.0, 0.5]}
+    register_entries([entry(data / "data.yaml", "before", **options)])
+    photograph(data / "images/b/new.jpg")
+    register_entries([entry(data / "data.yaml", "after", **options)])
+    before, after = ({r["file_name"] for r in DatasetCatalog.get(n)} for n in ("before", "after"))
+    assert before and after - {str(data / "images/b/new.jpg")} == before
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -128,7 +128,8 @@ def test_subsets(tmp_path):
         content = read(tmp_path, split)
         assert [item.class_name for item in content.images[0].objects] == [label]
         assert content.classes == ["cup", "plate"]
-    assert len(read(tmp_path).images) == 2
+    with pytest.raises(ValueError, match="has the splits Train, Validation; state which"):
+        read(tmp_path)
     with pytest.raises(ValueError, match="has no split 'test', only Train, Validation"):
         read(tmp_path, "test")
 
@@ -234,4 +235,11 @@ def test_bad_files(tmp_path):
         read(tmp_path)
     write_text(tmp_path / "other.xml", text)
     with pytest.raises(ValueError, match=r"holds 2 XMLs of CVAT .*: name one"):
+        read(tmp_path)
+
+
+def test_infinite_place(tmp_path):
+    mask = '<mask label="cup" rle="0, 4" left="inf" top="0" width="2" height="2"/>'
+    written(tmp_path, mask)
+    with pytest.raises(ValueError, match=r"annotations\.xml, .*a mask that cannot be read: .*inf"):
         read(tmp_path)

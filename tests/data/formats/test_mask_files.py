@@ -232,3 +232,11 @@ def test_bad_folders_of_masks(tmp_path):
     (tmp_path / "images").rename(tmp_path / "photos")
     with pytest.raises(FileNotFoundError, match="does not exist: state the images as IMAGE_ROOT"):
         read(tmp_path, mask_root=tmp_path / "truth")
+
+
+def test_images_without_masks_are_said(tmp_path, caplog):
+    bowl(tmp_path, "a", "b")
+    for stem in "cd":
+        photograph(tmp_path / stem / "images" / f"{stem}.png")
+    assert len(read(tmp_path).images) == 4
+    assert "c.png: has no mask, like 1 more of the 4 images: no objects" in caplog.text

@@ -180,3 +180,17 @@ def test_bad_json(tmp_path):
     write_json(tmp_path / "via.json", {"a.jpg9": entry, "a.jpg10": entry})
     with pytest.raises(ValueError, match=r"via\.json, a\.jpg: the image .* occurs more than once"):
         read(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [
+        ({"name": ["x"]}, r"the shape \['x'\] is unknown"),
+        ({"name": "circle", "cx": 1, "cy": 1, "r": 10**400}, "'circle' needs the numbers"),
+        ({"name": "circle", "cx": 1, "cy": 1, "r": 1e308}, "'circle' needs the numbers"),
+    ],
+)
+def test_values_that_overflow(tmp_path, shape, message):
+    written(tmp_path, [via_region("cup", shape)])
+    with pytest.raises(ValueError, match=rf"via\.json, a\.jpg, region 0: .*{message}"):
+        read(tmp_path)

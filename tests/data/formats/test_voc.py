@@ -214,3 +214,52 @@ def test_bad_class_names(tmp_path, text, message):
     write_text(tmp_path / "class_names.txt", text)
     with pytest.raises(ValueError, match=message):
         read(tmp_path)
+
+
+def test_classes_of_voc_in_another_order(tmp_path, caplog):
+    """All 20 select, in any order and under new names; others name the labels."""
+    root = written(tmp_path, array(1, 2), array(1, 2))
+    reverse = tuple(reversed(VOC_CLASSES))
+    assert found(read(root, classes=reverse)) == [("aeroplane", 32), ("bicycle", 16)]
+    renamed = {"aeroplane": "plane", "bird": None}
+    given = ("plane", *(name for name in reverse if name not in renamed))
+    assert found(read(root, classes=given, rename=renamed))[0][0] == "aeroplane"
+    only = read(root, classes=("bicycle",), rename={"*": None})
+    assert found(only) == [("aeroplane", 32), ("bicycle", 16)]
+    # Two of the names do not select: they would leave out 18.
+    caplog.set_level("INFO")
+    assert found(read(root, classes=("person", "cat")))[0][0] == "person"
+    assert "those of CLASSES: 1 person, 2 cat" in caplog.text
+    with pytest.raises(ValueError, match="'thing' is a new name of RENAME: list the old names"):
+        read(root, classes=("thing", "cup"), rename={"plate": "thing"})
+
+
+def test_pixels_of_no_object(tmp_path, caplog):
+    classes, objects = array(1, 1), array(1, 2)
+    objects[objects == 2] = 0
+    content = read(written(tmp_path, classes, objects))
+    assert found(content) == [("aeroplane", 32)]
+    assert "has no object number in 16 pixels that have a class in SegmentationClass" in caplog.text
+
+
+@pytest.mark.parametrize("value", [0, 255])
+def test_no_object_numbers(tmp_path, value):
+    objects = np.where(array(1, 1) > 0, value, 0).astype(np.uint8)
+    root = written(tmp_path, array(1, 1), objects)
+    with pytest.raises(ValueError, match=r"a\.png has no object number in 48 pixels .* are all"):
+        read(root)
+
+
+def test_images_without_pngs(tmp_path, caplog):
+    """CVAT lists images without objects, but writes no PNGs of them."""
+    root = written(tmp_path, array(1, 2), array(1, 2))
+    photograph(root / "JPEGImages" / "b.jpg")
+    assert len(read(root).images) == 1
+    assert "b.jpg: has no PNG in SegmentationObject, like 0 more images: not read" in caplog.text
+    write_text(root / "ImageSets" / "Segmentation" / "default.txt", "a\nb\n")
+    with pytest.raises(FileNotFoundError, match=r"SegmentationClass/b\.png does not exist"):
+        read(root)
+    write_text(root / "labelmap.txt", "background:0,0,0::\ncup:128,0,0::\nplate:0,128,0::\n")
+    content = read(root)
+    assert [len(image.objects) for image in content.images] == [2, 0]
+    assert "b.jpg: has no PNGs, like 0 more listed images: no objects" in caplog.text

@@ -283,3 +283,35 @@ def test_boxes_as_masks(tmp_path):
     samples.write_text(tmp_path / "train" / "labels" / "a.txt", "0 0.5 0.5 0.5 0.25 0.9\n")
     with pytest.raises(ValueError, match="line 1: 5 numbers after the class are a box"):
         read(tmp_path, boxes_as_masks=True)
+
+
+def test_images_without_label_file_are_said(tmp_path, caplog):
+    dataset(tmp_path, "train: train/images\nnames: [cup]")
+    for name in "bcd":
+        photograph(tmp_path / "train" / "images" / f"{name}.jpg")
+    samples.write_text(tmp_path / "train" / "labels" / "d.txt", "")
+    read(tmp_path)
+    assert "b.jpg: has no label file, like 1 more of the 4 images" in caplog.text
+
+
+def test_labels_apart_from_images(tmp_path):
+    """An export without images: the labels beside data.yaml come before stray ones."""
+    dataset(tmp_path / "export", "train: images/train\nnames: [cup]", folder="images/train")
+    images = tmp_path / "photographs"
+    (tmp_path / "export" / "images").rename(images)
+    (images / "images").mkdir()
+    (images / "train").rename(images / "images" / "train")
+    samples.write_text(images / "labels" / "train" / "a.txt", "")
+    assert polygons(read(tmp_path / "export", image_root=images)) == TRIANGLE_PIXELS
+    other = tmp_path / "other"
+    other.mkdir()
+    photograph(tmp_path / "export" / "images" / "train" / "a.jpg")
+    with pytest.raises(ValueError, match=r"IMAGE_ROOT is .*other, but none of the 1 images"):
+        read(tmp_path / "export", image_root=other)
+
+
+def test_new_names_do_not_name_labels(tmp_path):
+    dataset(tmp_path, "train: train/images\nnc: 2")
+    assert read(tmp_path, classes=("cup", "dish"), rename={"cup": "dish"}).classes[0] == "cup"
+    with pytest.raises(ValueError, match=r"data\.yaml: .*'crockery' is a new name of RENAME"):
+        read(tmp_path, classes=("crockery", "spoon"), rename={"cup": "crockery"})

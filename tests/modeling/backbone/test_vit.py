@@ -99,6 +99,14 @@ def test_maps_lie_where_the_image_does():
         assert 64 - 32 - stride <= x * stride < 96 + 32 + stride
 
 
+def test_models_that_pass_options_on():
+    """The constructor of DeiT has the option of any image size in that of the class it extends."""
+    backbone = TimmViTBackbone(
+        name="deit_tiny_distilled_patch16_224", out_channels=16, drop_path_rate=0.1
+    )
+    assert backbone(torch.zeros(1, 3, 64, 96))["res4"].shape == (1, 16, 4, 6)
+
+
 def test_one_pixel():
     features = build("test_vit").eval()(torch.randn(1, 3, 1, 1))
     assert {tuple(x.shape[2:]) for x in features.values()} == {(1, 1)}
