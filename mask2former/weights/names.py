@@ -4,7 +4,7 @@ The names are those of the files on the Hugging Face hub, which every version of
 and writes (version 5 renames the modules of its Swin in memory only). A name on one side may stand
 for three on the other: we keep the matrices of queries, keys and values as one.
 
-In the tables: {i}, {j} numbers; {p} weight or bias; {q} also the statistics of a batch norm.
+In the tables: <i>, <j> numbers; <p> weight or bias; <q> also the statistics of a batch norm.
 """
 
 import math
@@ -21,11 +21,11 @@ TIMM = f"{ENCODER}_backbone."
 OUR_TIMM = "backbone.body."
 _THEIR_PIXELS, _THEIR_DECODER = "model.pixel_level_module.decoder", "model.transformer_module"
 _PIXELS, _PREDICTOR = "sem_seg_head.pixel_decoder", "sem_seg_head.predictor"
-_OUR_ENCODER_LAYER = f"{_PIXELS}.transformer.encoder.layers.{{i}}"
-_ENCODER_LAYER = f"{_THEIR_PIXELS}.encoder.layers.{{i}}"
-_DECODER_LAYER = f"{_THEIR_DECODER}.decoder.layers.{{i}}"
+_OUR_ENCODER_LAYER = f"{_PIXELS}.transformer.encoder.layers.<i>"
+_ENCODER_LAYER = f"{_THEIR_PIXELS}.encoder.layers.<i>"
+_DECODER_LAYER = f"{_THEIR_DECODER}.decoder.layers.<i>"
 _SELF, _CROSS, _FFN = (
-    f"{_PREDICTOR}.transformer_{kind}_layers.{{i}}"
+    f"{_PREDICTOR}.transformer_{kind}_layers.<i>"
     for kind in ("self_attention", "cross_attention", "ffn")
 )
 
@@ -33,66 +33,63 @@ _HEAD: dict[str, str | tuple[str, ...]] = {
     "criterion.empty_weight": "criterion.empty_weight",
     # Pixel decoder.
     f"{_PIXELS}.transformer.level_embed": f"{_THEIR_PIXELS}.level_embed",
-    f"{_PIXELS}.input_proj.{{i}}.{{j}}.{{p}}": f"{_THEIR_PIXELS}.input_projections.{{i}}.{{j}}.{{p}}",
-    f"{_PIXELS}.mask_features.{{p}}": f"{_THEIR_PIXELS}.mask_projection.{{p}}",
-    f"{_PIXELS}.adapter_{{i}}.weight": f"{_THEIR_PIXELS}.adapter_{{i}}.0.weight",
-    f"{_PIXELS}.adapter_{{i}}.norm.{{p}}": f"{_THEIR_PIXELS}.adapter_{{i}}.1.{{p}}",
-    f"{_PIXELS}.layer_{{i}}.weight": f"{_THEIR_PIXELS}.layer_{{i}}.0.weight",
-    f"{_PIXELS}.layer_{{i}}.norm.{{p}}": f"{_THEIR_PIXELS}.layer_{{i}}.1.{{p}}",
+    f"{_PIXELS}.input_proj.<i>.<j>.<p>": f"{_THEIR_PIXELS}.input_projections.<i>.<j>.<p>",
+    f"{_PIXELS}.mask_features.<p>": f"{_THEIR_PIXELS}.mask_projection.<p>",
+    f"{_PIXELS}.adapter_<i>.weight": f"{_THEIR_PIXELS}.adapter_<i>.0.weight",
+    f"{_PIXELS}.adapter_<i>.norm.<p>": f"{_THEIR_PIXELS}.adapter_<i>.1.<p>",
+    f"{_PIXELS}.layer_<i>.weight": f"{_THEIR_PIXELS}.layer_<i>.0.weight",
+    f"{_PIXELS}.layer_<i>.norm.<p>": f"{_THEIR_PIXELS}.layer_<i>.1.<p>",
     **{
-        f"{_OUR_ENCODER_LAYER}.self_attn.{part}.{{p}}": f"{_ENCODER_LAYER}.self_attn.{part}.{{p}}"
+        f"{_OUR_ENCODER_LAYER}.self_attn.{part}.<p>": f"{_ENCODER_LAYER}.self_attn.{part}.<p>"
         for part in ("sampling_offsets", "attention_weights", "value_proj", "output_proj")
     },
-    f"{_OUR_ENCODER_LAYER}.norm1.{{p}}": f"{_ENCODER_LAYER}.self_attn_layer_norm.{{p}}",
-    f"{_OUR_ENCODER_LAYER}.norm2.{{p}}": f"{_ENCODER_LAYER}.final_layer_norm.{{p}}",
-    f"{_OUR_ENCODER_LAYER}.linear1.{{p}}": f"{_ENCODER_LAYER}.fc1.{{p}}",
-    f"{_OUR_ENCODER_LAYER}.linear2.{{p}}": f"{_ENCODER_LAYER}.fc2.{{p}}",
+    f"{_OUR_ENCODER_LAYER}.norm1.<p>": f"{_ENCODER_LAYER}.self_attn_layer_norm.<p>",
+    f"{_OUR_ENCODER_LAYER}.norm2.<p>": f"{_ENCODER_LAYER}.final_layer_norm.<p>",
+    f"{_OUR_ENCODER_LAYER}.linear1.<p>": f"{_ENCODER_LAYER}.fc1.<p>",
+    f"{_OUR_ENCODER_LAYER}.linear2.<p>": f"{_ENCODER_LAYER}.fc2.<p>",
     # Transformer decoder.
     f"{_PREDICTOR}.query_feat.weight": f"{_THEIR_DECODER}.queries_features.weight",
     f"{_PREDICTOR}.query_embed.weight": f"{_THEIR_DECODER}.queries_embedder.weight",
     f"{_PREDICTOR}.level_embed.weight": f"{_THEIR_DECODER}.level_embed.weight",
-    f"{_PREDICTOR}.input_proj.{{i}}.{{p}}": f"{_THEIR_DECODER}.input_projections.{{i}}.{{p}}",
-    f"{_SELF}.self_attn.in_proj_{{p}}": tuple(
-        f"{_DECODER_LAYER}.self_attn.{letter}_proj.{{p}}" for letter in "qkv"
+    f"{_PREDICTOR}.input_proj.<i>.<p>": f"{_THEIR_DECODER}.input_projections.<i>.<p>",
+    f"{_SELF}.self_attn.in_proj_<p>": tuple(
+        f"{_DECODER_LAYER}.self_attn.{letter}_proj.<p>" for letter in "qkv"
     ),
-    f"{_SELF}.self_attn.out_proj.{{p}}": f"{_DECODER_LAYER}.self_attn.out_proj.{{p}}",
-    f"{_SELF}.norm.{{p}}": f"{_DECODER_LAYER}.self_attn_layer_norm.{{p}}",
-    f"{_CROSS}.multihead_attn.in_proj_{{p}}": f"{_DECODER_LAYER}.cross_attn.in_proj_{{p}}",
-    f"{_CROSS}.multihead_attn.out_proj.{{p}}": f"{_DECODER_LAYER}.cross_attn.out_proj.{{p}}",
-    f"{_CROSS}.norm.{{p}}": f"{_DECODER_LAYER}.cross_attn_layer_norm.{{p}}",
-    f"{_FFN}.linear1.{{p}}": f"{_DECODER_LAYER}.fc1.{{p}}",
-    f"{_FFN}.linear2.{{p}}": f"{_DECODER_LAYER}.fc2.{{p}}",
-    f"{_FFN}.norm.{{p}}": f"{_DECODER_LAYER}.final_layer_norm.{{p}}",
-    f"{_PREDICTOR}.decoder_norm.{{p}}": f"{_THEIR_DECODER}.decoder.layernorm.{{p}}",
-    f"{_PREDICTOR}.class_embed.{{p}}": "class_predictor.{p}",
-    f"{_PREDICTOR}.mask_embed.layers.{{i}}.{{p}}": (
-        f"{_THEIR_DECODER}.decoder.mask_predictor.mask_embedder.{{i}}.0.{{p}}"
+    f"{_SELF}.self_attn.out_proj.<p>": f"{_DECODER_LAYER}.self_attn.out_proj.<p>",
+    f"{_SELF}.norm.<p>": f"{_DECODER_LAYER}.self_attn_layer_norm.<p>",
+    f"{_CROSS}.multihead_attn.in_proj_<p>": f"{_DECODER_LAYER}.cross_attn.in_proj_<p>",
+    f"{_CROSS}.multihead_attn.out_proj.<p>": f"{_DECODER_LAYER}.cross_attn.out_proj.<p>",
+    f"{_CROSS}.norm.<p>": f"{_DECODER_LAYER}.cross_attn_layer_norm.<p>",
+    f"{_FFN}.linear1.<p>": f"{_DECODER_LAYER}.fc1.<p>",
+    f"{_FFN}.linear2.<p>": f"{_DECODER_LAYER}.fc2.<p>",
+    f"{_FFN}.norm.<p>": f"{_DECODER_LAYER}.final_layer_norm.<p>",
+    f"{_PREDICTOR}.decoder_norm.<p>": f"{_THEIR_DECODER}.decoder.layernorm.<p>",
+    f"{_PREDICTOR}.class_embed.<p>": "class_predictor.<p>",
+    f"{_PREDICTOR}.mask_embed.layers.<i>.<p>": (
+        f"{_THEIR_DECODER}.decoder.mask_predictor.mask_embedder.<i>.0.<p>"
     ),
 }
-_OUR_BLOCK = "backbone.layers.{i}.blocks.{j}"
-_BLOCK = f"{ENCODER}encoder.layers.{{i}}.blocks.{{j}}"
+_OUR_BLOCK = "backbone.layers.<i>.blocks.<j>"
+_BLOCK = f"{ENCODER}encoder.layers.<i>.blocks.<j>"
 _SWIN: dict[str, str | tuple[str, ...]] = {
-    "backbone.patch_embed.proj.{p}": f"{ENCODER}embeddings.patch_embeddings.projection.{{p}}",
-    "backbone.patch_embed.norm.{p}": f"{ENCODER}embeddings.norm.{{p}}",
-    f"{_OUR_BLOCK}.norm1.{{p}}": f"{_BLOCK}.layernorm_before.{{p}}",
-    f"{_OUR_BLOCK}.norm2.{{p}}": f"{_BLOCK}.layernorm_after.{{p}}",
+    "backbone.patch_embed.proj.<p>": f"{ENCODER}embeddings.patch_embeddings.projection.<p>",
+    "backbone.patch_embed.norm.<p>": f"{ENCODER}embeddings.norm.<p>",
+    f"{_OUR_BLOCK}.norm1.<p>": f"{_BLOCK}.layernorm_before.<p>",
+    f"{_OUR_BLOCK}.norm2.<p>": f"{_BLOCK}.layernorm_after.<p>",
     f"{_OUR_BLOCK}.attn.relative_position_bias_table": (
         f"{_BLOCK}.attention.self.relative_position_bias_table"
     ),
-    f"{_OUR_BLOCK}.attn.qkv.{{p}}": tuple(
-        f"{_BLOCK}.attention.self.{part}.{{p}}" for part in ("query", "key", "value")
+    f"{_OUR_BLOCK}.attn.qkv.<p>": tuple(
+        f"{_BLOCK}.attention.self.{part}.<p>" for part in ("query", "key", "value")
     ),
-    f"{_OUR_BLOCK}.attn.proj.{{p}}": f"{_BLOCK}.attention.output.dense.{{p}}",
-    f"{_OUR_BLOCK}.mlp.fc1.{{p}}": f"{_BLOCK}.intermediate.dense.{{p}}",
-    f"{_OUR_BLOCK}.mlp.fc2.{{p}}": f"{_BLOCK}.output.dense.{{p}}",
-    "backbone.layers.{i}.downsample.norm.{p}": f"{ENCODER}encoder.layers.{{i}}.downsample.norm.{{p}}",
-    "backbone.layers.{i}.downsample.reduction.{p}": (
-        f"{ENCODER}encoder.layers.{{i}}.downsample.reduction.{{p}}"
+    f"{_OUR_BLOCK}.attn.proj.<p>": f"{_BLOCK}.attention.output.dense.<p>",
+    f"{_OUR_BLOCK}.mlp.fc1.<p>": f"{_BLOCK}.intermediate.dense.<p>",
+    f"{_OUR_BLOCK}.mlp.fc2.<p>": f"{_BLOCK}.output.dense.<p>",
+    "backbone.layers.<i>.downsample.norm.<p>": f"{ENCODER}encoder.layers.<i>.downsample.norm.<p>",
+    "backbone.layers.<i>.downsample.reduction.<p>": (
+        f"{ENCODER}encoder.layers.<i>.downsample.reduction.<p>"
     ),
-    **{
-        f"backbone.norm{i}.{{p}}": f"{ENCODER}hidden_states_norms.stage{i + 1}.{{p}}"
-        for i in range(4)
-    },
+    **{f"backbone.norm{i}.<p>": f"{ENCODER}hidden_states_norms.stage{i + 1}.<p>" for i in range(4)},
 }
 
 
@@ -100,18 +97,18 @@ def _resnet_block() -> Iterator[tuple[str, str]]:
     """Convolutions and norms of the blocks of all stages."""
     for stage in range(4):
         ours, theirs = (
-            f"backbone.res{stage + 2}.{{i}}",
-            f"{ENCODER}encoder.stages.{stage}.layers.{{i}}",
+            f"backbone.res{stage + 2}.<i>",
+            f"{ENCODER}encoder.stages.{stage}.layers.<i>",
         )
         places = {"shortcut": "shortcut"} | {f"conv{n + 1}": f"layer.{n}" for n in range(3)}
         for our_place, place in places.items():
             yield f"{ours}.{our_place}.weight", f"{theirs}.{place}.convolution.weight"
-            yield f"{ours}.{our_place}.norm.{{q}}", f"{theirs}.{place}.normalization.{{q}}"
+            yield f"{ours}.{our_place}.norm.<q>", f"{theirs}.{place}.normalization.<q>"
 
 
 _RESNET: dict[str, str | tuple[str, ...]] = {
     "backbone.stem.conv1.weight": f"{ENCODER}embedder.embedder.convolution.weight",
-    "backbone.stem.conv1.norm.{q}": f"{ENCODER}embedder.embedder.normalization.{{q}}",
+    "backbone.stem.conv1.norm.<q>": f"{ENCODER}embedder.embedder.normalization.<q>",
     **dict(_resnet_block()),
 }
 _TABLE = _HEAD | _SWIN | _RESNET
@@ -145,8 +142,11 @@ _BIAS_TABLE = "relative_position_bias_table"
 
 
 def _compiled(template: str) -> re.Pattern:
-    pattern = re.escape(template).replace(r"\{", "{").replace(r"\}", "}")
-    return re.compile(re.sub(r"{(\w)}", lambda hole: _HOLES[hole[1]], pattern))
+    return re.compile(re.sub("<(.)>", lambda hole: _HOLES[hole[1]], re.escape(template)))
+
+
+def _filled(template: str, match: re.Match) -> str:
+    return re.sub("<(.)>", lambda hole: match[hole[1]], template)
 
 
 _OURS = [(_compiled(ours), theirs) for ours, theirs in _TABLE.items()]
@@ -198,7 +198,7 @@ def to_transformers(
             parts = (theirs,) if isinstance(theirs, str) else theirs
             pieces = tensor.chunk(len(parts)) if len(parts) > 1 else (tensor,)
             for part, piece in zip(parts, pieces, strict=True):
-                result[part.format_map(match.groupdict())] = piece
+                result[_filled(part, match)] = piece
             break
         else:
             unknown.append(name)
@@ -235,7 +235,7 @@ def from_transformers(
             match = pattern.fullmatch(name)
             if match is None:
                 continue
-            target = ours.format_map(match.groupdict())
+            target = _filled(ours, match)
             if count > 1:
                 fused.setdefault(target, {})[position] = tensor
             else:

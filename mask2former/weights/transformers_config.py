@@ -284,7 +284,7 @@ def our_config(
     """
     _require(content, _FIXED, path)
     task = next(task for task in TASKS if task in tasks)
-    values = _mapped(content, _KEYS) | _backbone_values(content, path) | _input_values(processor)
+    values = _mapped(content, _KEYS) | _backbone_values(content, path) | input_values(processor)
     ours = content.get(OURS) or {}
     test = "MODEL.MASK_FORMER.TEST"
     values |= {
@@ -362,7 +362,7 @@ def _resnet_values(backbone: Mapping[str, Any], path: str) -> dict[str, Any]:
     }
 
 
-def _input_values(processor: Mapping[str, Any]) -> dict[str, Any]:
+def input_values(processor: Mapping[str, Any]) -> dict[str, Any]:
     """Image size and normalisation, in the units of our images: RGB, 0 to 255."""
     size = processor.get("size", _SIZE)
     if isinstance(size, int):  # of the first versions
