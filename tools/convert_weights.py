@@ -148,7 +148,7 @@ def from_transformers(source: str, target: str, overwrite: bool = False) -> tupl
     known = known_data(metadata.get("stuff_classes", ()))
     # Names of its own exist in this process only.
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (known.name,) if known else ()
-    cfg.MODEL.WEIGHTS = os.path.abspath(target)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = os.path.abspath(target), "cuda"
     with atomic_write(target, "wb") as file:
         torch.save({"model": weights}, file)
     with atomic_write(config_file) as file:

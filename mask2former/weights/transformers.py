@@ -62,8 +62,9 @@ def load_transformers_folder(path: str) -> tuple[CfgNode, dict[str, Tensor], dic
         path: the folder, or the file of weights with config.json beside it.
 
     Returns:
-        Our config, of which DATASETS.TRAIN and TEST name metadata registered here; the weights by
-        our names; and that metadata, with class names, things and stuff.
+        Our config for the GPU if there is one, of which DATASETS.TRAIN and TEST name metadata
+        registered here; the weights by our names; and that metadata, with class names, things and
+        stuff.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -95,6 +96,7 @@ def load_transformers_folder(path: str) -> tuple[CfgNode, dict[str, Tensor], dic
         things = thing_ids_of(known, num_classes)
     tasks = tasks_of(content, things, os.path.basename(folder))
     cfg = our_config(content, processor, num_classes, tasks, config_path)
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     metadata = make_metadata(names, things, tasks)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (register(metadata),)
     our_names = timm_names(cfg) if cfg.MODEL.BACKBONE.NAME == "TimmBackbone" else ()
