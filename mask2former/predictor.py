@@ -30,7 +30,7 @@ from .fast.setup import apply_config
 from .inference.classes import class_names_of
 from .inference.filters import PredictionFilter
 from .inference.images import KINDS, ChannelOrder, InputImage, is_single, read_input
-from .inference.model_file import load_model_folder
+from .inference.pretrained import find_pretrained
 from .inference.result import Result
 from .preflight import check_device
 
@@ -103,7 +103,9 @@ class Predictor(DefaultPredictor):
         """Load a trained model with its config, class names and colours.
 
         Args:
-            path: folder that `save_model_folder` wrote, as training does in OUTPUT_DIR.
+            path: a folder that training wrote, OUTPUT_DIR/model_final or model_best; OUTPUT_DIR
+                itself, for the best of them; a checkpoint with its config.yaml beside it; or a
+                Mask2Former of the transformers package. See `inference/pretrained.py`.
             device: such as "cuda" or "cpu"; default: the GPU if there is one.
             opts: overrides of the config, `KEY1 VALUE1 KEY2 VALUE2 ...`, such as
                 `("INPUT.MIN_SIZE_TEST", 640)`.
@@ -111,11 +113,10 @@ class Predictor(DefaultPredictor):
 
         Raises:
             FileNotFoundError: there is no model.
-            ValueError: it is damaged or of a newer version, an override is wrong, or the device
-                does not exist.
+            ValueError: it is damaged, incomplete or of a newer version, an override is wrong, or
+                the device does not exist.
         """
-        path = os.path.expanduser(os.fspath(path))
-        saved = load_model_folder(path, opts, extend_config=extend_config)
+        saved = find_pretrained(os.path.expanduser(os.fspath(path)), opts, extend_config)
         cfg = saved.cfg
         cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_once(cfg, "config", check_config)
@@ -126,7 +127,11 @@ class Predictor(DefaultPredictor):
             # The data set itself need not exist here.
             model.metadata = saved.metadata
         predictor = cls.from_model(model, cfg, saved.metadata, saved.class_names)
-        Mask2FormerCheckpointer(predictor.model).load(saved.path)
+        checkpointer = Mask2FormerCheckpointer(predictor.model)
+        if saved.weights is None:
+            checkpointer.load(saved.path)
+        else:
+            checkpointer.load_weights(saved.weights, saved.path)
         return predictor
 
     def _set_up(

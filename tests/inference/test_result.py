@@ -170,7 +170,7 @@ def test_supervision(result):
     assert detections.class_id.tolist() == [0, 1]
     assert detections.confidence.tolist() == [0.75, 0.25]
     assert detections.data["class_name"].tolist() == ["cup", "plate"]
-    empty = result.filter(PredictionFilter(min_score=1)).to_supervision()
+    empty = result.filter(PredictionFilter(top_k=0)).to_supervision()
     assert len(empty) == 0
     segments = result.to_supervision("panoptic")
     assert segments.xyxy.tolist() == [[0, 0, 3, 2], [0, 3, 6, 4]]
@@ -203,6 +203,7 @@ def test_drawing(result, task):
     assert large.draw(task, scale=2).shape == (120, 180, 3)
     if task == "instance":
         # Of no instance, nothing.
+        large.panoptic = None
         nothing = large.filter(PredictionFilter(min_score=0.5)).draw(task)
         np.testing.assert_array_equal(nothing, image)
 
