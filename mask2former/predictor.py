@@ -1,8 +1,11 @@
 """Inference with a trained model: `Predictor(cfg)`, or from a folder that holds all it needs.
 
+    from mask2former import PredictionFilter, Predictor
+
     predictor = Predictor.from_pretrained("output/model_final")
     result = predictor.predict("image.jpg", filter=PredictionFilter(min_score=0.5))
-    print(result.names, result.scores); result.save("predictions")
+    print(result.names, result.scores)
+    result.save("predictions")
 
 H W pixels, C channels.
 """
@@ -34,7 +37,7 @@ from .inference.pretrained import find_pretrained
 from .inference.result import Result
 from .preflight import check_device
 
-# Images that wait for others of their size, in batches: an image of a rare size then runs alone.
+# Batches after which an image no longer waits for others of its size.
 _WAITING_BATCHES = 4
 
 
@@ -229,7 +232,7 @@ class Predictor(DefaultPredictor):
             raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
         waiting: dict[tuple[int, ...], list[tuple[int, InputImage, dict]]] = {}
         done: dict[int, Result] = {}
-        next_index = 0
+        next_index, longest_wait = 0, _WAITING_BATCHES * batch_size
 
         def run(size: tuple[int, ...]) -> None:
             batch = waiting.pop(size)
@@ -250,8 +253,8 @@ class Predictor(DefaultPredictor):
             waiting.setdefault(size, []).append((i, image, inputs))
             if len(waiting[size]) == batch_size:
                 run(size)
-            while sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
-                # The one that has waited longest, so that results can be yielded.
+            # What has waited longest, so that the results after it can be yielded.
+            while waiting and i - min(x[0][0] for x in waiting.values()) >= longest_wait:
                 run(min(waiting, key=lambda size: waiting[size][0][0]))
             while next_index in done:
                 yield done.pop(next_index)
