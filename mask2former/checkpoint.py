@@ -4,7 +4,9 @@ A file must fill the whole model, except at the start of a training run from oth
 ImageNet backbone, or the same model for other classes or with another number of queries.
 """
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -215,6 +217,20 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             # Detectron2 leaves this set after a failure and then refuses to load again.
             self._parsed_url_during_load = None
 
+    def load_weights(self, weights: dict[str, torch.Tensor], origin: str) -> None:
+        """Load weights that a program has, with the checks of `load`.
+
+        Args:
+            weights: state dict by the model's names.
+            origin: where they come from, for messages.
+
+        Raises:
+            ValueError: they do not fit the model.
+        """
+        self._partial, self._path = False, origin
+        incompatible = self._load_model({"model": as_tensors(dict(weights), origin)})
+        self._log_incompatible_keys(incompatible)
+
     def _load_file(self, filename: str) -> dict[str, Any]:
         if filename.endswith(INDEX):
             return {"model": as_tensors(load_file(filename), filename)}
@@ -395,7 +411,11 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         absent = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
         of_config = {name for name in absent if name.endswith(CLASS_WEIGHTS)}
         coverage = coverage_by_module(names, set(names) - absent, of_config)
-        self.logger.info(f"Tensors from {self._path}: {describe_coverage(coverage)}.")
+        line = f"Tensors from {self._path}: {describe_coverage(coverage)}."
+        self.logger.info(line)
+        if not self.logger.isEnabledFor(logging.INFO):
+            # A program that sets up no log, such as a notebook.
+            print(line, file=sys.stderr)
 
     def _check_partial(self, incompatible: Any, differences: Differences) -> None:
         shapes = {name for name, *_ in incompatible.incorrect_shapes}
