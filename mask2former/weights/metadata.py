@@ -9,6 +9,8 @@ from typing import Any
 from detectron2.data import Metadata, MetadataCatalog
 
 from ..data.datasets.colours import class_colours
+from ..data.evaluator_types import CLASS_LISTS
+from ..inference.classes import class_names_of
 from .transformers_config import OURS, TASKS
 
 _logger = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ _KNOWN = (
 )
 
 
-def class_names_of(metadata: Metadata, num_classes: int) -> list[str]:
+def require_class_names(metadata: Metadata, num_classes: int) -> list[str]:
     """The names of the K classes of a model.
 
     Args:
@@ -32,15 +34,13 @@ def class_names_of(metadata: Metadata, num_classes: int) -> list[str]:
     Raises:
         ValueError: the metadata names other classes, or none.
     """
-    lists = [list(metadata.get(key, ())) for key in ("stuff_classes", "thing_classes")]
-    for names in lists:
-        if len(names) == num_classes:
-            return names
-    counts = " and ".join(str(len(names)) for names in lists if names) or "no"
+    if any(len(metadata.get(key, ())) == num_classes for key in CLASS_LISTS):
+        return list(class_names_of([metadata], num_classes))
+    counts = [str(len(metadata.get(key))) for key in CLASS_LISTS if metadata.get(key)]
     raise ValueError(
-        f"The data set {metadata.get('name', '')!r} names {counts} classes, but "
-        f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}: set DATASETS.TEST to the data of the "
-        "training."
+        f"The data set {metadata.get('name', '')!r} names {' and '.join(counts) or 'no'} classes, "
+        f"but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}: set DATASETS.TEST to the data of "
+        "the training."
     )
 
 

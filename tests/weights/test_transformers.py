@@ -374,7 +374,7 @@ def test_damaged_folders(written, tmp_path):
         ("resnet", {"MODEL__RESNETS__NUM_GROUPS": 2}, "bottlenecks of 2 groups"),
         ("resnet", {"MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "BasePixelDecoder"}, "decoders are"),
         ("swin", {"INPUT__FORMAT": "BANDS", "INPUT__COLOR_AUG_SSD": False}, "INPUT.FORMAT is BAND"),
-        ("swin", {"MODEL__SEM_SEG_HEAD__NUM_CLASSES": 7}, "names 5 and 2 classes, but .* is 7"),
+        ("swin", {"MODEL__SEM_SEG_HEAD__NUM_CLASSES": 7}, "names 2 and 5 classes, but .* is 7"),
     ],
 )
 def test_models_that_the_package_cannot_be(tmp_path, backbone, others, message):
