@@ -148,7 +148,7 @@ def from_transformers(source: str, target: str, overwrite: bool = False) -> tupl
     known = known_data(metadata.get("stuff_classes", ()))
     # Names of its own exist in this process only.
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (known.name,) if known else ()
-    cfg.MODEL.WEIGHTS = os.path.abspath(target)
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = os.path.abspath(target), "cuda"
     with atomic_write(target, "wb") as file:
         torch.save({"model": weights}, file)
     with atomic_write(config_file) as file:
@@ -206,7 +206,7 @@ def _has_config(source: str) -> bool:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description="Convert weights from and to other libraries.",
-        epilog=f"Config overrides KEY VALUE follow last. A folder of transformers has {CONFIG}.",
+        epilog=f"A folder of transformers has a {CONFIG}.",
     )
     parser.add_argument(
         "source",
@@ -223,13 +223,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing model of transformers or .pth"
     )
-    parser.add_argument("opts", metavar="KEY VALUE", nargs=argparse.REMAINDER)
+    parser.add_argument(
+        "--opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, default=[], help="config overrides"
+    )
     args = parser.parse_args(argv)
     is_model = _has_config(args.source)
     if args.to == "detectron2" and (args.opts or args.config_file):
-        parser.error("--config-file and KEY VALUE are for --to transformers.")
+        parser.error("--config-file and --opts are for --to transformers.")
     if args.opts and not args.config_file:
-        parser.error("KEY VALUE needs --config-file.")
+        parser.error("--opts needs --config-file.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         if args.to == "transformers":

@@ -1,6 +1,7 @@
 """Models of timm as the `transformers` package builds them: features only, with other names."""
 
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 
@@ -10,7 +11,8 @@ from ..modeling.backbone.timm_models import import_timm, on_meta
 _SIZE = (64, 96)  # of a test image in pixels, multiples of 32 but of nothing larger
 
 
-def feature_indices(name: str, in_channels: int = 3) -> list[int]:
+@cache
+def feature_indices(name: str, in_channels: int = 3) -> tuple[int, ...]:
     """The numbers of the maps of strides 4, 8, 16 and 32.
 
     Args:
@@ -46,13 +48,14 @@ def feature_indices(name: str, in_channels: int = 3) -> list[int]:
             f"transformers' Mask2Former cannot use MODEL.TIMM.NAME {name!r} as it wraps timm's "
             f"models: {problem}."
         )
-    return indices
+    return tuple(indices)
 
 
-def feature_names(name: str, in_channels: int = 3) -> list[str]:
+@cache
+def feature_names(name: str, in_channels: int = 3) -> tuple[str, ...]:
     """The names of all tensors of the features-only model, see `feature_indices`."""
     indices = feature_indices(name, in_channels)
-    return list(_features_only(name, in_channels, indices).state_dict())
+    return tuple(_features_only(name, in_channels, indices).state_dict())
 
 
 def _features_only(name: str, in_channels: int, indices: Sequence[int]):

@@ -19,7 +19,8 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from torch import Tensor
 
-from ..utils.files import WriteError, atomic_write, explained_write_errors, make_folder
+from ..modeling.backbone.timm_models import on_meta
+from ..utils.files import atomic_write, explained_write_errors, make_folder
 from .folders import CONFIG, PROCESSOR, load_file, read_json, weights_file
 from .metadata import (
     class_names_of,
@@ -62,8 +63,9 @@ def load_transformers_folder(path: str) -> tuple[CfgNode, dict[str, Tensor], dic
         path: the folder, or the file of weights with config.json beside it.
 
     Returns:
-        Our config, of which DATASETS.TRAIN and TEST name metadata registered here; the weights by
-        our names; and that metadata, with class names, things and stuff.
+        Our config for the GPU if there is one, of which DATASETS.TRAIN and TEST name metadata
+        registered here; the weights by our names; and that metadata, with class names, things and
+        stuff.
 
     Raises:
         FileNotFoundError: there is no config.json.
@@ -95,9 +97,12 @@ def load_transformers_folder(path: str) -> tuple[CfgNode, dict[str, Tensor], dic
         things = thing_ids_of(known, num_classes)
     tasks = tasks_of(content, things, os.path.basename(folder))
     cfg = our_config(content, processor, num_classes, tasks, config_path)
+    cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     metadata = make_metadata(names, things, tasks)
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (register(metadata),)
-    our_names = timm_names(cfg) if cfg.MODEL.BACKBONE.NAME == "TimmBackbone" else ()
+    our_names: list[str] = []
+    if cfg.MODEL.BACKBONE.NAME == "TimmBackbone":
+        our_names = [OUR_TIMM + name for name in on_meta(cfg.MODEL.TIMM.NAME).state_dict()]
     try:
         weights = from_transformers(tensors, our_names)
     except ValueError as error:
@@ -107,14 +112,6 @@ def load_transformers_folder(path: str) -> tuple[CfgNode, dict[str, Tensor], dic
         f"{num_classes} classes, {', '.join(tasks)}): its names are converted."
     )
     return cfg, weights, metadata
-
-
-def timm_names(cfg: CfgNode) -> list[str]:
-    """The names of the tensors of our backbone of timm."""
-    from detectron2.modeling import build_backbone
-
-    with torch.device("meta"):
-        return [f"backbone.{name}" for name in build_backbone(cfg).state_dict()]
 
 
 def to_transformers_weights(cfg: CfgNode, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -129,7 +126,7 @@ def to_transformers_weights(cfg: CfgNode, weights: Mapping[str, Tensor]) -> dict
     """
     tensors = dict(weights)
     is_timm = any(name.startswith(OUR_TIMM) for name in tensors)
-    features: list[str] = []
+    features: tuple[str, ...] = ()
     if is_timm:
         features = feature_names(cfg.MODEL.TIMM.NAME, len(cfg.MODEL.PIXEL_MEAN))
     if cfg.INPUT.FORMAT == "BGR":
@@ -162,8 +159,6 @@ def to_transformers_weights(cfg: CfgNode, weights: Mapping[str, Tensor]) -> dict
 def _stems(cfg: CfgNode) -> list[str]:
     if cfg.MODEL.BACKBONE.NAME not in ("TimmBackbone", "build_timm_backbone"):
         return list(_STEMS)
-    from ..modeling.backbone.timm_models import on_meta
-
     first = on_meta(cfg.MODEL.TIMM.NAME).pretrained_cfg.get("first_conv") or ()
     return [f"{OUR_TIMM}{name}.weight" for name in ((first,) if isinstance(first, str) else first)]
 
@@ -251,12 +246,3 @@ def _umask() -> int:
     mask = os.umask(0)
     os.umask(mask)
     return mask
-
-
-__all__ = [
-    "WriteError",
-    "is_transformers_folder",
-    "load_transformers_folder",
-    "save_transformers_folder",
-    "to_transformers_weights",
-]

@@ -123,7 +123,7 @@ def backbone_config(cfg: CfgNode) -> dict[str, Any]:
             "backbone": timm_name,
             "features_only": True,
             "freeze_batch_norm_2d": cfg.MODEL.TIMM.NORM == "FrozenBN",
-            "out_indices": feature_indices(timm_name, len(cfg.MODEL.PIXEL_MEAN)),
+            "out_indices": list(feature_indices(timm_name, len(cfg.MODEL.PIXEL_MEAN))),
         }
     raise _refuse(
         f"MODEL.BACKBONE.NAME is {name}; allowed: D2SwinTransformer, build_resnet_backbone and "
