@@ -7,6 +7,7 @@ import torch
 from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
+from small_models import randomise, small_config
 
 from mask2former.best_checkpoint import WeightsWriter
 from mask2former.config import without_added_defaults
@@ -14,6 +15,7 @@ from mask2former.inference import InstanceMasks, PredictionFilter
 from mask2former.inference.model_file import save_model_folder
 from mask2former.inference.saving import ModelFolderCheckpointer
 from mask2former.predictor import Predictor
+from mask2former.weights.transformers import save_transformers_folder
 
 HEIGHT, WIDTH = 40, 56
 METADATA = Metadata(
@@ -266,3 +268,33 @@ def test_from_pretrained_does_not_fit(predictor, cfg, tmp_path):
         Predictor.from_pretrained(tmp_path, device="cpu")
     with pytest.raises(ValueError, match="MODEL.DEVICE is 'nonsense"):
         Predictor.from_pretrained(tmp_path, device="nonsense")
+
+
+def test_from_pretrained_of_transformers(tmp_path):
+    """A folder of that package, with class names, task and sizes."""
+    cfg = small_config("resnet", False, INPUT__MIN_SIZE_TEST=64, INPUT__MAX_SIZE_TEST=96)
+    name = "tests_predictor_transformers"
+    names = [f"class {i}" for i in range(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)]
+    MetadataCatalog.get(name).set(
+        stuff_classes=names,
+        thing_classes=names[:2],
+        thing_dataset_id_to_contiguous_id={0: 0, 1: 1},
+    )
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    # Random weights are never sure.
+    thresholds = "OBJECT_MASK_THRESHOLD", "OVERLAP_THRESHOLD"
+    opts = [x for key in thresholds for x in (f"MODEL.MASK_FORMER.TEST.{key}", 0.0)]
+    cfg.merge_from_list(opts)
+    model = build_model(cfg)
+    randomise(model, 0)
+    expected = Predictor.from_model(model, cfg, MetadataCatalog.get(name)).predict(rgb())
+    assert len(expected.panoptic.segments) > 1
+    save_transformers_folder(model.state_dict(), cfg, str(tmp_path / "folder"))
+    loaded = Predictor.from_pretrained(tmp_path / "folder", device="cpu", opts=opts)
+    assert loaded.class_names == tuple(names)
+    assert (loaded.cfg.INPUT.MIN_SIZE_TEST, loaded.cfg.INPUT.MAX_SIZE_TEST) == (64, 96)
+    result = loaded.predict(rgb())
+    np.testing.assert_array_equal(result.panoptic.segment_ids, expected.panoptic.segment_ids)
+    assert [s.label for s in result.panoptic.segments] == [
+        s.label for s in expected.panoptic.segments
+    ]

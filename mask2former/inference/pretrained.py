@@ -17,7 +17,7 @@ from detectron2.data import Metadata, MetadataCatalog
 from torch import Tensor
 
 from ..config import ExtendConfig, load_config
-from ..weights.transformers import load_transformers_folder
+from ..weights.transformers import is_transformers_folder, load_transformers_folder
 from .classes import class_names_of
 from .model_file import (
     WEIGHTS_FILE,
@@ -26,7 +26,7 @@ from .model_file import (
     merge_overrides,
 )
 
-_CONFIG_YAML, _CONFIG_JSON = "config.yaml", "config.json"
+_CONFIG_YAML = "config.yaml"
 # The folders that a training writes, the first that exists counts.
 _FOLDERS = ("model_best", "model_final")
 
@@ -70,7 +70,7 @@ def find_pretrained(
         return _of_file(path, opts, extend_config)
     if is_model_file(os.path.join(path, WEIGHTS_FILE)):
         return _of_model_file(path, opts, extend_config)
-    if os.path.isfile(os.path.join(path, _CONFIG_JSON)):
+    if is_transformers_folder(path):
         return _of_transformers(path, opts)
     for name in _FOLDERS:
         folder = os.path.join(path, name)
@@ -82,8 +82,7 @@ def find_pretrained(
 def _of_file(path: str, opts: Sequence[Any], extend_config: ExtendConfig | None) -> Pretrained:
     if is_model_file(path):
         return _of_model_file(path, opts, extend_config)
-    beside = os.path.join(os.path.dirname(path), _CONFIG_JSON)
-    if not path.endswith((".pth", ".pkl")) and os.path.isfile(beside):
+    if not path.endswith((".pth", ".pkl")) and is_transformers_folder(os.path.dirname(path)):
         return _of_transformers(path, opts)
     return _of_checkpoint(path, opts, extend_config)
 
@@ -127,7 +126,7 @@ def _last_checkpoint(folder: str) -> str:
     marker = os.path.join(folder, "last_checkpoint")
     if not os.path.isfile(marker):
         raise FileNotFoundError(
-            f"Folder {folder} holds no model: neither {WEIGHTS_FILE}, {_CONFIG_JSON} of "
+            f"Folder {folder} holds no model: neither {WEIGHTS_FILE}, config.json of "
             f"transformers, {' or '.join(_FOLDERS)} nor last_checkpoint of a training."
         )
     with open(marker, errors="replace") as file:
