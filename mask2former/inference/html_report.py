@@ -20,11 +20,9 @@ from html import escape
 from pathlib import Path
 from typing import IO, Any
 
-import cv2
 import numpy as np
 from PIL import Image
 
-from ..evaluation.mask_encoding import encode_transposed
 from ..utils.files import atomic_write
 
 _PAGE = Path(__file__).parent / "html"
@@ -40,7 +38,7 @@ class ReportObject:
 
     Attributes:
         label: contiguous class id.
-        counts: compressed COCO run lengths of the mask (h, w), see `report_mask`.
+        counts: compressed COCO run lengths of the mask (h, w), see `report_objects.py`.
         area: share of the image, 0 to 1.
         score: 0 to 1; None for ground truth and where the model gives none.
         is_crowd: of ground truth.
@@ -141,7 +139,8 @@ class HtmlReport:
             small = small.resize((w, h), Image.Resampling.LANCZOS, reducing_gap=2.0)
         jpeg = io.BytesIO()
         small.save(jpeg, format="JPEG", quality=_JPEG_QUALITY)
-        masks = [one.counts for one in (*predictions, *(gt or ()))]
+        gt = gt if gt is None else list(gt)
+        masks = [x.counts for x in (*predictions, *(gt or ()))]
         number = len(self._images)
         encoded = base64.b64encode(jpeg.getvalue()).decode()
         self._write_data(f"m{number}", masks)
@@ -153,7 +152,9 @@ class HtmlReport:
                 "height": height,
                 "w": w,
                 "h": h,
-                "pred": [[one.label, _rounded(one.score), _rounded(one.area)] for one in predictions],
+                "pred": [
+                    [one.label, _rounded(one.score), _rounded(one.area)] for one in predictions
+                ],
                 "gt": None
                 if gt is None
                 else [[one.label, one.is_crowd, _rounded(one.area)] for one in gt],
@@ -194,45 +195,6 @@ class HtmlReport:
     def _write(self, text: str) -> None:
         # Names of files may be no Unicode.
         self._file.write(text.encode("utf-8", "backslashreplace"))
-
-
-def report_mask(
-    mask: np.ndarray, offset: tuple[int, int], size: tuple[int, int], target: tuple[int, int]
-) -> str:
-    """Scale a mask to the size of the report and encode it.
-
-    A mask keeps at least one pixel.
-
-    Args:
-        mask: bool, a crop of the full-size mask.
-        offset: (x, y) of the crop in the image.
-        size: (H, W) of the image.
-        target: (h, w) in the report.
-
-    Returns:
-        Compressed COCO run lengths.
-    """
-    small = np.zeros(target[::-1], np.uint8)  # (w, h), as run lengths go
-    if mask.any():
-        rows, y = _sampled(offset[1], mask.shape[0], size[0], target[0])
-        columns, x = _sampled(offset[0], mask.shape[1], size[1], target[1])
-        part = mask[rows[:, None], columns].astype(np.uint8)
-        if part.any():
-            small[x : x + len(columns), y : y + len(rows)] = cv2.transpose(part)
-        else:  # too thin to be sampled
-            points = np.argwhere(mask)
-            point = points[len(points) // 2]
-            row = (offset[1] + point[0]) * target[0] // size[0]
-            small[(offset[0] + point[1]) * target[1] // size[1], row] = 1
-    return encode_transposed(small)["counts"]
-
-
-def _sampled(start: int, length: int, full: int, target: int) -> tuple[np.ndarray, int]:
-    """Indices into a crop of nearest-neighbour samples, and the target index of the first."""
-    # The centre of pixel i of the target is in pixel (2 i + 1) full / (2 target) of the image.
-    centres = (2 * np.arange(target) + 1) * full // (2 * target)
-    first, last = np.searchsorted(centres, (start, start + length))
-    return centres[first:last] - start, int(first)
 
 
 def _counted(number: int, word: str) -> str:

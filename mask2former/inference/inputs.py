@@ -56,7 +56,7 @@ def find_images(
         if not found:
             raise FileNotFoundError(f"--input {pattern}: no image file there")
         for image in found:
-            images.setdefault(os.path.realpath(image.path), image)
+            images.setdefault(os.path.abspath(image.path), image)
     return list(images.values())
 
 

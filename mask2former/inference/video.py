@@ -205,9 +205,7 @@ class VideoWriter:
         try:
             self._require_complete()
             if self._audio_from is not None:
-                add_audio(
-                    self._temporary, self._audio_from, seconds=self.num_frames / self.fps
-                )
+                add_audio(self._temporary, self._audio_from, seconds=self.num_frames / self.fps)
                 self._require_complete()
             with explained_write_errors(str(self.path)):
                 os.replace(self._temporary, self.path)
