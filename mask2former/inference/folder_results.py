@@ -54,7 +54,7 @@ class FolderResults:
         self._kinds = frozenset(kinds)
         assert self._kinds <= set(KINDS), kinds
         self._category_ids = (
-            dict(enumerate(range(len(class_names)))) if category_ids is None else dict(category_ids)
+            {i: i for i in range(len(class_names))} if category_ids is None else dict(category_ids)
         )
         is_thing = set(things)
         self._categories = [
