@@ -23,7 +23,7 @@ import argparse
 import itertools
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -36,7 +36,8 @@ from tqdm import tqdm
 from mask2former.inference.filters import PredictionFilter
 from mask2former.inference.folder_results import KINDS, TASK_OF_KIND
 from mask2former.inference.folder_run import FolderRun
-from mask2former.inference.inputs import ImageFile, find_images, stems_of
+from mask2former.inference.inputs import find_images, stems_of
+from mask2former.inference.outputs import plan_drawings, plan_videos
 from mask2former.inference.result import Result
 from mask2former.inference.video import (
     CODECS,
@@ -61,7 +62,7 @@ _ESCAPE = 27
 # ---- what to predict, and what to write ----
 
 
-def choose_tasks(requested: str | None, enabled: list[str], saved: list[str] = ()) -> list[str]:
+def choose_tasks(requested: str | None, enabled: list[str], saved: Sequence[str] = ()) -> list[str]:
     """Returns the tasks to draw.
 
     Args:
@@ -83,78 +84,6 @@ def choose_tasks(requested: str | None, enabled: list[str], saved: list[str] = (
     if requested == "all":
         return enabled
     return enabled[:1] if requested is None else [requested]
-
-
-def plan_drawings(
-    images: list[ImageFile], stems: list[Path], tasks: list[str], output: Path
-) -> dict[tuple[Path, str], Path]:
-    """Returns the file to write for each (image, task).
-
-    Raises:
-        ValueError: a file would be written twice, or over an input.
-    """
-    if output.suffix.lower() == ".png" and not output.is_dir():
-        if len(images) * len(tasks) > 1:
-            raise ValueError(
-                f"--output {output} is one file, but there are {len(images) * len(tasks)} "
-                "drawings: name a folder"
-            )
-        planned = {(images[0].path, tasks[0]): output}
-    else:
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output} is a file, but neither a folder nor a .png")
-        planned = {
-            (image.path, task): output / f"{stem}{_ending(task, tasks)}.png"
-            for image, stem in zip(images, stems, strict=True)
-            for task in tasks
-        }
-    require_apart(planned, [image.path for image in images])
-    return planned
-
-
-def plan_videos(
-    videos: list[Path], tasks: list[str], output: Path
-) -> dict[tuple[Path, str], Path]:
-    """Returns the file to write for each (video, task); see `plan_drawings`."""
-    if output.suffix and not output.is_dir() and (len(videos), len(tasks)) == (1, 1):
-        require_container(output)
-        planned = {(videos[0], tasks[0]): output}
-    elif output.suffix.lower() in CODECS and not output.is_dir():
-        raise ValueError(
-            f"--output {output} is one file, but there are {len(videos) * len(tasks)} videos to "
-            "write: name a folder"
-        )
-    else:
-        planned = {
-            (video, task): output / f"{video.stem}{_ending(task, tasks)}{_container(video)}"
-            for video in videos
-            for task in tasks
-        }
-    require_apart(planned, videos)
-    return planned
-
-
-def _ending(task: str, tasks: list[str]) -> str:
-    return f"_{task}" if len(tasks) > 1 else ""
-
-
-def _container(video: Path) -> str:
-    return video.suffix if video.suffix.lower() in CODECS else ".mp4"
-
-
-def require_apart(planned: dict[tuple[Path, str], Path], inputs: list[Path]) -> None:
-    """
-    Raises:
-        ValueError: a planned file is an input, or planned twice.
-    """
-    read = {path.resolve() for path in inputs}
-    sources: dict[Path, Path] = {}
-    for (source, _), path in planned.items():
-        if path.resolve() in read:
-            raise ValueError(f"{path} would be overwritten, but it is an input: change --output")
-        if path in sources:
-            raise ValueError(f"{sources[path]} and {source} would both be drawn to {path}")
-        sources[path] = source
 
 
 def load_predictor(args: argparse.Namespace) -> Predictor:
@@ -221,7 +150,9 @@ def predict_images(args: argparse.Namespace, predictor: Predictor, tasks: list[s
     if args.output is not None:
         planned = plan_drawings(images, stems, tasks, args.output)
         if args.save and any(stem.parts[0] == RESULTS for stem in stems):
-            raise ValueError(f"a folder of the input is named {RESULTS}, as that of --save: rename it")
+            raise ValueError(
+                f"a folder of the input is named {RESULTS}, as that of --save: rename it"
+            )
     run = FolderRun(
         predictor,
         tasks[0],
@@ -245,8 +176,7 @@ def predict_images(args: argparse.Namespace, predictor: Predictor, tasks: list[s
     with ExitStack() as stack:
         if args.html is not None:
             stack.enter_context(run.write_report(args.html, title, len(images)))
-        progress = tqdm(run.results(images, stems), total=len(images), desc="images", unit="image")
-        for image, result in progress:
+        for image, result in run.results(images, stems):
             for task in tasks:
                 drawing = draw(result, task, args)
                 target = planned.get((image.path, task))
@@ -335,9 +265,7 @@ def predict_frames(
     with VideoReader(source) as reader, ExitStack() as stack:
         writers = {
             task: stack.enter_context(
-                VideoWriter(
-                    path, reader.size, reader.fps, audio_from=None if is_camera else source
-                )
+                VideoWriter(path, reader.size, reader.fps, audio_from=None if is_camera else source)
             )
             for task, path in targets.items()
         }
@@ -378,7 +306,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Predict images, videos or a camera.",
         epilog="With --video-input several videos go to a folder. Containers that can be written: "
-        f"{', '.join(CODECS)}; of these browsers play .webm. ffmpeg, if installed, keeps the sound.",
+        f"{', '.join(CODECS)}; browsers play .webm only. ffmpeg, if installed, keeps the sound.",
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config-file", metavar="FILE", help="config of the model")
@@ -415,7 +343,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         choices=KINDS,
         default=[],
-        help=f"write to OUTPUT/{RESULTS}: COCO result JSON, COCO panoptic JSON and PNGs, label maps",
+        help=f"write to OUTPUT/{RESULTS}: COCO result JSON, COCO panoptic files, label maps",
     )
     results.add_argument("--html", type=Path, metavar="FILE", help="write a report for a browser")
     results.add_argument(

@@ -95,10 +95,19 @@ class GroundTruth:
             # Several images of that name: only the path can tell.
             self._by_name[base] = None if base in self._by_name else record
 
-    def find(self, path: Path) -> dict[str, Any] | None:
-        """The record of an image: of the same file, or else of the only one of its name."""
+    def find(self, path: Path, *, by_name: bool = True) -> dict[str, Any] | None:
+        """The record of an image: of the same file, or else of the only one of its name.
+
+        Args:
+            path: of the image.
+            by_name: False: of the same file only.
+        """
         found = self._by_path.get(os.path.realpath(path))
-        return self._by_name.get(path.name) if found is None else found
+        return self._by_name.get(path.name) if found is None and by_name else found
+
+    def image_ids(self) -> list[Any]:
+        """Ids of all images that have one."""
+        return [r["image_id"] for r in self._by_path.values() if "image_id" in r]
 
     def objects(
         self, record: Mapping[str, Any], task: str, size: tuple[int, int], target: tuple[int, int]
