@@ -25,6 +25,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import cv2
@@ -143,7 +144,8 @@ def predict_images(args: argparse.Namespace, predictor: Predictor, tasks: list[s
             or would not work.
         SystemExit: images could not be predicted; the others are.
     """
-    outputs = [args.output] if args.output is not None and args.output.suffix == "" else []
+    has_folder = args.output is not None and args.output.suffix.lower() != ".png"
+    outputs = [args.output] if has_folder else []
     images = find_images(args.input, recursive=args.recursive, leave_out=outputs)
     stems = stems_of(images)
     planned = {}
@@ -197,7 +199,12 @@ def predict_images(args: argparse.Namespace, predictor: Predictor, tasks: list[s
 
 
 def draw(result: Result, task: str, args: argparse.Namespace) -> np.ndarray:
-    return result.draw(task, confidence_threshold=args.confidence_threshold)
+    """Draw a task; of instances those above --confidence-threshold."""
+    if task == "instance":
+        # Other tasks are not filtered, and need no scores.
+        only = replace(result, panoptic=None, semantic=None)
+        result = only.filter(PredictionFilter(min_score=args.confidence_threshold))
+    return result.draw(task)
 
 
 def show(title: str, drawing: np.ndarray, *, wait: bool) -> bool:

@@ -87,7 +87,7 @@ class FolderResults:
             {"id": image_id, "file_name": file_name, "height": height, "width": width}
         )
         if "json" in self._kinds:
-            self._instances += result.to_coco(image_id=image_id)
+            self._instances += result.to_coco(image_id)["instances"]
         png = Path(f"{stem}.png")
         if "panoptic" in self._kinds:
             assert result.panoptic is not None

@@ -162,9 +162,13 @@ class VideoWriter:
         self.size, self.fps, self.num_frames = size, fps, 0
         self._audio_from = audio_from
         self._temporary = self.path.with_name(f"{self.path.stem}.tmp{self.path.suffix}")
-        with explained_write_errors(str(self.path)):
-            # OpenCV does not tell why it cannot open a file.
-            self._temporary.write_bytes(b"")
+        try:
+            with explained_write_errors(str(self.path)):
+                # OpenCV does not tell why it cannot open or fill a file.
+                self._temporary.write_bytes(bytes(2**16))
+        except WriteError:
+            self.discard()
+            raise
         codec = CODECS[self.path.suffix.lower()]
         self._padding = size[0] % 2, size[1] % 2
         height, width = (length + odd for length, odd in zip(size, self._padding, strict=True))
@@ -176,7 +180,7 @@ class VideoWriter:
         self._writer = cv2.VideoWriter(
             str(self._temporary),
             cv2.CAP_FFMPEG,
-            cv2.VideoWriter_fourcc(*codec),
+            cv2.VideoWriter.fourcc(*codec),
             fps,
             (width, height),
         )

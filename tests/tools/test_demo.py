@@ -96,7 +96,7 @@ def test_unreadable_images_are_reported_and_others_drawn(opts, images, tmp_path)
     with pytest.raises(SystemExit) as error:
         run(opts, "--input", images, "--output", tmp_path / "out")
     message = str(error.value)
-    assert "2 images could not be drawn" in message
+    assert "2 images could not be predicted" in message
     assert "broken.jpg" in message and "fake.jpg" in message and "a.jpg:" not in message
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.png", "b.png", "grey.png"]
 
@@ -113,7 +113,7 @@ def test_unreadable_images_are_reported_and_others_drawn(opts, images, tmp_path)
             "there are 3 drawings",
         ),
         (["--input", "{images}/a.jpg", "--output", "{images}/notes.txt"], "is a file"),
-        (["--input", "{images}/a.jpg", "{images}/sub/a.jpg", "--output", "out"], "both be drawn"),
+        (["--input", "{images}/a.jpg", "{images}/sub/a.jpg", "--output", "out"], "both be written"),
     ],
 )
 def test_bad_paths(opts, images, tmp_path, monkeypatch, arguments, message):
