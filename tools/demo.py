@@ -108,6 +108,14 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     )
 
 
+def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
+    """Load the model; returns it and the tasks to draw."""
+    predictor = load_predictor(args)
+    if torch.device(predictor.cfg.MODEL.DEVICE).type == "cpu":
+        keep_freed_memory()
+    return predictor, choose_tasks(args.task, enabled_tasks(predictor.cfg), args.save)
+
+
 def read_filter(args: argparse.Namespace) -> PredictionFilter:
     """
     Raises:
@@ -136,7 +144,7 @@ def read_filter(args: argparse.Namespace) -> PredictionFilter:
 # ---- images ----
 
 
-def predict_images(args: argparse.Namespace, predictor: Predictor, tasks: list[str]) -> None:
+def predict_images(args: argparse.Namespace) -> None:
     """Predict --input.
 
     Raises:
@@ -148,6 +156,7 @@ def predict_images(args: argparse.Namespace, predictor: Predictor, tasks: list[s
     outputs = [args.output] if has_folder else []
     images = find_images(args.input, recursive=args.recursive, leave_out=outputs)
     stems = stems_of(images)
+    predictor, tasks = load(args)
     planned = {}
     if args.output is not None:
         planned = plan_drawings(images, stems, tasks, args.output)
@@ -219,9 +228,12 @@ def show(title: str, drawing: np.ndarray, *, wait: bool) -> bool:
 # ---- videos and cameras ----
 
 
-def predict_videos(args: argparse.Namespace, predictor: Predictor, tasks: list[str]) -> None:
+def predict_videos(args: argparse.Namespace) -> None:
     """Predict --video-input; as `predict_images`."""
     videos = [Path(name).expanduser() for name in args.video_input]
+    for video in videos if len(videos) == 1 else ():
+        VideoReader(video).close()  # before the model is loaded
+    predictor, tasks = load(args)
     planned = {} if args.output is None else plan_videos(videos, tasks, args.output)
     for folder in {target.parent for target in planned.values()}:
         require_writable(str(folder))
@@ -239,8 +251,10 @@ def predict_videos(args: argparse.Namespace, predictor: Predictor, tasks: list[s
         sys.exit(f"error: {len(failed)} of {len(videos)} videos could not be predicted:{lines}")
 
 
-def predict_camera(args: argparse.Namespace, predictor: Predictor, tasks: list[str]) -> None:
+def predict_camera(args: argparse.Namespace) -> None:
     """Predict --webcam until Ctrl-C, Escape in the window, or --max-frames; the video is kept."""
+    VideoReader(args.webcam).close()
+    predictor, tasks = load(args)
     targets = {}
     if args.output is not None:
         if args.output.suffix == "" or args.output.is_dir() or len(tasks) > 1:
@@ -415,16 +429,12 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
         read_filter(args)  # before the model is loaded
-        predictor = load_predictor(args)
-        if torch.device(predictor.cfg.MODEL.DEVICE).type == "cpu":
-            keep_freed_memory()
-        tasks = choose_tasks(args.task, enabled_tasks(predictor.cfg), args.save)
         if args.input is not None:
-            predict_images(args, predictor, tasks)
+            predict_images(args)
         elif args.video_input is not None:
-            predict_videos(args, predictor, tasks)
+            predict_videos(args)
         else:
-            predict_camera(args, predictor, tasks)
+            predict_camera(args)
     except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
 

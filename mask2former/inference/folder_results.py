@@ -3,7 +3,7 @@
     json       coco_instances_results.json, the COCO result format, and images.json, the images
                and categories that it is about: `COCO("images.json").loadRes(...)`
     panoptic   panoptic.json, COCO panoptic format, and panoptic/*.png with segment ids as colours
-    semantic   semantic/*.png, label maps
+    semantic   semantic/*.png, maps of category ids
 
 Ids of images and categories are those of a data set, where the images are of one.
 """
@@ -20,7 +20,7 @@ from panopticapi.utils import id2rgb
 from PIL import Image
 
 from ..utils.files import atomic_write, make_folder
-from .result import PanopticResult, Result
+from .result import Result
 
 KINDS = ("json", "panoptic", "semantic")
 # The task whose predictions each kind has.
@@ -56,6 +56,9 @@ class FolderResults:
         self._category_ids = (
             {i: i for i in range(len(class_names))} if category_ids is None else dict(category_ids)
         )
+        # Labels without category id, which no prediction should have, become 0.
+        ids = [self._category_ids.get(label, 0) for label in range(len(class_names))]
+        self._lookup = np.array(ids, np.uint8 if max(ids, default=0) < 2**8 else np.uint16)
         is_thing = set(things)
         self._categories = [
             {"id": self._category_ids[label], "name": name, "isthing": int(label in is_thing)}
@@ -86,37 +89,26 @@ class FolderResults:
         self._images.append(
             {"id": image_id, "file_name": file_name, "height": height, "width": width}
         )
+        content = result.to_coco(image_id)
         if "json" in self._kinds:
-            self._instances += result.to_coco(image_id)["instances"]
+            self._instances += content["instances"]
         png = Path(f"{stem}.png")
         if "panoptic" in self._kinds:
             assert result.panoptic is not None
-            colours = id2rgb(result.panoptic.segment_ids)
-            _write_png(self._folder / "panoptic" / png, colours)
-            self._panoptic.append(
-                {
-                    "image_id": image_id,
-                    "file_name": png.as_posix(),
-                    "segments_info": self._segments(result.panoptic),
-                }
-            )
+            segment_ids = result.panoptic.segment_ids
+            _write_png(self._folder / "panoptic" / png, id2rgb(segment_ids))
+            # What ground truth has, too: tools that edit panoptic files need it.
+            segments = [
+                {"bbox": list(cv2.boundingRect((segment_ids == one["id"]).astype(np.uint8)))}
+                | {"iscrowd": 0}
+                | one
+                for one in content["panoptic"]["segments_info"]
+            ]
+            annotation = {"file_name": png.as_posix(), "segments_info": segments}
+            self._panoptic.append(content["panoptic"] | annotation)
         if "semantic" in self._kinds:
             assert result.semantic is not None
-            _write_png(self._folder / "semantic" / png, result.semantic)
-
-    def _segments(self, panoptic: PanopticResult) -> list[dict[str, Any]]:
-        segments = []
-        for segment in panoptic.segments:
-            mask = (panoptic.segment_ids == segment.id).astype(np.uint8)
-            info = {
-                "id": segment.id,
-                "category_id": self._category_ids[segment.label],
-                "area": segment.area,
-                "bbox": list(cv2.boundingRect(mask)),
-                "iscrowd": 0,
-            }
-            segments.append(info if segment.score is None else info | {"score": segment.score})
-        return segments
+            _write_png(self._folder / "semantic" / png, self._lookup[result.semantic])
 
     def finish(self) -> list[Path]:
         """Write the JSON.

@@ -107,7 +107,7 @@ def test_unreadable_images_are_reported_and_others_drawn(opts, images, tmp_path)
         (["--input", "{images}/*.gif", "--output", "out"], r"\*\.gif: no image file"),
         (["--input", "{images}/missing.jpg", "--output", "out"], "missing.jpg: no image file"),
         (["--input", "{images}", "--output", "{images}"], "b.png would be overwritten"),
-        (["--input", "{images}", "--output", "out.png"], "there are 3 drawings"),
+        (["--input", "{images}", "--output", "out.png"], "there are 4 drawings"),
         (
             ["--input", "{images}/a.jpg", "--task", "all", "--output", "out.png"],
             "there are 3 drawings",
