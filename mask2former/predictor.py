@@ -9,6 +9,7 @@ H W pixels, C channels.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -267,7 +268,7 @@ class Predictor(DefaultPredictor):
     def _predict_batch(
         self, batch: list[tuple[int, InputImage, dict]], keep_image: bool
     ) -> Iterator[Result]:
-        with torch.inference_mode():
+        with torch.inference_mode(), _segment_scores(self.model):
             outputs = self.model([inputs for *_, inputs in batch])
         for (_, image, _), output in zip(batch, outputs, strict=True):
             yield Result.from_outputs(
@@ -277,6 +278,17 @@ class Predictor(DefaultPredictor):
                 file_name=image.file_name,
                 image=np.ascontiguousarray(self.colours(image.pixels)) if keep_image else None,
             )
+
+
+@contextmanager
+def _segment_scores(model: Any) -> Iterator[None]:
+    """In this context panoptic segments of a `MaskFormer` have scores; otherwise as upstream."""
+    before = getattr(model, "segment_scores", False)
+    model.segment_scores = True
+    try:
+        yield
+    finally:
+        model.segment_scores = before
 
 
 def _named(source: Any) -> str:
