@@ -12,7 +12,7 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mask2former.config import register_custom_datasets
+from mask2former.data.datasets.custom_entries import register_entries
 from mask2former.inference import InstanceMasks, InstanceResult, PanopticResult, Result, Segment
 from mask2former.inference.classes import category_ids
 from mask2former.inference.folder_results import FolderResults
@@ -89,11 +89,11 @@ def ground_truth(tmp_path_factory) -> dict[str, GroundTruth]:
         for kind in ("semantic", "panoptic", "instances"):
             getattr(own_data, kind)(root / kind)
         content = json.loads((root / "instances/instances.json").read_text())
-        content["annotations"][1]["iscrowd"] = 1
+        content["annotations"][3]["iscrowd"] = 1  # the plate of b.jpg
         (root / "instances/instances.json").write_text(json.dumps(content))
         kinds = {"semantic": "semantic", "panoptic": "panoptic", "instance": "instances"}
         entries = [own_data.entry(k, root / folder, f"gt_{k}") for k, folder in kinds.items()]
-        register_custom_datasets(entries)
+        register_entries(entries)
         yield {kind: GroundTruth(f"gt_{kind}") for kind in kinds}
 
 

@@ -1,6 +1,6 @@
 "use strict";
-// Data of the page: <script id="data"> is JSON, and each image has its JPEG in <script id="iN"> and
-// the masks of its objects in <script id="mN">, read only when the image comes into view.
+// Data of the page: the element "data" is JSON, and image N has its JPEG in the element "iN" and
+// the masks of its objects in "mN", which are read only when the image comes into view.
 (() => {
   const $ = (id) => document.getElementById(id);
   const data = JSON.parse($("data").textContent);
