@@ -20,10 +20,8 @@ A file that cannot be read or predicted is left out and named at the end, with e
 """
 
 import argparse
-import itertools
 import sys
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -32,7 +30,6 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from mask2former.inference.filters import PredictionFilter
 from mask2former.inference.folder_results import KINDS, TASK_OF_KIND
@@ -43,10 +40,10 @@ from mask2former.inference.result import Result
 from mask2former.inference.video import (
     CODECS,
     VideoReader,
-    VideoWriter,
     can_show_windows,
     require_container,
 )
+from mask2former.inference.video_run import predict_video
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
 from mask2former.utils.files import WriteError, atomic_write, make_folder, require_writable
@@ -56,7 +53,7 @@ from mask2former.utils.visualization import TASKS, enabled_tasks
 
 # Folder in --output for the files of --save.
 RESULTS = "results"
-_EXPORTED_SUFFIXES = (".onnx", ".pt2", ".ts", ".torchscript")
+_EXPORTED_SUFFIXES = (".onnx", ".pt2", ".ts")
 _ESCAPE = 27
 
 
@@ -95,17 +92,15 @@ def load_predictor(args: argparse.Namespace) -> Predictor:
     if args.model is None:
         return Predictor(load_and_check(args.config_file, args.opts, "predict"))
     path = Path(args.model).expanduser()
-    if path.is_file() and path.suffix.lower() in _EXPORTED_SUFFIXES:
-        # Its formats need packages of their own.
-        from mask2former.export import load_exported
+    device = dict(zip(args.opts[::2], args.opts[1::2], strict=False)).get("MODEL.DEVICE")
+    if path.suffix.lower() not in _EXPORTED_SUFFIXES:
+        return Predictor.from_pretrained(path, device=device, opts=tuple(args.opts))
+    # Its formats need packages of their own.
+    from mask2former.export import load_exported
 
-        if args.opts:
-            raise ValueError(f"--opts cannot change {path}, which is an exported model")
-        return load_exported(path)
-    options = dict(zip(args.opts[::2], args.opts[1::2], strict=False))
-    return Predictor.from_pretrained(
-        path, device=options.get("MODEL.DEVICE"), opts=tuple(args.opts)
-    )
+    if set(args.opts[::2]) - {"MODEL.DEVICE"}:
+        raise ValueError(f"{path} is an exported model, of which --opts changes MODEL.DEVICE only")
+    return load_exported(path, **({} if device is None else {"device": device}))
 
 
 def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
@@ -272,52 +267,19 @@ def predict_frames(
     source: Path | int,
     targets: dict[str, Path],
 ) -> None:
-    """Predict the frames of a video or camera.
-
-    Args:
-        source: file, or index of a camera.
-        targets: task → video to write; without any, frames are shown.
-
-    Raises:
-        FileNotFoundError, ValueError, RuntimeError, WriteError: nothing is left of the targets.
-    """
-    is_camera = isinstance(source, int)
-    kept = read_filter(args)
-    with VideoReader(source) as reader, ExitStack() as stack:
-        writers = {
-            task: stack.enter_context(
-                VideoWriter(path, reader.size, reader.fps, audio_from=None if is_camera else source)
-            )
-            for task, path in targets.items()
-        }
-        total = min(filter(None, (reader.num_frames, args.max_frames)), default=None)
-        frames = itertools.islice(reader, args.max_frames)
-        clock = _camera_clock(reader.fps) if is_camera else itertools.repeat(1)
-        try:
-            for frame in tqdm(frames, total=total, desc=Path(reader.name).name, unit="frame"):
-                result = predictor.predict(frame, filter=kept)
-                repeats = next(clock)
-                for task in tasks:
-                    drawing = draw(result, task, args)
-                    for _ in range(repeats if task in writers else 0):
-                        writers[task].write(drawing)
-                    if not writers and not show(f"{reader.name} {task}", drawing, wait=False):
-                        return
-        except KeyboardInterrupt:
-            # That is how a recording ends; a file is not half read.
-            if not is_camera:
-                raise
-    for task, writer in writers.items():
-        print(f"wrote {writer.num_frames} frames to {targets[task]}")
-
-
-def _camera_clock(fps: float) -> Iterator[int]:
-    """How often to write each frame, so that the video is as long as the recording."""
-    start, written = time.monotonic(), 0
-    while True:
-        number = max(0 if written else 1, round((time.monotonic() - start) * fps) - written)
-        written += number
-        yield number
+    """Predict a video or camera; without targets frames are shown."""
+    numbers = predict_video(
+        predictor,
+        source,
+        tasks,
+        targets,
+        draw=lambda result, task: draw(result, task, args),
+        show=lambda title, drawing: show(title, drawing, wait=False),
+        kept=read_filter(args),
+        max_frames=args.max_frames,
+    )
+    for task, number in numbers.items():
+        print(f"wrote {number} frames to {targets[task]}")
 
 
 # ---- command line ----

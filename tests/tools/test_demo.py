@@ -4,6 +4,7 @@ import json
 import os
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,6 +16,7 @@ from PIL import Image
 from pycocotools.coco import COCO
 
 from mask2former.config import load_config
+from mask2former.inference import video_run
 from mask2former.inference.model_file import save_model_folder
 from mask2former.inference.video import VideoReader, VideoWriter, can_show_windows
 
@@ -379,8 +381,10 @@ def test_camera_records_until_it_is_interrupted(opts, clip, tmp_path, monkeypatc
             raise KeyboardInterrupt
 
     monkeypatch.setattr(demo, "VideoReader", Camera)
+    monkeypatch.setattr(video_run, "VideoReader", Camera)
     seconds = iter([0, 0.0, 0.5, 0.5, 1.0])
-    monkeypatch.setattr(demo.time, "monotonic", lambda: next(seconds))
+    clock = SimpleNamespace(monotonic=lambda: next(seconds))
+    monkeypatch.setattr(video_run, "time", clock)
     run(opts, "--webcam", "--output", tmp_path / "recorded.mp4")
     with VideoReader(tmp_path / "recorded.mp4") as reader:
         assert len(list(reader)) == 10  # 1 second at 10 frames per second
