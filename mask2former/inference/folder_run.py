@@ -182,7 +182,9 @@ class FolderRun:
         # Such as a damaged file, or too little memory for this image; the others may fit.
         except (OSError, ValueError, RuntimeError, MemoryError) as error:
             if len(batch) == 1:
-                return [str(error) or type(error).__name__]
+                # The file is named beside the reason.
+                reason = str(error).removeprefix(f"Image 0 ({batch[0].path}): ")
+                return [reason.removeprefix("Image 0: ") or type(error).__name__]
         return [outcome for image in batch for outcome in self._predict([image])]
 
     def _fail(self, image: ImageFile, reason: str) -> None:

@@ -247,7 +247,8 @@ def test_subfolders_results_and_report(opts, tree, tmp_path):
     assert [image["name"] for image in data["images"]] == list(
         image["file_name"] for image in coco.imgs.values()
     )
-    assert [name for name, _ in data["broken"]] == ["sub/broken.png"]
+    ((name, reason),) = data["broken"]
+    assert name == "sub/broken.png" and reason.startswith(f"{tree}/sub/broken.png cannot be read")
     assert data["unit"] == "segment" and all(image["pred"] for image in data["images"])
     assert data["notes"][1].startswith("No ground truth: ")  # Shapes were not written here
 

@@ -307,7 +307,8 @@
       if (isAbsent) absent.push(name);
       row.hidden = (isAbsent && !box.checked) || !name.toLowerCase().includes(search);
     }
-    const order = [...rows].sort((a, b) => counts[b.label][0] - counts[a.label][0]
+    const order = [...rows].sort((a, b) => b.box.checked - a.box.checked
+      || counts[b.label][0] - counts[a.label][0]
       || counts[b.label][1] - counts[a.label][1] || collator.compare(a.name, b.name));
     if (!$("classes").contains(document.activeElement)) {
       $("classes").tBodies[0].replaceChildren(...order.map((one) => one.row));
