@@ -17,7 +17,7 @@ from pathlib import Path
 PROGRAMS = {
     "train": (["{tools}/train_net.py"], "train, also on several GPUs; --resume continues"),
     "eval": (["{tools}/train_net.py", "--eval-only"], "evaluate a checkpoint"),
-    "predict": (["{tools}/demo.py"], "draw predictions on images"),
+    "predict": (["{tools}/demo.py"], "predict images and videos: drawings, results, a report"),
     "check": (["{tools}/check_dataset.py"], "read data sets and report broken annotations"),
     "convert": (["{tools}/convert_dataset.py"], "convert annotations to COCO or label images"),
     "convert-weights": (

@@ -286,6 +286,8 @@ def test_wheel_holds_the_package_and_its_files(checkout: Path, wheel: Path) -> N
     }
     assert any(name.endswith(".json") for name in expected)
     expected.add("mask2former/py.typed")
+    page = {"page.html", "page.css", "page.js"}
+    expected |= {f"mask2former/inference/html/{name}" for name in page}
     for pattern in ("configs/**/*.yaml", "tools/**/*.py", "datasets/*.py", "requirements*.txt"):
         files = {f"mask2former/_project/{p.relative_to(checkout)}" for p in checkout.glob(pattern)}
         assert files

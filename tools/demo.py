@@ -1,121 +1,312 @@
 #!/usr/bin/env python
-"""Draw a model's predictions on images.
+"""Predict images, folders, videos or a camera: drawings, result files, an HTML report.
 
-    python tools/demo.py --config-file configs/... --input a.jpg b.jpg --output drawings \
+    python tools/demo.py --config-file configs/... --input a.jpg folder/ --output drawings \
         --opts MODEL.WEIGHTS model_final.pth
+    python tools/demo.py --model output/model_final --input folder/ --output out \
+        --save json panoptic --html out/report.html --dataset coco_2017_val_panoptic
+    python tools/demo.py --model output/model_final --video-input clip.mp4 --output drawn.mp4
 
---input takes image files, folders and glob patterns. --output is a folder, which receives a PNG
-named after each image, or, for one drawing, a file. Without a GPU add `MODEL.DEVICE cpu` to --opts.
+--input takes image files, folders with their subfolders, and glob patterns. --output is a folder,
+which receives a PNG for each image (in the subfolder that the image is in) or a video for each
+video; or, for one drawing, a file. Without --output drawings are shown in windows, which OpenCV's
+headless packages cannot do. Without a GPU add `MODEL.DEVICE cpu` to --opts.
 
-Class names and colours are those of the first data set in DATASETS.TEST. For your own data use a
-config with DATASETS.CUSTOM, such as the config.yaml that training wrote.
+--model is a folder that training wrote, or an exported file. With --config-file the class names and
+colours are those of the first data set in DATASETS.TEST; for your own data use a config with
+DATASETS.CUSTOM, such as the config.yaml that training wrote.
+
+A file that cannot be read or predicted is left out and named at the end, with exit status 1.
 """
 
 import argparse
-import glob
 import sys
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
+import cv2
+import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from mask2former.inference.filters import PredictionFilter
+from mask2former.inference.folder_results import KINDS, TASK_OF_KIND
+from mask2former.inference.folder_run import FolderRun
+from mask2former.inference.inputs import find_images, stems_of
+from mask2former.inference.outputs import plan_drawings, plan_videos
+from mask2former.inference.result import Result
+from mask2former.inference.video import (
+    CODECS,
+    VideoReader,
+    can_show_windows,
+    require_container,
+)
+from mask2former.inference.video_run import predict_video
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
 from mask2former.utils.files import WriteError, atomic_write, make_folder, require_writable
 from mask2former.utils.interrupts import run_program
 from mask2former.utils.memory import keep_freed_memory
-from mask2former.utils.visualization import TASKS, draw_prediction, enabled_tasks
+from mask2former.utils.visualization import TASKS, enabled_tasks
 
-IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
-
-
-def find_images(patterns: list[str]) -> list[Path]:
-    """Returns the image files that match the patterns, in order and without duplicates.
-
-    Args:
-        patterns: files, folders (their images, not those of subfolders) or glob patterns.
-
-    Raises:
-        FileNotFoundError: a pattern matches nothing.
-    """
-    images: dict[Path, None] = {}
-    for pattern in patterns:
-        path = Path(pattern).expanduser()
-        if path.is_dir():
-            matches = sorted(p for p in path.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES)
-        elif path.is_file():
-            matches = [path]
-        else:
-            matches = [p for p in map(Path, sorted(glob.glob(str(path)))) if p.is_file()]
-        if not matches:
-            raise FileNotFoundError(f"--input {pattern}: no image file there")
-        images |= dict.fromkeys(matches)
-    return list(images)
+# Folder in --output for the files of --save.
+RESULTS = "results"
+_EXPORTED_SUFFIXES = (".onnx", ".pt2", ".ts")
+_ESCAPE = 27
 
 
-def choose_tasks(requested: str | None, enabled: list[str]) -> list[str]:
+# ---- what to predict, and what to write ----
+
+
+def choose_tasks(requested: str | None, enabled: list[str], saved: Sequence[str] = ()) -> list[str]:
     """Returns the tasks to draw.
 
     Args:
         requested: a task, "all", or None for the first enabled one.
         enabled: tasks that the config turns on.
+        saved: kinds of result files that are asked for.
 
     Raises:
-        ValueError: the requested task is off.
+        ValueError: a task that is needed is off.
     """
+    needed = {} if requested in (None, "all") else {requested: f"--task {requested}"}
+    needed |= {TASK_OF_KIND[kind]: f"--save {kind}" for kind in saved}
+    for task, option in needed.items():
+        if task not in enabled:
+            raise ValueError(
+                f"{option}, but the config turns on {', '.join(enabled)} only: "
+                f"add MODEL.MASK_FORMER.TEST.{task.upper()}_ON True to --opts"
+            )
     if requested == "all":
         return enabled
-    if requested is None:
-        return enabled[:1]
-    if requested not in enabled:
-        raise ValueError(
-            f"--task {requested}, but the config turns on {', '.join(enabled)} only: "
-            f"add MODEL.MASK_FORMER.TEST.{requested.upper()}_ON True to --opts"
-        )
-    return [requested]
+    return enabled[:1] if requested is None else [requested]
 
 
-def plan_outputs(
-    images: list[Path], tasks: list[str], output: Path
-) -> dict[tuple[Path, str], Path]:
-    """Returns the file to write for each (image, task).
+def load_predictor(args: argparse.Namespace) -> Predictor:
+    """
+    Raises:
+        FileNotFoundError, ValueError: the config or the model is missing or wrong.
+    """
+    if args.model is None:
+        return Predictor(load_and_check(args.config_file, args.opts, "predict"))
+    path = Path(args.model).expanduser()
+    device = dict(zip(args.opts[::2], args.opts[1::2], strict=False)).get("MODEL.DEVICE")
+    if path.suffix.lower() not in _EXPORTED_SUFFIXES:
+        return Predictor.from_pretrained(path, device=device, opts=tuple(args.opts))
+    # Its formats need packages of their own.
+    from mask2former.export import load_exported
+
+    if set(args.opts[::2]) - {"MODEL.DEVICE"}:
+        raise ValueError(f"{path} is an exported model, of which --opts changes MODEL.DEVICE only")
+    return load_exported(path, **({} if device is None else {"device": device}))
+
+
+def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
+    """Load the model; returns it and the tasks to draw."""
+    predictor = load_predictor(args)
+    if torch.device(predictor.cfg.MODEL.DEVICE).type == "cpu":
+        keep_freed_memory()
+    return predictor, choose_tasks(args.task, enabled_tasks(predictor.cfg), args.save)
+
+
+def read_filter(args: argparse.Namespace) -> PredictionFilter:
+    """
+    Raises:
+        ValueError: a value is out of range.
+    """
+    per_class = {}
+    for text in args.min_score_class:
+        name, equals, value = text.rpartition("=")
+        try:
+            per_class[int(name) if name.isdigit() else name] = float(value)
+        except ValueError:
+            equals = ""
+        if not equals:
+            raise ValueError(f"--min-score-class {text} is not CLASS=SCORE, such as person=0.7")
+    return PredictionFilter(
+        min_score=args.min_score,
+        min_score_per_class=per_class or None,
+        min_fragment=args.min_fragment,
+        min_area=args.min_area,
+        mask_nms=args.mask_nms,
+        class_agnostic_nms=args.class_agnostic_nms,
+        top_k=args.top_k,
+    )
+
+
+# ---- images ----
+
+
+def predict_images(args: argparse.Namespace) -> None:
+    """Predict --input.
 
     Raises:
-        ValueError: a file would be written twice, or over an input.
+        FileNotFoundError, ValueError, WriteError: before the first prediction, something is missing
+            or would not work.
+        SystemExit: images could not be predicted; the others are.
     """
-    if output.suffix.lower() == ".png" and not output.is_dir():
-        if len(images) * len(tasks) > 1:
+    has_folder = args.output is not None and args.output.suffix.lower() != ".png"
+    outputs = [args.output] if has_folder else []
+    images = find_images(args.input, recursive=args.recursive, leave_out=outputs)
+    stems = stems_of(images)
+    predictor, tasks = load(args)
+    planned = {}
+    if args.output is not None:
+        planned = plan_drawings(images, stems, tasks, args.output)
+        if args.save and any(stem.parts[0] == RESULTS for stem in stems):
             raise ValueError(
-                f"--output {output} is one file, but there are {len(images) * len(tasks)} "
-                "drawings: name a folder"
+                f"a folder of the input is named {RESULTS}, as that of --save: rename it"
             )
-        planned = {(images[0], tasks[0]): output}
-    else:
-        if output.exists() and not output.is_dir():
-            raise ValueError(f"--output {output} is a file, but neither a folder nor a .png")
-        many = len(tasks) > 1
-        planned = {
-            (image, task): output / f"{image.stem}{f'_{task}' if many else ''}.png"
-            for image in images
-            for task in tasks
-        }
-    inputs = {image.resolve() for image in images}
-    sources: dict[Path, Path] = {}
-    for (image, _), path in planned.items():
-        if path.resolve() in inputs:
-            raise ValueError(f"{path} would be overwritten, but it is an input: change --output")
-        if path in sources:
-            raise ValueError(f"{sources[path]} and {image} would both be drawn to {path}")
-        sources[path] = image
-    return planned
+    run = FolderRun(
+        predictor,
+        tasks[0],
+        read_filter(args),
+        batch_size=args.batch_size,
+        confidence_threshold=args.confidence_threshold,
+    )
+    folders = {target.parent for target in planned.values()}
+    if args.html is not None:
+        folders.add(args.html.parent)
+    if args.save:
+        folders.add(args.output / RESULTS)
+    for folder in folders:
+        require_writable(str(folder))
+    if args.html is not None or args.save:
+        run.find_gt(args.dataset)
+    if args.save:
+        run.save_results(args.output / RESULTS, args.save)
+    title = ", ".join(Path(pattern).name or pattern for pattern in args.input)
+    num_drawn = 0
+    with ExitStack() as stack:
+        if args.html is not None:
+            stack.enter_context(run.write_report(args.html, title, len(images)))
+        for image, result in run.results(images, stems):
+            for task in tasks:
+                drawing = draw(result, task, args)
+                target = planned.get((image.path, task))
+                if target is not None:
+                    make_folder(str(target.parent))
+                    with atomic_write(str(target), "wb") as file:
+                        Image.fromarray(drawing).save(file, format="PNG")
+                    num_drawn += 1
+                elif args.html is None and not show(str(image.name), drawing, wait=True):
+                    return
+    if args.output is not None:
+        print(f"wrote {num_drawn} drawings to {args.output}")
+    for path in run.finish():
+        print(f"wrote {path}")
+    if run.failed:
+        lines = "".join(f"\n  {path}: {reason}" for path, reason in run.failed.items())
+        sys.exit(f"error: {len(run.failed)} images could not be predicted:{lines}")
+
+
+def draw(result: Result, task: str, args: argparse.Namespace) -> np.ndarray:
+    """Draw a task; of instances those above --confidence-threshold."""
+    if task == "instance":
+        # Other tasks are not filtered, and need no scores.
+        only = replace(result, panoptic=None, semantic=None)
+        result = only.filter(PredictionFilter(min_score=args.confidence_threshold))
+    return result.draw(task)
+
+
+def show(title: str, drawing: np.ndarray, *, wait: bool) -> bool:
+    """Show a drawing in a window; False when the user has pressed Escape."""
+    cv2.imshow(title, cv2.cvtColor(drawing, cv2.COLOR_RGB2BGR))
+    key = cv2.waitKey(0 if wait else 1)
+    if wait:
+        cv2.destroyWindow(title)
+    return key != _ESCAPE
+
+
+# ---- videos and cameras ----
+
+
+def predict_videos(args: argparse.Namespace) -> None:
+    """Predict --video-input; as `predict_images`."""
+    videos = [Path(name).expanduser() for name in args.video_input]
+    for video in videos if len(videos) == 1 else ():
+        VideoReader(video).close()  # before the model is loaded
+    predictor, tasks = load(args)
+    planned = {} if args.output is None else plan_videos(videos, tasks, args.output)
+    for folder in {target.parent for target in planned.values()}:
+        require_writable(str(folder))
+    failed = {}
+    for video in videos:
+        targets = {task: planned[video, task] for task in tasks if (video, task) in planned}
+        try:
+            predict_frames(args, predictor, tasks, video, targets)
+        except (FileNotFoundError, ValueError, RuntimeError, WriteError) as error:
+            if len(videos) == 1 or isinstance(error, WriteError):
+                raise
+            failed[video] = str(error)
+    if failed:
+        lines = "".join(f"\n  {reason}" for reason in failed.values())
+        sys.exit(f"error: {len(failed)} of {len(videos)} videos could not be predicted:{lines}")
+
+
+def predict_camera(args: argparse.Namespace) -> None:
+    """Predict --webcam until Ctrl-C, Escape in the window, or --max-frames; the video is kept."""
+    VideoReader(args.webcam).close()
+    predictor, tasks = load(args)
+    targets = {}
+    if args.output is not None:
+        if args.output.suffix == "" or args.output.is_dir() or len(tasks) > 1:
+            raise ValueError("with --webcam, --output is one video file, and --task one task")
+        targets = {tasks[0]: args.output}
+        require_container(args.output)
+        require_writable(str(args.output.parent))
+    predict_frames(args, predictor, tasks, args.webcam, targets)
+
+
+def predict_frames(
+    args: argparse.Namespace,
+    predictor: Predictor,
+    tasks: list[str],
+    source: Path | int,
+    targets: dict[str, Path],
+) -> None:
+    """Predict a video or camera; without targets frames are shown."""
+    numbers = predict_video(
+        predictor,
+        source,
+        tasks,
+        targets,
+        draw=lambda result, task: draw(result, task, args),
+        show=lambda title, drawing: show(title, drawing, wait=False),
+        kept=read_filter(args),
+        max_frames=args.max_frames,
+    )
+    for task, number in numbers.items():
+        print(f"wrote {number} frames to {targets[task]}")
+
+
+# ---- command line ----
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Draw a model's predictions on images.")
-    parser.add_argument("--config-file", required=True, metavar="FILE", help="config of the model")
-    parser.add_argument("--input", required=True, nargs="+", help="images, folders or globs")
-    parser.add_argument("--output", required=True, type=Path, help="folder, or a .png file")
+    parser = argparse.ArgumentParser(
+        description="Predict images, videos or a camera.",
+        epilog="With --video-input several videos go to a folder. Containers that can be written: "
+        f"{', '.join(CODECS)}; browsers play .webm only. ffmpeg, if installed, keeps the sound.",
+    )
+    model = parser.add_mutually_exclusive_group(required=True)
+    model.add_argument("--config-file", metavar="FILE", help="config of the model")
+    model.add_argument("--model", metavar="PATH", help="model folder or exported file")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--input", nargs="+", metavar="IMAGE", help="images, folders or globs")
+    source.add_argument("--video-input", nargs="+", metavar="VIDEO", help="video files")
+    source.add_argument(
+        "--webcam", nargs="?", const=0, type=int, metavar="INDEX", help="camera (default: 0)"
+    )
+    parser.add_argument("--output", type=Path, help="folder, or a file; default: show windows")
+    parser.add_argument(
+        "--recursive",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="also the subfolders of folders (default)",
+    )
     parser.add_argument(
         "--task", choices=[*TASKS, "all"], help="what to draw (default: the first one turned on)"
     )
@@ -123,74 +314,91 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         "--confidence-threshold",
         type=float,
         default=0.5,
-        help="minimum score of the instances drawn (default: 0.5)",
+        help="minimum score of the instances drawn (default: 0.5); --min-score is for all outputs",
     )
+    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument(
+        "--max-frames", type=int, metavar="N", help="stop a video or camera after N frames"
+    )
+    results = parser.add_argument_group("results of images")
+    results.add_argument(
+        "--save",
+        nargs="+",
+        choices=KINDS,
+        default=[],
+        help=f"write to OUTPUT/{RESULTS}: COCO result JSON, COCO panoptic files, label maps",
+    )
+    results.add_argument("--html", type=Path, metavar="FILE", help="write a report for a browser")
+    results.add_argument(
+        "--dataset",
+        metavar="NAME",
+        help="registered data set with ground truth for the report and image ids for --save "
+        "(default: the first of DATASETS.TEST)",
+    )
+    filters = parser.add_argument_group("filters, of everything that is written")
+    filters.add_argument("--min-score", type=float, metavar="S", help="minimum score, 0 to 1")
+    filters.add_argument(
+        "--min-score-class",
+        nargs="+",
+        default=[],
+        metavar="CLASS=S",
+        help="minimum scores of single classes",
+    )
+    filters.add_argument("--min-area", type=int, metavar="N", help="minimum pixels of an object")
+    filters.add_argument("--min-fragment", type=int, metavar="N", help="and of its parts")
+    filters.add_argument(
+        "--mask-nms", type=float, metavar="IOU", help="remove duplicates of higher IoU"
+    )
+    filters.add_argument(
+        "--class-agnostic-nms", action="store_true", help="also those of another class"
+    )
+    filters.add_argument("--top-k", type=int, metavar="K", help="keep the K best instances")
     parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
     )
     args = parser.parse_args(argv)
-    if not 0 <= args.confidence_threshold <= 1:
-        parser.error(f"--confidence-threshold is {args.confidence_threshold}, not in 0 to 1")
+    problem = _wrong_combination(args)
+    if problem:
+        parser.error(problem)
     return args
 
 
-def draw_all(
-    predictor: Predictor, planned: dict[tuple[Path, str], Path], confidence_threshold: float
-) -> dict[Path, str]:
-    """Writes all drawings; returns the images that could not be drawn, with the reason."""
-    tasks_by_image: dict[Path, list[str]] = {}
-    for image, task in planned:
-        tasks_by_image.setdefault(image, []).append(task)
-    failed = {}
-    for path, tasks in tqdm(tasks_by_image.items(), desc="images", unit="image"):
-        try:
-            image = predictor.read(str(path))
-        except (OSError, ValueError) as error:
-            failed[path] = str(error)
-            continue
-        try:
-            outputs = predictor(image)
-        # Such as too little memory for this image; the others may fit.
-        except (RuntimeError, ValueError) as error:
-            failed[path] = str(error)
-            continue
-        for task in tasks:
-            drawing = draw_prediction(
-                predictor.colours(image),
-                outputs,
-                predictor.metadata,
-                task,
-                confidence_threshold=confidence_threshold,
-            )
-            target = planned[path, task]
-            make_folder(str(target.parent))
-            with atomic_write(str(target), "wb") as file:
-                Image.fromarray(drawing).save(file, format="PNG")
-    return failed
+def _wrong_combination(args: argparse.Namespace) -> str | None:
+    if not 0 <= args.confidence_threshold <= 1:
+        return f"--confidence-threshold is {args.confidence_threshold}, not in 0 to 1"
+    for name in ("batch_size", "max_frames"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            return f"--{name.replace('_', '-')} is {getattr(args, name)}, not 1 or more"
+    is_folder = args.output is not None and args.output.suffix.lower() != ".png"
+    if args.input is None and (args.save or args.html is not None):
+        return "--save and --html are for --input"
+    if args.save and not is_folder:
+        return "--save writes to the folder --output: name one"
+    if args.dataset is not None and not (args.save or args.html is not None):
+        return "--dataset is for --html and --save: add one of them"
+    if args.html is not None and args.html.suffix.lower() not in (".html", ".htm"):
+        return f"--html is {args.html}, which does not end in .html"
+    if args.output is None and args.html is None and not can_show_windows():
+        return (
+            "--output is missing: without it drawings are shown in windows, and this OpenCV "
+            f"{cv2.__version__} has none (opencv-python-headless). Add --output, or install "
+            "opencv-python instead"
+        )
+    return None
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     try:
-        cfg = load_and_check(args.config_file, args.opts, "predict")
-        tasks = choose_tasks(args.task, enabled_tasks(cfg))
-        planned = plan_outputs(find_images(args.input), tasks, args.output)
-        for folder in {target.parent for target in planned.values()}:
-            require_writable(str(folder))
-        if torch.device(cfg.MODEL.DEVICE).type == "cpu":
-            keep_freed_memory()
-        predictor = Predictor(cfg)
+        read_filter(args)  # before the model is loaded
+        if args.input is not None:
+            predict_images(args)
+        elif args.video_input is not None:
+            predict_videos(args)
+        else:
+            predict_camera(args)
     except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
-    try:
-        failed = draw_all(predictor, planned, args.confidence_threshold)
-    except WriteError as error:
-        sys.exit(f"error: {error}")
-    written = [path for (image, _), path in planned.items() if image not in failed]
-    print(f"wrote {len(written)} drawings to {args.output}")
-    if failed:
-        lines = "".join(f"\n  {path}: {reason}" for path, reason in failed.items())
-        sys.exit(f"error: {len(failed)} images could not be drawn:{lines}")
 
 
 if __name__ == "__main__":
