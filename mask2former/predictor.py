@@ -211,13 +211,11 @@ class Predictor(DefaultPredictor):
         """
         options: dict[str, Any] = {"filter": filter, "keep_image": keep_image, "order": order}
         if tile_size is not None:
-            tiling = {"tile_size": tile_size, "overlap": overlap, "progress": progress}
+            options |= {"batch_size": batch_size, "progress": progress}
+            options |= {"tile_size": tile_size, "overlap": overlap}
             if is_single(source):
-                return self._predict_tiled(source, batch_size=batch_size, **tiling, **options)
-            return [
-                self._predict_tiled(one, batch_size=batch_size, **tiling, **options)
-                for one in source
-            ]
+                return self._predict_tiled(source, **options)
+            return [self._predict_tiled(one, **options) for one in source]
         if is_single(source):
             (result,) = self.stream([source], batch_size=batch_size, **options)
             return result

@@ -39,6 +39,7 @@ from .data.loader import (
     ResumableBatchSampler,
     build_test_loader,
     build_train_loader,
+    evaluates_tiles,
     has_fixed_size,
 )
 from .ema import WeightAverage
@@ -55,6 +56,7 @@ from .hooks import (
     UnwrittenMetrics,
     finish_iteration,
 )
+from .inference.tiles import TiledModel
 from .maskformer_model import MaskFormer
 from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .non_finite import NonFiniteWatch, max_skipped
@@ -455,6 +457,8 @@ class Trainer(DefaultTrainer, StopsEarly):
         Returns:
             {data set: {task: {metric: value}}}, without the outer level for a single data set.
         """
+        if evaluates_tiles(cfg):
+            model = TiledModel(model, cfg)
         with torch.inference_mode():
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:

@@ -117,7 +117,7 @@ class InstanceMerger:
                     tile.y.start + y,
                     tile.x.start + x,
                     (height, width),
-                    zlib.compress(np.packbits(crop), 1),
+                    zlib.compress(np.packbits(crop).tobytes(), 1),
                 )
             )
         if tile.column and self._left is not None:

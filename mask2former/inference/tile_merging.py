@@ -215,8 +215,10 @@ class PanopticMerger:
         overlaps = np.zeros([len(present) for present in ids])
         overlaps[places[0], places[1]] = counts
         # Stuff is one segment already, and 0 is none.
-        is_thing = [[self._segments[i].get("isthing", False) for i in present] for present in ids]
-        overlaps *= np.outer(*is_thing)
+        is_thing = [
+            np.array([self._segments[i].get("isthing", False) for i in present]) for present in ids
+        ]
+        overlaps[~is_thing[0]] = overlaps[:, ~is_thing[1]] = 0
         for found in match_sides(sides[0], sides[1], overlaps):
             self._pairs += [(int(ids[0][i]), int(ids[1][j])) for i, j in found]
 

@@ -102,9 +102,9 @@ def predict_tiles(
                     instances.add(tile, masks, labels.numpy(), scores.numpy())
             bar.update(len(batch))
     return TiledOutputs(
-        instances and _instance_result(instances, image.size, max_instances),
-        panoptic and (panoptic.segment_ids, panoptic.finish()),
-        semantic and semantic.labels,
+        None if instances is None else _instance_result(instances, image.size, max_instances),
+        None if panoptic is None else (panoptic.segment_ids, panoptic.finish()),
+        None if semantic is None else semantic.labels,
     )
 
 

@@ -207,10 +207,20 @@ def read_panoptic_png(file_name: str) -> np.ndarray:
         FileNotFoundError: the file does not exist.
         ValueError: it cannot be read, or does not have three colour channels.
     """
+    check_panoptic_mode(file_name)
+    return read_image(file_name, "RGB")
+
+
+def check_panoptic_mode(file_name: str) -> None:
+    """Check that a file can store segment ids as colours.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, or does not have three colour channels.
+    """
     mode = read_header(file_name).mode
     if mode not in _COLOUR_MODES:
         raise ValueError(wrong_panoptic_mode(file_name, mode))
-    return read_image(file_name, "RGB")
 
 
 def orientation_warning(orientation: int) -> str:
