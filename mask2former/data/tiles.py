@@ -96,10 +96,9 @@ def _boxes(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
             box[:] = BoxMode.convert(
                 mask_util.toBbox(shape).tolist(), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
             )
-        elif isinstance(shape, list) and shape and all(len(part) >= 2 for part in shape):
-            points = np.concatenate([np.asarray(part, dtype=float).reshape(-1) for part in shape])
-            if len(points) % 2 == 0:
-                box[:2], box[2:] = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
+        elif isinstance(shape, list) and shape and all(map(_is_polygon, shape)):
+            points = np.concatenate([np.asarray(part, dtype=np.float64) for part in shape])
+            box[:2], box[2:] = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
         elif "bbox" in annotation:
             box[:] = BoxMode.convert(
                 list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
@@ -156,8 +155,9 @@ def record_annotations(record: dict[str, Any]) -> list[dict[str, Any]]:
         return record["annotations"]
     cut = []
     for annotation in record["annotations"]:
-        shape = _cut(annotation.get("segmentation"), tile)
-        if shape is not None:
+        stored = annotation.get("segmentation")
+        shape = _cut(stored, tile)
+        if shape is not None or stored is None:
             others = {k: v for k, v in annotation.items() if k not in ("bbox", "bbox_mode")}
             cut.append(others | {"segmentation": shape})
     return cut
@@ -185,7 +185,7 @@ def _cut(shape: Any, tile: TileOf) -> Any:
             top - y : bottom - y, left - x : right - x
         ]
         return mask if mask.any() else None
-    if isinstance(shape, list) and shape and all(_is_polygon(part) for part in shape):
+    if isinstance(shape, list) and shape and all(map(_is_polygon, shape)):
         crop = T.CropTransform(tile.x, tile.y, tile.width, tile.height)
         points = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in shape]
         parts = apply_polygons(T.TransformList([crop]), points)
@@ -198,6 +198,5 @@ def _is_polygon(part: Any) -> bool:
         points = np.asarray(part, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         return False
-    return (
-        points.ndim == 1 and points.size >= 6 and not points.size % 2 and np.isfinite(points).all()
-    )
+    is_complete = points.ndim == 1 and points.size >= 6 and points.size % 2 == 0
+    return is_complete and bool(np.isfinite(points).all())

@@ -205,6 +205,8 @@ class PanopticMerger:
         np.copyto(core, own, where=own != 0)
 
     def _join(self, first: _Strip, second: _Strip) -> None:
+        if not first.ids.size:
+            return  # the tiles do not overlap
         pairs, counts = count_values(first.ids.astype(np.int64) << 32 | second.ids)
         ids, places, sides = [], [], []
         for strip, column in ((first, pairs >> 32), (second, pairs & 0xFFFFFFFF)):

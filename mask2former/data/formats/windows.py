@@ -103,7 +103,9 @@ def _open(file_name: str, image_format: str | None) -> tuple[ImageWindows, Calla
         reads_windows = is_tiff(stream) and header.orientation == 1 and header.mode != "P"
     rasterio = import_rasterio() if reads_windows else None
     if rasterio is not None:
-        with named_errors(file_name):
+        with named_errors(file_name), warnings.catch_warnings():
+            # Images without georeference are read too.
+            warnings.simplefilter("ignore", rasterio.errors.NotGeoreferencedWarning)
             dataset = rasterio.open(PathManager.get_local_path(file_name))
         # Several pages may be bands, which only `read_image` knows.
         if not dataset.subdatasets:
@@ -152,8 +154,6 @@ def import_rasterio() -> Any:
             "TIFF images are decoded as a whole. To read them by windows: pip install rasterio"
         )
         return None
-    # Images without georeference are read too.
-    warnings.filterwarnings("ignore", category=rasterio.errors.NotGeoreferencedWarning)
     return rasterio
 
 
