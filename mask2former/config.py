@@ -64,6 +64,7 @@ _ADDED_KEYS = (
     "SOLVER.NUM_ACCUMULATION_STEPS",
     "SOLVER.REFERENCE_BATCH_SIZE",
     "SOLVER.EMA",
+    "TEST.BOXES",
     "TEST.BEST_METRIC",
     "TEST.BEST_MODE",
     "TEST.EARLY_STOPPING_PATIENCE",
@@ -316,6 +317,9 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.SOLVER.EMA.DECAY = 0.9998
     # Average over at most about the last tenth of the iterations so far.
     cfg.SOLVER.EMA.WARMUP = True
+    # Fill `pred_boxes` of instances with the boxes of their masks. False, as in the original
+    # release: they are zeros.
+    cfg.TEST.BOXES = False
     # Metric by which model_best.pth is chosen among the evaluations of TEST.EVAL_PERIOD, such as
     # "panoptic_seg/PQ", "segm/AP" or "sem_seg/mIoU"; "ema/segm/AP" is that of SOLVER.EMA, whose
     # weights are then saved. With several test sets their name comes first: "my_val/segm/AP".

@@ -350,6 +350,7 @@ GROUPS = (
             "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": Flag(),
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES": Whole(1, 2**20),
             "TEST.DETECTIONS_PER_IMAGE": Whole(1),
+            "TEST.BOXES": Flag(),
         },
     ),
     Group(

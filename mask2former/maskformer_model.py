@@ -48,10 +48,17 @@ class MaskFormer(nn.Module):
         panoptic_on: return `panoptic_seg`; instances are then of thing classes only.
         instance_on: return `instances`.
         test_topk_per_image: instances per image.
+        boxes_on: make the boxes of instances from their masks; otherwise they are zeros.
+
+    Attributes:
+        segment_scores: whether panoptic segments have a `score`, which the original release does
+            not return.
     """
 
     pixel_mean: Tensor
     pixel_std: Tensor
+    boxes_on = False
+    segment_scores = False
     # Height and width to which training images are padded, within `accumulating`.
     _padded_size: tuple[int, int] | None = None
 
@@ -74,6 +81,7 @@ class MaskFormer(nn.Module):
         panoptic_on: bool,
         instance_on: bool,
         test_topk_per_image: int,
+        boxes_on: bool = False,
     ):
         super().__init__()
         if not semantic_on and not sem_seg_postprocess_before_inference:
@@ -97,6 +105,7 @@ class MaskFormer(nn.Module):
         self.instance_on = instance_on
         self.panoptic_on = panoptic_on
         self.test_topk_per_image = test_topk_per_image
+        self.boxes_on = boxes_on
         self._compiled_network: Callable[[Tensor], dict[str, Any]] | None = None
         follow_parts(self)
 
@@ -161,6 +170,8 @@ class MaskFormer(nn.Module):
             "instance_on": test.INSTANCE_ON,
             "panoptic_on": test.PANOPTIC_ON,
             "test_topk_per_image": cfg.TEST.DETECTIONS_PER_IMAGE,
+            # Constructors of other projects' subclasses do not have this argument.
+            **({"boxes_on": True} if cfg.TEST.get("BOXES", False) else {}),
         }
 
     @property
@@ -311,19 +322,25 @@ class MaskFormer(nn.Module):
         self, mask_cls: Tensor, mask_pred: Tensor
     ) -> tuple[Tensor, list[dict[str, Any]]]:
         """(Q, K+1) and (Q, H, W) logits → (H, W) ids and segments, see `postprocessing`."""
+        # Other projects replace the function by the original, without this argument.
+        options = {"with_scores": True} if self.segment_scores else {}
         return panoptic_inference(
             mask_cls,
             mask_pred,
             self._thing_ids(),
             self.object_mask_threshold,
             self.overlap_threshold,
+            **options,
         )
 
     def instance_inference(self, mask_cls: Tensor, mask_pred: Tensor) -> Instances:
         """(Q, K+1) and (Q, H, W) logits → Instances, see `postprocessing`."""
         # A panoptic model's instances are of thing classes.
         thing_ids = self._thing_ids() if self.panoptic_on else None
-        return instance_inference(mask_cls, mask_pred, self.test_topk_per_image, thing_ids)
+        options = {"with_boxes": True} if self.boxes_on else {}
+        return instance_inference(
+            mask_cls, mask_pred, self.test_topk_per_image, thing_ids, **options
+        )
 
     def _thing_ids(self) -> Collection[int]:
         """Contiguous ids of the thing classes."""

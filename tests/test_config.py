@@ -94,6 +94,7 @@ ADDED = {
     "SOLVER.EMA.ENABLED": False,
     "SOLVER.EMA.DECAY": 0.9998,
     "SOLVER.EMA.WARMUP": True,
+    "TEST.BOXES": False,
     "TEST.BEST_METRIC": "",
     "TEST.BEST_MODE": "max",
     "TEST.EARLY_STOPPING_PATIENCE": 0,

@@ -122,7 +122,7 @@ def _pair(backbone: str, seed: int = 0, pre_norm: bool = False) -> tuple[nn.Modu
     """Our model and the peer's with the same random weights, both in evaluation mode."""
     ours, peer = _our_model(backbone, pre_norm), _peer_model(backbone, pre_norm)
     _randomise(ours, seed)
-    peer_model.load_weights(peer, ours, is_swin=backbone == "swin")
+    peer_model.load_weights(peer, ours)
     return ours.eval(), peer.eval()
 
 
@@ -346,9 +346,7 @@ def test_training_step_has_the_same_loss_and_gradients(backbone, monkeypatch):
 
     total.backward()
     expected.loss.backward()
-    gradients = peer_model.to_peer(
-        {k: p.grad for k, p in ours.named_parameters()}, is_swin=backbone == "swin"
-    )
+    gradients = peer_model.to_peer({k: p.grad for k, p in ours.named_parameters()})
     peer_gradients = {k: p.grad for k, p in peer.named_parameters() if p.grad is not None}
     if backbone == "resnet":  # Only our norms are frozen.
         peer_gradients = {k: g for k, g in peer_gradients.items() if "normalization" not in k}

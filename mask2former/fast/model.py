@@ -138,11 +138,13 @@ def _predict(
         streamed["sem_seg"] = SemanticResult(mask_cls, scores_shape)
     if model.panoptic_on:
         thresholds = model.object_mask_threshold, model.overlap_threshold
-        streamed["panoptic_seg"] = PanopticResult(mask_cls, shape, model._thing_ids(), *thresholds)
+        streamed["panoptic_seg"] = PanopticResult(
+            mask_cls, shape, model._thing_ids(), *thresholds, with_scores=model.segment_scores
+        )
     if model.instance_on:
         thing_ids = model._thing_ids() if model.panoptic_on else None
         streamed["instances"] = InstanceResult(
-            mask_cls, shape, model.test_topk_per_image, thing_ids
+            mask_cls, shape, model.test_topk_per_image, thing_ids, with_boxes=model.boxes_on
         )
     with torch.autocast(masks.device.type, enabled=False):
         stream_rows(resized, streamed.values())

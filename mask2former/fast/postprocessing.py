@@ -18,6 +18,7 @@ from detectron2.modeling.postprocessing import sem_seg_postprocess
 from detectron2.structures import Boxes, Instances
 from torch import Tensor
 
+from ..modeling.postprocessing import boxes_of
 from ..utils.shape_cache import cached_by_shape
 from .point_sampling import max_elements
 
@@ -168,8 +169,11 @@ class PanopticResult:
         thing_ids: Collection[int],
         object_mask_threshold: float,
         overlap_threshold: float,
+        *,
+        with_scores: bool = False,
     ):
         self._thing_ids = thing_ids
+        self._with_scores = with_scores
         self._overlap_threshold = overlap_threshold
         scores, labels = mask_cls.softmax(dim=-1).max(-1)
         keep = labels.ne(mask_cls.shape[-1] - 1) & (scores > object_mask_threshold)
@@ -195,22 +199,28 @@ class PanopticResult:
         # One host sync for the areas of all segments.
         counts = torch.bincount(self._pixels.flatten(), minlength=2 * num_kept).view(-1, 2)
         areas = torch.column_stack((counts, self._areas)).tolist()
+        scores = self._scores.flatten().tolist() if self._with_scores else [0.0] * num_kept
         segment_of_pixel = [0] * (2 * num_kept)
         segment_of_stuff: dict[int, int] = {}
-        for query, (category, (outside, visible, original)) in enumerate(
-            zip(self._classes, areas, strict=True)
+        for query, (category, score, (outside, visible, original)) in enumerate(
+            zip(self._classes, scores, areas, strict=True)
         ):
             if visible == 0 or (outside + visible) / original < self._overlap_threshold:
                 continue
             is_thing = category in self._thing_ids
             if not is_thing and category in segment_of_stuff:
                 segment_of_pixel[2 * query + 1] = segment_of_stuff[category]
+                if self._with_scores:
+                    merged = segments_info[segment_of_stuff[category] - 1]
+                    merged["score"] = max(merged["score"], score)
                 continue
             segment = len(segments_info) + 1
             segment_of_pixel[2 * query + 1] = segment
             if not is_thing:
                 segment_of_stuff[category] = segment
             segments_info.append({"id": segment, "isthing": is_thing, "category_id": category})
+            if self._with_scores:
+                segments_info[-1]["score"] = score
         lookup = torch.tensor(segment_of_pixel, dtype=torch.int32, device=self._pixels.device)
         return lookup[self._pixels], segments_info
 
@@ -219,7 +229,13 @@ class InstanceResult:
     """A `Result`, see `postprocessing.instance_inference`."""
 
     def __init__(
-        self, mask_cls: Tensor, shape: torch.Size, topk: int, thing_ids: Collection[int] | None
+        self,
+        mask_cls: Tensor,
+        shape: torch.Size,
+        topk: int,
+        thing_ids: Collection[int] | None,
+        *,
+        with_boxes: bool = False,
     ):
         scores = mask_cls.softmax(dim=-1)[:, :-1]
         num_queries, num_classes = scores.shape
@@ -237,12 +253,21 @@ class InstanceResult:
         # Over the foreground of each mask.
         self._areas = scores.new_zeros(len(self.queries), dtype=torch.float64)
         self._sums = torch.zeros_like(self._areas)
+        # Whether rows and columns of each mask have foreground.
+        self._extents: tuple[Tensor, Tensor] | None = None
+        if with_boxes:
+            sizes = ((len(self.queries), length) for length in shape[1:])
+            rows, columns = (self._areas.new_zeros(size, dtype=torch.bool) for size in sizes)
+            self._extents = rows, columns
 
     def add(self, rows: slice, logits: Tensor, probabilities: Tensor) -> None:
         # Write the comparison directly as float to avoid an extra pass.
         foreground = torch.empty_like(logits, dtype=self._masks.dtype)
         torch.gt(logits.detach(), 0, out=foreground)
         torch.index_select(foreground, 0, self._mask_of_instance, out=self._masks[:, rows])
+        if self._extents is not None and foreground.numel():
+            self._extents[0][:, rows] = foreground.amax(2) > 0
+            self._extents[1].logical_or_(foreground.amax(1) > 0)
         self._areas += foreground.flatten(1).sum(1)
         self._sums = self._sums + (probabilities * foreground).flatten(1).sum(1)
 
@@ -250,6 +275,8 @@ class InstanceResult:
         result = Instances(tuple(self._masks.shape[1:]))
         result.pred_masks = self._masks
         result.pred_boxes = Boxes(torch.zeros(len(self._masks), 4))
+        if self._extents is not None:
+            result.pred_boxes = boxes_of(*(x[self._mask_of_instance] for x in self._extents))
         mask_scores = (self._sums / (self._areas + 1e-6)).to(self._scores.dtype)
         result.scores = self._scores * mask_scores[self._mask_of_instance]
         result.pred_classes = self._classes

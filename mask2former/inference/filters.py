@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .overlaps import fill_fragments, label_fragments, mask_nms, without_fragments
+from .overlaps import count_ids, fill_fragments, label_fragments, mask_nms, without_fragments
 
 if TYPE_CHECKING:
     from .result import InstanceResult, PanopticResult, Result
@@ -129,10 +129,8 @@ class PredictionFilter:
         if self.min_fragment:
             ids = np.where(label_fragments(ids, self.min_fragment) > 0, 0, ids)
         if ids is not panoptic.segment_ids or self.min_area:
-            areas = np.bincount(ids.reshape(-1), minlength=1) if ids.size else np.zeros(1, int)
-            segments = [
-                replace(s, area=int(areas[s.id]) if s.id < len(areas) else 0) for s in segments
-            ]
+            areas = count_ids(ids, max((s.id for s in segments), default=0))
+            segments = [replace(s, area=int(areas[s.id])) for s in segments]
             segments = [s for s in segments if s.area >= max(1, self.min_area or 0)]
             ids = _only(ids, segments)
         return replace(panoptic, segment_ids=ids, segments=segments)

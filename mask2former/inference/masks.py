@@ -7,10 +7,11 @@ lengths are made from crops without a full-size mask.
 N instances, H W pixels of the image, h w pixels of a crop, R runs of foreground in columns.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
@@ -65,13 +66,13 @@ class InstanceMasks:
         if masks.ndim != 3:
             raise ValueError(f"masks have the shape {tuple(masks.shape)}; allowed: (N, H, W)")
         size = (int(masks.shape[1]), int(masks.shape[2]))
-        rows, columns = _used(masks)  # (N, H), (N, W)
+        is_on_cpu = isinstance(masks, Tensor) and masks.device.type == "cpu"
+        if is_on_cpu and masks.dtype != torch.bfloat16:  # which NumPy lacks
+            masks = np.asarray(masks)
         crops, offsets = [], np.zeros((len(masks), 2), np.int64)
-        for i, (x0, y0, x1, y1) in enumerate(_extents(rows, columns).tolist()):
-            crop = masks[i, y0:y1, x0:x1] != 0
-            # A copy, so that the full-size masks can be freed.
-            crops.append(crop.cpu().numpy() if isinstance(crop, Tensor) else crop)
-            offsets[i] = x0, y0
+        for i, (crop, x, y) in enumerate(_cut(masks)):
+            crops.append(crop)
+            offsets[i] = x, y
         return cls(crops, offsets, size)
 
     @classmethod
@@ -179,12 +180,20 @@ class InstanceMasks:
         return cls(crops, offsets, (height, width))
 
 
-def _used(masks: Any) -> tuple[np.ndarray, np.ndarray]:
-    """Which rows (N, H) and columns (N, W) of masks (N, H, W) have foreground."""
+def _cut(masks: Any) -> Iterator[tuple[np.ndarray, int, int]]:
+    """Yield a copy of the box of each mask (N, H, W), and its x and y."""
     if isinstance(masks, Tensor):
+        # The boxes of all masks in one copy from the device.
         masks = masks != 0
-        return masks.any(2).cpu().numpy(), masks.any(1).cpu().numpy()
-    return masks.any(2), masks.any(1)
+        boxes = _extents(masks.any(2).cpu().numpy(), masks.any(1).cpu().numpy())
+        for mask, (x0, y0, x1, y1) in zip(masks, boxes.tolist(), strict=True):
+            yield mask[y0:y1, x0:x1].cpu().numpy().copy(), x0, y0
+        return
+    for values in masks:  # one by one, which stays in the cache
+        mask = values if values.dtype == np.bool_ else values != 0
+        rows, columns = mask.any(1).reshape(1, -1), mask.any(0).reshape(1, -1)
+        ((x0, y0, x1, y1),) = _extents(rows, columns).tolist()
+        yield mask[y0:y1, x0:x1].copy(), x0, y0
 
 
 def _extents(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:

@@ -10,6 +10,7 @@ from .masks import InstanceMasks
 
 # Diagonal neighbours belong to the same component.
 _CONNECTIVITY = 8
+_COUNTED_PIXELS = 2**22
 
 
 def mask_nms(
@@ -62,6 +63,16 @@ def _intersection(masks: InstanceMasks, i: int, j: int) -> int:
         (x0, y0), (x1, y1) = start - masks.offsets[k], stop - masks.offsets[k]
         parts.append(masks.crops[k][y0:y1, x0:x1])
     return int(np.count_nonzero(parts[0] & parts[1]))
+
+
+def count_ids(ids: np.ndarray, max_id: int) -> np.ndarray:
+    """Pixels of each id, (at least max_id + 1,) int64, in an (H, W) map of ids from 0 on."""
+    counts = np.zeros(max(int(ids.max(initial=0)), max_id) + 1, np.int64)
+    # NumPy counts in 64-bit copies, of a few rows at a time.
+    step = max(1, _COUNTED_PIXELS // max(1, ids.shape[1]))
+    for start in range(0, len(ids), step):
+        counts += np.bincount(ids[start : start + step].reshape(-1), minlength=len(counts))
+    return counts
 
 
 def small_components(mask: np.ndarray, min_pixels: int) -> np.ndarray:

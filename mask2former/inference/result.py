@@ -6,18 +6,22 @@ N instances, K classes, H W pixels of the image. A label is a class's contiguous
 `class_names`; files have the data set's category ids instead, where its metadata has them.
 """
 
+import os
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from detectron2.data import Metadata
+from scipy import ndimage
 from torch import Tensor
 
+from ..utils.visualization import TASKS, draw_prediction
 from .classes import class_names_of
 from .filters import PredictionFilter
 from .masks import InstanceMasks
-
-TASKS = ("panoptic", "instance", "semantic")
+from .overlaps import count_ids
+from .result_files import drawing_metadata, save, to_coco, to_outputs, to_supervision
 
 
 @dataclass
@@ -82,6 +86,21 @@ class PanopticResult:
 
     segment_ids: np.ndarray
     segments: list[Segment]
+
+    def masks(self) -> InstanceMasks:
+        """Of the segments, in their order."""
+        places = ndimage.find_objects(self.segment_ids)
+        crops, offsets = [], np.zeros((len(self.segments), 2), np.int64)
+        for i, segment in enumerate(self.segments):
+            place = places[segment.id - 1] if segment.id <= len(places) else None
+            if place is None:  # no pixel
+                crops.append(np.zeros((0, 0), bool))
+                continue
+            rows, columns = place
+            crops.append(self.segment_ids[place] == segment.id)
+            offsets[i] = columns.start, rows.start
+        height, width = self.segment_ids.shape
+        return InstanceMasks(crops, offsets, (height, width))
 
 
 @dataclass(repr=False)
@@ -202,6 +221,97 @@ class Result:
         """The result without what a filter removes; this one stays as it is."""
         return filter.apply(self)
 
+    def to_coco(self, image_id: int | str = 0) -> dict[str, Any]:
+        """The result in COCO's formats, with category ids of the data set.
+
+        Args:
+            image_id: of the image in its data set.
+
+        Returns:
+            A dict for JSON with, of the tasks of this result, `instances`: a list of COCO results
+            (`segmentation` as compressed run lengths, `bbox` x y width height), and `panoptic`: an
+            annotation of COCO panoptic results (`file_name` of the PNG, `segments_info`).
+        """
+        return to_coco(self, image_id)
+
+    def save(self, path: str | os.PathLike, *, image_id: int | str = 0) -> list[Path]:
+        """Write the result as files.
+
+            NAME_instances.json   COCO results, such as `COCO.loadRes` reads
+            NAME_panoptic.json    COCO panoptic results: `annotations` with one entry, and
+            NAME_panoptic.png     the segment ids as colours
+            NAME_semantic.png     category ids, 8 or 16 bits
+
+        Each file appears when it is complete, and replaces an older one.
+
+        Args:
+            path: a folder, made if missing, in which NAME is that of the image's file, or
+                "prediction"; or FOLDER/NAME.json.
+            image_id: of the image in its data set.
+
+        Returns:
+            The files, those of the tasks of this result.
+
+        Raises:
+            WriteError: a file cannot be written.
+        """
+        return save(self, path, image_id)
+
+    def to_supervision(self, task: str | None = None) -> Any:
+        """`supervision.Detections`: masks, boxes, scores, labels, names as `data["class_name"]`.
+
+        Masks are full-size: they take N · H · W bytes.
+
+        Args:
+            task: "instance" or "panoptic", whose segments become detections; default: instances if
+                there are some.
+
+        Raises:
+            ModuleNotFoundError: the package is not installed.
+            ValueError: this result does not have the task.
+        """
+        return to_supervision(self, task)
+
+    def draw(
+        self, task: str | None = None, *, image: np.ndarray | None = None, scale: float = 1.0
+    ) -> np.ndarray:
+        """Draw all of a task's predictions that this result has; `filter` it first.
+
+        Args:
+            task: "panoptic", "instance" or "semantic"; default: the first that there is.
+            image: RGB uint8 (H, W, 3); default: the image that was kept.
+            scale: magnification of the drawing.
+
+        Returns:
+            RGB uint8 (scale · H, scale · W, 3).
+
+        Raises:
+            ValueError: there is no such task, or no image.
+        """
+        image = self.image if image is None else image
+        if image is None:
+            raise ValueError("the image was not kept: predict with keep_image=True, or give image=")
+        if image.shape != (*self.image_size, 3):
+            raise ValueError(f"image has shape {image.shape}; allowed: {(*self.image_size, 3)}")
+        tasks = self.tasks
+        task = tasks[0] if task is None and tasks else task
+        if task not in tasks:
+            raise ValueError(f"task is {task!r}; this result has {', '.join(tasks) or 'none'}")
+        return draw_prediction(
+            image,
+            to_outputs(self, task),
+            drawing_metadata(self),
+            task,
+            confidence_threshold=0.0,
+            scale=scale,
+        )
+
+    @property
+    def tasks(self) -> list[str]:
+        """The tasks of this result, in the order of `TASKS`."""
+        found = zip(TASKS, (self.panoptic, self.instances, self.semantic), strict=True)
+        return [task for task, value in found if value is not None]
+
     def __repr__(self) -> str:
         parts = [f"{self.image_size[0]} x {self.image_size[1]} pixels"]
         if self.instances is not None:
@@ -220,14 +330,14 @@ def _array(values: Tensor | np.ndarray) -> np.ndarray:
 
 def _panoptic(segment_ids: Tensor, segments_info: list[dict[str, Any]]) -> PanopticResult:
     ids = _array(segment_ids).astype(np.int32, copy=False)
-    areas = np.bincount(ids.reshape(-1), minlength=1) if ids.size else np.zeros(1, np.int64)
+    areas = count_ids(ids, max((x["id"] for x in segments_info), default=0))
     segments = [
         Segment(
             int(x["id"]),
             int(x["category_id"]),
             bool(x["isthing"]),
             None if x.get("score") is None else float(x["score"]),
-            int(areas[x["id"]]) if x["id"] < len(areas) else 0,
+            int(areas[x["id"]]),
         )
         for x in segments_info
     ]

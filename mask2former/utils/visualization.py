@@ -45,7 +45,7 @@ def draw_prediction(
 
     Args:
         image: (H, W, 3).
-        outputs: the model's outputs for this image, at its size.
+        outputs: the model's outputs for this image, at its size; `sem_seg` may be labels (H, W).
         metadata: class names and colours.
         task: one of TASKS.
         confidence_threshold: minimum score of the instances drawn; ignored by other tasks.
@@ -91,7 +91,8 @@ def _draw(visualizer: Visualizer, output, task: str, confidence_threshold: float
         panoptic_map, segments_info = output
         return visualizer.draw_panoptic_seg(panoptic_map.cpu(), segments_info)
     if task == "semantic":
-        return visualizer.draw_sem_seg(output.argmax(dim=0).cpu())
+        labels = output if output.dim() == 2 else output.argmax(dim=0)
+        return visualizer.draw_sem_seg(labels.cpu())
     output = output.to("cpu")
     output = output[output.scores >= confidence_threshold]
     # Inference leaves boxes empty; without boxes, labels are placed at the masks.

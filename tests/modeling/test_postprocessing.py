@@ -48,8 +48,8 @@ class MasksAtOutputSize(ResizedMasks):
 def streamed(result: type) -> Callable:
     """A streamed result as a function of class logits, mask logits and settings."""
 
-    def infer(mask_cls: Tensor, mask_pred: Tensor, *args):
-        started = result(mask_cls, mask_pred.shape, *args)
+    def infer(mask_cls: Tensor, mask_pred: Tensor, *args, **options):
+        started = result(mask_cls, mask_pred.shape, *args, **options)
         stream_rows(MasksAtOutputSize(mask_pred), [started])
         return started.finish()
 
@@ -62,8 +62,8 @@ def inference(request) -> Inference:
         functions = plain.semantic_inference, plain.panoptic_inference, plain.instance_inference
         return Inference(*functions, is_fast=False)
 
-    def instance(mask_cls, mask_pred, topk, thing_ids=None):
-        return streamed(InstanceResult)(mask_cls, mask_pred, topk, thing_ids)
+    def instance(mask_cls, mask_pred, topk, thing_ids=None, **options):
+        return streamed(InstanceResult)(mask_cls, mask_pred, topk, thing_ids, **options)
 
     return Inference(streamed(SemanticResult), streamed(PanopticResult), instance, is_fast=True)
 
@@ -122,6 +122,41 @@ def test_panoptic_by_hand(panoptic):
         {"id": 2, "isthing": False, "category_id": STUFF},
     ]
     assert all(type(s["id"]) is int and type(s["isthing"]) is bool for s in segments)
+
+
+def test_panoptic_scores(inference):
+    """Class probabilities; of merged stuff the highest, wherever it comes."""
+    cls = class_logits(
+        certain(0, 0.8), certain(STUFF, 0.7), certain(STUFF, 0.9), certain(STUFF, 0.6)
+    )
+    owned = [[[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]] for _ in range(4)]
+    for mask, (row, column) in zip(owned, ((0, 0), (0, 1), (1, 1), (1, 2)), strict=True):
+        mask[row][column] = 0.99
+    arguments = cls, mask_logits(*owned), THINGS, 0.5, 0.0
+    ids, segments = inference.panoptic(*arguments, with_scores=True)
+    assert ids.tolist() == [[1, 2, 0], [0, 2, 2]]
+    assert [s["score"] for s in segments] == pytest.approx([0.8, 0.9])
+    assert all(type(s["score"]) is float for s in segments)
+    _, plain_segments = inference.panoptic(*arguments)
+    assert [s.keys() for s in plain_segments] == [{"id", "isthing", "category_id"}] * 2
+
+
+def test_boxes_of_instances(inference, monkeypatch):
+    """Of the masks: a corner, one pixel, nothing; the same in rows at a time."""
+    masks = mask_logits(
+        [[0.9, 0.6, 0.1], [0.9, 0.1, 0.1]],
+        [[0.1, 0.1, 0.1], [0.1, 0.1, 0.9]],
+        [[0.1, 0.1, 0.1], [0.1, 0.1, 0.1]],
+    )
+    cls = class_logits(certain(0, 0.9), certain(0, 0.8), certain(0, 0.7))
+    monkeypatch.setattr("mask2former.fast.postprocessing._MAX_LOGITS", {"cpu": 1, "cuda": 1})
+    instances = inference.instance(cls, masks, 3, with_boxes=True)
+    boxes = instances.pred_boxes.tensor[instances.scores.argsort(descending=True)]
+    assert boxes.tolist() == [[0, 0, 2, 2], [2, 1, 3, 2], [0, 0, 0, 0]]
+    assert boxes.dtype == torch.float32
+    assert not inference.instance(cls, masks, 3).pred_boxes.tensor.any()
+    none = inference.instance(cls, masks, 3, {1}, with_boxes=True)
+    assert none.pred_boxes.tensor.shape == (len(none), 4)
 
 
 def test_panoptic_owner_has_the_highest_class_times_mask(panoptic):
