@@ -335,9 +335,9 @@ def _describe(parts: dict[str, str], results: dict) -> str:
 
 def _draw(cfg: CfgNode, model: torch.nn.Module) -> list[str]:
     """Draw ground truth beside predictions, one image of each test set; returns the files."""
-    tasks, files = enabled_tasks(cfg), []
     if evaluates_tiles(cfg):
-        return files  # images are too large to draw
+        return []  # images are too large to draw
+    tasks, files = enabled_tasks(cfg), []
     for name in cfg.DATASETS.TEST:
         record = next((r for r in DatasetCatalog.get(name) if _has_gt(r)), None)
         if record is None:

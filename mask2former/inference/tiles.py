@@ -191,6 +191,7 @@ class TiledModel(nn.Module):
         self._resize = ResizeShortestEdge(
             cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST, "choice"
         )
+        self._boxes_on = cfg.TEST.BOXES
         self._num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
 
     def forward(self, records: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -220,10 +221,13 @@ class TiledModel(nn.Module):
             result["panoptic_seg"] = torch.from_numpy(found.panoptic[0]), found.panoptic[1]
         if found.instances is not None:
             one = found.instances
+            boxes = torch.zeros(len(one), 4)
+            if self._boxes_on:
+                boxes = torch.from_numpy(one.masks.boxes())
             result["instances"] = Instances(
                 image.size,
                 pred_masks=one.masks,
-                pred_boxes=Boxes(torch.zeros(len(one), 4)),
+                pred_boxes=Boxes(boxes),
                 scores=torch.from_numpy(one.scores),
                 pred_classes=torch.from_numpy(one.labels),
             )
