@@ -14,6 +14,7 @@ import os
 import sys
 import weakref
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from torch.utils.data import DataLoader
 
 from .best_checkpoint import BestModel, EarlyStop, StopsEarly
 from .data.dataset_mappers import build_mapper
+from .data.formats.windows import more_pixels
 from .data.loader import (
     ResumableBatchSampler,
     build_test_loader,
@@ -457,9 +459,11 @@ class Trainer(DefaultTrainer, StopsEarly):
         Returns:
             {data set: {task: {metric: value}}}, without the outer level for a single data set.
         """
-        if evaluates_tiles(cfg):
+        in_tiles = evaluates_tiles(cfg)
+        if in_tiles:
             model = TiledModel(model, cfg)
-        with torch.inference_mode():
+        # Evaluators read ground truth as large as the images.
+        with torch.inference_mode(), more_pixels() if in_tiles else nullcontext():
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
             names = cfg.DATASETS.TEST

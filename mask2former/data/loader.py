@@ -16,7 +16,7 @@ import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
 from typing import Any, NamedTuple
 
@@ -52,6 +52,7 @@ from .datasets.checks import check_builtin, drop_unusable_objects
 from .formats.bands import image_format_of
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
+from .formats.windows import more_pixels
 from .label_maps import check_whole
 from .packed_masks import pin
 from .records import check_labels, check_records, with_whole_numbers
@@ -377,7 +378,8 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             check_records(records, names, findings)
             if not findings.problems:
                 ignore_label = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("ignore_label")
-                check_labels(records, ignore_label, findings)
+                with more_pixels() if _tile_size(cfg) else nullcontext():
+                    check_labels(records, ignore_label, findings)
             findings.raise_first(names)
         drop_unusable_objects(cfg.DATASETS.TRAIN, records)
         _check_targets(cfg.DATASETS.TRAIN, records)
