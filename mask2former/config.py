@@ -47,6 +47,7 @@ _ADDED_KEYS = (
     "DETERMINISTIC",
     "DISTRIBUTED_TIMEOUT",
     "INPUT.IGNORE_UNLABELLED",
+    "INPUT.TILES",
     "LOGGING",
     "MODEL.FAST",
     "MODEL.CHECKPOINTING",
@@ -68,6 +69,7 @@ _ADDED_KEYS = (
     "TEST.BEST_MODE",
     "TEST.EARLY_STOPPING_PATIENCE",
     "TEST.EARLY_STOPPING_MIN_DELTA",
+    "TEST.TILES",
 )
 
 
@@ -105,6 +107,12 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # Leave pixels without a label out of matching and mask losses: ignore label, void, crowds and
     # padding. False, as in the original release: they train as background.
     cfg.INPUT.IGNORE_UNLABELLED = False
+    # Train on tiles of the images instead, for images that are too large: height and width of a
+    # tile in pixels (0: off), and what neighbours share at least. A tile takes part as an image of
+    # its size would; DATALOADER.FILTER_EMPTY_ANNOTATIONS leaves out tiles without object.
+    cfg.INPUT.TILES = CfgNode()
+    cfg.INPUT.TILES.SIZE = 0
+    cfg.INPUT.TILES.OVERLAP = 0
     # Smallest and largest factor of large-scale jittering, relative to INPUT.IMAGE_SIZE.
     cfg.INPUT.MIN_SCALE = 0.1
     cfg.INPUT.MAX_SCALE = 2.0
@@ -323,6 +331,13 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     # than EARLY_STOPPING_MIN_DELTA; 0: off.
     cfg.TEST.EARLY_STOPPING_PATIENCE = 0
     cfg.TEST.EARLY_STOPPING_MIN_DELTA = 0.0
+    # Evaluate in tiles of this height and width in pixels (0: off), which share OVERLAP pixels with
+    # their neighbours and are resized as images of their size would be (inference/tiles.py);
+    # BATCH_SIZE of them run together.
+    cfg.TEST.TILES = CfgNode()
+    cfg.TEST.TILES.SIZE = 0
+    cfg.TEST.TILES.OVERLAP = 0
+    cfg.TEST.TILES.BATCH_SIZE = 1
     # What a training logs besides the losses (training_log.py); it changes no number.
     cfg.LOGGING = CfgNode()
     # Images of each of DATASETS.TEST drawn at every evaluation, ground truth beside prediction, for

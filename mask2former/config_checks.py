@@ -29,10 +29,13 @@ from .config_parts import (
     has_timm,
     has_vit,
     is_plain,
+    is_positive,
+    mapped_by,
     stops_early,
 )
 from .config_schema import bad_value, check_values, unread_keys
 from .data.dataset_mappers import DATASET_MAPPER_REGISTRY
+from .data.dataset_mappers.base import BaseDatasetMapper
 from .data.formats.bands import BANDS
 from .model_checks import (
     check_attention_heads,
@@ -47,6 +50,7 @@ from .modeling.accumulation import check_accumulation
 from .modeling.criterion import CRITERION_REGISTRY, LOSS_REGISTRY
 from .modeling.matcher import MATCHER_REGISTRY
 from .utils.registry import is_mask_former, look_up, registered_names
+from .utils.tile_grid import check_tile_size
 
 _logger = logging.getLogger(__name__)
 
@@ -100,6 +104,7 @@ def check_config(cfg: CfgNode) -> None:
     _check_deterministic(cfg)
     _check_reference(cfg)
     _check_best_metric(cfg)
+    _check_tiles(cfg)
     if has_resnet(cfg):
         check_resnet(cfg)
     if has_swin(cfg):
@@ -212,6 +217,25 @@ def _check_best_metric(cfg: CfgNode) -> None:
         raise ValueError(
             f"TEST.EARLY_STOPPING_PATIENCE is {cfg.TEST.EARLY_STOPPING_PATIENCE}, but "
             "TEST.BEST_METRIC is empty: name the metric that must improve."
+        )
+
+
+def _check_tiles(cfg: CfgNode) -> None:
+    for section in ("INPUT", "TEST"):
+        # Configs made by another project's copy of `add_maskformer2_config` lack them.
+        if is_positive(f"{section}.TILES.SIZE")(cfg):
+            tiles, name = cfg[section].TILES, f"{section}.TILES"
+            check_tile_size(tiles.SIZE, tiles.OVERLAP, f"{name}.SIZE and {name}.OVERLAP")
+    if is_positive("TEST.TILES.SIZE")(cfg) and cfg.TEST.AUG.ENABLED:
+        raise ValueError(
+            f"TEST.TILES.SIZE is {cfg.TEST.TILES.SIZE} and TEST.AUG.ENABLED is True, but "
+            "test-time augmentation reads whole images: turn one of them off."
+        )
+    if is_positive("INPUT.TILES.SIZE")(cfg) and not mapped_by(BaseDatasetMapper)(cfg):
+        raise ValueError(
+            f"INPUT.TILES.SIZE is {cfg.INPUT.TILES.SIZE}, but INPUT.DATASET_MAPPER_NAME is "
+            f"{cfg.INPUT.DATASET_MAPPER_NAME!r}, which does not read tiles: set it to 0, or choose "
+            "a mapper of this project."
         )
 
 

@@ -158,6 +158,10 @@ def turned_on(key: str) -> Condition:
     return lambda cfg: has_key(cfg, key) and get_value(cfg, key) is True
 
 
+def is_positive(key: str) -> Condition:
+    return lambda cfg: has_key(cfg, key) and get_value(cfg, key) > 0
+
+
 def has_best_metric(cfg: CfgNode) -> bool:
     return has_key(cfg, "TEST.BEST_METRIC") and get_value(cfg, "TEST.BEST_METRIC") != ""
 

@@ -56,6 +56,7 @@ from .config_parts import (
     has_timm,
     has_vit,
     is_plain,
+    is_positive,
     mapped_by,
     matches_at_points,
     named,
@@ -169,7 +170,15 @@ GROUPS = (
             "SOLVER.EMA.ENABLED": Flag(),
             "TEST.BEST_METRIC": Either(OneOf(""), Metric()),
             "TEST.EARLY_STOPPING_PATIENCE": _LENGTH,
+            "INPUT.TILES.SIZE": Whole(0, 2**16),
+            "TEST.TILES.SIZE": Whole(0, 2**16),
         },
+    ),
+    Group(always, {"INPUT.TILES.OVERLAP": Whole(0, 2**15)}, is_positive("INPUT.TILES.SIZE")),
+    Group(
+        always,
+        {"TEST.TILES.OVERLAP": Whole(0, 2**15), "TEST.TILES.BATCH_SIZE": Whole(1, 2**10)},
+        is_positive("TEST.TILES.SIZE"),
     ),
     Group(
         always,

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader
 from .data.class_counts import class_names
 from .data.formats.bands import as_colours, image_format_of
 from .data.formats.images import read_colours
-from .data.loader import Draw, ResumableBatchSampler
+from .data.loader import Draw, ResumableBatchSampler, evaluates_tiles
 from .train_step import DelayedMetrics, is_of_last_layer
 from .utils.files import WriteError, make_folder
 from .utils.seeding import isolated_rng
@@ -160,6 +160,8 @@ class Pictures(EvalHook):
             _logger.exception(f"No pictures of {name} from here on, because drawing failed:")
 
     def _draw_predictions(self, name: str) -> None:
+        if evaluates_tiles(self._cfg):
+            raise NotDrawableError("its images are evaluated in tiles (TEST.TILES), not drawn")
         if name not in self._chosen:
             loader = self.trainer.build_test_loader(self._cfg, name)
             self._chosen[name] = choose_samples(loader, name, self._cfg.LOGGING.PICTURES)

@@ -29,12 +29,14 @@ from .config_checks import check_config, check_once, check_parts
 from .data.augmentations import ResizeShortestEdge
 from .data.formats.bands import as_colours, image_format_of
 from .data.formats.images import read_image
+from .data.formats.windows import from_array, open_image
 from .fast.setup import apply_config
 from .inference.classes import class_names_of
 from .inference.filters import PredictionFilter
 from .inference.images import KINDS, ChannelOrder, InputImage, is_single, read_input
 from .inference.pretrained import find_pretrained
 from .inference.result import Result
+from .inference.tiles import predict_tiled
 from .preflight import check_device
 
 # Batches after which an image no longer waits for others of its size.
@@ -188,6 +190,9 @@ class Predictor(DefaultPredictor):
         filter: PredictionFilter | None = None,
         keep_image: bool = True,
         order: ChannelOrder = "RGB",
+        tile_size: int | None = None,
+        overlap: int | None = None,
+        progress: bool = False,
     ) -> Any:
         """Predict for one image or several.
 
@@ -200,6 +205,12 @@ class Predictor(DefaultPredictor):
             filter: what to remove, see `PredictionFilter`; default: nothing.
             keep_image: whether results keep the image, to draw on.
             order: of the colours in arrays and tensors; "BGR" for images of OpenCV.
+            tile_size: predict for each image in tiles of this height and width in pixels, for
+                large images and crowds; each tile is resized as an image of its size would be.
+                `batch_size` is then of tiles.
+            overlap: pixels that neighbouring tiles share, see `predict_tiles`; default: a quarter
+                of `tile_size`.
+            progress: show a progress bar of the tiles of each image.
 
         Returns:
             A `Result`, or a list of them in the order of the images.
@@ -208,6 +219,12 @@ class Predictor(DefaultPredictor):
             FileNotFoundError, ValueError: an image cannot be read; names the image.
         """
         options: dict[str, Any] = {"filter": filter, "keep_image": keep_image, "order": order}
+        if tile_size is not None:
+            options |= {"batch_size": batch_size, "progress": progress}
+            options |= {"tile_size": tile_size, "overlap": overlap}
+            if is_single(source):
+                return self._predict_tiled(source, **options)
+            return [self._predict_tiled(one, **options) for one in source]
         if is_single(source):
             (result,) = self.stream([source], batch_size=batch_size, **options)
             return result
@@ -263,6 +280,32 @@ class Predictor(DefaultPredictor):
             run(size)
         for i in sorted(done):
             yield done[i]
+
+    def _predict_tiled(
+        self,
+        source: Any,
+        *,
+        filter: PredictionFilter | None,
+        keep_image: bool,
+        order: ChannelOrder,
+        **options: Any,
+    ) -> Result:
+        if isinstance(source, str | os.PathLike):
+            name = os.fspath(source)
+            with open_image(name, self.image_format) as image:
+                result = predict_tiled(
+                    self, image, file_name=name, keep_image=keep_image, **options
+                )
+        else:
+            pixels, name = read_input(source, self.image_format, order)
+            image = from_array(pixels)
+            result = predict_tiled(self, image, file_name=name, keep_image=keep_image, **options)
+        return result if filter is None else result.filter(filter)
+
+    def outputs(self, images: list[np.ndarray]) -> list[dict[str, Any]]:
+        """The model's outputs for images (H, W, C) of `read`, of one size."""
+        with torch.inference_mode():
+            return self.model([self._inputs(image) for image in images])
 
     def _inputs(self, image: np.ndarray) -> dict[str, Any]:
         """What the model takes for an image (H, W, C) of `read`."""

@@ -31,6 +31,7 @@ from tabulate import tabulate
 from .best_checkpoint import BestModel, unknown_metric
 from .checkpoint import Mask2FormerCheckpointer
 from .data.formats.images import read_image
+from .data.loader import evaluates_tiles
 from .ema import EMA, uses_ema
 from .trainer import Trainer
 from .utils.files import atomic_write, make_folder
@@ -335,6 +336,8 @@ def _describe(parts: dict[str, str], results: dict) -> str:
 
 def _draw(cfg: CfgNode, model: torch.nn.Module) -> list[str]:
     """Draw ground truth beside predictions, one image of each test set; returns the files."""
+    if evaluates_tiles(cfg):
+        return []  # images are too large to draw
     tasks, files = enabled_tasks(cfg), []
     for name in cfg.DATASETS.TEST:
         record = next((r for r in DatasetCatalog.get(name) if _has_gt(r)), None)

@@ -14,6 +14,7 @@ import os
 import sys
 import weakref
 from collections import OrderedDict
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +35,12 @@ from torch.utils.data import DataLoader
 
 from .best_checkpoint import BestModel, EarlyStop, StopsEarly
 from .data.dataset_mappers import build_mapper
+from .data.formats.windows import more_pixels
 from .data.loader import (
     ResumableBatchSampler,
     build_test_loader,
     build_train_loader,
+    evaluates_tiles,
     has_fixed_size,
 )
 from .ema import WeightAverage
@@ -55,6 +58,7 @@ from .hooks import (
     finish_iteration,
 )
 from .inference.saving import ModelFolderCheckpointer
+from .inference.tiles import TiledModel
 from .maskformer_model import MaskFormer
 from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .non_finite import NonFiniteWatch, max_skipped
@@ -455,7 +459,11 @@ class Trainer(DefaultTrainer, StopsEarly):
         Returns:
             {data set: {task: {metric: value}}}, without the outer level for a single data set.
         """
-        with torch.inference_mode():
+        in_tiles = evaluates_tiles(cfg)
+        if in_tiles:
+            model = TiledModel(model, cfg)
+        # Evaluators read ground truth as large as the images.
+        with torch.inference_mode(), more_pixels() if in_tiles else nullcontext():
             results = super().test(cfg, model, evaluators)
         if comm.is_main_process() and cfg.OUTPUT_DIR and cfg.DATASETS.TEST:
             names = cfg.DATASETS.TEST

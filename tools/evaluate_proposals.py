@@ -18,6 +18,7 @@ from detectron2.evaluation import inference_on_dataset
 from detectron2.utils import comm
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
+from mask2former.data.loader import evaluates_tiles
 from mask2former.evaluation import (
     LayerProposals,
     ProposalEvaluator,
@@ -57,6 +58,11 @@ def main(args: argparse.Namespace) -> dict:
     cfg = setup(args).clone()
     if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         keep_freed_memory()
+    if evaluates_tiles(cfg):
+        raise ValueError(
+            f"TEST.TILES.SIZE is {cfg.TEST.TILES.SIZE}, but proposals are evaluated on whole "
+            "images: set it to 0"
+        )
     cfg.defrost()
     test = cfg.MODEL.MASK_FORMER.TEST
     test.INSTANCE_ON, test.PANOPTIC_ON, test.SEMANTIC_ON = True, False, False

@@ -12,10 +12,11 @@ the samples of each worker separately, as in Detectron2).
 import copy
 import difflib
 import itertools
+import logging
 import random
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from json import JSONDecodeError
 from typing import Any, NamedTuple
 
@@ -51,9 +52,11 @@ from .datasets.checks import check_builtin, drop_unusable_objects
 from .formats.bands import image_format_of
 from .formats.findings import NOTHING_TO_TRAIN_ON, Findings
 from .formats.images import read_header, read_image
+from .formats.windows import more_pixels
 from .label_maps import check_whole
 from .packed_masks import pin
 from .records import check_labels, check_records, with_whole_numbers
+from .tiles import split_records
 
 Mapper = Callable[[dict], dict | None]
 
@@ -375,12 +378,17 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
             check_records(records, names, findings)
             if not findings.problems:
                 ignore_label = MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).get("ignore_label")
-                check_labels(records, ignore_label, findings)
+                with more_pixels() if _tile_size(cfg) else nullcontext():
+                    check_labels(records, ignore_label, findings)
             findings.raise_first(names)
         drop_unusable_objects(cfg.DATASETS.TRAIN, records)
         _check_targets(cfg.DATASETS.TRAIN, records)
     grouping = loaded["aspect_ratio_grouping"]
     wide = _known_shapes(records[i] for i in range(len(records))) if grouping else []
+    if isinstance(records, list) and _tile_size(cfg):
+        records = _tiles(cfg, records)
+        loaded = _load(cfg, mapper, seed, records)
+        wide = _known_shapes(records) if grouping else []
     if isinstance(records, list):
         # Serialise once, so that loader processes share the memory.
         records = DatasetFromList(records, copy=False)
@@ -402,6 +410,39 @@ def build_train_loader(cfg: CfgNode, mapper: Mapper) -> DataLoader:
         # With its own generator, creating the iterator does not draw from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
+
+
+def _tile_size(cfg: CfgNode) -> int:
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    return cfg.INPUT.TILES.SIZE if "TILES" in cfg.INPUT else 0
+
+
+def _tiles(cfg: CfgNode, records: list[dict]) -> list[dict]:
+    """The records of INPUT.TILES.
+
+    Raises:
+        ValueError: no tile has an object, or the sampler counts images.
+    """
+    if cfg.DATALOADER.SAMPLER_TRAIN.startswith("Weighted"):
+        raise ValueError(
+            f"DATALOADER.SAMPLER_TRAIN is {cfg.DATALOADER.SAMPLER_TRAIN}, which weights images, "
+            "not tiles: choose another one, or set INPUT.TILES.SIZE to 0."
+        )
+    tiles = split_records(
+        records,
+        cfg.INPUT.TILES.SIZE,
+        cfg.INPUT.TILES.OVERLAP,
+        cfg.DATALOADER.FILTER_EMPTY_ANNOTATIONS,
+    )
+    if not tiles:
+        raise ValueError(
+            f"No tile of {', '.join(cfg.DATASETS.TRAIN)} has an object; set "
+            "DATALOADER.FILTER_EMPTY_ANNOTATIONS to False to train on tiles without."
+        )
+    logging.getLogger(__name__).info(
+        f"Training on {len(tiles)} tiles of {len(records)} images (INPUT.TILES)"
+    )
+    return tiles
 
 
 def _check_targets(names: Sequence[str], records: Iterable[dict]) -> None:
@@ -514,11 +555,25 @@ class InferenceMapper(DatasetMapper):
         return sample
 
 
+def _without_pixels(record: dict) -> dict:
+    """The input of a model that reads the image itself, in tiles."""
+    return with_whole_numbers({k: v for k, v in record.items() if k != "annotations"})
+
+
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Build the inference loader of this worker, which yields each image once.
+
+    With TEST.TILES its records have no `image`: `inference.tiles.TiledModel` reads them.
 
     Raises:
         ValueError: the data set is unknown or has no images.
     """
+    mapper = _without_pixels if evaluates_tiles(cfg) else InferenceMapper(cfg)
     with explained_dataset_errors([dataset_name]):
-        return build_detection_test_loader(cfg, dataset_name, mapper=InferenceMapper(cfg))
+        return build_detection_test_loader(cfg, dataset_name, mapper=mapper)
+
+
+def evaluates_tiles(cfg: CfgNode) -> bool:
+    """Whether evaluation predicts in tiles: TEST.TILES."""
+    # Configs made by another project's copy of `add_maskformer2_config` lack the key.
+    return "TILES" in cfg.TEST and cfg.TEST.TILES.SIZE > 0

@@ -149,8 +149,7 @@ def segment_layers(
     if (counts > 1).any():
         raise ValueError(f"{file_name}: segments_info repeats the ids {sorted_ids[counts > 1]}.")
 
-    # An id is red + 256 green + 65536 blue: the RGBA bytes as one uint32, without alpha.
-    runs = Runs(cv2.cvtColor(pan_seg, cv2.COLOR_RGB2RGBA).view("<u4")[..., 0] & 0xFFFFFF)
+    runs = Runs(_segment_ids(pan_seg))
     unknown = np.setdiff1d(runs.values[runs.values != 0], ids)
     if unknown.size:
         raise ValueError(
@@ -171,6 +170,25 @@ def segment_layers(
     classes = torch.tensor([segment["category_id"] for segment in targets], dtype=torch.int64)
     target_ids = np.array([segment["id"] for segment in targets], dtype=np.int64)
     return classes, runs.layers(target_ids)
+
+
+def segments_in_tile(
+    pan_seg: np.ndarray, segments_info: Sequence[dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """The segments of an image that have pixels in a tile of it.
+
+    Args:
+        pan_seg: (h, w, 3) uint8, the tile of the panoptic PNG as RGB.
+        segments_info: of the image.
+    """
+    present = set(present_values(_segment_ids(pan_seg)).tolist())
+    return [segment for segment in segments_info if segment["id"] in present]
+
+
+def _segment_ids(pan_seg: np.ndarray) -> np.ndarray:
+    # An id is red + 256 green + 65536 blue: the RGBA bytes as one uint32, without alpha.
+    rgba = cv2.cvtColor(np.ascontiguousarray(pan_seg), cv2.COLOR_RGB2RGBA)
+    return rgba.view("<u4")[..., 0] & 0xFFFFFF
 
 
 # ---- instances ----

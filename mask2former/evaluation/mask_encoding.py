@@ -15,6 +15,8 @@ from detectron2.structures import Instances
 from hotcoco import mask as hotcoco_mask
 from torch import Tensor
 
+from ..inference.masks import InstanceMasks
+
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:
     """Encode each mask as {"size": [H, W], "counts": text}.
@@ -59,7 +61,7 @@ class EncodesMasks(DatasetEvaluator):
         """
         Args:
             inputs: with `image_id`.
-            outputs: with `instances`, which have `pred_masks` (N, H, W).
+            outputs: with `instances`, which have `pred_masks`: (N, H, W) or `InstanceMasks`.
         """
         for image, output in zip(inputs, outputs, strict=True):
             instances = output.get("instances")
@@ -68,7 +70,8 @@ class EncodesMasks(DatasetEvaluator):
                 super().process([image], [output])
                 continue
             fields = instances.get_fields()
-            encoded = encode_masks(fields["pred_masks"])
+            masks = fields["pred_masks"]
+            encoded = masks.to_rle() if isinstance(masks, InstanceMasks) else encode_masks(masks)
             others = {name: field for name, field in fields.items() if name != "pred_masks"}
             others = Instances(instances.image_size, **others)
             super().process([image], [{**output, "instances": others}])

@@ -27,11 +27,17 @@ from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen
 from ..formats.bands import image_format_of
-from ..formats.images import read_image, read_panoptic_png
 from ..label_maps import check_whole, layers_to_boxes, pack_layers, transform_layers
 from ..lazy_augmentation import augment
 from ..records import with_whole_numbers
-from ..targets import build_instances, check_sem_seg, check_size, segment_layers
+from ..targets import (
+    build_instances,
+    check_sem_seg,
+    check_size,
+    segment_layers,
+    segments_in_tile,
+)
+from ..tiles import TILE, read_panoptic_pixels, read_pixels
 
 # ---- mappers ----
 
@@ -206,7 +212,7 @@ def load_record(record: dict, image_format: str) -> tuple[dict, np.ndarray]:
     # Annotations are large, and targets are made from the original record.
     sample = copy.deepcopy({k: v for k, v in record.items() if k != "annotations"})
     sample = with_whole_numbers(sample)
-    image = read_image(sample["file_name"], image_format)
+    image = read_pixels(sample, sample["file_name"], image_format)
     utils.check_image_size(sample, image)
     return sample, image
 
@@ -265,8 +271,10 @@ def load_pan_seg(
     for key in ("pan_seg_file_name", "segments_info"):
         require_key(sample, key, "panoptic", mapper)
     file_name = sample.pop("pan_seg_file_name")
-    pan_seg = read_panoptic_png(file_name)
+    pan_seg = read_panoptic_pixels(sample, file_name)
     check_size(pan_seg.shape[:2], image_size, file_name, sample["file_name"])
+    if TILE in sample:
+        sample["segments_info"] = segments_in_tile(pan_seg, sample["segments_info"])
     return segment_layers(pan_seg, sample["segments_info"], file_name, mapper.num_classes)
 
 
@@ -289,7 +297,7 @@ def load_sem_seg(
             unknown or not whole.
     """
     file_name = sample.pop("sem_seg_file_name")
-    sem_seg = read_image(file_name)
+    sem_seg = read_pixels(sample, file_name, None)
     if sem_seg.ndim != 2:
         raise ValueError(
             f"{file_name} has {sem_seg.shape[-1]} channels; a semantic map has one, the label. "

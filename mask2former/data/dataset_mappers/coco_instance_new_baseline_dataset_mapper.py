@@ -20,6 +20,7 @@ from ..targets import (
     read_crowds,
     transform_annotations,
 )
+from ..tiles import record_annotations
 from .base import LargeScaleJitterDatasetMapper, augment_image, load_record, lsj_arguments
 from .build import register_mapper
 
@@ -63,10 +64,11 @@ class COCOInstanceNewBaselineDatasetMapper(LargeScaleJitterDatasetMapper):
         # A subclass may remove the annotations to make its own targets.
         has_targets = self.is_train and "annotations" in dataset_dict
         if has_targets:
+            annotations = record_annotations(dataset_dict)
             classes, shapes = read_annotations(
-                dataset_dict["annotations"], image_size, sample["file_name"], self.num_classes
+                annotations, image_size, sample["file_name"], self.num_classes
             )
-            crowds = read_crowds(dataset_dict["annotations"], image_size, sample["file_name"])
+            crowds = read_crowds(annotations, image_size, sample["file_name"])
 
         sample["image"], _, transforms = augment_image(self.tfm_gens, image)
         sample["padding_mask"] = torch.from_numpy(padding_mask(transforms, image_size))

@@ -14,6 +14,7 @@ from ..targets import (
     read_crowds,
     transform_annotations,
 )
+from ..tiles import record_annotations
 from .base import (
     ResizeCropDatasetMapper,
     augment_image,
@@ -82,8 +83,9 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
         require_training(self)
         sample, pixels = load_record(dataset_dict, self.img_format)
         require_key(dataset_dict, "annotations", "instance", self)
+        annotations = record_annotations(dataset_dict)
         classes, shapes = read_annotations(
-            dataset_dict["annotations"], pixels.shape[:2], sample["file_name"], self.num_classes
+            annotations, pixels.shape[:2], sample["file_name"], self.num_classes
         )
 
         image, _, transforms = augment_image(self.tfm_gens, pixels)
@@ -94,7 +96,7 @@ class MaskFormerInstanceDatasetMapper(ResizeCropDatasetMapper):
         sample["image"] = pad_image(image, pad)
         sample["instances"] = build_instances(classes, masks.pad(pad))
         if self.ignore_unlabelled:
-            crowds = read_crowds(dataset_dict["annotations"], pixels.shape[:2], sample["file_name"])
+            crowds = read_crowds(annotations, pixels.shape[:2], sample["file_name"])
             crowd_masks = pack_shapes(
                 transform_annotations(crowds, transforms), (image.shape[1], image.shape[2])
             )

@@ -60,7 +60,7 @@ class Header(NamedTuple):
 
 
 @contextmanager
-def _named_errors(file_name: str) -> Iterator[None]:
+def named_errors(file_name: str) -> Iterator[None]:
     """Turn errors of decoders into ValueErrors that name the file."""
     if os.path.exists(file_name) and not os.path.isfile(file_name):  # a pipe may never end
         raise ValueError(f"{file_name} is not a file")
@@ -95,7 +95,7 @@ def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
         ValueError: it is truncated, not an image (unless PIL's `LOAD_TRUNCATED_IMAGES` is set), too
             large, or of 32 bits per pixel and channel.
     """
-    with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
+    with named_errors(file_name), PathManager.open(file_name, "rb") as stream:
         if is_bands(image_format):
             return read_bands(stream, file_name, image_format)
         return convert_image(Image.open(stream), image_format)
@@ -144,7 +144,7 @@ def read_header(file_name: str) -> Header:
     Raises:
         FileNotFoundError, ValueError: see `read_image`.
     """
-    with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
+    with named_errors(file_name), PathManager.open(file_name, "rb") as stream:
         if is_array(file_name):
             return Header(size_of_array(stream), BANDS, 1)
         try:
@@ -207,10 +207,20 @@ def read_panoptic_png(file_name: str) -> np.ndarray:
         FileNotFoundError: the file does not exist.
         ValueError: it cannot be read, or does not have three colour channels.
     """
+    check_panoptic_mode(file_name)
+    return read_image(file_name, "RGB")
+
+
+def check_panoptic_mode(file_name: str) -> None:
+    """Check that a file can store segment ids as colours.
+
+    Raises:
+        FileNotFoundError: the file does not exist.
+        ValueError: it cannot be read, or does not have three colour channels.
+    """
     mode = read_header(file_name).mode
     if mode not in _COLOUR_MODES:
         raise ValueError(wrong_panoptic_mode(file_name, mode))
-    return read_image(file_name, "RGB")
 
 
 def orientation_warning(orientation: int) -> str:

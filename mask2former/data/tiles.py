@@ -1,0 +1,202 @@
+"""Trains on tiles of large images: INPUT.TILES.
+
+    records → split_records → one record a tile, with `tile` → mapper reads the tile's window
+
+A record of a tile has the size of the tile. Annotations stay in pixels of the image until a mapper
+cuts them (`tile_annotations`); label maps are read by windows, too.
+
+H W pixels of an image, h w pixels of a tile.
+"""
+
+import itertools
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pycocotools.mask as mask_util
+from detectron2.data import transforms as T
+from detectron2.structures import BoxMode
+
+from ..utils.tile_grid import check_tile_size, tile_grid
+from .formats.images import check_panoptic_mode, read_header, read_image, read_panoptic_png
+from .formats.windows import more_pixels, open_image
+from .lazy_augmentation import apply_polygons
+
+TILE = "tile"
+
+
+class TileOf(NamedTuple):
+    """The part of an image that a record is about, in pixels."""
+
+    y: int
+    x: int
+    height: int
+    width: int
+    image_size: tuple[int, int]
+
+    @property
+    def window(self) -> tuple[slice, slice]:
+        return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
+
+
+# ---- records ----
+
+
+def split_records(
+    records: Iterable[dict[str, Any]], tile_size: int, overlap: int, drop_empty: bool
+) -> list[dict[str, Any]]:
+    """Split the images of a data set into tiles.
+
+    Args:
+        records: in Detectron2's format, checked.
+        tile_size, overlap: see `tile_grid`.
+        drop_empty: drop tiles of records with `annotations` in which no object is. What is in
+            a tile of a label map or panoptic PNG is not known before it is read.
+
+    Returns:
+        Records with `tile`, `height` and `width` of the tile, and the annotations whose box
+        overlaps the tile. An image that one tile covers keeps its record.
+
+    Raises:
+        FileNotFoundError, ValueError: an image has no size in its record, and its header cannot be
+            read.
+        ValueError: see `check_tile_size`.
+    """
+    check_tile_size(tile_size, overlap, "INPUT.TILES.SIZE and INPUT.TILES.OVERLAP")
+    tiles = []
+    for record in records:
+        size = record.get("height"), record.get("width")
+        if None in size:
+            with more_pixels():
+                size = read_header(record["file_name"]).size
+        grid = tile_grid((int(size[0]), int(size[1])), tile_size, overlap)
+        if len(grid) == len(grid[0]) == 1:
+            tiles.append(record)
+            continue
+        boxes = _boxes(record.get("annotations", ()))
+        for tile in itertools.chain(*grid):
+            height, width = tile.size
+            part = TileOf(tile.y.start, tile.x.start, height, width, (int(size[0]), int(size[1])))
+            new = record | {TILE: part, "height": height, "width": width}
+            if "annotations" in record:
+                inside = _overlapping(boxes, part)
+                new["annotations"] = [record["annotations"][i] for i in inside]
+                if drop_empty and all(a.get("iscrowd", 0) for a in new["annotations"]):
+                    continue
+            tiles.append(new)
+    return tiles
+
+
+def _boxes(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
+    """Boxes (N, 4) x0 y0 x1 y1 of annotations in pixels; without limits where none is known."""
+    boxes = np.full((len(annotations), 4), [-np.inf, -np.inf, np.inf, np.inf])
+    for box, annotation in zip(boxes, annotations, strict=True):
+        shape = annotation.get("segmentation")
+        if isinstance(shape, dict) and isinstance(shape["counts"], str | bytes):
+            box[:] = BoxMode.convert(
+                mask_util.toBbox(shape).tolist(), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
+            )
+        elif isinstance(shape, list) and shape and all(map(_is_polygon, shape)):
+            points = np.concatenate([np.asarray(part, dtype=np.float64) for part in shape])
+            box[:2], box[2:] = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
+        elif "bbox" in annotation:
+            box[:] = BoxMode.convert(
+                list(annotation["bbox"]), annotation["bbox_mode"], BoxMode.XYXY_ABS
+            )
+    return boxes
+
+
+def _overlapping(boxes: np.ndarray, tile: TileOf) -> list[int]:
+    x0, y0, x1, y1 = boxes.T
+    inside = (x0 < tile.x + tile.width) & (x1 > tile.x)
+    inside &= (y0 < tile.y + tile.height) & (y1 > tile.y)
+    return np.flatnonzero(inside).tolist()
+
+
+# ---- reading ----
+
+
+def read_pixels(record: dict[str, Any], file_name: str, image_format: str | None) -> np.ndarray:
+    """Read an image or label map of a record: all of it, or the window of the record's tile.
+
+    Raises:
+        FileNotFoundError, ValueError: see `read_image`.
+        ValueError: the file has another size than the image that was split.
+    """
+    tile: TileOf | None = record.get(TILE)
+    if tile is None:
+        return read_image(file_name, image_format)
+    with open_image(file_name, image_format) as image:
+        if image.size != tile.image_size:
+            raise ValueError(
+                f"{file_name} has (height, width) {image.size}, but the image of its record, "
+                f"{record['file_name']}, has {tile.image_size}"
+            )
+        return image.read(*tile.window)
+
+
+def read_panoptic_pixels(record: dict[str, Any], file_name: str) -> np.ndarray:
+    """The colours (h, w, 3) of the panoptic PNG of a record, see `read_pixels`."""
+    if TILE not in record:
+        return read_panoptic_png(file_name)
+    with more_pixels():
+        check_panoptic_mode(file_name)
+    return read_pixels(record, file_name, "RGB")
+
+
+def record_annotations(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """The `annotations` of a record, in pixels of its tile if it has one.
+
+    Polygons and masks are cut at the borders of the tile, and those without pixels in it are left
+    out. What is malformed stays as it is, for `read_annotations` to refuse.
+    """
+    tile: TileOf | None = record.get(TILE)
+    if tile is None:
+        return record["annotations"]
+    cut = []
+    for annotation in record["annotations"]:
+        stored = annotation.get("segmentation")
+        shape = _cut(stored, tile)
+        if shape is not None or stored is None:
+            others = {k: v for k, v in annotation.items() if k not in ("bbox", "bbox_mode")}
+            cut.append(others | {"segmentation": shape})
+    return cut
+
+
+def _cut(shape: Any, tile: TileOf) -> Any:
+    """A segmentation in the tile; None if it has no pixel there."""
+    rows, columns = tile.window
+    if isinstance(shape, np.ndarray) and shape.shape == tile.image_size:
+        mask = shape[rows, columns]
+        return mask if mask.any() else None
+    if isinstance(shape, dict) and tuple(shape["size"]) == tile.image_size:
+        # Here, because the inference package imports this one.
+        from ..inference.masks import InstanceMasks
+
+        masks = InstanceMasks.from_rle([shape])
+        (crop,), (x, y) = masks.crops, masks.offsets[0].tolist()
+        mask = np.zeros((tile.height, tile.width), dtype=np.uint8)
+        top, left = max(y, tile.y), max(x, tile.x)
+        bottom = min(y + crop.shape[0], tile.y + tile.height)
+        right = min(x + crop.shape[1], tile.x + tile.width)
+        if top >= bottom or left >= right:
+            return None
+        mask[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x] = crop[
+            top - y : bottom - y, left - x : right - x
+        ]
+        return mask if mask.any() else None
+    if isinstance(shape, list) and shape and all(map(_is_polygon, shape)):
+        crop = T.CropTransform(tile.x, tile.y, tile.width, tile.height)
+        points = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in shape]
+        parts = apply_polygons(T.TransformList([crop]), points)
+        return [part.reshape(-1) for part in parts if len(part) >= 3] or None
+    return shape
+
+
+def _is_polygon(part: Any) -> bool:
+    try:
+        points = np.asarray(part, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        return False
+    is_complete = points.ndim == 1 and points.size >= 6 and points.size % 2 == 0
+    return is_complete and bool(np.isfinite(points).all())
