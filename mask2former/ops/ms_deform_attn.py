@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..utils.shape_cache import cached_by_shape
+from ..utils.shape_cache import cached_by_shape, sizes_tensor
 from ._kernels import has_kernel
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
@@ -62,7 +62,7 @@ def _widths_and_heights(
     shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Width and height of every level, (L, 2)."""
-    return torch.tensor(shapes, dtype=dtype).flip(-1).to(device)
+    return sizes_tensor([shape[::-1] for shape in shapes], dtype, device)
 
 
 def _accumulate_dtype(value: Tensor) -> torch.dtype:
