@@ -67,15 +67,37 @@ def read_bands(stream: IO[bytes], file_name: str, image_format: str) -> np.ndarr
         bands = _read_tiff(stream)
     else:
         with Image.open(stream) as stored:
-            if stored.mode in _NO_BANDS:
-                raise ValueError(f"its pixels are of mode {stored.mode}, which are no bands")
-            image = detection_utils._apply_exif_orientation(stored)
-            bands = np.asarray(image)
-            if image.mode == "I" and stored.format in ("PNG", "PPM"):
-                bands = bands.astype(np.uint16)
+            bands = bands_of(stored)
+    return checked_bands(bands, image_format)
+
+
+def bands_of(stored: Image.Image) -> np.ndarray:
+    """The channels of an image as Pillow opened it, (h, w) or (h, w, C), turned as EXIF says.
+
+    Raises:
+        ValueError: its numbers are no values of bands.
+    """
+    if stored.mode in _NO_BANDS:
+        raise ValueError(f"its pixels are of mode {stored.mode}, which are no bands")
+    image = detection_utils._apply_exif_orientation(stored)
+    bands = np.asarray(image)
+    is_sixteen_bit = image.mode == "I" and stored.format in ("PNG", "PPM")
+    return bands.astype(np.uint16) if is_sixteen_bit else bands
+
+
+def checked_bands(bands: np.ndarray, image_format: str) -> np.ndarray:
+    """Bands (h, w) or (h, w, C) as a model takes them: (h, w, C) uint8.
+
+    Args:
+        bands: uint8, or uint16, which is scaled by its range.
+        image_format: see `read_bands`.
+
+    Raises:
+        ValueError: see `read_bands`.
+    """
     if bands.ndim not in (2, 3) or 0 in bands.shape:
         raise ValueError(f"it has the shape {bands.shape}; allowed: (height, width, bands)")
-    bands = _eight_bits(bands.reshape(*bands.shape[:2], -1))
+    bands = eight_bits(bands.reshape(*bands.shape[:2], -1))
     _, _, expected = image_format.partition(":")
     if expected and bands.shape[2] != int(expected):
         raise ValueError(
@@ -85,7 +107,12 @@ def read_bands(stream: IO[bytes], file_name: str, image_format: str) -> np.ndarr
     return np.ascontiguousarray(bands)
 
 
-def _eight_bits(bands: np.ndarray) -> np.ndarray:
+def eight_bits(bands: np.ndarray) -> np.ndarray:
+    """Values of 16 bits scaled to 8 by their range; those of 8 bits as they are.
+
+    Raises:
+        ValueError: values of another type.
+    """
     if bands.dtype == np.uint16:
         return ((bands.astype(np.uint32) + 128) // 257).astype(np.uint8)
     if bands.dtype != np.uint8:

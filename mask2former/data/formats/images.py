@@ -26,6 +26,8 @@ from PIL import Image, UnidentifiedImageError
 from .bands import (
     BANDS,
     as_colours,
+    bands_of,
+    checked_bands,
     is_array,
     is_bands,
     is_tiff,
@@ -96,17 +98,27 @@ def read_image(file_name: str, image_format: str | None = None) -> np.ndarray:
     with _named_errors(file_name), PathManager.open(file_name, "rb") as stream:
         if is_bands(image_format):
             return read_bands(stream, file_name, image_format)
-        stored = Image.open(stream)
-        orientation = stored.getexif().get(_EXIF_ORIENTATION, 1)
-        if orientation in range(2, 9):
-            _log_orientation(orientation)
-        if stored.format == "TIFF":
-            # Pillow 10 and later turn TIFFs when they decode them, and drop the orientation.
-            stored.load()
-        image = detection_utils._apply_exif_orientation(stored)
-        if image_format is not None:
-            image = _as_eight_bits(image, stored.format)
-        return detection_utils.convert_PIL_to_numpy(image, image_format)
+        return convert_image(Image.open(stream), image_format)
+
+
+def convert_image(stored: Image.Image, image_format: str | None = None) -> np.ndarray:
+    """The pixels of an image that Pillow has opened, as `read_image` returns those of its file.
+
+    Raises:
+        ValueError: see `read_image`; other errors of a decoder, if it has not decoded it yet.
+    """
+    if is_bands(image_format):
+        return checked_bands(bands_of(stored), image_format)
+    orientation = stored.getexif().get(_EXIF_ORIENTATION, 1)
+    if orientation in range(2, 9):
+        _log_orientation(orientation)
+    if stored.format == "TIFF":
+        # Pillow 10 and later turn TIFFs when they decode them, and drop the orientation.
+        stored.load()
+    image = detection_utils._apply_exif_orientation(stored)
+    if image_format is not None:
+        image = _as_eight_bits(image, stored.format)
+    return detection_utils.convert_PIL_to_numpy(image, image_format)
 
 
 @cache

@@ -1,0 +1,158 @@
+"""Which masks of an image are duplicates, and which parts of masks and label maps are fragments.
+
+N instances, H W pixels of the image, h w pixels of a crop.
+"""
+
+import cv2
+import numpy as np
+
+from .masks import InstanceMasks
+
+# Diagonal neighbours belong to the same component.
+_CONNECTIVITY = 8
+
+
+def mask_nms(
+    masks: InstanceMasks, scores: np.ndarray, max_iou: float, labels: np.ndarray | None = None
+) -> np.ndarray:
+    """Choose masks in descending order of scores, leaving out those that overlap a chosen one.
+
+    Only pairs whose boxes and areas allow such an overlap are compared pixel by pixel.
+
+    Args:
+        masks: N of them.
+        scores: (N,).
+        max_iou: intersection over union above which two masks are duplicates.
+        labels: (N,); if given, only masks of the same label are duplicates.
+
+    Returns:
+        (M,) int64 indices of the masks to keep, ascending. Masks without pixels are no duplicates.
+    """
+    areas, boxes = masks.areas(), masks.boxes()
+    order = np.argsort(-scores, kind="stable")
+    is_kept = np.ones(len(masks), bool)
+    for position, i in enumerate(order.tolist()):
+        if not is_kept[i]:
+            continue
+        others = order[position + 1 :]
+        others = others[is_kept[others]]
+        if labels is not None:
+            others = others[labels[others] == labels[i]]
+        sides = np.minimum(boxes[i, 2:], boxes[others, 2:]) - np.maximum(
+            boxes[i, :2], boxes[others, :2]
+        )
+        most = np.minimum(sides.clip(min=0).prod(1), np.minimum(areas[i], areas[others]))
+        possible = most > max_iou * (areas[i] + areas[others] - most)
+        for j in others[possible].tolist():
+            shared = _intersection(masks, i, j)
+            if shared > max_iou * (areas[i] + areas[j] - shared):
+                is_kept[j] = False
+    return np.flatnonzero(is_kept)
+
+
+def _intersection(masks: InstanceMasks, i: int, j: int) -> int:
+    """Pixels that two masks share."""
+    start = np.maximum(masks.offsets[i], masks.offsets[j])
+    parts = []
+    sizes = [np.array(masks.crops[k].shape[::-1]) for k in (i, j)]
+    stop = np.minimum(masks.offsets[i] + sizes[0], masks.offsets[j] + sizes[1])
+    if (stop <= start).any():
+        return 0
+    for k in (i, j):
+        (x0, y0), (x1, y1) = start - masks.offsets[k], stop - masks.offsets[k]
+        parts.append(masks.crops[k][y0:y1, x0:x1])
+    return int(np.count_nonzero(parts[0] & parts[1]))
+
+
+def small_components(mask: np.ndarray, min_pixels: int) -> np.ndarray:
+    """The connected parts of (h, w) booleans that have fewer pixels, as (h, w) booleans.
+
+    Pixels that touch at a corner are connected.
+    """
+    if not mask.size:
+        return mask
+    _, components, stats, _ = cv2.connectedComponentsWithStats(
+        np.ascontiguousarray(mask).view(np.uint8), connectivity=_CONNECTIVITY
+    )
+    is_small = stats[:, cv2.CC_STAT_AREA] < min_pixels
+    is_small[0] = False  # the background
+    return is_small[components]
+
+
+def without_fragments(masks: InstanceMasks, min_pixels: int) -> InstanceMasks:
+    """Masks without their connected parts of fewer pixels, in crops of the same size."""
+    crops = [crop & ~small_components(crop, min_pixels) for crop in masks.crops]
+    return InstanceMasks(crops, masks.offsets, masks.image_size)
+
+
+def label_fragments(labels: np.ndarray, min_pixels: int) -> np.ndarray:
+    """The connected parts of a label map (H, W) that have fewer pixels.
+
+    Returns:
+        (H, W) int32: 0 elsewhere, from 1 the number of the fragment.
+    """
+    fragments = np.zeros(labels.shape, np.int32)
+    count = 0
+    for label in np.unique(labels).tolist():
+        mask = labels == label
+        _, components, stats, _ = cv2.connectedComponentsWithStats(
+            mask.view(np.uint8), connectivity=_CONNECTIVITY
+        )
+        is_small = stats[:, cv2.CC_STAT_AREA] < min_pixels
+        is_small[0] = False
+        numbers = np.where(is_small, count + is_small.cumsum(), 0).astype(np.int32)
+        fragments += numbers[components]
+        count += int(is_small.sum())
+    return fragments
+
+
+def fill_fragments(labels: np.ndarray, min_pixels: int) -> np.ndarray:
+    """Give the small connected parts of a label map the label of what surrounds them.
+
+    A fragment takes the most frequent label of the pixels next to it, corners included, that belong
+    to no fragment; of equally frequent ones the smallest. Fragments among fragments follow, from
+    outside to inside. If the whole map is fragments, it stays.
+
+    Args:
+        labels: (H, W) unsigned integers.
+        min_pixels: smaller parts are fragments.
+
+    Returns:
+        (H, W), of the same type.
+    """
+    fragments = label_fragments(labels, min_pixels)
+    labels = labels.copy()
+    while fragments.any():
+        numbers, votes = _neighbours(fragments, labels)
+        if not len(numbers):
+            break
+        pairs, counts = np.unique(np.stack((numbers, votes), 1), axis=0, return_counts=True)
+        # The last of each fragment: most votes, then smallest label.
+        pairs = pairs[np.lexsort((-pairs[:, 1], counts, pairs[:, 0]))]
+        winners = pairs[np.r_[pairs[1:, 0] != pairs[:-1, 0], True]]
+        new_label = np.full(int(fragments.max()) + 1, -1, np.int64)
+        new_label[winners[:, 0]] = winners[:, 1]
+        filled = (fragments > 0) & (new_label[fragments] >= 0)
+        labels[filled] = new_label[fragments[filled]]
+        fragments[filled] = 0
+    return labels
+
+
+def _neighbours(fragments: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Each pair of a fragment's pixel and a pixel next to it of no fragment.
+
+    Returns:
+        The number of the fragment and the label of the other pixel, int64.
+    """
+    height, width = labels.shape
+    padded = np.pad(fragments, 1, constant_values=-1)  # outside of the image
+    labels = np.pad(labels.astype(np.int64), 1)
+    rows, columns = np.nonzero(fragments > 0)
+    numbers = fragments[rows, columns].astype(np.int64)
+    found, votes = [], []
+    for down in (0, 1, 2):
+        for right in (0, 1, 2):
+            is_free = padded[rows + down, columns + right] == 0
+            found.append(numbers[is_free])
+            votes.append(labels[rows[is_free] + down, columns[is_free] + right])
+    return np.concatenate(found), np.concatenate(votes)
