@@ -21,6 +21,7 @@ PROGRAMS = {
     "check": (["{tools}/check_dataset.py"], "read data sets and report broken annotations"),
     "convert": (["{tools}/convert_dataset.py"], "convert annotations to COCO or label images"),
     "convert-weights": (["{tools}/convert_weights.py"], "convert weights of a backbone"),
+    "export": (["{tools}/export.py"], "export to torch.export, ONNX or TorchScript"),
     "find-batch-size": (["{tools}/find_batch_size.py"], "the largest batch that fits"),
     "analyze": (["{tools}/analyze_model.py"], "parameters, multiply-adds, structure, speed"),
     "replay": (["{tools}/replay.py"], "run an iteration that was not finite again, find the cause"),
