@@ -24,6 +24,7 @@ PROGRAMS = {
         ["{tools}/convert_weights.py"],
         "convert weights, also of and for transformers",
     ),
+    "export": (["{tools}/export.py"], "export to torch.export, ONNX or TorchScript"),
     "find-batch-size": (["{tools}/find_batch_size.py"], "the largest batch that fits"),
     "analyze": (["{tools}/analyze_model.py"], "parameters, multiply-adds, structure, speed"),
     "replay": (["{tools}/replay.py"], "run an iteration that was not finite again, find the cause"),

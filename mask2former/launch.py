@@ -156,6 +156,11 @@ def main(args: argparse.Namespace) -> dict | None:
         raise ValueError("--compile is for inference: give it together with --eval-only")
     checked: _Checked | None = getattr(args, "checked", None)
     # A second training must not replace config.yaml, and read no checkpoint being written.
+    if getattr(args, "model", None) and (not args.eval_only or compile_mode or args.resume):
+        raise ValueError(
+            "--model is an exported file, which is only evaluated: give it with --eval-only, and "
+            "without --compile and --resume"
+        )
     lock: Any = contextlib.nullcontext()
     if checked is not None and not args.eval_only:
         lock = lock_output(checked.cfg.OUTPUT_DIR)
@@ -169,11 +174,7 @@ def _train_or_evaluate(args: argparse.Namespace, compile_mode: str | None) -> di
         keep_freed_memory()
     if args.eval_only:
         check_run(cfg, "evaluate", own_evaluators=has_own_evaluators(Trainer))
-        model: Any = Trainer.build_model(cfg)
-        if compile_mode:
-            model.compile_inference(mode=compile_mode)
-        checkpointer = Mask2FormerCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
-        checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+        model = _model_to_evaluate(args, cfg, compile_mode)
         results = Trainer.test(cfg, model)
         if cfg.TEST.AUG.ENABLED:
             results.update(Trainer.test_with_TTA(cfg, model))
@@ -187,6 +188,21 @@ def _train_or_evaluate(args: argparse.Namespace, compile_mode: str | None) -> di
     trainer = Trainer(cfg)
     trainer.resume_or_load(resume=args.resume)
     return trainer.train()
+
+
+def _model_to_evaluate(args: argparse.Namespace, cfg: CfgNode, compile_mode: str | None) -> Any:
+    """The model of the config with its checkpoint, or the exported file that `--model` names."""
+    exported = getattr(args, "model", None)
+    if exported is not None:
+        from .export import build_exported_model
+
+        return build_exported_model(exported, cfg)
+    model: Any = Trainer.build_model(cfg)
+    if compile_mode:
+        model.compile_inference(mode=compile_mode)
+    checkpointer = Mask2FormerCheckpointer(model, save_dir=cfg.OUTPUT_DIR)
+    checkpointer.resume_or_load(cfg.MODEL.WEIGHTS, resume=args.resume)
+    return model
 
 
 # `run` and `launch` have an argument of this name.
@@ -211,6 +227,11 @@ def run(
         choices=("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"),
         help="with --eval-only: compile the model with torch.compile in this mode; recompiles for "
         "every padded image size, so a larger MODEL.MASK_FORMER.SIZE_DIVISIBILITY may help",
+    )
+    parser.add_argument(
+        "--model",
+        metavar="FILE",
+        help="with --eval-only: evaluate this file of tools/export.py instead of MODEL.WEIGHTS",
     )
     parser.add_argument(
         "--smoke",

@@ -72,7 +72,7 @@ def decode_to_factors(
             if level not in resized:
                 with torch.no_grad():
                     resized[level] = _resize_all(mask_features, scale.sizes)
-            attn_mask = _attention_mask(decoder, i, embed, resized[level], len(scale.memory))
+            attn_mask = _attention_mask(decoder, i, embed, resized[level], scale.memory.shape[0])
         output = decoder.forward_layer(i, output, query_embed, scale, attn_mask)
     return predictions
 
@@ -150,6 +150,9 @@ def _pad_rows(x: Tensor) -> Tensor:
 
 def _resize(x: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear resizing, not antialiased: (B, C, H, W) → (B, C, *size)."""
+    if torch.compiler.is_exporting():
+        # A choice by size would hold for the exported program's other sizes too.
+        return F.interpolate(x, size=size, mode="bilinear", align_corners=False)
     step_y, step_x = (old // new for old, new in zip(x.shape[-2:], size, strict=True))
     whole = x.shape[-2:] == (step_y * size[0], step_x * size[1])
     if not whole or step_y % 2 or step_x % 2:

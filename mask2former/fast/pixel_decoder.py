@@ -19,7 +19,7 @@ from ..modeling.pixel_decoder.msdeformattn import (
     MSDeformAttnTransformerEncoderOnly,
 )
 from ..ops import MSDeformAttn, backend
-from ..utils.shape_cache import cached_by_shape
+from ..utils.shape_cache import cached_by_shape, sizes_tensor
 from ..utils.twins import why_hooked, why_touched
 from .checkpointing import checkpointed
 from .frozen_norm import ConvWithFrozenNorm
@@ -76,7 +76,7 @@ def _reference_points(shapes: Shapes, device: torch.device) -> Tensor:
 
 @cached_by_shape(maxsize=4)
 def _level_tensors(shapes: Shapes, device: torch.device) -> tuple[Tensor, Tensor]:
-    spatial_shapes = torch.tensor(shapes, dtype=torch.int64)
+    spatial_shapes = sizes_tensor(shapes, torch.int64, "cpu")
     sizes = spatial_shapes.prod(1)
     return spatial_shapes.to(device), (sizes.cumsum(0) - sizes).to(device)
 

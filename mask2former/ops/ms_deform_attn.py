@@ -15,20 +15,24 @@ P points per level and head.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..utils.shape_cache import cached_by_shape
+from ..utils.shape_cache import cached_by_shape, sizes_tensor
 from ._kernels import has_kernel
 
 SpatialShapes = Sequence[Sequence[int]] | Tensor
 
 # The limit of the kernels, see csrc/ms_deform_attn.h.
 _MAX_LEVELS = 16
+EXPORTED_FORMULATIONS = ("gather", "gridsample", "custom")
+_exported_as: ContextVar[str | None] = ContextVar("_exported_as", default=None)
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
 
@@ -62,7 +66,7 @@ def _widths_and_heights(
     shapes: tuple[tuple[int, int], ...], dtype: torch.dtype, device: torch.device
 ) -> Tensor:
     """Width and height of every level, (L, 2)."""
-    return torch.tensor(shapes, dtype=dtype).flip(-1).to(device)
+    return sizes_tensor([shape[::-1] for shape in shapes], dtype, device)
 
 
 def _accumulate_dtype(value: Tensor) -> torch.dtype:
@@ -164,10 +168,40 @@ def _check_fused(
     )
 
 
-def _use_kernel(device: torch.device) -> bool:
-    """Whether to call the compiled op. An exported model must run where it is not installed."""
+@contextmanager
+def exported_as(formulation: str) -> Iterator[None]:
+    """What calls become in programs exported or traced in this context.
+
+    Args:
+        formulation: "gridsample", also the default of torch.export; "gather", which runtimes without
+            a correct GridSample need; "custom", this project's op, without which the program then
+            does not load.
+
+    Raises:
+        ValueError: no such formulation.
+    """
+    if formulation not in EXPORTED_FORMULATIONS:
+        raise ValueError(
+            f"deformable attention is exported as one of {', '.join(EXPORTED_FORMULATIONS)}, not "
+            f"{formulation!r}"
+        )
+    token = _exported_as.set(formulation)
+    try:
+        yield
+    finally:
+        _exported_as.reset(token)
+
+
+def _formulation(device: torch.device) -> str:
+    """What runs: "custom", the compiled op, or "gridsample" or "gather" in PyTorch.
+
+    An exported model must run where the op is not installed, unless its user chooses otherwise.
+    """
+    chosen = _exported_as.get()
+    if chosen is not None:
+        return chosen
     exporting = torch.compiler.is_exporting() or torch.onnx.is_in_onnx_export()
-    return not exporting and has_kernel(device)
+    return "custom" if not exporting and has_kernel(device) else "gridsample"
 
 
 def ms_deform_attn(
@@ -197,7 +231,10 @@ def ms_deform_attn(
         sampling_locations.to(dtype),
         attention_weights.to(dtype),
     )
-    if not _use_kernel(value.device):
+    formulation = _formulation(value.device)
+    if formulation == "gather":
+        return _gather_formulation(value, shapes, sampling_locations, attention_weights)
+    if formulation == "gridsample":
         return _pytorch_formulation(value, shapes, sampling_locations, attention_weights)
     return torch.ops.mask2former.ms_deform_attn(
         value, [size for shape in shapes for size in shape], sampling_locations, attention_weights
@@ -240,7 +277,7 @@ def ms_deform_attn_fused(
     )
     sampling_offsets, attention_logits = sampling_offsets.to(dtype), attention_logits.to(dtype)
     are_points = reference_points.shape[-1] == 2 and not reference_points.requires_grad
-    if are_points and _use_kernel(value.device):
+    if are_points and _formulation(value.device) == "custom":
         return torch.ops.mask2former.ms_deform_attn_fused(
             value,
             [size for shape in shapes for size in shape],
@@ -288,6 +325,34 @@ def _pytorch_formulation(
     out = out.view(batch, num_heads * dim, num_queries).transpose(1, 2)
     assert out.shape == (batch, num_queries, num_heads * dim), (out.shape, num_points)
     return out.to(value.dtype).contiguous()
+
+
+def _gather_formulation(
+    value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
+) -> Tensor:
+    """`ms_deform_attn` with one gather of rows per level and corner, for exported programs."""
+    batch, num_values, num_heads, dim = value.shape
+    num_queries = locations.shape[1]
+    rows = value.to(locations.dtype).reshape(-1, dim)  # (B·S·M, D)
+    image = torch.arange(batch, device=value.device)[:, None, None, None]
+    head = torch.arange(num_heads, device=value.device)[:, None]
+    locations = locations.nan_to_num(2.0, 2.0, -1.0).clamp(-1.0, 2.0)
+    out = locations.new_zeros((batch, num_queries, num_heads, dim))
+    start = 0
+    for level, (height, width) in enumerate(shapes):
+        x = locations[:, :, :, level, :, 0] * width - 0.5  # (B, Q, M, P)
+        y = locations[:, :, :, level, :, 1] * height - 0.5
+        left, top = x.floor(), y.floor()
+        for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
+            inside = (column >= 0) & (column <= width - 1) & (row >= 0) & (row <= height - 1)
+            weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
+            position = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
+            index = (image * num_values + start + position.to(torch.int64)) * num_heads + head
+            corner = rows.index_select(0, index.flatten()).view(*index.shape, dim)
+            weight = weight * weights[:, :, :, level]
+            out = out + (corner * weight[..., None]).sum(3)
+        start = start + height * width
+    return out.flatten(2).to(value.dtype)
 
 
 def ms_deform_attn_core_pytorch(

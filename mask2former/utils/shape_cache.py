@@ -8,12 +8,25 @@ in every forward pass.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 import torch
 
 T = TypeVar("T")
+
+
+def sizes_tensor(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, device: torch.device | str
+) -> torch.Tensor:
+    """Sizes as a tensor, (number of shapes, numbers per shape).
+
+    Symbolic sizes stay symbolic in an exported program: torch.tensor would make them constants.
+    """
+    if not torch.compiler.is_exporting():
+        return torch.tensor(shapes, dtype=dtype).to(device)
+    numbers = [torch.full((), size, dtype=dtype, device=device) for row in shapes for size in row]
+    return torch.stack(numbers).unflatten(0, (len(shapes), -1))
 
 
 def cached_by_shape(maxsize: int) -> Callable[[Callable[..., T]], Callable[..., T]]:

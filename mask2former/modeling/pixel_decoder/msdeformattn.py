@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from ...ops import MSDeformAttn
 from ...utils.registry import register_unless_taken
+from ...utils.shape_cache import sizes_tensor
 from ...utils.twins import has_fast_twin
 from ..layers import PositionEmbeddingSine
 from ..layers.mlp import _get_activation_fn
@@ -140,8 +141,8 @@ class MSDeformAttnTransformerEncoder(nn.Module):
         centers = []
         for height, width in spatial_shapes:
             y, x = torch.meshgrid(
-                torch.linspace(0.5, height - 0.5, height, device=device) / height,
-                torch.linspace(0.5, width - 0.5, width, device=device) / width,
+                (torch.arange(height, device=device) + 0.5) / height,
+                (torch.arange(width, device=device) + 0.5) / width,
                 indexing="ij",
             )
             centers.append(torch.stack((x, y), -1).flatten(0, 1))
@@ -157,7 +158,7 @@ class MSDeformAttnTransformerEncoder(nn.Module):
     def forward(
         self,
         src: Tensor,
-        spatial_shapes: Tensor,
+        spatial_shapes: Tensor | Sequence[tuple[int, int]],
         level_start_index: Tensor,
         valid_ratios: Tensor | None = None,
         pos: Tensor | None = None,
@@ -232,10 +233,13 @@ class MSDeformAttnTransformerEncoderOnly(nn.Module):
             first value (L,), int64.
         """
         src, pos = self.flatten_levels(srcs, pos_embeds)
-        spatial_shapes = torch.tensor([x.shape[-2:] for x in srcs], device=src.device)
+        shapes = [tuple(x.shape[-2:]) for x in srcs]
+        spatial_shapes = sizes_tensor(shapes, torch.int64, src.device)
         sizes = spatial_shapes.prod(1)
         level_start_index = sizes.cumsum(0) - sizes
-        memory = self.encoder(src, spatial_shapes, level_start_index, pos=pos)
+        # An exporter cannot read the values of a tensor, but takes symbolic sizes.
+        given = shapes if torch.compiler.is_exporting() else spatial_shapes
+        memory = self.encoder(src, given, level_start_index, pos=pos)
         return memory, spatial_shapes, level_start_index
 
     def flatten_levels(self, srcs: list[Tensor], pos_embeds: list[Tensor]) -> tuple[Tensor, Tensor]:
