@@ -6,6 +6,7 @@ A metric has the name under which Detectron2 stores it: `task/metric`, or `data 
 DATASETS.TEST names several; the average of SOLVER.EMA has `ema/` before the task.
 """
 
+import itertools
 import json
 import logging
 import math
@@ -256,14 +257,13 @@ class EarlyStop(HookBase):
     all.
     """
 
-    def __init__(self, best: BestModel, patience: int, evaluation: hooks.EvalHook) -> None:
+    def __init__(self, best: BestModel, patience: int) -> None:
         """
         Args:
             best: counts evaluations without improvement.
             patience: how many end the training.
-            evaluation: the trainer's hook, not to evaluate again at the end.
         """
-        self._best, self._patience, self._evaluation = best, patience, evaluation
+        self._best, self._patience = best, patience
 
     def is_over(self) -> bool:
         return self._best.num_without_improvement >= self._patience
@@ -280,9 +280,15 @@ class EarlyStop(HookBase):
         for hook in trainer._hooks:
             if isinstance(hook, hooks.PeriodicCheckpointer):
                 hook.checkpointer.save(f"{hook.file_prefix}_final", iteration=trainer.iter)
-        # As after a complete training, except that this evaluation was the final one. None was in
-        # this process if the run was killed after writing its row of metrics.
-        self._evaluation._eval_after_train = trainer.evaluated_iter != trainer.iter
+        # As after a complete training, except that what was evaluated or drawn in this iteration is
+        # the final one. Nothing was in this process if the run was killed after writing its row of
+        # metrics.
+        if trainer.evaluated_iter == trainer.iter:
+            before = itertools.takewhile(lambda hook: hook is not self, trainer._hooks)
+            for hook in before:
+                is_evaluation = isinstance(hook, hooks.EvalHook) and hook._period > 0
+                if is_evaluation and (trainer.iter + 1) % hook._period == 0:
+                    hook._eval_after_train = False
         trainer.iter += 1
         trainer.max_iter = trainer.iter
         raise Stopped

@@ -24,6 +24,7 @@ import yaml
 from detectron2.config import CfgNode
 from detectron2.utils.events import EventWriter, get_event_storage
 
+from .best_checkpoint import Stopped
 from .utils.files import atomic_write, make_folder
 
 _logger = logging.getLogger(__name__)
@@ -74,6 +75,8 @@ class TrackerWriter(EventWriter, ABC):
         if not self._is_started or self._is_off:
             return
         error = sys.exc_info()[1]
+        if isinstance(error, Stopped):
+            error = None
         try:
             self._end(error)
         except Exception:

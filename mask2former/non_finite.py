@@ -96,7 +96,12 @@ class NonFiniteWatch(HookBase):
         self.num_skipped = number
 
     def check(
-        self, iteration: int, batch: Any, losses: Mapping[str, float], costs: Sequence[int]
+        self,
+        iteration: int,
+        batch: Any,
+        losses: Mapping[str, float],
+        costs: Sequence[int],
+        gradient_norm: float = 0.0,
     ) -> None:
         """Let an iteration pass, or end it before the update; all ranks together.
 
@@ -105,13 +110,17 @@ class NonFiniteWatch(HookBase):
             batch: what the model was called with.
             losses: of this rank.
             costs: images of the batch with matching costs that were not finite.
+            gradient_norm: of all ranks. If it alone is not finite, all ranks are captured.
 
         Raises:
             SkippedIteration: the iteration of some rank is not finite.
             FloatingPointError: likewise, and no further one may be skipped.
         """
         is_bad = bool(costs) or not math.isfinite(sum(losses.values()))
-        if not self._on_any_rank(is_bad):
+        what, is_any_bad = "Loss", self._on_any_rank(is_bad)
+        if not is_any_bad and not math.isfinite(gradient_norm):
+            what, is_bad, is_any_bad = "Norm of gradients", True, True
+        if not is_any_bad:
             get_event_storage().put_scalar(
                 NUM_SKIPPED, self.num_skipped, smoothing_hint=False, cur_iter=iteration
             )
@@ -131,7 +140,7 @@ class NonFiniteWatch(HookBase):
         what = "\n".join(_describe(rank, failure) for rank, failure in failures if failure)
         if stops:
             raise FloatingPointError(
-                f"Loss became infinite or NaN at iteration={iteration}, and "
+                f"{what} became infinite or NaN at iteration={iteration}, and "
                 f"{self.num_skipped} iterations were skipped before, as many as "
                 f"SOLVER.NON_FINITE.MAX_SKIPPED allows.\n{what}"
             )
@@ -141,7 +150,7 @@ class NonFiniteWatch(HookBase):
         )
         if comm.is_main_process():
             _logger.warning(
-                f"Skipped iteration {iteration}, whose loss is infinite or NaN "
+                f"Skipped iteration {iteration}, whose {what.lower()} is infinite or NaN "
                 f"({self.num_skipped} of at most {self._max_skipped}).\n{what}"
             )
         raise SkippedIteration

@@ -191,7 +191,7 @@ def _clipping_full_model(
     """A subclass whose `step` first clips the norm of all gradients together to `max_norm`.
 
     Its attribute `total_norm` is that norm in the last step, before clipping; None before the
-    first.
+    first. A step with `found_inf` also leaves out its update if the norm is not finite.
     """
 
     class FullModelGradientClippingOptimizer(optimizer_type):  # type: ignore[valid-type, misc]
@@ -200,10 +200,15 @@ def _clipping_full_model(
 
         def step(self, closure: Callable[[], float] | None = None) -> float | None:
             parameters = list(itertools.chain(*(group["params"] for group in self.param_groups)))
-            if getattr(self, "grad_scale", None) is not None:
+            is_scaled = getattr(self, "grad_scale", None) is not None
+            if is_scaled:
                 _unscale(parameters, self.grad_scale)
                 self.grad_scale = None
             self.total_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type)
+            found_inf = getattr(self, "found_inf", None)
+            # Scaled gradients have been checked by their scaler.
+            if found_inf is not None and not is_scaled:
+                found_inf.copy_(found_inf.maximum((~self.total_norm.isfinite()).float()))
             return super().step(closure)
 
     return FullModelGradientClippingOptimizer

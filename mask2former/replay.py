@@ -26,7 +26,7 @@ from .capture import Capture
 from .checkpoint_weights import non_finite
 from .config import add_maskformer2_config
 from .fast.setup import apply_config
-from .modeling.matcher import NonFiniteCosts
+from .modeling.matcher import NonFiniteCosts, images_from
 from .utils.seeding import MODEL, seed_all
 
 # The largest finite number of float16.
@@ -174,7 +174,9 @@ def _accumulated(model: Any, batch: list[Any], num_parts: int) -> dict[str, Tens
     totals: dict[str, Tensor] = {}
     with model.accumulating(batch):
         for first in range(0, len(batch), size):
-            for name, loss in model(batch[first : first + size]).items():
+            with images_from(first):
+                losses = model(batch[first : first + size])
+            for name, loss in losses.items():
                 totals[name] = totals[name] + loss if name in totals else loss
     return totals
 

@@ -37,7 +37,8 @@ def narrow(capture: Capture, cfg: CfgNode, dtype: str) -> dict[str, Any]:
         dtype: of autocast, see `run_forward`.
 
     Returns:
-        The report, for JSON; `reproduced` is whether a loss or cost is not finite again.
+        The report, for JSON; `reproduced` is whether a loss, cost or gradient is not
+        finite again.
 
     Raises:
         ValueError: the capture does not fit the config.
@@ -71,7 +72,7 @@ def narrow(capture: Capture, cfg: CfgNode, dtype: str) -> dict[str, Any]:
         "weights_are": capture.weights_are,
         "captured": {"losses": capture.losses, "dtype": capture.dtype, **capture.versions},
         "replayed": {"dtype": dtype, "on": cfg.MODEL.DEVICE, **versions()},
-        "reproduced": not is_finite,
+        "reproduced": not is_finite or not gradients.is_finite,
         "as_trained": _outcome(trained),
         "as_written": _outcome(plain),
         "decoder": cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME,

@@ -12,16 +12,17 @@ NUM_ACCUMULATION_STEPS): gradients and losses are those of the batch.
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import ExitStack, nullcontext, suppress
+from contextlib import ExitStack, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from detectron2.engine import AMPTrainer, SimpleTrainer
+from detectron2.utils import comm
 from detectron2.utils.events import get_event_storage
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from .modeling.matcher import NonFiniteCosts, tolerate_non_finite_costs
+from .modeling.matcher import NonFiniteCosts, images_from, tolerate_non_finite_costs
 from .utils.host_copy import HostCopy
 
 if TYPE_CHECKING:
@@ -37,7 +38,13 @@ class SkippedIteration(Exception):
 
 
 class _Pending(NamedTuple):
-    """Losses and metrics of an iteration that are not written yet."""
+    """Losses and metrics of an iteration that are not written yet.
+
+    Attributes:
+        values: of the losses, of the metrics, and lastly whether the losses of some rank are not
+            finite.
+        late: the norm of the gradients, if the optimiser computes it.
+    """
 
     names: list[str]
     num_losses: int
@@ -54,15 +61,20 @@ class _Pending(NamedTuple):
 
     def metrics(self) -> dict[str, float]:
         names = self.names[self.num_losses :]
-        values = dict(zip(names, self.values.read()[self.num_losses :].tolist(), strict=True))
+        values = dict(zip(names, self.values.read()[self.num_losses : -1].tolist(), strict=True))
         return values if self.late is None else values | {GRADIENT_NORM: self.late.read().item()}
+
+    def is_finite_on_all_ranks(self) -> bool:
+        return self.values.read()[-1].item() == 0
 
 
 class DelayedMetrics(SimpleTrainer):
     """Writes losses one iteration late, with the number of their own iteration.
 
     A loss that is not finite raises Detectron2's FloatingPointError one iteration late as well,
-    which names the iteration of the loss; an optimiser that can leaves out its update meanwhile.
+    which names the iteration of the loss; an optimiser that can leaves out its update meanwhile, on
+    all ranks. So does a norm of the gradients that is not finite, where it is known: see
+    `optimizer.py`, and `logs_gradient_norm`.
 
     Attributes:
         cudnn_benchmark: let cuDNN time its algorithms, within training steps only: evaluation has
@@ -89,6 +101,7 @@ class DelayedMetrics(SimpleTrainer):
         self._pending: _Pending | None = None
         self._batch: Any = None
         self._buffers: dict[str, Tensor] = {}
+        self._written: Mapping[str, Tensor] = {}
         self._bad_costs: list[int] = []
         self.weights: Mapping[str, float] = {}
         self.observers: list[Callable[[int, Mapping[str, Tensor]], None]] = []
@@ -118,13 +131,41 @@ class DelayedMetrics(SimpleTrainer):
         """
         pending, self._pending = self._pending, None
         if pending is not None:
-            self._write_now(
-                self._finite(pending.losses(), pending.iteration, pending.batch, late=late),
-                pending.metrics(),
-                pending.data_time,
-                pending.prefix,
-                pending.iteration,
+            losses, metrics = self._checked(pending, late=late)
+            self._write_now(losses, metrics, pending.data_time, pending.prefix, pending.iteration)
+
+    def _checked(
+        self, pending: _Pending, *, late: bool
+    ) -> tuple[Mapping[str, Tensor], dict[str, float]]:
+        """Losses and metrics of an iteration, read.
+
+        Raises:
+            FloatingPointError: losses or gradients are not finite. Only a rank with such losses
+                captures them: gradients are those of all ranks.
+        """
+        iteration, batch = pending.iteration, pending.batch
+        losses = self._finite(pending.losses(), iteration, batch, late=late)
+        if not pending.is_finite_on_all_ranks():
+            raise FloatingPointError(
+                f"Loss became infinite or NaN at iteration={iteration} on another rank!"
             )
+        metrics = pending.metrics()
+        self._check_gradients(metrics, losses, iteration, batch, late=late)
+        return losses, metrics
+
+    def _check_gradients(
+        self,
+        metrics: Mapping[str, float],
+        losses: Mapping[str, Tensor],
+        iteration: int,
+        batch: Any,
+        *,
+        late: bool,
+    ) -> None:
+        if self._scales_gradients() or math.isfinite(metrics.get(GRADIENT_NORM, 0.0)):
+            return
+        numbers = {name: loss.item() for name, loss in losses.items()}
+        raise self._not_finite(iteration, batch, numbers, late=late, what="Norm of gradients")
 
     def discard(self) -> None:
         """Forget what has been delayed."""
@@ -189,7 +230,8 @@ class DelayedMetrics(SimpleTrainer):
             for first in range(0, len(data), size):
                 is_last = first + size == len(data)
                 # Gradients of the ranks are averaged once, in the last backward pass.
-                with self.model.no_sync() if distributed and not is_last else nullcontext():
+                no_sync = self.model.no_sync if distributed and not is_last else nullcontext
+                with images_from(first), no_sync():
                     losses = self._losses(data[first : first + size])
                     self._scaled(torch.stack([*losses.values()]).sum()).backward()
                 for name, loss in losses.items():
@@ -210,15 +252,15 @@ class DelayedMetrics(SimpleTrainer):
 
     def _raise_if_not_finite(self, error: Exception) -> None:
         """Name the cause of an error: a loss of the iteration before, or matching costs."""
-        losses: dict[str, float] = {}
-        with suppress(RuntimeError):  # the device may be out of order
-            if self._pending is not None:
-                losses = {name: loss.item() for name, loss in self._pending.losses().items()}
-        # Without the other ranks, which may not be here.
-        if self._pending is not None and not math.isfinite(sum(losses.values())):
-            pending = self._pending
-            self.discard()
-            raise self._not_finite(pending.iteration, pending.batch, losses, late=True) from error
+        if self._pending is not None:
+            try:
+                # Without the other ranks, which may not be here.
+                self._checked(self._pending, late=True)
+            except FloatingPointError as cause:
+                self.discard()
+                raise cause from error
+            except RuntimeError:  # the device may be out of order
+                pass
         is_cost = isinstance(error, ValueError) and _INVALID_COSTS in str(error)
         if self.watch is not None and (is_cost or isinstance(error, NonFiniteCosts)):
             note = self.watch.capture(self.iter, self._batch, {}, str(error))
@@ -235,20 +277,30 @@ class DelayedMetrics(SimpleTrainer):
         return losses
 
     def _not_finite(
-        self, iteration: int, batch: Any, losses: dict[str, float], *, late: bool
+        self,
+        iteration: int,
+        batch: Any,
+        losses: dict[str, float],
+        *,
+        late: bool,
+        what: str = "Loss",
     ) -> FloatingPointError:
-        """Capture an iteration whose loss is not finite. Returns Detectron2's error for it."""
-        text = f"Loss became infinite or NaN at iteration={iteration}!\nloss_dict = {losses}"
+        """Capture an iteration that is not finite. Returns Detectron2's error for it."""
+        text = f"{what} became infinite or NaN at iteration={iteration}!\nloss_dict = {losses}"
         if self.watch is not None:
             are = self._weights_after_update() if late else "those before the update"
             text += "\n" + self.watch.capture(iteration, batch, losses, text, are)
         return FloatingPointError(text)
 
     def _weights_after_update(self) -> str:
-        """Which weights are left when a loss is found not to be finite one iteration late."""
+        """Which weights are left when an iteration is found not to be finite after its update."""
         if self._guards_update():
             return "those before the update"
-        return "those after the update, because the loss was read one iteration late"
+        return "those after the update, because the loss or the gradients were read later"
+
+    def _scales_gradients(self) -> bool:
+        """Whether gradients that are not finite are a matter of their scale."""
+        return False
 
     def _guards_update(self) -> bool:
         """Whether the optimiser leaves out an update on the device if told to (`found_inf`)."""
@@ -271,7 +323,8 @@ class DelayedMetrics(SimpleTrainer):
             # One copy each, as writing them would make.
             loss_dict = {name: loss.detach().cpu() for name, loss in loss_dict.items()}
             numbers = {name: loss.item() for name, loss in loss_dict.items()}
-            self.watch.check(iteration, self._batch, numbers, self._bad_costs)
+            norm = 0.0 if self._scales_gradients() else float(self._gradient_norm())
+            self.watch.check(iteration, self._batch, numbers, self._bad_costs, norm)
         metrics = self._device_metrics()
         if self.logs_gradient_norm and not hasattr(self.optimizer, "total_norm"):
             metrics[GRADIENT_NORM] = self._gradient_norm()
@@ -283,12 +336,17 @@ class DelayedMetrics(SimpleTrainer):
         is_read = self._is_read(iteration)
         with torch.no_grad():
             stacked = torch.stack(values)
-            copied = HostCopy(stacked)
-            if self._guards_update() and not is_read:
+            is_bad = (~stacked[: len(loss_dict)].isfinite().all()).float()
+            if comm.get_world_size() > 1:
+                # The gradients of all ranks are, and so their updates must be. No host sync.
+                torch.distributed.all_reduce(is_bad, torch.distributed.ReduceOp.MAX)
+            copied = HostCopy(torch.stack([*values, is_bad]))
+            if self._guards_update():
                 # So that the weights stay those of this iteration until its losses are read. The
                 # gradient scaler of float16 puts its own in place, which is as good.
-                is_finite = stacked[: len(loss_dict)].isfinite().all()
-                self.optimizer.found_inf = (~is_finite).float()  # type: ignore[attr-defined]
+                if GRADIENT_NORM in metrics:
+                    is_bad = is_bad.maximum((~metrics[GRADIENT_NORM].isfinite()).float())
+                self.optimizer.found_inf = is_bad  # type: ignore[attr-defined]
         names = [*loss_dict, *metrics]
         pending = (names, len(loss_dict), copied, data_time, prefix, iteration, self._batch)
         self._pending = _Pending(*pending)
@@ -309,7 +367,9 @@ class DelayedMetrics(SimpleTrainer):
         if self._pending is not None:
             self._pending = self._pending._replace(late=HostCopy(norm))
         else:
-            self._put_metrics({GRADIENT_NORM: norm}, self.iter)
+            metrics = {GRADIENT_NORM: float(norm)}
+            self._check_gradients(metrics, self._written, self.iter, self._batch, late=True)
+            self._put_metrics(metrics, self.iter)
 
     def _write_now(
         self,
@@ -319,6 +379,7 @@ class DelayedMetrics(SimpleTrainer):
         prefix: str,
         iteration: int,
     ) -> None:
+        self._written = losses
         super()._write_metrics(losses, data_time, prefix, iteration)
         self._put_metrics(metrics, iteration)
         for name, value in unweighted_losses(losses, self.weights, prefix, iteration).items():
@@ -401,6 +462,9 @@ class MixedPrecisionStep(DelayedMetrics, AMPTrainer):
     def _update(self) -> None:
         self.grad_scaler.step(self.optimizer)
         self.grad_scaler.update()
+
+    def _scales_gradients(self) -> bool:
+        return self.grad_scaler.is_enabled()
 
     def _device_metrics(self) -> dict[str, Tensor]:
         if not self.grad_scaler.is_enabled():

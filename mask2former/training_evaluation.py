@@ -49,7 +49,7 @@ def with_evaluation_hooks(trainer: Any, built: list[HookBase | None]) -> list[Ho
             min_delta=test.EARLY_STOPPING_MIN_DELTA,
         )
         if test.EARLY_STOPPING_PATIENCE > 0:
-            early = EarlyStop(best, test.EARLY_STOPPING_PATIENCE, evaluation)
+            early = EarlyStop(best, test.EARLY_STOPPING_PATIENCE)
     # The average is updated before the checkpointer saves it, which is on the main process only.
     kinds = hooks.PeriodicCheckpointer, hooks.EvalHook
     place = next(i for i, hook in enumerate(built) if isinstance(hook, kinds))

@@ -13,6 +13,7 @@ from detectron2.modeling import META_ARCH_REGISTRY
 
 from mask2former.hooks import READING_PERIODS
 from mask2former.launch import join_torchrun, started_by_torchrun
+from mask2former.modeling.matcher import assign
 from mask2former.trainer import Trainer
 
 BAD_IMAGE = 3
@@ -34,6 +35,39 @@ class BrokenToy(toy.ToyArchitecture):
         if not self.has_bad_image or self.breaks:
             self.norm(torch.stack([sample["image"] for sample in batch]) * factor)
         return {name: loss * factor for name, loss in super().forward(batch).items()}
+
+
+@META_ARCH_REGISTRY.register()
+class MatchingToy(BrokenToy):
+    """Matches as well, which fails once weights are NaN."""
+
+    def forward(self, batch):
+        for image, _ in enumerate(batch):
+            assign(self.head.weight.detach()[:, :1], image)
+        return super().forward(batch)
+
+
+@META_ARCH_REGISTRY.register()
+class BrokenGradients(toy.ToyArchitecture):
+    """Of the bad image, gradients are NaN and losses are finite: the root of the square of 0."""
+
+    def forward(self, batch):
+        is_bad = any(sample["image_id"] == BAD_IMAGE for sample in batch)
+        root = (self.head.bias.sum() * (0 if is_bad else 1)).square().sqrt()
+        return super().forward(batch) | {"loss_root": root}
+
+
+@META_ARCH_REGISTRY.register()
+class BrokenCosts(toy.ToyArchitecture):
+    """Matching costs of the bad image are NaN."""
+
+    accumulating = toy.ToyArchitecture.accumulating
+
+    def forward(self, batch):
+        for image, sample in enumerate(batch):
+            is_bad = sample["image_id"] == BAD_IMAGE
+            assign(torch.full((1, 1), math.nan if is_bad else 0.0), image)
+        return super().forward(batch)
 
 
 class NoUpdateOfBadImage(HookBase):

@@ -8,11 +8,12 @@ import pytest
 import torch
 import toy_training as toy
 from detectron2.data import MetadataCatalog
+from detectron2.engine import hooks
 from detectron2.evaluation import DatasetEvaluator
 from detectron2.utils.events import get_event_storage
 from test_trainer import start_program
 
-from mask2former.best_checkpoint import BestModel, check_best_metric, is_of_average
+from mask2former.best_checkpoint import BestModel, EarlyStop, check_best_metric, is_of_average
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config_checks import check_config
 from mask2former.hooks import READING_PERIODS
@@ -265,6 +266,24 @@ def test_early_stopping(tmp_path, caplog):
     assert evaluation(tmp_path) is None  # NaN, of iteration 19, was the last evaluation
     assert torch.load(tmp_path / "model_best.pth")["iteration"] == 9
     assert "Exception during training" not in caplog.text
+
+
+def test_early_stopping_evaluates_once(tmp_path):
+    """Pictures are a hook of evaluation too; one with another period has its turn at the end."""
+    done = []
+    trainer = Evaluating(toy.toy_config(tmp_path, *OPTIONS, *PATIENCE))
+    place = [isinstance(hook, EarlyStop) for hook in trainer._hooks].index(True)
+    behind, trainer._hooks[place:] = trainer._hooks[place:], []
+
+    def evaluating(name, period):
+        return hooks.EvalHook(period, lambda: done.append((name, trainer.iter)))
+
+    trainer.register_hooks([evaluating("before", 5), evaluating("other", 3)])
+    trainer.register_hooks([*behind, evaluating("behind", 5)])
+    trainer.train()
+    assert [i for name, i in done if name == "before"] == [4, 9, 14, 19]
+    assert [i for name, i in done if name == "behind"] == [4, 9, 14, 20]
+    assert [i for name, i in done if name == "other"] == [2, 5, 8, 11, 14, 17, 20]
 
 
 def test_finished_training_says_so(tmp_path, caplog, plan):

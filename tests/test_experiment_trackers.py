@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 import toy_training as toy
 from detectron2.engine.train_loop import HookBase
+from test_best_checkpoint import OPTIONS as EVALUATED
+from test_best_checkpoint import Evaluating
 from test_trainer import rows_of, run
 
 from mask2former.experiment_trackers import check_trackers, flat
@@ -162,6 +164,13 @@ def test_error_ends_the_run(tmp_path, wandb, mlflow):
         train(tmp_path, hooks=[Fail()])
     assert wandb.of("finish") == [((), {"exit_code": 1})]
     assert mlflow.of("set_terminated") == [(("run1",), {"status": "FAILED"})]
+
+
+def test_early_stopping_is_an_ordinary_end(tmp_path, wandb, mlflow):
+    options = (*EVALUATED, *BOTH, "TEST.EARLY_STOPPING_PATIENCE", "2")
+    Evaluating(toy.toy_config(tmp_path, *options)).train()
+    assert wandb.of("finish") == [((), {"exit_code": 0})]
+    assert mlflow.of("set_terminated") == [(("run1",), {"status": "FINISHED"})]
 
 
 @pytest.mark.parametrize("method", ["create_run", "log_batch", "set_terminated"])

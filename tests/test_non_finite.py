@@ -20,6 +20,7 @@ from mask2former.non_finite import NonFiniteWatch
 # Iterations with the bad image, with SEED 3.
 BAD_ITERATIONS = (3, 8, 13)
 SHORT = ("SOLVER.MAX_ITER", "16", "SOLVER.CHECKPOINT_PERIOD", "5")
+GRADIENTS = ("MODEL.META_ARCHITECTURE", "BrokenGradients")
 SKIPS = "SOLVER.NON_FINITE.MAX_SKIPPED"
 
 
@@ -67,6 +68,28 @@ def test_an_optimiser_that_cannot_leave_out_an_update(tmp_path):
     capture = read_capture(tmp_path / "non_finite_3_rank0.pth")
     assert capture.weights_are.startswith("those after the update")
     assert capture.weights["head.weight"].isnan().all()
+
+
+@pytest.mark.parametrize("delay", [False, True])
+@pytest.mark.parametrize("clips", ["True", "False"])
+def test_gradients_that_are_nan_though_losses_are_finite(tmp_path, delay, clips):
+    """Their own iteration is captured, before weights are NaN."""
+    options = ("SOLVER.CLIP_GRADIENTS.ENABLED", clips, "LOGGING.GRADIENT_NORM", "True")
+    options += (*GRADIENTS, "SOLVER.CHECKPOINT_PERIOD", "4")
+    with pytest.raises(FloatingPointError, match="Norm of gradients .* at iteration=3!"):
+        train(tmp_path, *options, "SOLVER.MAX_ITER", "16", delay=delay)
+    capture = read_capture(tmp_path / "non_finite_3_rank0.pth")
+    assert BAD_IMAGE in [sample["image_id"] for sample in capture.batch]
+    assert capture.weights_are == "those before the update"
+    assert all(np.isfinite([*capture.losses.values()])) and "loss_root" in capture.losses
+    assert all(value.isfinite().all() for value in capture.weights.values())
+    assert not (tmp_path / "model_0000003.pth").exists()
+
+
+def test_skipping_gradients_that_are_nan(tmp_path):
+    trainer = train(tmp_path, *SHORT, *GRADIENTS, SKIPS, "3")
+    assert rows(tmp_path)[-1]["num_skipped"] == len(BAD_ITERATIONS)
+    assert all(value.isfinite().all() for value in weights(trainer).values())
 
 
 def test_skipping_is_training_without_these_updates(tmp_path, monkeypatch, caplog):
@@ -183,7 +206,9 @@ def test_two_processes_skip_together(tmp_path):
 
 @pytest.mark.parametrize("late", [(), ("--delayed",)])
 def test_two_processes_stop_together(tmp_path, late):
-    result = run_two(tmp_path, *SHORT, late=late)
+    """No rank updates its weights, or matching fails first, on a rank whose batch is good."""
+    options = ("MODEL.META_ARCHITECTURE", "MatchingToy", "SOLVER.CHECKPOINT_PERIOD", "50")
+    result = run_two(tmp_path, *SHORT, *options, late=late)
     assert result.returncode != 0
     (path,) = tmp_path.glob("non_finite*")
     assert f"python tools/replay.py {path}" in result.stderr
@@ -202,6 +227,18 @@ def test_costs_that_are_not_finite():
     assert (queries.tolist(), targets.tolist()) == ([0, 1], [1, 0]) and images == [4]
     with pytest.raises(NonFiniteCosts):
         assign(cost, 4)
+
+
+@pytest.mark.parametrize("skips", ["0", "2"])
+def test_micro_batches_name_the_image_of_the_batch(tmp_path, skips):
+    options = ("MODEL.META_ARCHITECTURE", "BrokenCosts", SKIPS, skips, "SOLVER.IMS_PER_BATCH", "4")
+    with pytest.raises((NonFiniteCosts, FloatingPointError)) as error:
+        train(tmp_path, *options, "SOLVER.NUM_ACCUMULATION_STEPS", "4")
+    path = sorted(tmp_path.glob("non_finite*"), key=lambda path: path.stat().st_mtime)[-1]
+    index = [sample["image_id"] for sample in read_capture(path).batch].index(BAD_IMAGE)
+    assert index > 0
+    expected = f"costs are not finite of images [{index}] of" if skips == "2" else f"image {index} "
+    assert expected in str(error.value)
 
 
 def test_without_output_folder(tmp_path, monkeypatch):

@@ -130,6 +130,13 @@ def random_sample(cfg: CfgNode, height: int, width: int, num_targets: int) -> di
 # ---- one size, in a process of its own ----
 
 
+def limit_memory(device: torch.device, limit: float) -> None:
+    """Let this process allocate at most so many GiB of a GPU."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    # torch refuses a device without an index, as MODEL.DEVICE "cuda" is one.
+    torch.cuda.set_per_process_memory_fraction(min(1.0, limit * 2**30 / total), device.index)
+
+
 def measure(cfg: CfgNode, size: int, options: argparse.Namespace) -> Measured:
     """Train on a random batch in this process.
 
@@ -141,9 +148,7 @@ def measure(cfg: CfgNode, size: int, options: argparse.Namespace) -> Measured:
     device = torch.device(cfg.MODEL.DEVICE)
     on_gpu = device.type == "cuda"
     if on_gpu and options.memory_limit:
-        total = torch.cuda.get_device_properties(device).total_memory
-        fraction = min(1.0, options.memory_limit * 2**30 / total)
-        torch.cuda.set_per_process_memory_fraction(fraction, device)
+        limit_memory(device, options.memory_limit)
     torch.manual_seed(0)
     height, width = options.size or largest_image(cfg)
     batch = [random_sample(cfg, height, width, options.targets) for _ in range(size)]

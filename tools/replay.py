@@ -43,7 +43,7 @@ def main(argv: list[str] | None = None) -> int:
         help="compute in this type instead of that of the run",
     )
     parser.add_argument("opts", metavar="KEY VALUE", nargs="*", help="config overrides")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     try:
         if args.modules:
             # As for a script of one's own, beside which its modules lie.

@@ -355,7 +355,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--count-only", action="store_true", help="count, do not train")
     parser.add_argument("--fps", action="store_true", help="also time the rows on the GPU")
     parser.add_argument("--opts", nargs="+", default=[], metavar="KEY VALUE", help="overrides")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     if not args.tables and not args.list:
         parser.error("name at least one table, or --list")
     if args.jobs < 1:

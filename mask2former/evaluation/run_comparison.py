@@ -224,6 +224,8 @@ def _compare_classes(
             error = np.sqrt(known.var(ddof=1) + sum(v for v, _ in variances))
             if error > 0:
                 p_value = float(2 * stats.norm.sf(abs(b - a) / error))
+            elif a != b:  # without any noise, such as of a class that one side never finds
+                p_value = 0.0
             p_values.append(p_value)
         rows.append(
             {

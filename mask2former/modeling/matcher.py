@@ -38,6 +38,8 @@ Indices = list[tuple[Tensor, Tensor]]
 Targets = list[dict[str, Tensor]]
 # Images whose costs were not finite; None: these are errors.
 _tolerated: ContextVar[list[int] | None] = ContextVar("tolerated", default=None)
+# Of a micro-batch, in its batch.
+_first_image: ContextVar[int] = ContextVar("first_image", default=0)
 
 MATCHER_REGISTRY = Registry("MATCHER")
 MATCHER_REGISTRY.__doc__ = """
@@ -177,12 +179,26 @@ def tolerate_non_finite_costs() -> Iterator[list[int]]:
         _tolerated.reset(token)
 
 
+@contextmanager
+def images_from(first: int) -> Iterator[None]:
+    """Let `assign` number the images of a micro-batch as in the batch.
+
+    Args:
+        first: index in the batch of the micro-batch's first image.
+    """
+    token = _first_image.set(first)
+    try:
+        yield
+    finally:
+        _first_image.reset(token)
+
+
 def assign(cost: Tensor, image: int) -> tuple[Tensor, Tensor]:
     """Solve the assignment problem of one image.
 
     Args:
         cost: (Q, T) on the CPU.
-        image: index in the batch, for the error.
+        image: index in the batch, or in the micro-batch within `images_from`, for the error.
 
     Returns:
         Queries, ascending, and the target of each, int64.
@@ -190,6 +206,7 @@ def assign(cost: Tensor, image: int) -> tuple[Tensor, Tensor]:
     Raises:
         NonFiniteCosts: a cost is NaN or infinite, outside of `tolerate_non_finite_costs`.
     """
+    image += _first_image.get()
     is_finite = torch.isfinite(cost)
     tolerated = _tolerated.get()
     if tolerated is not None and not is_finite.all():

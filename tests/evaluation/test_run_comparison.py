@@ -168,6 +168,16 @@ def test_identical_runs_do_not_differ():
     assert "PQ_st" not in comparison.metrics, "there is no stuff"
 
 
+def test_class_that_one_run_never_finds():
+    """Its difference is the same in every resample, so that there is no noise at all."""
+    never, always = panoptic([0] * 8, [0] * 8, [1] * 8), panoptic([1] * 8, [0] * 8, [0] * 8)
+    (row,) = compare([never], [always], num_resamples=100).classes
+    assert (row["low"], row["high"]) == pytest.approx((80, 80))
+    assert row["p"] == 0 and row["beyond_noise"]
+    (row,) = compare([always], [always], num_resamples=100).classes
+    assert row["p"] == 1 and not row["beyond_noise"]
+
+
 def _random_run(random, scenes, quality):
     """Each scene has one to four objects, found with a probability."""
     tp = random.binomial(scenes, quality)

@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -113,6 +114,20 @@ def test_run_with_a_tiny_model(capsys, limit):
     else:
         assert status == 0 and re.search(r"\| +2 \| \d\.\d\d GiB", text)
         assert "SOLVER.NUM_ACCUMULATION_STEPS 2, each with 2 images" in text
+
+
+@pytest.mark.parametrize(("device", "index"), [("cuda", None), ("cuda:1", 1)])
+def test_memory_limit_of_a_gpu(monkeypatch, device, index):
+    """torch takes an index or None, the current GPU, but no device without an index."""
+    limits = []
+    properties = SimpleNamespace(total_memory=8 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *limit: limits.append(limit)
+    )
+    tool.limit_memory(torch.device(device), 2.0)
+    tool.limit_memory(torch.device(device), 16.0)
+    assert limits == [(0.25, index), (1.0, index)]
 
 
 def test_failure_of_another_kind():

@@ -214,7 +214,8 @@ def test_a_loss_that_is_finite_here(cfg, monkeypatch, capsys):
     )
     cfg.MODEL.MASK_FORMER.EXTRA_LOSSES = [["broken", 1.0]]
     path = fail(cfg)
-    report = replay(path, "MODEL.MASK_FORMER.EXTRA_LOSSES", "[]", status=tool.FINITE_HERE)
+    options = "--dtype", "float32", "MODEL.MASK_FORMER.EXTRA_LOSSES", "[]"
+    report = replay(path, *options, status=tool.FINITE_HERE)
     assert not report["reproduced"] and report["images"] == []
     assert "finite here" in finding(report, "The losses are finite here")
     assert "Finite here." in capsys.readouterr().out

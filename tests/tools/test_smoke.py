@@ -1,16 +1,21 @@
 """`tools/train_net.py --smoke`: each step on small data of each kind, and what fails by name."""
 
+import importlib.util
 import json
 import sys
 from pathlib import Path
 
 import own_data
 import pytest
+import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 
-from mask2former import launch
+from mask2former import launch, smoke_test
+from mask2former.config import load_config
+from mask2former.experiment_trackers import build_trackers
+from mask2former.modeling.criterion import LOSS_REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs/shapes"
@@ -132,6 +137,36 @@ def test_failing_step_is_named(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match="failed in the step 'weights': .*nowhere.pth"):
         smoke(monkeypatch, config, tmp_path / "out", MODEL__WEIGHTS=tmp_path / "nowhere.pth")
     assert "✗" in (tmp_path / "out" / "smoke" / "log.txt").read_text()
+
+
+def test_losses_that_are_nan(tmp_path, monkeypatch):
+    """Fail, also if a training may skip them; the next smoke test removes the captures."""
+    monkeypatch.setitem(
+        LOSS_REGISTRY._obj_map, "broken", lambda matched: matched.labels * torch.nan
+    )
+    config = write_config(tmp_path / "data", "instance")
+    options = {"SOLVER__NON_FINITE__MAX_SKIPPED": 5}
+    options["MODEL__MASK_FORMER__EXTRA_LOSSES"] = "[['broken', 1.0]]"
+    folder = tmp_path / "out" / "smoke"
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="in the step 'training': Loss became infinite"):
+            smoke(monkeypatch, config, tmp_path / "out", **options)
+        assert [path.name for path in folder.glob("non_finite*")] == ["non_finite_0_rank0.pth"]
+        (folder / "evaluation.json.tmp").write_text("half of a")
+
+
+def test_trackers_get_nothing(tmp_path, monkeypatch):
+    """But their packages must be there."""
+    config = write_config(tmp_path / "data", "semantic")
+    broken = {"MODEL__WEIGHTS": tmp_path / "nowhere.pth", "LOGGING__WANDB": True}
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name, *rest: None if name == "wandb" else find(name)
+    )
+    with pytest.raises(ValueError, match="the package wandb is not installed"):
+        smoke(monkeypatch, config, tmp_path / "out", **broken)
+    cfg = load_config(str(config), ["LOGGING.WANDB", "True", "LOGGING.MLFLOW", "True"])
+    assert build_trackers(smoke_test.training_config(cfg), lambda: False) == []
 
 
 def test_metric_that_no_evaluation_gives(tmp_path, monkeypatch):

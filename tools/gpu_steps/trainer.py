@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, default=1024, help="of the square crops [1024]")
     parser.add_argument("--config", default=str(RECIPE), metavar="FILE")
     parser.add_argument("opts", nargs="*", metavar="KEY VALUE", help="of the config")
-    options = parser.parse_args()
+    options = parser.parse_intermixed_args()
     on_gpu, folder = options.device == "cuda", options.folder
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as data:
