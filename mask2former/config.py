@@ -54,6 +54,8 @@ _ADDED_KEYS = (
     "MODEL.MASK_FORMER.CRITERION_NAME",
     "MODEL.MASK_FORMER.EXTRA_LOSSES",
     "MODEL.MASK_FORMER.MATCHER_NAME",
+    "MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_AFTER",
+    "MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_THRESHOLD",
     "MODEL.SEM_SEG_HEAD.BIFPN_LAYERS",
     "MODEL.MASK_FORMER.DECODER",
     "MODEL.TIMM",
@@ -249,6 +251,10 @@ def add_maskformer2_config(cfg: CfgNode) -> None:
     cfg.MODEL.MASK_FORMER.CRITERION_NAME = "SetCriterion"
     # Layers of BiFPNPixelDecoder.
     cfg.MODEL.SEM_SEG_HEAD.BIFPN_LAYERS = 9
+    # In inference, after this many decoder layers, drop the queries whose most probable class is
+    # no-object with a probability above the threshold: faster, at a loss (docs/speed.md). 0: off.
+    cfg.MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_AFTER = 0
+    cfg.MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_THRESHOLD = 0.9
     # ConfigurableTransformerDecoder, for the ablations of the decoder (paper, tables 4a to 4d).
     cfg.MODEL.MASK_FORMER.DECODER = CfgNode()
     # Registered name of the cross-attention: masked, full, smca, mask_pooling or your own

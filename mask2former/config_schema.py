@@ -348,10 +348,16 @@ GROUPS = (
             "MODEL.MASK_FORMER.TEST.OBJECT_MASK_THRESHOLD": _FRACTION,
             "MODEL.MASK_FORMER.TEST.OVERLAP_THRESHOLD": _FRACTION,
             "MODEL.MASK_FORMER.TEST.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE": Flag(),
+            "MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_AFTER": Whole(0, 1000),
             "MODEL.SEM_SEG_HEAD.NUM_CLASSES": Whole(1, 2**20),
             "TEST.DETECTIONS_PER_IMAGE": Whole(1),
             "TEST.BOXES": Flag(),
         },
+    ),
+    Group(
+        has_mask_former,
+        {"MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_THRESHOLD": _FRACTION},
+        lambda cfg: cfg.MODEL.MASK_FORMER.TEST.get("PRUNE_QUERIES_AFTER", 0) != 0,
     ),
     Group(
         has_mask_former,

@@ -27,6 +27,7 @@ from .modeling.backbone.timm_models import check_name, on_meta
 from .modeling.layers import CROSS_ATTENTION_REGISTRY
 from .modeling.pixel_decoder.fapn import OFFSET_GROUPS
 from .modeling.transformer_decoder.configurable_transformer_decoder import STRIDES
+from .modeling.transformer_decoder.query_pruning import check_after
 from .utils.registry import is_mask_former, registered_names
 
 _MULTI_SCALE = "multi_scale_pixel_decoder"
@@ -170,6 +171,8 @@ def _check_configurable_decoder(cfg: CfgNode) -> None:
 
 def _check_masked_decoder(cfg: CfgNode) -> None:
     mask_former = cfg.MODEL.MASK_FORMER
+    # DEC_LAYERS counts the prediction of the learned queries too.
+    check_after(mask_former.TEST.get("PRUNE_QUERIES_AFTER", 0), mask_former.DEC_LAYERS - 1)
     decoder = mask_former.TRANSFORMER_DECODER_NAME
     if mask_former.ENC_LAYERS != 0:
         raise ValueError(
@@ -197,6 +200,13 @@ def _check_masked_decoder(cfg: CfgNode) -> None:
 
 
 def _check_standard_decoder(cfg: CfgNode) -> None:
+    if after := cfg.MODEL.MASK_FORMER.TEST.get("PRUNE_QUERIES_AFTER", 0):
+        raise bad_value(
+            "MODEL.MASK_FORMER.TEST.PRUNE_QUERIES_AFTER",
+            after,
+            f"0 (off) with {cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME}, which has classes "
+            "of queries behind its last layer only",
+        )
     in_feature = cfg.MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE
     pixel_decoder = cfg.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME
     key = "MODEL.MASK_FORMER.TRANSFORMER_IN_FEATURE"

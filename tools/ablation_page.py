@@ -7,8 +7,10 @@ import io
 import json
 import re
 import statistics
+from collections.abc import Mapping
 from itertools import combinations
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import yaml
@@ -21,15 +23,24 @@ from mask2former.utils.files import atomic_write
 # Cityscapes calls its mean over classes IoU.
 METRICS = {"AP": ("segm", "AP"), "PQ": ("panoptic_seg", "PQ"), "mIoU": ("sem_seg", "mIoU", "IoU")}
 _SCORES = (*METRICS, "AR")
-_KINDS = ("ablation", "recipe", "proposals", "tasks")
+_KINDS = ("ablation", "recipe", "proposals", "tasks", "speed")
 # Numbers of a row that are no scores, with the name of the column.
-_SIZES = {"params": "params (M)", "FLOPs": "multiply-adds (G)", "fps": "images/s"}
+_SIZES = {
+    "params": "params (M)",
+    "FLOPs": "multiply-adds (G)",
+    "fps": "images/s",
+    "queries": "queries left",
+    "latency": "latency (ms)",
+    "relative": "latency, relative",
+}
 _NUMBERS = {*_SCORES, *_SIZES, "memory"}
 _NOTE = """\
 Scores in percent, as mean ± standard deviation over seeds, with the rank among the rows in
 parentheses. Parameters and multiply-adds are those of the row's own config, for the usual sizes of
 COCO images resized to its test size, with the masks of every layer and without the sampling of
 deformable attention, as the paper counts them.
+Latency is that of one image, post-processing included: the mean over the first images of the test
+set, each the fastest of several rounds in which the rows took turns.
 Memory is the peak of the training process: of the GPU, or on a CPU all of its memory."""
 _ABLATION_NOTE = """\
 The paper's scores in tables 4 and 5 are AP of instance models and PQ of panoptic models on COCO,
@@ -44,6 +55,7 @@ class Row(NamedTuple):
         config: its file, relative to configs/; "" if the base recipe is unchanged.
         recipe: folder of the task whose recipe takes the place of the base; "" if none does.
         layer: the decoder layer whose proposals are evaluated.
+        test: {config key: value} of inference, with which the trained model is evaluated.
         paper: its numbers: scores in percent, params, FLOPs, fps, memory.
     """
 
@@ -52,6 +64,12 @@ class Row(NamedTuple):
     recipe: str
     layer: int | None
     paper: dict[str, float]
+    test: Mapping[str, Any] = MappingProxyType({})
+
+    @property
+    def size_key(self) -> str:
+        """The key of its sizes: the config, unless settings of inference change them."""
+        return f"{self.config} {self.slug}" if self.test else self.config
 
     @property
     def slug(self) -> str:
@@ -66,6 +84,22 @@ class Table(NamedTuple):
     kind: str
     title: str
     rows: list[Row]
+
+
+class Run(NamedTuple):
+    """A training.
+
+    Attributes:
+        name: for progress.
+        config: its config file.
+        folder: its OUTPUT_DIR.
+        opts: overrides.
+    """
+
+    name: str
+    config: Path
+    folder: Path
+    opts: list[str]
 
 
 class Result(NamedTuple):
@@ -99,7 +133,8 @@ def read_tables(path: Path) -> dict[str, Table]:
             if unknown:
                 raise ValueError(f"{path}: row {entry['name']!r} has {sorted(unknown)}")
             config, recipe = entry.get("config", ""), entry.get("recipe", "")
-            rows.append(Row(entry["name"], config, recipe, entry.get("layer"), numbers))
+            layer, test = entry.get("layer"), entry.get("test", {})
+            rows.append(Row(entry["name"], config, recipe, layer, numbers, test))
         slugs = [row.slug for row in rows]
         if len(set(slugs)) < len(slugs):
             raise ValueError(f"{path}: rows of table {key} have the same name in files: {slugs}")
@@ -162,13 +197,14 @@ def _table_text(
                 cells[metric] = _score(here[name], means, name) if name in here else ""
     for key, title in _SIZES.items():
         in_paper = any(key in row.paper for row in table.rows)
-        here = any(key in sizes.get(row.config, {}) for row in table.rows)
+        here = any(key in sizes.get(row.size_key, {}) for row in table.rows)
         for row, cells in zip(table.rows, rows, strict=True):
             if in_paper:
                 cells[f"{title}, paper"] = f"{row.paper[key]:g}" if key in row.paper else ""
             if here:
-                value = sizes.get(row.config, {}).get(key)
-                cells[title] = "" if value is None else f"{value:.1f}"
+                value = sizes.get(row.size_key, {}).get(key)
+                digits = 2 if key == "relative" else 1
+                cells[title] = "" if value is None else f"{value:.{digits}f}"
     if any("memory" in row.paper for row in table.rows):
         for row, cells in zip(table.rows, rows, strict=True):
             cells["memory (GB), paper"] = f"{row.paper['memory']:g}"
@@ -272,7 +308,7 @@ def write_page(
         output: created if missing.
         tables: what to show.
         results: {(table, row): a result per seed}.
-        sizes: {config: params, FLOPs, fps}.
+        sizes: {`Row.size_key`: params, FLOPs, fps, latency, …}.
         base: name of the recipe that was trained.
 
     Returns:
@@ -312,7 +348,7 @@ def _as_json(
             "row": row.name,
             "config": row.config,
             "paper": row.paper,
-            "size": sizes.get(row.config, {}),
+            "size": sizes.get(row.size_key, {}),
             "runs": [result._asdict() for result in results.get((table.key, row.name), ())],
         }
         for table in tables

@@ -7,14 +7,16 @@
     python tools/run_ablations.py architectures-panoptic architectures-semantic
     python tools/run_ablations.py 7b --base configs/ade20k/panoptic-segmentation/... --num-gpus 8
     python tools/run_ablations.py 1 2 3 6 [--fps]           # parameters and multiply-adds
+    python tools/run_ablations.py speed                     # lighter decoders, pruned queries
     python tools/run_ablations.py --list
 
 Tables 4a to 4e and 5 apply the differences of each row in configs/ablations to one recipe, --base.
 Tables 7a to 7c (COCO, ADE20K, Cityscapes) train the recipes of the three tasks beside it,
 architectures-semantic the semantic one. fig3 evaluates the proposals of the base model by decoder
-layer; a base with fewer layers is trained with as many as the rows ask for. A finished run is
-reused and an interrupted one resumed, so the same command goes on where it stopped. The page is
-OUTPUT/ablations.md, with a plot per table.
+layer; a base with fewer layers is trained with as many as the rows ask for. Table speed trains
+recipes of Shapes, whatever the base is, evaluates them also with settings of inference, and times
+them. A finished run is reused and an interrupted one resumed, so the same command goes on where it
+stopped. The page is OUTPUT/ablations.md, with a plot per table.
 """
 
 import argparse
@@ -29,11 +31,12 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import yaml
-from ablation_page import METRICS, Result, Row, Table, read_tables, write_page
+from ablation_page import METRICS, Result, Row, Run, Table, read_tables, write_page
+from ablation_speed import evaluate, measure, test_opts
 from analyze_model import COCO_SIZES, count_all, frames_per_second
 from detectron2.modeling import build_model
 from quickstart import check_same_config, prepare_data
@@ -52,22 +55,6 @@ _RECORD = "run.json"
 _TASK_FOLDER = re.compile(r"(panoptic|instance|semantic)-segmentation")
 # In Detectron2's log.
 _GPU_MEMORY = re.compile(r"max_mem: (\d+)M")
-
-
-class Run(NamedTuple):
-    """A training.
-
-    Attributes:
-        name: for progress.
-        config: its config file.
-        folder: its OUTPUT_DIR.
-        opts: overrides.
-    """
-
-    name: str
-    config: Path
-    folder: Path
-    opts: list[str]
 
 
 def own_values(path: Path) -> dict[str, Any]:
@@ -153,7 +140,11 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
             base = task_recipe(args.base, row.recipe) if row.recipe else args.base
             name = f"{table.key}_{row.slug}"
             config = args.output / "configs" / f"{name}.yaml"
-            write_row_config(row, base, config, num_layers)
+            if table.kind == "speed":
+                # The file itself, and one training for all settings of inference.
+                write_row_config(row._replace(config=""), CONFIGS / row.config, config)
+            else:
+                write_row_config(row, base, config, num_layers)
             # Rows of the same config, such as those without differences, share a run.
             digest = hashlib.sha256(config.read_bytes()).hexdigest()[:8]
             for seed in args.seeds:
@@ -170,6 +161,7 @@ def plan(tables: list[Table], args: argparse.Namespace) -> dict[tuple[str, str, 
                         )
                     check_same_config(folder, cfg, "delete that folder")
                     shared[key] = Run(f"{name} seed {seed}", config, folder, opts)
+                load_config(str(config), test_opts(row, shared[key]))
                 runs[table.key, row.name, seed] = shared[key]
                 check_num_layers(table, shared[key], num_layers)
     return runs
@@ -306,9 +298,14 @@ def layer_recall(run: Run, layers: list[int], num_gpus: int) -> dict[int, float]
     return {layer: metrics[f"layer {layer}"]["AR@100"] for layer in layers}
 
 
-def read_result(run: Run) -> Result:
-    """Metrics, memory and time of a finished run."""
-    results = json.loads((run.folder / "evaluation.json").read_text())
+def read_result(run: Run, folder: Path | None = None) -> Result:
+    """Metrics, memory and time of a finished run.
+
+    Args:
+        run: the training.
+        folder: of another evaluation of its model.
+    """
+    results = json.loads(((folder or run.folder) / "evaluation.json").read_text())
     tasks = next(iter(results.values()))
     scores = {
         name: tasks[task][metric]
@@ -334,7 +331,7 @@ def model_size(config: Path, fps: bool) -> dict[str, float]:
 
 def sizes_of(tables: list[Table], fps: bool) -> dict[str, dict[str, float]]:
     """`model_size` of all rows with a config of their own: {config: sizes}."""
-    configs = {row.config for table in tables for row in table.rows if row.config}
+    configs = {row.config for table in tables for row in table.rows if row.config and not row.test}
     sizes = {}
     for number, config in enumerate(sorted(configs), 1):
         print(f"counting {config} ({number}/{len(configs)})", flush=True)
@@ -403,11 +400,14 @@ def main(argv: list[str] | None = None) -> None:
         tables = choose(all_tables, args.tables, args.rows)
         results: dict[tuple[str, str], list[Result]] = {}
         errors: dict[str, str] = {}
+        sizes: dict[str, dict[str, float]] = {}
         if not args.count_only:
             if args.base.resolve() == SHAPES:
                 prepare_data()
-            results, errors = run_tables(tables, args)
-        path = write_page(args.output, tables, results, sizes_of(tables, args.fps), args.base.name)
+            results, errors, sizes = run_tables(tables, args)
+        for key, numbers in sizes_of(tables, args.fps).items():
+            sizes[key] = sizes.get(key, {}) | numbers
+        path = write_page(args.output, tables, results, sizes, args.base.name)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
     except subprocess.CalledProcessError as error:
@@ -419,23 +419,30 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_tables(
     tables: list[Table], args: argparse.Namespace
-) -> tuple[dict[tuple[str, str], list[Result]], dict[str, str]]:
+) -> tuple[dict[tuple[str, str], list[Result]], dict[str, str], dict[str, dict[str, float]]]:
     """Train the rows of tables.
 
     Returns:
-        {(table, row): a result per seed that succeeded}, and {run: error} of the others.
+        {(table, row): a result per seed that succeeded}, {run: error} of the others, and for tables
+        of speed {`Row.size_key`: latency} of the first seed.
     """
     runs = plan(tables, args)
     errors = train_all(list({run.folder: run for run in runs.values()}.values()), args)
     results: dict[tuple[str, str], list[Result]] = {}
+    latencies: dict[str, dict[str, float]] = {}
     for table in tables:
+        if table.kind == "speed":
+            trained = [(row, runs[table.key, row.name, args.seeds[0]]) for row in table.rows]
+            trained = [(row, run) for row, run in trained if run.name not in errors]
+            keys = [row.size_key for row, _ in trained]
+            latencies |= dict(zip(keys, measure(trained), strict=True))
         recalls: dict[Path, dict[int, float]] = {}
         for row in table.rows:
             for seed in args.seeds if table.kind != "recipe" else ():
                 run = runs[table.key, row.name, seed]
                 if run.name in errors:
                     continue
-                result = read_result(run)
+                result = read_result(run, evaluate(row, run, args.num_gpus) if row.test else None)
                 if row.layer is not None:
                     if run.folder not in recalls:
                         layers = [row.layer for row in table.rows if row.layer is not None]
@@ -445,7 +452,7 @@ def run_tables(
                         continue
                     result = result._replace(scores={"AR": recall})
                 results.setdefault((table.key, row.name), []).append(result)
-    return results, errors
+    return results, errors, latencies
 
 
 if __name__ == "__main__":

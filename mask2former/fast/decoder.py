@@ -20,6 +20,7 @@ from torch import Tensor
 from ..modeling.transformer_decoder.mask2former_transformer_decoder import (
     MultiScaleMaskedTransformerDecoder,
 )
+from ..modeling.transformer_decoder.query_pruning import take_queries, take_rows
 from ..utils.shape_cache import cached_by_shape
 from ..utils.twins import runs_fast, why_hooked
 from .attention import ROW_ALIGNMENT
@@ -49,7 +50,8 @@ def decode_to_factors(
     """The predictions from the queries and after each layer, in order.
 
     Returns:
-        dicts with `pred_logits` (B, Q, K+1) and `pred_masks`, `MaskFactors`.
+        dicts with `pred_logits` (B, Q, K+1) and `pred_masks`, `MaskFactors`. With query pruning,
+        predictions of layers behind it have fewer queries.
     """
     scales = decoder.project_features(x)
     batch = mask_features.shape[0]
@@ -65,6 +67,10 @@ def decode_to_factors(
         predictions.append({"pred_logits": logits, "pred_masks": MaskFactors(embed, mask_features)})
         if i == decoder.num_layers:
             break
+        remaining = decoder.remaining_queries(i, logits)
+        if remaining is not None:
+            output, query_embed = (take_queries(x, remaining) for x in (output, query_embed))
+            embed = take_rows(embed, remaining)
         level = i % len(scales)
         scale = scales[level]
         attn_mask = None

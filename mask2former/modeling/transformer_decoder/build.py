@@ -5,6 +5,7 @@ from detectron2.utils.registry import Registry
 from torch import nn
 
 from ...utils.registry import look_up
+from .query_pruning import set_query_pruning
 
 TRANSFORMER_DECODER_REGISTRY = Registry("TRANSFORMER_MODULE")
 TRANSFORMER_DECODER_REGISTRY.__doc__ = """
@@ -26,11 +27,18 @@ def build_transformer_decoder(
         mask_classification: whether the decoder predicts a class for each query as well.
 
     Raises:
-        ValueError: no decoder is registered under that name.
+        ValueError: no decoder is registered under that name, or the config asks for query pruning,
+            which it lacks.
     """
-    decoder = look_up(
+    build = look_up(
         TRANSFORMER_DECODER_REGISTRY,
         cfg.MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME,
         "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME",
     )
-    return decoder(cfg, in_channels, mask_classification)
+    decoder = build(cfg, in_channels, mask_classification)
+    test = cfg.MODEL.MASK_FORMER.TEST
+    # Here and not an argument, which decoders of other projects would not take. Configs made by
+    # another project's copy of `add_maskformer2_config` lack the keys.
+    if after := test.get("PRUNE_QUERIES_AFTER", 0):
+        set_query_pruning(decoder, after, test.PRUNE_QUERIES_THRESHOLD)
+    return decoder

@@ -29,6 +29,7 @@ from ..layers import (
 )
 from ..layers.mlp import _get_activation_fn
 from .build import TRANSFORMER_DECODER_REGISTRY
+from .query_pruning import QueryPruning, take_queries, take_rows
 
 __all__ = [
     "MLP",
@@ -85,6 +86,7 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
     _version = 2
     reads_masks = True  # cross-attention is called with masks of the previous prediction
+    query_pruning: QueryPruning | None = None  # in inference, see `set_query_pruning`
 
     @configurable
     def __init__(
@@ -187,7 +189,8 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
 
         Returns:
             dict with `pred_logits` (B, Q, K+1), `pred_masks` (B, Q, H/4, W/4) logits and
-            `aux_outputs`, the same two for each earlier prediction in order.
+            `aux_outputs`, the same two for each earlier prediction in order. With query pruning,
+            predictions of layers behind it have fewer queries.
         """
         del mask
         scales = self.project_features(x)
@@ -212,12 +215,31 @@ class MultiScaleMaskedTransformerDecoder(nn.Module):
             )
             predictions_class.append(outputs_class)
             predictions_mask.append(outputs_mask)
+            remaining = self.remaining_queries(i + 1, outputs_class)
+            if remaining is not None:
+                output, query_embed = (take_queries(x, remaining) for x in (output, query_embed))
+                attn_mask = take_rows(attn_mask, remaining)
 
         return {
             "pred_logits": predictions_class[-1],
             "pred_masks": predictions_mask[-1],
             "aux_outputs": self._set_aux_loss(predictions_class, predictions_mask),
         }
+
+    def remaining_queries(self, num_layers: int, outputs_class: Tensor) -> Tensor | None:
+        """The queries that go on after `num_layers` layers; None: all.
+
+        Args:
+            num_layers: that have run.
+            outputs_class: (B, Q, K+1) class logits of the last of them.
+
+        Returns:
+            (B, N) indices, see `QueryPruning.remaining`.
+        """
+        pruning = self.query_pruning
+        if self.training or pruning is None or num_layers != pruning.after:
+            return None
+        return pruning.remaining(outputs_class)
 
     def project_features(self, x: list[Tensor]) -> list[Scale]:
         """Turn feature maps into the sequences to which the layers attend round robin."""
