@@ -343,8 +343,7 @@ def test_stop_in_the_last_evaluation_is_an_ordinary_end(tmp_path, caplog, plan):
 
 def test_two_processes_stop_together(tmp_path):
     options = (*OPTIONS, *PATIENCE, "SOLVER.IMS_PER_BATCH", "4")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    done = start_program("--planned", tmp_path, *options, launcher=launcher)
+    done = start_program("--planned", tmp_path, *options, ranks=2)
     assert done.returncode == 0, done.stderr
     assert "Early stopping after iteration 19" in done.stdout + done.stderr
     assert torch.load(tmp_path / "model_final.pth")["iteration"] == 19

@@ -1,11 +1,11 @@
 """Iterations that are not finite: captured, then the end of the run or skipped."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
 import broken_training
+import forked
 import numpy as np
 import pytest
 import torch
@@ -171,20 +171,8 @@ def test_a_full_disk_does_not_hide_the_loss(tmp_path, monkeypatch):
 
 def run_two(folder, *options, late=()):
     program = Path(broken_training.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += [
-        "--nproc-per-node",
-        "2",
-        program,
-        *late,
-        folder,
-        "SOLVER.IMS_PER_BATCH",
-        "4",
-        *options,
-    ]
-    return subprocess.run(
-        [str(part) for part in command], capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, program, *late, folder, "SOLVER.IMS_PER_BATCH", "4", *options]
+    return forked.run_ranks(2, command)
 
 
 def test_two_processes_skip_together(tmp_path):

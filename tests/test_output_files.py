@@ -2,11 +2,11 @@
 
 import os
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from detectron2.engine.train_loop import HookBase
@@ -165,7 +165,7 @@ def test_log_on_a_full_disk(tmp_path):
     command = [sys.executable, "-c", LOGGING, str(tmp_path)]
     root = str(Path(__file__).resolve().parents[1])
     environment = os.environ | {"PYTHONPATH": root}
-    process = subprocess.run(command, env=environment, capture_output=True, text=True)
+    process = forked.run(command, env=environment)
     assert process.returncode == 1
     last = process.stderr.splitlines()[-1]
     assert f"WriteError: Cannot write {tmp_path}/log.txt: No space left on device. Free" in last

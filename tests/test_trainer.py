@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 import toy_training as toy
@@ -35,6 +36,7 @@ from mask2former.trainer import Trainer, chooses_cudnn_benchmark, needs_uploads
 from mask2former.utils.output_lock import lock_output
 
 TOY = Path(__file__).parent / "toy_training.py"
+ENVIRONMENT = os.environ | {"PYTHONPATH": str(TOY.parents[1]), "OMP_NUM_THREADS": "1"}
 # Metrics that depend on the clock.
 TIMES = {"time", "data_time", "rank_data_time", "eta_seconds", "max_mem"}
 
@@ -69,12 +71,12 @@ def run(output_dir, *options, resume=False, stop_before=None):
     return trainer
 
 
-def start_program(*arguments, launcher=(), cwd=None):
-    """Runs the toy training as a separate program, as a user would."""
-    root = str(TOY.parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(TOY), *map(str, arguments)]
-    return subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+def start_program(*arguments, ranks=1):
+    """Runs the toy training as a separate program, as a user would, or one for each rank."""
+    command = [sys.executable, str(TOY), *map(str, arguments)]
+    if ranks == 1:
+        return forked.run(command, env=ENVIRONMENT)
+    return forked.run_ranks(ranks, command, env=ENVIRONMENT)
 
 
 def rows_of(output_dir):
@@ -269,9 +271,8 @@ def test_two_processes_train_like_one(tmp_path, num_steps):
     """
     options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "4", "MODEL.MASK_FORMER.DROPOUT", "0.0")
     options += ("SOLVER.MAX_ITER", "20")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     steps = ("SOLVER.NUM_ACCUMULATION_STEPS", num_steps)
-    both = start_program(tmp_path / "both", *options, *steps, launcher=launcher)
+    both = start_program(tmp_path / "both", *options, *steps, ranks=2)
     assert both.returncode == 0, both.stderr
     run(tmp_path / "one", *options)
     expected, actual = toy.read_losses(tmp_path / "one"), toy.read_losses(tmp_path / "both")
@@ -689,11 +690,8 @@ with lock_output(sys.argv[1]):
 
 
 def hold(folder):
-    environment = os.environ | {"PYTHONPATH": str(TOY.parents[1])}
     command = [sys.executable, "-c", HOLD, str(folder)]
-    return subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+    return forked.Popen(command, env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
 
 
 def test_two_trainings_in_one_folder(tmp_path):
@@ -966,9 +964,8 @@ def test_metrics_on_the_device(delay):
 
 def test_two_processes_write_the_same_rows_late(tmp_path):
     options = ("SEED", "3", "SOLVER.IMS_PER_BATCH", "4", "SOLVER.MAX_ITER", "23")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
     for name in ("delayed", "at-once"):
-        both = start_program(f"--{name}", tmp_path / name, *options, launcher=launcher)
+        both = start_program(f"--{name}", tmp_path / name, *options, ranks=2)
         assert both.returncode == 0, both.stderr
     rows = metrics(tmp_path / "at-once")
     assert list(rows) == [19, 22]

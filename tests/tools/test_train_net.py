@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
@@ -60,7 +61,7 @@ def data_root(tmp_path_factory):
     command = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py")]
     command += ["--output", str(root / "shapes"), "--size", "64"]
     command += ["--num-train", "24", "--num-val", "4"]
-    subprocess.run(command, check=True, capture_output=True)
+    forked.run(command, check=True)
     forget_shapes()
     register_all_shapes(str(root))
     yield root
@@ -81,21 +82,13 @@ def run(output_dir, *flags, **overrides):
     return train_net.main(default_argument_parser().parse_args(args))
 
 
-def program(root, *args, launcher=()):
-    """Start a separate process."""
-    environment = {
+def environment(root, threads):
+    """Of a separate process."""
+    return os.environ | {
         "PYTHONPATH": str(ROOT),
-        # As many as here: sums with another number of threads differ in the last digits.
-        "OMP_NUM_THREADS": "1" if launcher else str(torch.get_num_threads()),
+        "OMP_NUM_THREADS": str(threads),
         "DETECTRON2_DATASETS": str(root),
     }
-    return subprocess.Popen(
-        [sys.executable, *launcher, str(PROGRAM), *args],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
 
 
 def losses(output_dir):
@@ -166,13 +159,18 @@ def test_evaluation_with_test_time_augmentation(full_run, data_root, tmp_path):
 
 
 def test_resume_after_kill_gives_the_same_losses(full_run, data_root, tmp_path):
-    process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"))
+    process = forked.Popen(
+        [sys.executable, PROGRAM, *arguments(tmp_path, DATASETS__TEST="()")],
+        # As many as here: sums with another number of threads differ in the last digits.
+        env=environment(data_root, threads=torch.get_num_threads()),
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     marker = tmp_path / "last_checkpoint"
     while not marker.exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    assert process.wait() == -signal.SIGKILL
     assert marker.read_text() != "model_final.pth"
     run(tmp_path, "--resume", DATASETS__TEST="()", DATALOADER__NUM_WORKERS=0)
     assert losses(tmp_path) == losses(full_run)
@@ -186,11 +184,10 @@ def test_two_processes_train_like_one(full_run, data_root, tmp_path):
     bounds still catch losses or gradients that are not averaged over processes.
     tests/test_trainer.py checks that both see the same samples, with a model without these effects.
     """
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
-    process = program(data_root, *arguments(tmp_path, DATASETS__TEST="()"), launcher=launcher)
-    output, _ = process.communicate()
-    assert process.returncode == 0, output
-    assert "Effective batch size 4 = 2 process(es) x 2 images" in output
+    command = [sys.executable, PROGRAM, *arguments(tmp_path, DATASETS__TEST="()")]
+    done = forked.run_ranks(2, command, env=environment(data_root, threads=1))
+    assert done.returncode == 0, done.stderr
+    assert "Effective batch size 4 = 2 process(es) x 2 images" in done.stdout + done.stderr
     expected, actual = losses(full_run), losses(tmp_path)
     assert set(actual) == set(expected)
     for name, value in expected.items():
