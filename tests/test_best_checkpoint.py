@@ -100,6 +100,20 @@ def best_of(trainer):
     return hook
 
 
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """Function (name of a plan, *options) → folder and final state of a run without kills."""
+    runs = {}
+
+    def get(name, *options):
+        if (name, options) not in runs:
+            folder = tmp_path_factory.mktemp("whole")
+            runs[name, options] = folder, best_of(train(folder, *options)).state_dict()
+        return runs[name, options]
+
+    return get
+
+
 def test_best_of_all(tmp_path):
     """The first of equal values; NaN is never the best."""
     trainer = train(tmp_path)
@@ -148,25 +162,26 @@ KILLS = {
 
 @pytest.mark.parametrize("name", KILLS)
 @pytest.mark.parametrize(("period", "best"), [("5", 24), ("7", 24), ("15", 14)])
-def test_kills_change_nothing(tmp_path, plan, name, period, best):
+def test_kills_change_nothing(tmp_path, plan, whole_run, name, period, best):
     """With checkpoints in iterations of evaluations and in others; the best before or after."""
     plan({4: 1.0, 9: 3.0, 14: 4.0, 19: 2.0, 24: 5.0 if best == 24 else 3.5, 30: 4.0})
     options = ("SOLVER.CHECKPOINT_PERIOD", period)
-    whole = best_of(train(tmp_path / "whole", *options)).state_dict()
-    train(tmp_path / "killed", *options, kill=KILLS[name])
-    resumed = best_of(train(tmp_path / "killed", *options, resume=True)).state_dict()
+    folder, whole = whole_run(f"best at {best}", *options)
+    folders = folder, tmp_path
+    train(tmp_path, *options, kill=KILLS[name])
+    resumed = best_of(train(tmp_path, *options, resume=True)).state_dict()
     assert resumed == whole
-    files = [torch.load(tmp_path / name / "model_best.pth") for name in ("whole", "killed")]
+    files = [torch.load(folder / "model_best.pth") for folder in folders]
     assert files[0]["iteration"] == files[1]["iteration"] == best
     assert all(torch.equal(v, files[1]["model"][k]) for k, v in files[0]["model"].items())
-    records = [(tmp_path / name / "model_best.json").read_text() for name in ("whole", "killed")]
+    records = [(folder / "model_best.json").read_text() for folder in folders]
     assert records[0] == records[1]
 
 
 @pytest.mark.parametrize("kill_at", [9, 14, 30])
-def test_kills_in_evaluations(tmp_path, plan, kill_at):
+def test_kills_in_evaluations(tmp_path, plan, whole_run, kill_at):
     options = ("SOLVER.CHECKPOINT_PERIOD", "5")
-    whole = best_of(train(tmp_path / "whole", *options)).state_dict()
+    _, whole = whole_run("usual", *options)
     plan(kill_at=kill_at)
     if kill_at < 30:
         train(tmp_path / "killed", *options, kill=Kill())

@@ -3,10 +3,10 @@
 import codecs
 import os
 import resource
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import yaml
 from detectron2.config import CfgNode
@@ -267,10 +267,8 @@ def run_bad_files(folder):
 def test_bad_files_end_in_named_errors(tmp_path):
     """In a process of its own, which may be killed or never end."""
     program = f"import test_config_file; test_config_file.run_bad_files({str(tmp_path)!r})"
-    result = subprocess.run(
+    result = forked.run(
         [sys.executable, "-c", program],
-        capture_output=True,
-        text=True,
         timeout=300,
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
     )

@@ -1,10 +1,10 @@
 """Number of host syncs and blocking uploads in training and in inference; inputs on the host."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 from torch.utils import backend_registration
 
@@ -24,7 +24,7 @@ def test_few_host_syncs(tiny_cfg, tmp_path):
     path = tmp_path / "config.yaml"
     path.write_text(tiny_cfg.dump())
     command = [sys.executable, "-W", "ignore", PROGRAM, path]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run(command)
     assert result.returncode == 0, result.stderr
     counts = json.loads(result.stdout.splitlines()[-1])
     assert counts["known"] == {"syncs": 4, "uploads": 1}

@@ -9,10 +9,10 @@ import importlib
 import io
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -280,12 +280,8 @@ def test_use_fast_impl_false(folder, results, predictions, tmp_path, kind):
 
 
 def test_two_workers_equal_one(folder, results):
-    program = Path(scenes.__file__)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", str(program), str(folder)]
-    done = subprocess.run(
-        command, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
-    )
+    command = [sys.executable, scenes.__file__, folder]
+    done = forked.run_ranks(2, command, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-3000:]
     two_workers = json.loads((folder / "results_2.json").read_text())
     np.testing.assert_equal(two_workers, json.loads(json.dumps(results)))

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 from small_parts import random_targets
@@ -288,10 +289,9 @@ def test_number_of_masks_in_a_group(tmp_path):
     """Averaged over two processes; a method of another project is still called."""
     arguments = [str(tmp_path / "group"), str(Path(__file__).parent), *sys.path]
     workers = [
-        subprocess.Popen(
+        forked.Popen(
             [sys.executable, "-W", "ignore", "-c", IN_A_GROUP, str(rank), *arguments],
             stderr=subprocess.PIPE,
-            text=True,
         )
         for rank in range(2)
     ]

@@ -1,7 +1,6 @@
 """tools/gpu_check.py: limits, budget and summary with steps of a second; a dry run of its own."""
 
 import json
-import os
 import re
 import shlex
 import signal
@@ -9,7 +8,9 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 import toy_training as toy
 from load_script import ROOT, load_script
@@ -217,14 +218,15 @@ def test_options_of_the_programs(is_dry, tmp_path, monkeypatch):
 DRY = ("memcheck", "tests", "ncu", "train-16", "trainer", "attention", "loss_memory", "fps")
 
 
-def test_dry_run(tmp_path):
-    command = [sys.executable, ROOT / "tools/gpu_check.py", tmp_path, "--dry-run"]
-    arguments = ["--seconds", "1500", "--steps", ",".join(DRY)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run([*command, *arguments], env=environment, capture_output=True, text=True)
+def test_dry_run(tmp_path, monkeypatch, capsys):
+    programs = SimpleNamespace(**vars(subprocess) | {"Popen": forked.Popen})
+    monkeypatch.setattr(runner, "subprocess", programs)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--dry-run", "--seconds", "1500", "--steps", ",".join(DRY)]
+    status = tool.main([str(tmp_path), *arguments])
     rows = {x["step"]: x for x in json.loads((tmp_path / "summary.json").read_text())["steps"]}
     logs = "\n".join(path.read_text()[-2000:] for path in tmp_path.glob("*.log"))
-    assert result.returncode == 0, result.stdout + result.stderr + logs
+    assert status == 0, capsys.readouterr().out + logs
     assert tuple(rows) == DRY
     for name, row in rows.items():
         expected = ("skipped", "needs a GPU") if name == "tests" else ("ok", "")

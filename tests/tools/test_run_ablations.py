@@ -5,7 +5,9 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 import yaml
 from detectron2.modeling import build_model
@@ -273,7 +275,9 @@ def test_two_tables_of_one_training(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(tool, "sizes_of", lambda *_: {})  # tested above
     prepare = [sys.executable, str(ROOT / "datasets/prepare_shapes.py"), "--size", "64"]
     prepare += ["--output", str(tmp_path / "data/shapes"), "--num-train", "4", "--num-val", "2"]
-    subprocess.run(prepare, check=True, capture_output=True)
+    forked.run(prepare, check=True)
+    programs = SimpleNamespace(**vars(subprocess) | {"run": forked.run})
+    monkeypatch.setattr(tool, "subprocess", programs)
 
     common = ["--output", str(tmp_path / "out"), "--opts"]
     common += [str(item) for pair in TINY.items() for item in pair]
@@ -288,7 +292,7 @@ def test_two_tables_of_one_training(tmp_path, monkeypatch, capsys):
     assert content[0]["runs"][0]["memory"] > 2**27
     assert content[1]["runs"][0]["scores"].keys() == {"AR"}
 
-    monkeypatch.setattr(subprocess, "Popen", lambda *_, **__: pytest.fail("started a program"))
+    programs.Popen = programs.run = lambda *_, **__: pytest.fail("started a program")
     call()
     # Another table with a row without differences reuses the run.
     tool.main(["4b", "--rows", "Mask2Former", *common])

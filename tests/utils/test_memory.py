@@ -1,9 +1,9 @@
 """Whether the allocator keeps freed memory."""
 
 import ctypes
-import subprocess
 import sys
 
+import forked
 import pytest
 
 from mask2former.utils import memory
@@ -29,7 +29,7 @@ def test_freed_blocks_are_reused(monkeypatch):
     faults = {}
     for keep in ("no", "yes"):
         command = [sys.executable, "-W", "ignore", "-c", _FAULTS, keep]
-        faults[keep] = int(subprocess.check_output(command, text=True))
+        faults[keep] = int(forked.run(command, check=True).stdout)
     assert faults["yes"] < faults["no"] / 10
 
 

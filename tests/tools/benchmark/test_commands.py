@@ -3,10 +3,13 @@
 import json
 import os
 import queue
+import subprocess
 import sys
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -56,6 +59,13 @@ def small(tmp_path):
         name: arguments + (model if name in ("model", "train") else [])
         for name, arguments in SMALL.items()
     }
+
+
+@pytest.fixture
+def forks(monkeypatch) -> None:
+    """Processes of contenders are forked, which saves the time of their imports."""
+    fake = SimpleNamespace(Popen=forked.Popen, PIPE=subprocess.PIPE)
+    monkeypatch.setattr(processes, "subprocess", fake)
 
 
 @pytest.fixture
@@ -129,6 +139,7 @@ def test_model(run, tmp_path, capsys):
     assert any("Panoptic pixels that differ, upstream steps: " in note for note in report["notes"])
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     "name, arguments, least",
     [
@@ -145,6 +156,7 @@ def test_memory_is_measured_in_a_new_process(name, arguments, least, run):
 
 
 def test_memory_of_postprocessing():
+    """In a process that was started, with the allocator that its environment asks for."""
     arguments = {"contender": UPSTREAM, "task": "panoptic", "size": [64, 64], "output": "same"}
     # At least the upsampled masks of all queries.
     assert processes.peak_in_process("postprocess", arguments, 1) >= 100 * 64 * 64 * 4
@@ -186,6 +198,7 @@ OWN_PROCESSES = {
 }
 
 
+@pytest.mark.usefixtures("forks")
 @pytest.mark.parametrize(
     "name, process",
     [
@@ -221,6 +234,7 @@ def test_processes_of_their_own(name, process, run, monkeypatch):
         assert (row.get("peak_bytes") is not None) == measures_memory
 
 
+@pytest.mark.usefixtures("forks")
 def test_process_that_fails(capfd):
     arguments = {"contender": "nobody", "task": "all", "size": [64, 64], "output": "same"}
     with (
