@@ -65,6 +65,14 @@ class PredictionFilter:
         if self.class_agnostic_nms and self.mask_nms is None:
             raise ValueError("class_agnostic_nms is for mask_nms: set it too")
 
+    def check(self, class_names: tuple[str, ...]) -> None:
+        """Check that a model has the classes of `min_score_per_class`.
+
+        Raises:
+            ValueError: it does not have one of them.
+        """
+        self._thresholds(class_names)
+
     def apply(self, result: "Result") -> "Result":
         """A result without what is removed; the given one stays as it is.
 
