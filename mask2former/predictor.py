@@ -207,10 +207,13 @@ class Predictor(DefaultPredictor):
         Raises:
             FileNotFoundError, ValueError: an image cannot be read; names the image.
         """
-        results = self.stream(
-            source, batch_size=batch_size, filter=filter, keep_image=keep_image, order=order
-        )
-        return next(results) if is_single(source) else list(results)
+        if filter is not None:
+            filter.check(self.class_names)  # before the first image
+        options: dict[str, Any] = {"filter": filter, "keep_image": keep_image, "order": order}
+        if is_single(source):
+            (result,) = self.stream([source], batch_size=batch_size, **options)
+            return result
+        return list(self.stream(source, batch_size=batch_size, **options))
 
     def stream(
         self,
