@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .overlaps import count_ids, fill_fragments, label_fragments, mask_nms, without_fragments
+from .overlaps import (
+    count_ids,
+    fill_fragments,
+    mask_nms,
+    without_fragments,
+    without_segment_fragments,
+)
 
 if TYPE_CHECKING:
     from .result import InstanceResult, PanopticResult, Result
@@ -135,7 +141,7 @@ class PredictionFilter:
             segments = [s for s in segments if np.float32(s.score) >= thresholds[s.label]]
             ids = _only(ids, segments)
         if self.min_fragment:
-            ids = np.where(label_fragments(ids, self.min_fragment) > 0, 0, ids)
+            ids = without_segment_fragments(ids, self.min_fragment)
         if ids is not panoptic.segment_ids or self.min_area:
             areas = count_ids(ids, max((s.id for s in segments), default=0))
             segments = [replace(s, area=int(areas[s.id])) for s in segments]
