@@ -125,7 +125,9 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
     return kind, len(converted), left_out
 
 
-def from_transformers(source: str, target: str, overwrite: bool = False) -> tuple[int, str]:
+def from_transformers(
+    source: str, target: str, overwrite: bool = False
+) -> tuple[int, str, list[str]]:
     """Convert a model of `transformers` to a checkpoint and a config file beside it.
 
     Args:
@@ -134,7 +136,8 @@ def from_transformers(source: str, target: str, overwrite: bool = False) -> tupl
         overwrite: replace existing files.
 
     Returns:
-        The number of tensors, and the config file.
+        The number of tensors, the config file, and the class names if these are not those of a
+        data set that the config names.
 
     Raises:
         FileExistsError: an output exists.
@@ -147,7 +150,8 @@ def from_transformers(source: str, target: str, overwrite: bool = False) -> tupl
         if os.path.lexists(path) and not overwrite:
             raise FileExistsError(f"{path} exists: name another, or set --overwrite.")
     cfg, weights, metadata = load_transformers_folder(source)
-    known = known_data(metadata.get("stuff_classes", ()))
+    names = metadata.get("stuff_classes") or metadata["thing_classes"]
+    known = known_data(names)
     # Names of its own exist in this process only.
     cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (known.name,) if known else ()
     cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = os.path.abspath(target), "cuda"
@@ -155,7 +159,7 @@ def from_transformers(source: str, target: str, overwrite: bool = False) -> tupl
         torch.save({"model": weights}, file)
     with atomic_write(config_file) as file:
         file.write(without_added_defaults(cfg).dump())
-    return len(weights), config_file
+    return len(weights), config_file, [] if known else names
 
 
 def to_transformers(
@@ -246,8 +250,10 @@ def main(argv: list[str] | None = None) -> None:
             print(f"wrote {number} tensors for transformers to {args.target}")
             return
         if is_model:
-            number, config_file = from_transformers(args.source, args.target, args.overwrite)
+            number, config_file, names = from_transformers(args.source, args.target, args.overwrite)
             print(f"wrote {number} tensors to {args.target} and their config to {config_file}")
+            if names:
+                print(f"name a data set with these classes in its DATASETS: {', '.join(names)}")
             return
         kind, number, left_out = convert(args.source, args.target)
     except (ValueError, OSError) as error:

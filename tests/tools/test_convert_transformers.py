@@ -14,7 +14,7 @@ from small_models import randomise, small_config
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
 from mask2former.inference.model_file import save_model_folder
-from mask2former.weights.transformers import load_transformers_folder
+from mask2former.weights.transformers import load_transformers_folder, save_transformers_folder
 
 tool = load_script("tools/convert_weights.py")
 COCO = "coco_2017_val_panoptic_with_sem_seg"
@@ -119,3 +119,17 @@ def test_existing_checkpoints_are_kept(checkpoint, tmp_path):
         tool.main([str(folder), str(tmp_path / "out.pkl")])
     tool.main([str(folder), str(tmp_path / "out.pth"), "--overwrite"])
     assert (tmp_path / "out.yaml").read_text() != "mine"
+
+
+def test_classes_of_no_public_data_are_named(tmp_path, capsys):
+    cfg = small_config("swin", False)
+    metadata = MetadataCatalog.get("tests_convert_own_classes")
+    metadata.set(stuff_classes=["a", "b", "c", "d", "e"])
+    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = cfg.MODEL.MASK_FORMER.TEST.INSTANCE_ON = False
+    model = build_model(cfg)
+    save_transformers_folder(model.state_dict(), cfg, str(tmp_path / "model"), metadata)
+    tool.main([str(tmp_path / "model"), str(tmp_path / "out.pth")])
+    assert "with these classes in its DATASETS: a, b, c, d, e" in capsys.readouterr().out
+    written = yaml.safe_load((tmp_path / "out.yaml").read_text())
+    assert written["DATASETS"]["TEST"] == []
+    assert written["MODEL"]["MASK_FORMER"]["TEST"]["SEMANTIC_ON"]
