@@ -20,7 +20,10 @@ PROGRAMS = {
     "predict": (["{tools}/demo.py"], "predict images and videos: drawings, results, a report"),
     "check": (["{tools}/check_dataset.py"], "read data sets and report broken annotations"),
     "convert": (["{tools}/convert_dataset.py"], "convert annotations to COCO or label images"),
-    "convert-weights": (["{tools}/convert_weights.py"], "convert weights of a backbone"),
+    "convert-weights": (
+        ["{tools}/convert_weights.py"],
+        "convert weights, also of and for transformers",
+    ),
     "find-batch-size": (["{tools}/find_batch_size.py"], "the largest batch that fits"),
     "analyze": (["{tools}/analyze_model.py"], "parameters, multiply-adds, structure, speed"),
     "replay": (["{tools}/replay.py"], "run an iteration that was not finite again, find the cause"),

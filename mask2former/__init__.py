@@ -3,7 +3,14 @@
 Importing the package registers its models, backbones and data sets with Detectron2.
 """
 
+import importlib as _importlib
+from typing import TYPE_CHECKING
+
 from .utils import required_modules as _required_modules
+
+if TYPE_CHECKING:
+    from .inference import PredictionFilter, Result
+    from .predictor import Predictor
 
 try:
     from . import data, modeling
@@ -29,6 +36,16 @@ except ModuleNotFoundError as error:
 
 __version__ = "0.1.0"
 
+# Imported when they are first used: they need Detectron2's engine, which takes seconds.
+_LAZY = {"PredictionFilter": "inference", "Predictor": "predictor", "Result": "inference"}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _LAZY:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_importlib.import_module(f".{_LAZY[name]}", __name__), name)
+
+
 __all__ = [
     "COCOInstanceNewBaselineDatasetMapper",
     "COCOPanopticNewBaselineDatasetMapper",
@@ -38,6 +55,9 @@ __all__ = [
     "MaskFormerInstanceDatasetMapper",
     "MaskFormerPanopticDatasetMapper",
     "MaskFormerSemanticDatasetMapper",
+    "PredictionFilter",
+    "Predictor",
+    "Result",
     "SemanticSegmentorWithTTA",
     "add_maskformer2_config",
     "data",

@@ -47,12 +47,13 @@ _UNKNOWN = "modules "  # then their names
 # Files of other projects by the beginning of a name that only they have, and what to do with them.
 _NOT_CONVERTED = "which are not converted: use the checkpoint in Detectron2's format"
 _CONVERT = "to convert with tools/convert_weights.py"
+_TRANSFORMERS = "the transformers package, but not those of its Mask2Former"
 _FOREIGN = {
-    "model.pixel_level_module.": f"the transformers package, {_NOT_CONVERTED}",
-    "model.transformer_module.": f"the transformers package, {_NOT_CONVERTED}",
-    "pixel_level_module.": f"the transformers package, {_NOT_CONVERTED}",
-    "transformer_module.": f"the transformers package, {_NOT_CONVERTED}",
-    "class_predictor.": f"the transformers package, {_NOT_CONVERTED}",
+    "model.pixel_level_module.": _TRANSFORMERS,
+    "model.transformer_module.": _TRANSFORMERS,
+    "pixel_level_module.": _TRANSFORMERS,
+    "transformer_module.": _TRANSFORMERS,
+    "class_predictor.": _TRANSFORMERS,
     "panoptic_head.": f"MMDetection, {_NOT_CONVERTED}",
     "decode_head.": f"MMSegmentation, {_NOT_CONVERTED}",
     "_blocks.0._depthwise_conv.": f"an EfficientNet of efficientnet-pytorch, {_CONVERT}",

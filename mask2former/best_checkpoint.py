@@ -18,10 +18,10 @@ from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 from torch import nn
 
-from .checkpoint import Mask2FormerCheckpointer
 from .data.evaluator_types import builders_of
 from .ema import EMA, uses_ema
 from .evaluation.expected_results import RESULT_NAMES
+from .inference.saving import ModelFolderCheckpointer
 from .utils.files import atomic_write, explained_read_errors, load_torch
 from .utils.plain_values import describe
 
@@ -42,8 +42,8 @@ class StopsEarly(TrainerBase):
             pass
 
 
-class WeightsWriter(Mask2FormerCheckpointer):
-    """Writes weights only, to a file from which `--resume` does not continue."""
+class WeightsWriter(ModelFolderCheckpointer):
+    """Writes weights only, to a folder for inference and to a file that `--resume` leaves alone."""
 
     def tag_last_checkpoint(self, last_filename_basename: str) -> None:
         pass
@@ -53,9 +53,10 @@ class BestModel(hooks.BestCheckpointer):
     """Detectron2's hook, whose best value survives a restart, on all ranks.
 
     It writes OUTPUT_DIR/model_best.pth with the weights of the best evaluation so far and with its
-    `iteration`, `metric` and `value`, and beside it model_best.json with the metric of every
-    evaluation. Of equal values the first is the best one; a value that is
-    not finite is never the best. Only the main process has results; all ranks learn what it finds.
+    `iteration`, `metric` and `value`; beside it the folder model_best for `Predictor`, and
+    model_best.json with the metric of every evaluation. Of equal values the first is the best one;
+    a value that is not finite is never the best. Only the main process has results; all ranks learn
+    what it finds.
 
     Attributes:
         num_without_improvement: evaluations since the last one that was better by more than
@@ -79,7 +80,7 @@ class BestModel(hooks.BestCheckpointer):
             mode: "max" or "min": which values are better.
             min_delta: improvements that are not larger do not count for `num_without_improvement`.
         """
-        writer = WeightsWriter(model, cfg.OUTPUT_DIR)
+        writer = WeightsWriter(model, cfg.OUTPUT_DIR, cfg)
         super().__init__(cfg.TEST.EVAL_PERIOD, writer, metric, mode)
         self.best_metric: float | None = None
         self.best_iter: int | None = None

@@ -4,7 +4,9 @@ A file must fill the whole model, except at the start of a training run from oth
 ImageNet backbone, or the same model for other classes or with another number of queries.
 """
 
+import logging
 import os
+import sys
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -45,9 +47,13 @@ from .utils.files import (
     load_safetensors,
     load_torch,
 )
+from .weights.conversion import convert_names
+from .weights.coverage import coverage_by_module, describe_coverage
+from .weights.folders import INDEX, load_file
 
 # May be missing or unexpected: they come from the config or are not used.
-_HARMLESS = ("num_batches_tracked", "pixel_mean", "pixel_std", CLASS_WEIGHTS)
+_COUNTERS = "num_batches_tracked"
+_HARMLESS = (_COUNTERS, "pixel_mean", "pixel_std", CLASS_WEIGHTS)
 # What objects raise for a state that is not theirs.
 _STATE_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
 # In bytes, of a file in Linux's file systems; longer contents of `last_checkpoint` are no name.
@@ -211,7 +217,23 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
             # Detectron2 leaves this set after a failure and then refuses to load again.
             self._parsed_url_during_load = None
 
+    def load_weights(self, weights: dict[str, torch.Tensor], origin: str) -> None:
+        """Load weights that a program has, with the checks of `load`.
+
+        Args:
+            weights: state dict by the model's names.
+            origin: where they come from, for messages.
+
+        Raises:
+            ValueError: they do not fit the model.
+        """
+        self._partial, self._path = False, origin
+        incompatible = self._load_model({"model": as_tensors(dict(weights), origin)})
+        self._log_incompatible_keys(incompatible)
+
     def _load_file(self, filename: str) -> dict[str, Any]:
+        if filename.endswith(INDEX):
+            return {"model": as_tensors(load_file(filename), filename)}
         with explained_read_errors(filename):
             file_format = checkpoint_format(filename)
             if file_format == "pickle":
@@ -248,9 +270,11 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         weights = checkpoint["model"]
         in_model = self.model.state_dict()
         update_names(weights, in_model)
+        by_suffix = checkpoint.get("matching_heuristics", False)
+        if not by_suffix:
+            weights = checkpoint["model"] = convert_names(self.model, weights, self._path)
         if self._partial:
             weights = checkpoint["model"] = fit_weights(self.model, weights, self._path)
-        by_suffix = checkpoint.get("matching_heuristics", False)
         # At the start of a training, the images may have other channels.
         adapted = adapt_stem(weights, in_model, by_suffix) if self._partial else None
         if adapted is not None:
@@ -365,6 +389,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         Raises:
             ValueError: the file does not fit, with the cause.
         """
+        self._log_coverage(incompatible)
         for keys in (incompatible.missing_keys, incompatible.unexpected_keys):
             keys[:] = [key for key in keys if not key.endswith(_HARMLESS)]
         in_model = {k: tuple(v.shape) for k, v in self.model.state_dict().items()}
@@ -380,6 +405,17 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         elif any(incompatible):
             raise self._misfit(differences)
         self._model_is_loaded = True
+
+    def _log_coverage(self, incompatible: Any) -> None:
+        names = [name for name in self.model.state_dict() if not name.endswith(_COUNTERS)]
+        absent = {*incompatible.missing_keys, *(name for name, *_ in incompatible.incorrect_shapes)}
+        of_config = {name for name in absent if name.endswith(CLASS_WEIGHTS)}
+        coverage = coverage_by_module(names, set(names) - absent, of_config)
+        line = f"Tensors from {self._path}: {describe_coverage(coverage)}."
+        self.logger.info(line)
+        if not self.logger.isEnabledFor(logging.INFO):
+            # A program that sets up no log, such as a notebook.
+            print(line, file=sys.stderr)
 
     def _check_partial(self, incompatible: Any, differences: Differences) -> None:
         shapes = {name for name, *_ in incompatible.incorrect_shapes}

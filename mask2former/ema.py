@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from .inference.model_file import save_model_folder
+from .inference.saving import training_metadata
 from .utils.files import atomic_write
 from .utils.plain_values import describe
 
@@ -46,7 +48,7 @@ class WeightAverage(HookBase):
 
     Its state, part of training checkpoints, is the average and the number of updates. At the end of
     training it writes the average to OUTPUT_DIR/model_final_ema.pth, which MODEL.WEIGHTS loads like
-    any other file.
+    any other file, and to the folder model_final_ema beside it.
 
     An iteration that mixed precision skips counts like any other, since only the GPU knows of it;
     it leaves the weights as they were.
@@ -112,6 +114,9 @@ class WeightAverage(HookBase):
         if self.trainer.iter >= self.trainer.max_iter and comm.is_main_process():
             path = os.path.join(self.trainer.cfg.OUTPUT_DIR, f"model_final_{EMA}.pth")
             _logger.info(f"Saving the average of the weights to {path}")
+            cfg = self.trainer.cfg
+            folder = os.path.splitext(path)[0]
+            save_model_folder(self.model, cfg, training_metadata(cfg), folder)
             with atomic_write(path, "wb") as file:
                 torch.save({"model": self.model.state_dict()}, file)
 

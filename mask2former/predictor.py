@@ -1,8 +1,11 @@
 """Inference with a trained model: `Predictor(cfg)`, or from a folder that holds all it needs.
 
+    from mask2former import PredictionFilter, Predictor
+
     predictor = Predictor.from_pretrained("output/model_final")
     result = predictor.predict("image.jpg", filter=PredictionFilter(min_score=0.5))
-    print(result.names, result.scores); result.save("predictions")
+    print(result.names, result.scores)
+    result.save("predictions")
 
 H W pixels, C channels.
 """
@@ -30,11 +33,11 @@ from .fast.setup import apply_config
 from .inference.classes import class_names_of
 from .inference.filters import PredictionFilter
 from .inference.images import KINDS, ChannelOrder, InputImage, is_single, read_input
-from .inference.model_file import load_model_folder
+from .inference.pretrained import find_pretrained
 from .inference.result import Result
 from .preflight import check_device
 
-# Images that wait for others of their size, in batches: an image of a rare size then runs alone.
+# Batches after which an image no longer waits for others of its size.
 _WAITING_BATCHES = 4
 
 
@@ -103,7 +106,9 @@ class Predictor(DefaultPredictor):
         """Load a trained model with its config, class names and colours.
 
         Args:
-            path: folder that `save_model_folder` wrote, as training does in OUTPUT_DIR.
+            path: a folder that training wrote, OUTPUT_DIR/model_final or model_best; OUTPUT_DIR
+                itself, for the best of them; a checkpoint with its config.yaml beside it; or a
+                Mask2Former of the transformers package. See `inference/pretrained.py`.
             device: such as "cuda" or "cpu"; default: the GPU if there is one.
             opts: overrides of the config, `KEY1 VALUE1 KEY2 VALUE2 ...`, such as
                 `("INPUT.MIN_SIZE_TEST", 640)`.
@@ -111,11 +116,10 @@ class Predictor(DefaultPredictor):
 
         Raises:
             FileNotFoundError: there is no model.
-            ValueError: it is damaged or of a newer version, an override is wrong, or the device
-                does not exist.
+            ValueError: it is damaged, incomplete or of a newer version, an override is wrong, or
+                the device does not exist.
         """
-        path = os.path.expanduser(os.fspath(path))
-        saved = load_model_folder(path, opts, extend_config=extend_config)
+        saved = find_pretrained(os.path.expanduser(os.fspath(path)), opts, extend_config)
         cfg = saved.cfg
         cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_once(cfg, "config", check_config)
@@ -126,7 +130,11 @@ class Predictor(DefaultPredictor):
             # The data set itself need not exist here.
             model.metadata = saved.metadata
         predictor = cls.from_model(model, cfg, saved.metadata, saved.class_names)
-        Mask2FormerCheckpointer(predictor.model).load(saved.path)
+        checkpointer = Mask2FormerCheckpointer(predictor.model)
+        if saved.weights is None:
+            checkpointer.load(saved.path)
+        else:
+            checkpointer.load_weights(saved.weights, saved.path)
         return predictor
 
     def _set_up(
@@ -224,7 +232,7 @@ class Predictor(DefaultPredictor):
             raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
         waiting: dict[tuple[int, ...], list[tuple[int, InputImage, dict]]] = {}
         done: dict[int, Result] = {}
-        next_index = 0
+        next_index, longest_wait = 0, _WAITING_BATCHES * batch_size
 
         def run(size: tuple[int, ...]) -> None:
             batch = waiting.pop(size)
@@ -245,8 +253,8 @@ class Predictor(DefaultPredictor):
             waiting.setdefault(size, []).append((i, image, inputs))
             if len(waiting[size]) == batch_size:
                 run(size)
-            while sum(map(len, waiting.values())) >= _WAITING_BATCHES * batch_size:
-                # The one that has waited longest, so that results can be yielded.
+            # What has waited longest, so that the results after it can be yielded.
+            while waiting and i - min(x[0][0] for x in waiting.values()) >= longest_wait:
                 run(min(waiting, key=lambda size: waiting[size][0][0]))
             while next_index in done:
                 yield done.pop(next_index)

@@ -33,7 +33,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader
 
 from .best_checkpoint import BestModel, EarlyStop, StopsEarly
-from .checkpoint import Mask2FormerCheckpointer
 from .data.dataset_mappers import build_mapper
 from .data.loader import (
     ResumableBatchSampler,
@@ -55,6 +54,7 @@ from .hooks import (
     UnwrittenMetrics,
     finish_iteration,
 )
+from .inference.saving import ModelFolderCheckpointer
 from .maskformer_model import MaskFormer
 from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .non_finite import NonFiniteWatch, max_skipped
@@ -139,8 +139,8 @@ class Trainer(DefaultTrainer, StopsEarly):
         configure_step(cfg, self._trainer, getattr(model, "module", model))
         self._trainer.cudnn_benchmark = on_gpu and chooses_cudnn_benchmark(cfg, data_loader)
         self.scheduler = self.build_lr_scheduler(cfg, optimizer)
-        self.checkpointer = Mask2FormerCheckpointer(
-            model, cfg.OUTPUT_DIR, partial_init=True, trainer=weakref.proxy(self)
+        self.checkpointer = ModelFolderCheckpointer(
+            model, cfg.OUTPUT_DIR, cfg, "_final", partial_init=True, trainer=weakref.proxy(self)
         )
         self.start_iter = 0
         self.max_iter = cfg.SOLVER.MAX_ITER

@@ -1,14 +1,21 @@
 import json
+import re
 
 import numpy as np
 import pytest
 import torch
-from detectron2.data import Metadata
+from detectron2.data import Metadata, MetadataCatalog
 from detectron2.modeling import build_model
 from PIL import Image
+from small_models import randomise, small_config
 
+from mask2former.best_checkpoint import WeightsWriter
+from mask2former.config import without_added_defaults
+from mask2former.inference import InstanceMasks, PredictionFilter
 from mask2former.inference.model_file import save_model_folder
+from mask2former.inference.saving import ModelFolderCheckpointer
 from mask2former.predictor import Predictor
+from mask2former.weights.transformers import save_transformers_folder
 
 HEIGHT, WIDTH = 40, 56
 METADATA = Metadata(
@@ -111,6 +118,90 @@ def test_batches_of_equal_sizes_in_the_order_of_the_images(predictor, monkeypatc
     assert predictor.predict([]) == []
 
 
+def test_results_come_as_soon_as_they_are_known(predictor):
+    """An image of a rare size waits, but not for the last of the others."""
+    read = []
+
+    def images():
+        for i in range(12):
+            read.append(i)
+            yield rgb(30, 60, seed=i) if i == 0 else rgb(seed=i)
+
+    stream = predictor.stream(images(), batch_size=2)
+    sizes = [next(stream).image_size for _ in range(3)]
+    assert sizes == [(30, 60), (HEIGHT, WIDTH), (HEIGHT, WIDTH)]
+    assert len(read) < 12
+
+
+def test_filter_and_scores_of_segments(predictor):
+    image = rgb()
+    everything = predictor.predict(image)
+    scores = [segment.score for segment in everything.panoptic.segments]
+    assert len(scores) > 0 and all(0 < score < 1 for score in scores)
+    threshold = float(np.median(everything.scores))
+    result = predictor.predict(image, filter=PredictionFilter(min_score=threshold))
+    assert 0 < len(result.instances) < len(everything.instances)
+    assert (result.scores >= np.float32(threshold)).all()
+    assert all(s.score >= threshold for s in result.panoptic.segments)
+    # As a drop-in, the model returns what the original release does.
+    _, segments = predictor(image)["panoptic_seg"]
+    assert all(segment.keys() == {"id", "isthing", "category_id"} for segment in segments)
+
+
+def test_boxes_of_instances(predictor, cfg):
+    image = rgb()
+    assert not predictor(image)["instances"].pred_boxes.tensor.any()
+    cfg.TEST.BOXES = True
+    model = build_model(cfg)
+    model.load_state_dict(predictor.model.state_dict())
+    with_boxes = Predictor.from_model(model, cfg, METADATA)
+    instances = with_boxes(image)["instances"]
+    masks = InstanceMasks.from_full(instances.pred_masks)
+    np.testing.assert_array_equal(instances.pred_boxes.tensor.numpy(), masks.boxes())
+    assert instances.pred_boxes.tensor.any()
+
+
+def test_images_that_cannot_be_read(predictor, tmp_path):
+    (tmp_path / "text.jpg").write_text("no image")
+    good = rgb()
+    with pytest.raises(ValueError, match=r"Image 1 .*text\.jpg.* cannot be read as an image"):
+        predictor.predict([good, tmp_path / "text.jpg"])
+    with pytest.raises(FileNotFoundError, match=r"Image 2: .*missing\.jpg"):
+        predictor.predict([good, good, str(tmp_path / "missing.jpg")])
+    with pytest.raises(ValueError, match="Image 0: its values are float64"):
+        predictor.predict(good / 255)
+    with pytest.raises(ValueError, match="int is no image; allowed: .*, or several"):
+        predictor.predict(3)
+    with pytest.raises(ValueError, match="batch_size is 0; allowed: whole numbers from 1"):
+        predictor.predict([good], batch_size=0)
+
+
+@pytest.mark.parametrize(("image_format", "channels"), [("L", 1), ("BANDS", 5)])
+def test_other_channels(cfg, image_format, channels, tmp_path):
+    cfg.INPUT.FORMAT = image_format
+    cfg.MODEL.PIXEL_MEAN = [100.0] * channels
+    cfg.MODEL.PIXEL_STD = [50.0] * channels
+    predictor = Predictor.from_model(build_model(cfg), cfg, METADATA)
+    image = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, channels), np.uint8)
+    np.save(tmp_path / "image.npy", image)
+    result = predictor.predict(image)
+    assert result.image_size == (HEIGHT, WIDTH) and result.image.shape == (HEIGHT, WIDTH, 3)
+    if image_format == "BANDS":
+        assert_same(predictor.predict(tmp_path / "image.npy"), result)
+    assert_same(predictor.predict(torch.from_numpy(image).permute(2, 0, 1)), result)
+
+
+def test_class_names_of_a_test_set_of_things_only(cfg):
+    """A panoptic model may be tested on the instances of its things."""
+    names = {"tests_only_things": ["cup", "plate"], "tests_all_classes": ["cup", "plate", "table"]}
+    for name, classes in names.items():
+        MetadataCatalog.get(name).set(thing_classes=classes, stuff_classes=classes)
+    cfg.DATASETS.TRAIN, cfg.DATASETS.TEST = ("tests_all_classes",), ("tests_only_things",)
+    metadata = MetadataCatalog.get("tests_only_things")
+    predictor = Predictor.from_model(torch.nn.Identity(), cfg, metadata)
+    assert predictor.class_names == ("cup", "plate", "table")
+
+
 def test_from_pretrained_needs_nothing_but_the_folder(predictor, cfg, tmp_path):
     folder = tmp_path / "model"
     save_model_folder(predictor.model, cfg, METADATA, str(folder))
@@ -125,3 +216,85 @@ def test_from_pretrained_needs_nothing_but_the_folder(predictor, cfg, tmp_path):
         str(folder), device="cpu", opts=("TEST.DETECTIONS_PER_IMAGE", 2)
     )
     assert len(changed.predict(image).instances) <= 2
+
+
+def test_from_pretrained_finds_what_a_training_wrote(predictor, cfg, tmp_path, capsys, caplog):
+    """The best model before the last; before the end the last checkpoint with config.yaml."""
+    cfg.OUTPUT_DIR = str(tmp_path)
+    MetadataCatalog.get(cfg.DATASETS.TRAIN[0]).set(
+        thing_classes=["cup", "plate"], stuff_classes=["cup", "plate", "table"]
+    )
+    (tmp_path / "config.yaml").write_text(without_added_defaults(cfg).dump())
+    checkpointer = ModelFolderCheckpointer(predictor.model, str(tmp_path), cfg, "_final")
+    checkpointer.save("model_0000001")
+    assert not (tmp_path / "model_0000001").exists()
+    image = rgb()
+    expected = predictor.predict(image)
+    for path in (tmp_path, tmp_path / "model_0000001.pth"):
+        loaded = Predictor.from_pretrained(path, device="cpu")
+        assert_same(loaded.predict(image), expected)
+        assert loaded.class_names == ("cup", "plate", "table")
+    checkpointer.save("model_final")
+    assert (tmp_path / "model_final.pth").is_file()
+    (tmp_path / "config.yaml").unlink()
+    assert_same(Predictor.from_pretrained(tmp_path, device="cpu").predict(image), expected)
+    cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON = False
+    WeightsWriter(predictor.model, str(tmp_path), cfg).save("model_best")
+    best = Predictor.from_pretrained(tmp_path, device="cpu")
+    assert best.predict(image).panoptic is None
+    with pytest.raises(FileNotFoundError, match=r"model_final\.pth has no config\.yaml beside it"):
+        Predictor.from_pretrained(tmp_path / "model_final.pth")
+    # Each load says what it filled.
+    printed = capsys.readouterr().err + caplog.text
+    coverage = re.findall(r"backbone (\d+) of (\d+), pixel decoder (\d+) of (\d+), ", printed)
+    assert len(coverage) == 4
+    assert all(x[0] == x[1] and x[2] == x[3] for x in coverage)
+
+
+def test_from_pretrained_without_a_model(tmp_path):
+    with pytest.raises(FileNotFoundError, match="missing does not exist"):
+        Predictor.from_pretrained(tmp_path / "missing")
+    with pytest.raises(FileNotFoundError, match="holds no model: neither model.safetensors, "):
+        Predictor.from_pretrained(tmp_path)
+    (tmp_path / "last_checkpoint").write_text("model_0000001.pth")
+    with pytest.raises(FileNotFoundError, match="names 'model_0000001.pth', which is no file"):
+        Predictor.from_pretrained(tmp_path)
+
+
+def test_from_pretrained_does_not_fit(predictor, cfg, tmp_path):
+    cfg.MODEL.MASK_FORMER.DIM_FEEDFORWARD = 64
+    save_model_folder(predictor.model, cfg, METADATA, str(tmp_path))
+    with pytest.raises(ValueError, match="does not fit the model of this config"):
+        Predictor.from_pretrained(tmp_path, device="cpu")
+    with pytest.raises(ValueError, match="MODEL.DEVICE is 'nonsense"):
+        Predictor.from_pretrained(tmp_path, device="nonsense")
+
+
+def test_from_pretrained_of_transformers(tmp_path):
+    """A folder of that package, with class names, task and sizes."""
+    cfg = small_config("resnet", False, INPUT__MIN_SIZE_TEST=64, INPUT__MAX_SIZE_TEST=96)
+    name = "tests_predictor_transformers"
+    names = [f"class {i}" for i in range(cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)]
+    MetadataCatalog.get(name).set(
+        stuff_classes=names,
+        thing_classes=names[:2],
+        thing_dataset_id_to_contiguous_id={0: 0, 1: 1},
+    )
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (name,)
+    # Random weights are never sure.
+    thresholds = "OBJECT_MASK_THRESHOLD", "OVERLAP_THRESHOLD"
+    opts = [x for key in thresholds for x in (f"MODEL.MASK_FORMER.TEST.{key}", 0.0)]
+    cfg.merge_from_list(opts)
+    model = build_model(cfg)
+    randomise(model, 0)
+    expected = Predictor.from_model(model, cfg, MetadataCatalog.get(name)).predict(rgb())
+    assert len(expected.panoptic.segments) > 1
+    save_transformers_folder(model.state_dict(), cfg, str(tmp_path / "folder"))
+    loaded = Predictor.from_pretrained(tmp_path / "folder", device="cpu", opts=opts)
+    assert loaded.class_names == tuple(names)
+    assert (loaded.cfg.INPUT.MIN_SIZE_TEST, loaded.cfg.INPUT.MAX_SIZE_TEST) == (64, 96)
+    result = loaded.predict(rgb())
+    np.testing.assert_array_equal(result.panoptic.segment_ids, expected.panoptic.segment_ids)
+    assert [s.label for s in result.panoptic.segments] == [
+        s.label for s in expected.panoptic.segments
+    ]

@@ -244,6 +244,14 @@ def test_top_level_names_are_exported():
     assert set(IMPORT_SURFACE["mask2former"]) <= set(mask2former.__all__)
 
 
+@pytest.mark.parametrize("name", ["PredictionFilter", "Predictor", "Result"])
+def test_names_for_inference(name):
+    assert name in mask2former.__all__
+    assert getattr(mask2former, name).__name__ == name
+    with pytest.raises(AttributeError, match="no attribute 'Predictors'"):
+        _ = mask2former.Predictors
+
+
 @pytest.mark.parametrize(("registry", "name"), REGISTERED)
 def test_registered(registry, name):
     assert registry.get(name).__module__.startswith("mask2former.")

@@ -1,27 +1,39 @@
 #!/usr/bin/env python
-"""Convert ImageNet weights of a backbone to the names that `MODEL.WEIGHTS` accepts.
+"""Convert weights from and to other libraries.
 
+    python tools/convert_weights.py model_final.pth hub/model --to transformers --config-file CONFIG
+    python tools/convert_weights.py hub/model model.pth
     python tools/convert_weights.py resnet101-63fe2227.pth R-101.pkl
     python tools/convert_weights.py swin_small_patch4_window7_224.{pth,pkl}
     python tools/convert_weights.py efficientnet-lite0-57934424.pth tf_efficientnet_lite0.pth
 
-The input is a ResNet of torchvision, a Swin Transformer of its authors' release or an EfficientNet
-(also Lite) of the packages efficientnet-pytorch and efficientnet-lite-pytorch, told apart by their
-keys. ResNets and Swins become `.pkl` files of Detectron2; classifier weights are left out and
-listed. EfficientNets become `.pth` files of timm, whole, for `TimmBackbone`.
+- A checkpoint → a folder for `from_pretrained` of `Mask2FormerForUniversalSegmentation` and
+  `AutoImageProcessor`: weights, config.json, preprocessor_config.json. DATASETS.TEST of the config
+  names the data set with the class names.
+- A folder of `transformers` (or its model.safetensors beside config.json) → a `.pth` and, beside
+  it, a `.yaml` with our config. MODEL.WEIGHTS accepts the folder itself, too.
+- ImageNet weights of a backbone: a ResNet of torchvision or timm, a Swin Transformer of its
+  authors' release or timm, an EfficientNet (also Lite) of efficientnet-pytorch and
+  efficientnet-lite-pytorch. ResNets and Swins become `.pkl` files of Detectron2; classifier weights
+  are left out and listed. EfficientNets become `.pth` files of timm, whole, for `TimmBackbone`.
+
+Files are told apart by their keys.
 """
 
 import argparse
+import logging
+import os
 import pickle
-import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from detectron2.data import MetadataCatalog
+from detectron2.modeling import build_model
 
+from mask2former.checkpoint import Mask2FormerCheckpointer
+from mask2former.config import load_config, without_added_defaults
 from mask2former.utils.files import (
     atomic_write,
     checkpoint_format,
@@ -30,192 +42,36 @@ from mask2former.utils.files import (
     load_torch,
 )
 from mask2former.utils.interrupts import run_program
-
-_NAMES = {
-    "torchvision": "a ResNet of torchvision",
-    "swin": "an official Swin Transformer",
-    "efficientnet": "an EfficientNet of efficientnet-pytorch",
-}
-# Keys that each kind of file must have, and patterns of all keys that it may have.
-_RESNET_KEYS = {"conv1.weight", "bn1.weight", "layer1.0.conv1.weight", "layer4.0.conv1.weight"}
-_RESNET_KEY = re.compile(
-    r"(conv1|bn1|fc|layer[1-4]\.\d+\.(conv[1-3]|bn[1-3]|downsample\.[01]))\.\w+"
+from mask2former.weights.backbones import (
+    CONVERTERS,
+    NAMES,
+    convert_efficientnet,
+    convert_resnet,
+    convert_swin,
+    identify,
 )
-_SWIN_KEYS = {
-    "patch_embed.proj.weight",
-    "layers.0.blocks.0.attn.relative_position_bias_table",
-    "layers.0.downsample.reduction.weight",
-}
-_SWIN_KEY = re.compile(
-    r"(patch_embed\.(proj|norm)|norm|head)\.\w+|layers\.\d\.downsample\..+"
-    r"|layers\.\d\.blocks\.\d+\.((norm[12]|attn\.(qkv|proj)|mlp\.fc[12])\.\w+|attn_mask"
-    r"|attn\.relative_position_(bias_table|index))"
+from mask2former.weights.folders import CONFIG, INDEX
+from mask2former.weights.metadata import known_data
+from mask2former.weights.transformers import (
+    is_transformers_folder,
+    load_transformers_folder,
+    save_transformers_folder,
 )
-_EFFICIENTNET_KEYS = {"_conv_stem.weight", "_blocks.0._depthwise_conv.weight", "_fc.weight"}
-_EFFICIENTNET_KEY = re.compile(
-    r"_(conv_stem|conv_head|bn0|bn1|fc)\.\w+"
-    r"|_blocks\.\d+\._((expand|depthwise|project)_conv|bn[0-2]|se_(reduce|expand))\.\w+"
-)
-# By timm's names. A block without expansion lacks the first pair, and timm then numbers its norms
-# from 1 and calls its projection conv_pw.
-_EFFICIENTNET_BLOCK = {
-    "_expand_conv": "conv_pw",
-    "_bn0": "bn1",
-    "_depthwise_conv": "conv_dw",
-    "_bn1": "bn2",
-    "_se_reduce": "se.conv_reduce",
-    "_se_expand": "se.conv_expand",
-    "_project_conv": "conv_pwl",
-    "_bn2": "bn3",
-}
-_EFFICIENTNET_FIRST_BLOCK = {
-    **_EFFICIENTNET_BLOCK,
-    "_bn1": "bn1",
-    "_project_conv": "conv_pw",
-    "_bn2": "bn2",
-}
-_EFFICIENTNET_REST = {
-    "_conv_stem": "conv_stem",
-    "_bn0": "bn1",
-    "_conv_head": "conv_head",
-    "_bn1": "bn2",
-    "_fc": "classifier",
-}
-# Other common files, recognised by a key.
-_OTHERS = {
-    r"(^|\.)sem_seg_head\.": "a whole segmentation model, which MODEL.WEIGHTS accepts unconverted",
-    r"^backbone\.": "a backbone inside another model",
-    r"^features\.\d+\.\d+\.attn\.": "torchvision's Swin, which has a different layout",
-    r"\.attn\.logit_scale$": "Swin V2, which is not supported",
-    r"^layers\.1\.downsample\.reduction\.weight$": "timm's Swin, which has a different layout",
-}
-# The final norm, the classifier, and masks that the backbone computes.
-_SWIN_LEFT_OUT = re.compile(r"^(norm|head)\.|\.attn_mask$")
 
-
-def convert_resnet(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename the weights of a torchvision ResNet.
-
-    Args:
-        weights: by torchvision's names.
-
-    Returns:
-        The weights by Detectron2's names, and the names left out.
-    """
-    renamed, left_out = {}, []
-    for name, value in weights.items():
-        if name.startswith("fc."):
-            left_out.append(name)
-            continue
-        new = re.sub(r"^layer(\d)", lambda match: f"res{int(match[1]) + 1}", name)
-        if new == name:
-            new = f"stem.{name}"
-        new = re.sub(r"\bbn(\d)", r"conv\1.norm", new)
-        new = new.replace("downsample.0", "shortcut").replace("downsample.1", "shortcut.norm")
-        renamed[new] = value
-    return renamed, left_out
-
-
-def convert_swin(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Select the backbone weights of an official Swin, whose names stay the same.
-
-    Args:
-        weights: by the official names.
-
-    Returns:
-        The backbone weights, and the names left out.
-    """
-    left_out = [name for name in weights if _SWIN_LEFT_OUT.search(name)]
-    return {k: v for k, v in weights.items() if k not in left_out}, left_out
-
-
-def convert_efficientnet(weights: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Rename the weights of an EfficientNet to those of timm's `tf_efficientnet_*`.
-
-    There blocks are numbered throughout, in timm within their stage. Each stage has other output
-    channels than the one before.
-
-    Args:
-        weights: by the names of efficientnet-pytorch.
-
-    Returns:
-        All weights by timm's names, and nothing left out.
-    """
-    places: dict[str, tuple[int, int]] = {}
-    stage, block, channels = -1, 0, None
-    while f"_blocks.{len(places)}._project_conv.weight" in weights:
-        number = str(len(places))
-        out_channels = len(weights[f"_blocks.{number}._project_conv.weight"])
-        stage, block = (stage + 1, 0) if out_channels != channels else (stage, block + 1)
-        places[number], channels = (stage, block), out_channels
-    renamed = {}
-    for name, value in weights.items():
-        parts = name.split(".")
-        if parts[0] != "_blocks":
-            renamed[f"{_EFFICIENTNET_REST[parts[0]]}.{parts[1]}"] = value
-            continue
-        if parts[1] not in places:
-            raise ValueError(f"block {parts[1]} has no projection, or one before it is missing.")
-        has_expansion = f"_blocks.{parts[1]}._expand_conv.weight" in weights
-        table = _EFFICIENTNET_BLOCK if has_expansion else _EFFICIENTNET_FIRST_BLOCK
-        stage, block = places[parts[1]]
-        renamed[f"blocks.{stage}.{block}.{table[parts[2]]}.{parts[3]}"] = value
-    return renamed, []
-
-
-def identify(data: Any, path: str) -> tuple[str, Mapping[str, Tensor]]:
-    """Identify the content of a file.
-
-    Args:
-        data: the loaded content.
-        path: the file, for error messages.
-
-    Returns:
-        "torchvision", "swin" or "efficientnet", and the weights.
-
-    Raises:
-        ValueError: the file is none of them.
-    """
-    weights = data.get("model", data) if isinstance(data, dict) else data
-    is_state_dict = isinstance(weights, dict) and weights
-    if not is_state_dict or not all(isinstance(value, Tensor) for value in weights.values()):
-        content = (
-            sorted(map(str, weights))[:5] if isinstance(weights, dict) else type(data).__name__
-        )
-        raise ValueError(f"{path} does not hold a state dict, but {content}.")
-    kinds = (
-        ("torchvision", _RESNET_KEYS, _RESNET_KEY),
-        ("swin", _SWIN_KEYS, _SWIN_KEY),
-        ("efficientnet", _EFFICIENTNET_KEYS, _EFFICIENTNET_KEY),
-    )
-    for kind, required, allowed in kinds:
-        if required <= weights.keys():
-            unknown = [name for name in weights if not allowed.fullmatch(name)]
-            if unknown:
-                raise ValueError(
-                    f"{path} looks like {_NAMES[kind]}, but has {len(unknown)} unknown keys: "
-                    f"{', '.join(unknown[:5])}."
-                )
-            return kind, weights
-    for pattern, what in _OTHERS.items():
-        for name in weights:
-            if re.search(pattern, name):
-                raise ValueError(f"{path} holds {what} (it has {name}); it cannot be converted.")
-    raise ValueError(
-        f"{path} is neither {' nor '.join(_NAMES.values())}: its first keys are "
-        f"{', '.join(list(weights)[:5])}."
-    )
-
-
-_CONVERTERS = {
-    "torchvision": convert_resnet,
-    "swin": convert_swin,
-    "efficientnet": convert_efficientnet,
-}
+__all__ = [
+    "convert",
+    "convert_efficientnet",
+    "convert_resnet",
+    "convert_swin",
+    "from_transformers",
+    "identify",
+    "main",
+    "to_transformers",
+]
 
 
 def convert(source: str, target: str) -> tuple[str, int, list[str]]:
-    """Convert a file, writing the output atomically.
+    """Convert the ImageNet weights of a backbone, writing the output atomically.
 
     Args:
         source: file written by `torch.save`, or a safetensors file.
@@ -232,7 +88,8 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
     if Path(target).suffix not in (".pkl", ".pth"):
         raise ValueError(
             f"{target}: the output must end in .pkl, which tells Detectron2 its format, or in .pth "
-            "for an EfficientNet."
+            "for an EfficientNet or a model of transformers; for a folder of transformers add "
+            "--to transformers."
         )
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist.")
@@ -244,11 +101,11 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
     kind, weights = identify(data, source)
     expected = ".pth" if kind == "efficientnet" else ".pkl"
     if Path(target).suffix != expected:
-        raise ValueError(f"{target}: the output must end in {expected}, for {_NAMES[kind]}.")
+        raise ValueError(f"{target}: the output must end in {expected}, for {NAMES[kind]}.")
     try:
-        converted, left_out = _CONVERTERS[kind](weights)
+        converted, left_out = CONVERTERS[kind](weights)
     except (KeyError, ValueError) as error:
-        raise ValueError(f"{source} looks like {_NAMES[kind]}, but: {error}") from error
+        raise ValueError(f"{source} looks like {NAMES[kind]}, but: {error}") from error
     bad = [name for name, value in converted.items() if not value.isfinite().all()]
     if bad:
         raise ValueError(f"{source} holds NaN or infinite values, in {', '.join(bad[:5])}.")
@@ -266,18 +123,131 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
     return kind, len(converted), left_out
 
 
+def from_transformers(source: str, target: str, overwrite: bool = False) -> tuple[int, str]:
+    """Convert a model of `transformers` to a checkpoint and a config file beside it.
+
+    Args:
+        source: its folder, or the file of weights in it.
+        target: the file to write, `.pth`.
+        overwrite: replace existing files.
+
+    Returns:
+        The number of tensors, and the config file.
+
+    Raises:
+        FileExistsError: an output exists.
+        ValueError: the source is of another model, or the target ends wrongly.
+    """
+    if Path(target).suffix != ".pth":
+        raise ValueError(f"{target}: the output must end in .pth, for a model of transformers.")
+    config_file = str(Path(target).with_suffix(".yaml"))
+    for path in (target, config_file):
+        if os.path.lexists(path) and not overwrite:
+            raise FileExistsError(f"{path} exists: name another, or set --overwrite.")
+    cfg, weights, metadata = load_transformers_folder(source)
+    known = known_data(metadata.get("stuff_classes", ()))
+    # Names of its own exist in this process only.
+    cfg.DATASETS.TRAIN = cfg.DATASETS.TEST = (known.name,) if known else ()
+    cfg.MODEL.WEIGHTS, cfg.MODEL.DEVICE = os.path.abspath(target), "cuda"
+    with atomic_write(target, "wb") as file:
+        torch.save({"model": weights}, file)
+    with atomic_write(config_file) as file:
+        file.write(without_added_defaults(cfg).dump())
+    return len(weights), config_file
+
+
+def to_transformers(
+    source: str,
+    target: str,
+    config_file: str | None,
+    opts: Sequence[str] = (),
+    overwrite: bool = False,
+) -> int:
+    """Convert a checkpoint to a folder of `transformers`.
+
+    Args:
+        source: any file or folder that MODEL.WEIGHTS accepts, of a whole model.
+        target: the folder to write.
+        config_file: of the model; None for a folder of `transformers`, which has its own.
+        opts: config overrides.
+        overwrite: replace an existing folder of a model of `transformers`.
+
+    Returns:
+        The number of tensors.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        FileExistsError: the folder exists.
+        ValueError: the checkpoint does not fit the config, or `transformers` has no such model.
+    """
+    if config_file is None:
+        if not _has_config(source):
+            raise ValueError(
+                "--to transformers needs --config-file: the config that the checkpoint was trained "
+                "with."
+            )
+        cfg, weights, metadata = load_transformers_folder(source)
+        return save_transformers_folder(
+            weights, cfg, target, MetadataCatalog.get(cfg.DATASETS.TEST[0]), overwrite=overwrite
+        )
+    cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", source, *opts])
+    model = build_model(cfg)
+    Mask2FormerCheckpointer(model).load(source)
+    return save_transformers_folder(model.state_dict(), cfg, target, overwrite=overwrite)
+
+
+def _has_config(source: str) -> bool:
+    """Whether the source is a folder of `transformers`, or a file in one."""
+    if os.path.isfile(source) and (INDEX in source or not source.endswith((".pkl", ".pth"))):
+        return is_transformers_folder(os.path.dirname(os.path.abspath(source)))
+    return is_transformers_folder(source)
+
+
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Convert ImageNet weights for Detectron2.")
-    parser.add_argument(
-        "source", metavar="INPUT", help="weights of torchvision, Swin's release or an EfficientNet"
+    parser = argparse.ArgumentParser(
+        description="Convert weights from and to other libraries.",
+        epilog=f"A folder of transformers has a {CONFIG}.",
     )
-    parser.add_argument("target", metavar="OUTPUT", help="the .pkl or .pth to write")
+    parser.add_argument(
+        "source",
+        metavar="INPUT",
+        help="a checkpoint, a folder of transformers, or ImageNet weights of a backbone",
+    )
+    parser.add_argument(
+        "target", metavar="OUTPUT", help="the .pkl or .pth, or the folder, to write"
+    )
+    parser.add_argument(
+        "--to", choices=("detectron2", "transformers"), default="detectron2", help="output format"
+    )
+    parser.add_argument("--config-file", help="config of a checkpoint, for --to transformers")
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace an existing model of transformers or .pth"
+    )
+    parser.add_argument(
+        "--opts", metavar="KEY VALUE", nargs=argparse.REMAINDER, default=[], help="config overrides"
+    )
     args = parser.parse_args(argv)
+    is_model = _has_config(args.source)
+    if args.to == "detectron2" and (args.opts or args.config_file):
+        parser.error("--config-file and --opts are for --to transformers.")
+    if args.opts and not args.config_file:
+        parser.error("--opts needs --config-file.")
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
+        if args.to == "transformers":
+            number = to_transformers(
+                args.source, args.target, args.config_file, args.opts, args.overwrite
+            )
+            print(f"wrote {number} tensors for transformers to {args.target}")
+            return
+        if is_model:
+            number, config_file = from_transformers(args.source, args.target, args.overwrite)
+            print(f"wrote {number} tensors to {args.target} and their config to {config_file}")
+            return
         kind, number, left_out = convert(args.source, args.target)
     except (ValueError, OSError) as error:
         sys.exit(f"error: {error}")
-    print(f"{args.source} is {_NAMES[kind]}: wrote {number} tensors to {args.target}")
+    print(f"{args.source} is {NAMES[kind]}: wrote {number} tensors to {args.target}")
     if left_out:
         print(f"left out: {', '.join(left_out)}")
 

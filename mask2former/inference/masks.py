@@ -68,7 +68,7 @@ class InstanceMasks:
         size = (int(masks.shape[1]), int(masks.shape[2]))
         is_on_cpu = isinstance(masks, Tensor) and masks.device.type == "cpu"
         if is_on_cpu and masks.dtype != torch.bfloat16:  # which NumPy lacks
-            masks = masks.numpy()
+            masks = np.asarray(masks)
         crops, offsets = [], np.zeros((len(masks), 2), np.int64)
         for i, (crop, x, y) in enumerate(_cut(masks)):
             crops.append(crop)

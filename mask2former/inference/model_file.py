@@ -20,6 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from detectron2.config import CfgNode, get_cfg
 from detectron2.data import Metadata
@@ -83,7 +84,7 @@ def save_model_folder(model: nn.Module, cfg: CfgNode, metadata: Metadata, folder
         WriteError: the folder cannot be written. A model in it is as it was.
     """
     tensors = _portable_weights(model)
-    text = json.dumps(_description(cfg, metadata, tensors), indent=1)
+    text = json.dumps(_description(cfg, metadata, tensors), indent=1, default=_plain)
     make_folder(folder)
     with atomic_write(os.path.join(folder, WEIGHTS_FILE), "wb") as file:
         # Into the open file, which is then complete on disk before it is renamed.
@@ -122,6 +123,13 @@ def _description(cfg: CfgNode, metadata: Metadata, tensors: dict[str, Tensor]) -
         "sha256": _checksum(tensors),
         "config": _portable_config(cfg),
     }
+
+
+def _plain(value: Any) -> Any:
+    """Numbers and arrays of NumPy in metadata, for JSON."""
+    if isinstance(value, np.ndarray | np.generic):
+        return value.tolist()
+    raise TypeError(f"{type(value).__name__} cannot be saved with a model: {value!r:.80}")
 
 
 def _plain_metadata(metadata: Metadata) -> dict[str, Any]:
@@ -270,6 +278,16 @@ def _config(
             f"{file_name}, written by Mask2Former {description['mask2former']}: its config does "
             f"not fit this version and its Detectron2: {error.args[0]}"
         ) from error
+    merge_overrides(cfg, opts)
+    return cfg
+
+
+def merge_overrides(cfg: CfgNode, opts: Sequence[Any]) -> None:
+    """Change a config in place by `KEY1 VALUE1 KEY2 VALUE2 ...`.
+
+    Raises:
+        ValueError: a key is unknown or a value of another type.
+    """
     if len(opts) % 2:
         raise ValueError(f"Overrides come in pairs KEY VALUE, but got {len(opts)}: {list(opts)}.")
     for key, value in zip(opts[::2], opts[1::2], strict=True):
@@ -277,4 +295,3 @@ def _config(
             cfg.merge_from_list([key, value])
         except (KeyError, ValueError, AssertionError, TypeError) as error:
             raise ValueError(f"Override {key}={value!r}: {error.args[0]}") from error
-    return cfg

@@ -181,8 +181,12 @@ def to_outputs(result: "Result", task: str) -> dict[str, Any]:
 
 
 def drawing_metadata(result: "Result") -> Metadata:
-    """Metadata with names of all classes, whatever the data set's has."""
-    known = result.metadata.as_dict() if result.metadata is not None else {"name": "predictions"}
+    """Metadata for Detectron2's visualizer: names and colours of all classes, by label."""
     names = list(result.class_names)
-    missing = {key: names for key in ("thing_classes", "stuff_classes") if not known.get(key)}
-    return Metadata(**known | missing)
+    known = result.metadata or Metadata()
+    lists = (known.get("stuff_colors"), known.get("thing_colors"))
+    colours = next((x for x in lists if x is not None and len(x) == len(names)), None)
+    drawn = {"thing_classes": names, "stuff_classes": names}
+    if colours is not None:
+        drawn |= {"thing_colors": colours, "stuff_colors": colours}
+    return Metadata(name="drawn", **drawn)

@@ -26,6 +26,7 @@ from pycocotools import mask as mask_util
 
 from mask2former.evaluation import InstanceSegEvaluator, PanopticEvaluator, build_evaluator
 from mask2former.evaluation.semantic_evaluation import SemanticEvaluator, load_label_map
+from mask2former.modeling.postprocessing import boxes_of
 
 DATASET_IDS = [10, 20, 30, 40]
 NAMES = ["wall", "cat", "sky", "dog"]
@@ -332,6 +333,19 @@ def test_instance_tasks_and_limits(dataset, tmp_path, tasks, use_fast_impl):
     assert results["AR100"] == pytest.approx(50)
     # Precision 1/13 up to recall 1/2: 51 of the 101 recall points.
     assert results["AP"] == pytest.approx(100 * 51 / 101 / 13)
+
+
+def test_boxes_made_from_masks(dataset, tmp_path):
+    """TEST.BOXES lets Detectron2's box AP be computed; boxes of zeros have none."""
+    outputs = {i: perfect_outputs(i) for i in SEGMENTS}
+    for expected in (0, 100):
+        evaluator = InstanceSegEvaluator("ev_instances", ("bbox", "segm"), False, str(tmp_path))
+        results = evaluate(evaluator, dataset, outputs)
+        assert results["segm"]["AP"] == pytest.approx(100)
+        assert results["bbox"]["AP"] == pytest.approx(expected)
+        for output in outputs.values():
+            masks = output["instances"].pred_masks > 0
+            output["instances"].pred_boxes = boxes_of(masks.any(2), masks.any(1))
 
 
 def test_crowds_are_ignored(dataset, tmp_path):

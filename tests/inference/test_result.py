@@ -10,7 +10,14 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 from pycocotools.coco import COCO
 
-from mask2former.inference import InstanceMasks, InstanceResult, PredictionFilter, Result, Segment
+from mask2former.inference import (
+    InstanceMasks,
+    InstanceResult,
+    PanopticResult,
+    PredictionFilter,
+    Result,
+    Segment,
+)
 from mask2former.utils.files import WriteError
 
 METADATA = Metadata(
@@ -170,7 +177,7 @@ def test_supervision(result):
     assert detections.class_id.tolist() == [0, 1]
     assert detections.confidence.tolist() == [0.75, 0.25]
     assert detections.data["class_name"].tolist() == ["cup", "plate"]
-    empty = result.filter(PredictionFilter(min_score=1)).to_supervision()
+    empty = result.filter(PredictionFilter(top_k=0)).to_supervision()
     assert len(empty) == 0
     segments = result.to_supervision("panoptic")
     assert segments.xyxy.tolist() == [[0, 0, 3, 2], [0, 3, 6, 4]]
@@ -194,7 +201,7 @@ def test_drawing(result, task):
         (60, 90),
         result.class_names,
         InstanceResult(InstanceMasks.from_full(masks), [0.01], [1]),
-        type(result.panoptic)(masks[0].astype(np.int32), [Segment(1, 2, False, None, 1600)]),
+        PanopticResult(masks[0].astype(np.int32), [Segment(1, 2, False, None, 1600)]),
         masks[0].astype(np.uint8),
         image=image,
     )
@@ -203,6 +210,7 @@ def test_drawing(result, task):
     assert large.draw(task, scale=2).shape == (120, 180, 3)
     if task == "instance":
         # Of no instance, nothing.
+        large.panoptic = None
         nothing = large.filter(PredictionFilter(min_score=0.5)).draw(task)
         np.testing.assert_array_equal(nothing, image)
 
@@ -222,3 +230,23 @@ def test_panoptic_masks(result):
     assert masks.boxes().tolist() == [[0, 0, 3, 2], [0, 3, 6, 4]]
     result.panoptic.segments.append(Segment(9, 0, True, None, 0))
     assert result.panoptic.masks().areas().tolist() == [6, 6, 0]
+
+
+def test_drawing_nothing_and_classes_without_things():
+    """A label may be of stuff, which the metadata does not list among the things."""
+    image = np.full((60, 90, 3), 100, np.uint8)
+    nothing = Result(
+        (60, 90),
+        METADATA.stuff_classes,
+        InstanceResult(InstanceMasks.empty((60, 90)), [], []),
+        PanopticResult(np.zeros((60, 90), np.int32), []),
+        image=image,
+        metadata=METADATA,
+    )
+    for task in ("panoptic", "instance"):
+        np.testing.assert_array_equal(nothing.draw(task), image)
+    masks = InstanceMasks([np.ones((20, 20), bool)], [(10, 10)], (60, 90))
+    table = Result(
+        (60, 90), METADATA.stuff_classes, InstanceResult(masks, [0.5], [2]), metadata=METADATA
+    )
+    assert (table.draw(image=image)[15:25, 15:25] != 100).any()

@@ -1,7 +1,9 @@
 """`tools/train_net.py` as a user runs it, with a tiny model on a few Shapes images."""
 
+import itertools
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -121,6 +123,25 @@ def test_training_writes_checkpoints_metrics_and_results(full_run):
     assert "mIoU" in results["sem_seg"]
     # Four predictions (ten in the original models) with three losses each, and their sum.
     assert len(losses(full_run)) == 4 * 3 + 1
+
+
+def test_predicting_as_in_the_readme(full_run, data_root, tmp_path, monkeypatch, capsys):
+    """The example in README.md, with the folder that training wrote and nothing else of it."""
+    text = (ROOT / "README.md").read_text().partition("## Predict from Python")[2]
+    code = text.partition("```python\n")[2].partition("```")[0]
+    shutil.copytree(full_run / "model_final", tmp_path / "output" / "model_final")
+    (image,) = itertools.islice(data_root.rglob("*.jpg"), 1)
+    shutil.copy(image, tmp_path / "image.jpg")
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "README.md", "exec"), {})
+    assert (tmp_path / "drawing.png").is_file()
+    assert {path.name for path in (tmp_path / "predictions").iterdir()} == {
+        "image_instances.json",
+        "image_panoptic.json",
+        "image_panoptic.png",
+        "image_semantic.png",
+    }
+    assert capsys.readouterr().out.startswith("Result(image.jpg: ")
 
 
 def test_eval_only_reproduces_the_results(full_run, data_root, tmp_path):

@@ -17,7 +17,7 @@ from detectron2.config import CfgNode
 from detectron2.modeling import build_model
 from op_backends import BACKENDS, Case
 from options import ALIASES, OURS, PEER, UPSTREAM, add_choices, list_of, positive, size
-from peer import build_peer, has_swin, load_weights
+from peer import build_peer, load_weights
 from report import Report
 from torch import Tensor, nn
 from upstream_steps import UpstreamAttention, use_upstream_steps
@@ -169,7 +169,7 @@ def make_models(
             except (ImportError, ValueError) as error:
                 absent[name] = str(error)
                 continue
-            load_weights(models[name], ours, has_swin(cfg))
+            load_weights(models[name], ours)
         models[name].eval().to(device)
     return models, absent
 

@@ -37,6 +37,15 @@ def pair(value: int | Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
+def relative_position_index(height: int, width: int) -> Tensor:
+    """Row of the position table for each pair of tokens of a window: (N, N) int64."""
+    row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+    row, column = row.flatten(), column.flatten()  # (N,)
+    row_offset = row[:, None] - row + height - 1  # (N, N), from 0 on
+    column_offset = column[:, None] - column + width - 1
+    return row_offset * (2 * width - 1) + column_offset
+
+
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """Split maps into windows, in row-major order within each image.
 
@@ -164,11 +173,7 @@ class WindowAttention(nn.Module):
         height, width = window_size
         num_offsets = (2 * height - 1) * (2 * width - 1)
         self.relative_position_bias_table = nn.Parameter(torch.zeros(num_offsets, num_heads))
-        row, column = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-        row, column = row.flatten(), column.flatten()  # (N,)
-        row_offset = row[:, None] - row + height - 1  # (N, N), from 0 on
-        column_offset = column[:, None] - column + width - 1
-        index = row_offset * (2 * width - 1) + column_offset
+        index = relative_position_index(height, width)
         self.register_buffer("relative_position_index", index)  # (N, N) int64
 
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias)

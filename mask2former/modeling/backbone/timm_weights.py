@@ -17,13 +17,13 @@ import torch
 from torch import Tensor, nn
 
 from ...checkpoint_weights import fit_channels
+from ...weights.folders import CONFIG, weights_file
 from .timm_models import TimmParts, check_name, import_timm, on_meta
 
 _logger = logging.getLogger(__name__)
 
 PREFIX = "timm://"
-# Files of weights in a folder, in order of preference.
-_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.pth", "model.pth")
+_FILE = "model.safetensors"
 # Detectron2's layout: not a state dict of timm.
 _DETECTRON = ("backbone.", "sem_seg_head.", "criterion.")
 _UNSAVED = "num_batches_tracked"
@@ -36,7 +36,8 @@ def local_file(path: str) -> str:
 
     Args:
         path: `timm://NAME`, which is downloaded to timm's cache once; a folder with `config.json`
-            and weights, as timm saves for Hugging Face; anything else stays as it is.
+            and weights, as timm and transformers save for Hugging Face, of which it may be the
+            index of the shards; anything else stays as it is.
 
     Raises:
         ValueError: timm has no weights of the name, they cannot be downloaded, or the folder has
@@ -45,14 +46,9 @@ def local_file(path: str) -> str:
     if path.startswith(PREFIX):
         return _download(path.removeprefix(PREFIX))
     folder = Path(path)
-    if not folder.is_dir() or not (folder / "config.json").is_file():
+    if not folder.is_dir() or not (folder / CONFIG).is_file():
         return path
-    for name in _FILES:
-        if (folder / name).is_file():
-            return str(folder / name)
-    raise ValueError(
-        f"MODEL.WEIGHTS is the folder {path}, which has none of {', '.join(_FILES)}: name the file."
-    )
+    return weights_file(path)
 
 
 def _download(name: str) -> str:
@@ -71,7 +67,7 @@ def _download(name: str) -> str:
     from huggingface_hub import hf_hub_download
 
     repository, _, revision = source.hf_hub_id.partition("@")
-    file = source.hf_hub_filename or _FILES[0]
+    file = source.hf_hub_filename or _FILE
     try:
         return hf_hub_download(repository, file, revision=revision or None)
     # Errors of the hub and of the network are OSErrors; httpx's are not.
@@ -246,7 +242,7 @@ def _adapt_stem(weights: dict[str, Tensor], target: dict[str, Tensor], model: An
 
 def _check_architecture(path: str, name: str) -> None:
     """Compare the architecture that a folder of Hugging Face names."""
-    description = Path(path).parent / "config.json"
+    description = Path(path).parent / CONFIG
     if not description.is_file():
         return
     try:
