@@ -15,6 +15,7 @@ from urllib.parse import parse_qs
 import torch
 from detectron2.checkpoint import DetectionCheckpointer
 from detectron2.layers import FrozenBatchNorm2d
+from detectron2.utils import comm
 from torch import nn
 
 from .architecture import CLASSES, QUERIES, has_class_layer
@@ -413,7 +414,7 @@ class Mask2FormerCheckpointer(DetectionCheckpointer):
         coverage = coverage_by_module(names, set(names) - absent, of_config)
         line = f"Tensors from {self._path}: {describe_coverage(coverage)}."
         self.logger.info(line)
-        if not self.logger.isEnabledFor(logging.INFO):
+        if not self.logger.isEnabledFor(logging.INFO) and comm.is_main_process():
             # A program that sets up no log, such as a notebook.
             print(line, file=sys.stderr)
 

@@ -207,6 +207,8 @@ class Predictor(DefaultPredictor):
         Raises:
             FileNotFoundError, ValueError: an image cannot be read; names the image.
         """
+        if filter is not None:
+            filter.check(self.class_names)  # before the first image
         options: dict[str, Any] = {"filter": filter, "keep_image": keep_image, "order": order}
         if is_single(source):
             (result,) = self.stream([source], batch_size=batch_size, **options)
@@ -226,10 +228,24 @@ class Predictor(DefaultPredictor):
 
         Args, Raises: as of `predict`, which returns them as a list.
         """
+        if is_single(sources):
+            sources = [sources]
         if not isinstance(sources, Iterable):
             raise ValueError(f"{type(sources).__name__} is no image; allowed: {KINDS}, or several")
         if not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
+        if filter is not None:
+            filter.check(self.class_names)  # before the first image
+        return self._stream(sources, batch_size, filter, keep_image, order)
+
+    def _stream(
+        self,
+        sources: Iterable[Any],
+        batch_size: int,
+        filter: PredictionFilter | None,
+        keep_image: bool,
+        order: ChannelOrder,
+    ) -> Iterator[Result]:
         waiting: dict[tuple[int, ...], list[tuple[int, InputImage, dict]]] = {}
         done: dict[int, Result] = {}
         next_index, longest_wait = 0, _WAITING_BATCHES * batch_size

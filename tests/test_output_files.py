@@ -12,8 +12,10 @@ import torch
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils.events import EventStorage
 from detectron2.utils.logger import setup_logger
+from safetensors.torch import load_file
 from toy_training import ToyTrainer, WriteLosses, read_losses, toy_config
 
+from mask2former.inference.model_file import load_model_folder
 from mask2former.utils.files import WriteError
 from mask2former.utils.log_file import checked_log_file
 from mask2former.utils.output_lock import lock_output
@@ -47,6 +49,55 @@ def test_full_disk_while_saving(tmp_path):
 
     toy_trainer(broken, resume=True).train()
     assert read_losses(broken) == read_losses(whole)
+
+
+def folder_weights(folder):
+    """Weights of a model's folder, checked as `Predictor.from_pretrained` does."""
+    saved = load_model_folder(str(folder))
+    assert saved.cfg.MODEL.META_ARCHITECTURE == "ToyArchitecture"
+    return load_file(saved.path)
+
+
+def test_folders_of_models(tmp_path, monkeypatch):
+    """Beside the final checkpoints; after an interrupt between the two, resuming writes both."""
+    options = (
+        "SOLVER.MAX_ITER",
+        "3",
+        "SOLVER.CHECKPOINT_PERIOD",
+        "2",
+        "SOLVER.EMA.ENABLED",
+        "True",
+    )
+    trainer = toy_trainer(tmp_path, *options)
+    save = torch.save
+
+    def interrupted(data, file):
+        if "model_final" in file.name:
+            raise KeyboardInterrupt
+        save(data, file)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", interrupted)
+        trainer.train()
+    assert not (tmp_path / "model_final.pth").exists()
+    assert not (tmp_path / "model_0000001").exists()
+    before = folder_weights(tmp_path / "model_final")
+    toy_trainer(tmp_path, *options, resume=True).train()
+    for name in ("model_final", "model_final_ema"):
+        expected = torch.load(tmp_path / f"{name}.pth", weights_only=True)["model"]
+        found = folder_weights(tmp_path / name)
+        torch.testing.assert_close(found, dict(expected), rtol=0, atol=0)
+    torch.testing.assert_close(folder_weights(tmp_path / "model_final"), before, rtol=0, atol=0)
+
+
+def test_full_disk_while_writing_the_folder_of_the_model(tmp_path):
+    trainer = toy_trainer(tmp_path, "SOLVER.MAX_ITER", "2")
+    (tmp_path / "model_final").mkdir()
+    os.symlink(FULL, tmp_path / "model_final" / "model.json.tmp")
+    with pytest.raises(WriteError, match=rf"Cannot write \S*model\.json: {FULL_DISK}.*--resume"):
+        trainer.train()
+    assert not (tmp_path / "last_checkpoint").exists()
+    folder_weights(tmp_path / "model_final")
 
 
 def test_full_disk_while_marking_the_last_checkpoint(tmp_path):

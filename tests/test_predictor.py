@@ -127,6 +127,8 @@ def test_results_come_as_soon_as_they_are_known(predictor):
             read.append(i)
             yield rgb(30, 60, seed=i) if i == 0 else rgb(seed=i)
 
+    (single,) = predictor.stream(rgb())
+    assert single.image_size == (HEIGHT, WIDTH)
     stream = predictor.stream(images(), batch_size=2)
     sizes = [next(stream).image_size for _ in range(3)]
     assert sizes == [(30, 60), (HEIGHT, WIDTH), (HEIGHT, WIDTH)]
@@ -172,6 +174,10 @@ def test_images_that_cannot_be_read(predictor, tmp_path):
         predictor.predict(good / 255)
     with pytest.raises(ValueError, match="int is no image; allowed: .*, or several"):
         predictor.predict(3)
+    broken = PredictionFilter(min_score_per_class={"saucer": 0.5})
+    with pytest.raises(ValueError, match="no class 'saucer'"):
+        # Before an image is read.
+        predictor.stream([tmp_path / "missing.jpg"], filter=broken)
     with pytest.raises(ValueError, match="batch_size is 0; allowed: whole numbers from 1"):
         predictor.predict([good], batch_size=0)
 

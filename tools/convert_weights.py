@@ -1,15 +1,17 @@
 #!/usr/bin/env python
 """Convert weights from and to other libraries.
 
-    python tools/convert_weights.py model_final.pth hub/model --to transformers --config-file CONFIG
+    python tools/convert_weights.py output/model_best hub/model --to transformers
+    python tools/convert_weights.py model_final.pkl hub/model --to transformers --config-file CONFIG
     python tools/convert_weights.py hub/model model.pth
     python tools/convert_weights.py resnet101-63fe2227.pth R-101.pkl
     python tools/convert_weights.py swin_small_patch4_window7_224.{pth,pkl}
     python tools/convert_weights.py efficientnet-lite0-57934424.pth tf_efficientnet_lite0.pth
 
-- A checkpoint → a folder for `from_pretrained` of `Mask2FormerForUniversalSegmentation` and
-  `AutoImageProcessor`: weights, config.json, preprocessor_config.json. DATASETS.TEST of the config
-  names the data set with the class names.
+- A trained model → a folder for `from_pretrained` of `Mask2FormerForUniversalSegmentation` and
+  `AutoImageProcessor`: weights, config.json, preprocessor_config.json. INPUT is what
+  `Predictor.from_pretrained` takes, or a checkpoint with --config-file, whose DATASETS.TEST names
+  the data set with the class names.
 - A folder of `transformers` (or its model.safetensors beside config.json) → a `.pth` and, beside
   it, a `.yaml` with our config. MODEL.WEIGHTS accepts the folder itself, too.
 - ImageNet weights of a backbone: a ResNet of torchvision or timm, a Swin Transformer of its
@@ -29,11 +31,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config, without_added_defaults
+from mask2former.inference.pretrained import find_pretrained
 from mask2former.utils.files import (
     atomic_write,
     checkpoint_format,
@@ -166,9 +168,10 @@ def to_transformers(
     """Convert a checkpoint to a folder of `transformers`.
 
     Args:
-        source: any file or folder that MODEL.WEIGHTS accepts, of a whole model.
+        source: what `Predictor.from_pretrained` accepts; with a config file any file or folder that
+            MODEL.WEIGHTS accepts.
         target: the folder to write.
-        config_file: of the model; None for a folder of `transformers`, which has its own.
+        config_file: of the model; None: the source has it.
         opts: config overrides.
         overwrite: replace an existing folder of a model of `transformers`.
 
@@ -180,20 +183,22 @@ def to_transformers(
         FileExistsError: the folder exists.
         ValueError: the checkpoint does not fit the config, or `transformers` has no such model.
     """
-    if config_file is None:
-        if not _has_config(source):
-            raise ValueError(
-                "--to transformers needs --config-file: the config that the checkpoint was trained "
-                "with."
-            )
-        cfg, weights, metadata = load_transformers_folder(source)
-        return save_transformers_folder(
-            weights, cfg, target, MetadataCatalog.get(cfg.DATASETS.TEST[0]), overwrite=overwrite
-        )
-    cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", source, *opts])
-    model = build_model(cfg)
-    Mask2FormerCheckpointer(model).load(source)
-    return save_transformers_folder(model.state_dict(), cfg, target, overwrite=overwrite)
+    if config_file is not None:
+        cfg = load_config(config_file, ["MODEL.DEVICE", "cpu", "MODEL.WEIGHTS", source, *opts])
+        model = build_model(cfg)
+        Mask2FormerCheckpointer(model).load(source)
+        return save_transformers_folder(model.state_dict(), cfg, target, overwrite=overwrite)
+    try:
+        saved = find_pretrained(source, opts)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{error} Here --config-file names the config.") from error
+    weights = saved.weights
+    if weights is None:
+        saved.cfg.MODEL.DEVICE = "cpu"
+        model = build_model(saved.cfg)
+        Mask2FormerCheckpointer(model).load(saved.path)
+        weights = model.state_dict()
+    return save_transformers_folder(weights, saved.cfg, target, saved.metadata, overwrite=overwrite)
 
 
 def _has_config(source: str) -> bool:
@@ -211,7 +216,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "source",
         metavar="INPUT",
-        help="a checkpoint, a folder of transformers, or ImageNet weights of a backbone",
+        help="a trained model, a folder of transformers, or ImageNet weights of a backbone",
     )
     parser.add_argument(
         "target", metavar="OUTPUT", help="the .pkl or .pth, or the folder, to write"
@@ -219,7 +224,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--to", choices=("detectron2", "transformers"), default="detectron2", help="output format"
     )
-    parser.add_argument("--config-file", help="config of a checkpoint, for --to transformers")
+    parser.add_argument(
+        "--config-file", help="config of a checkpoint without one, for --to transformers"
+    )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace an existing model of transformers or .pth"
     )
@@ -230,8 +237,6 @@ def main(argv: list[str] | None = None) -> None:
     is_model = _has_config(args.source)
     if args.to == "detectron2" and (args.opts or args.config_file):
         parser.error("--config-file and --opts are for --to transformers.")
-    if args.opts and not args.config_file:
-        parser.error("--opts needs --config-file.")
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
     try:
         if args.to == "transformers":

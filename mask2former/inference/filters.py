@@ -11,7 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .overlaps import count_ids, fill_fragments, label_fragments, mask_nms, without_fragments
+from .overlaps import (
+    count_ids,
+    fill_fragments,
+    mask_nms,
+    without_fragments,
+    without_segment_fragments,
+)
 
 if TYPE_CHECKING:
     from .result import InstanceResult, PanopticResult, Result
@@ -64,6 +70,14 @@ class PredictionFilter:
                 raise ValueError(f"{name} is {count!r}; allowed: whole numbers from 0 on")
         if self.class_agnostic_nms and self.mask_nms is None:
             raise ValueError("class_agnostic_nms is for mask_nms: set it too")
+
+    def check(self, class_names: tuple[str, ...]) -> None:
+        """Check that a model has the classes of `min_score_per_class`.
+
+        Raises:
+            ValueError: it does not have one of them.
+        """
+        self._thresholds(class_names)
 
     def apply(self, result: "Result") -> "Result":
         """A result without what is removed; the given one stays as it is.
@@ -127,7 +141,7 @@ class PredictionFilter:
             segments = [s for s in segments if np.float32(s.score) >= thresholds[s.label]]
             ids = _only(ids, segments)
         if self.min_fragment:
-            ids = np.where(label_fragments(ids, self.min_fragment) > 0, 0, ids)
+            ids = without_segment_fragments(ids, self.min_fragment)
         if ids is not panoptic.segment_ids or self.min_area:
             areas = count_ids(ids, max((s.id for s in segments), default=0))
             segments = [replace(s, area=int(areas[s.id])) for s in segments]

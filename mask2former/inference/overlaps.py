@@ -3,8 +3,11 @@
 N instances, H W pixels of the image, h w pixels of a crop.
 """
 
+from collections.abc import Iterator
+
 import cv2
 import numpy as np
+from scipy import ndimage
 
 from .masks import InstanceMasks
 
@@ -76,45 +79,44 @@ def count_ids(ids: np.ndarray, max_id: int) -> np.ndarray:
 
 
 def small_components(mask: np.ndarray, min_pixels: int) -> np.ndarray:
-    """The connected parts of (h, w) booleans that have fewer pixels, as (h, w) booleans.
+    """The connected parts of (h, w) booleans that have fewer pixels.
 
     Pixels that touch at a corner are connected.
+
+    Returns:
+        (h, w) int32: 0 elsewhere, from 1 on the number of the part.
     """
     if not mask.size:
-        return mask
+        return mask.astype(np.int32)
     _, components, stats, _ = cv2.connectedComponentsWithStats(
         np.ascontiguousarray(mask).view(np.uint8), connectivity=_CONNECTIVITY
     )
     is_small = stats[:, cv2.CC_STAT_AREA] < min_pixels
     is_small[0] = False  # the background
-    return is_small[components]
+    return np.where(is_small, is_small.cumsum(), 0).astype(np.int32)[components]
 
 
 def without_fragments(masks: InstanceMasks, min_pixels: int) -> InstanceMasks:
     """Masks without their connected parts of fewer pixels, in crops of the same size."""
-    crops = [crop & ~small_components(crop, min_pixels) for crop in masks.crops]
+    crops = [crop & (small_components(crop, min_pixels) == 0) for crop in masks.crops]
     return InstanceMasks(crops, masks.offsets, masks.image_size)
 
 
-def label_fragments(labels: np.ndarray, min_pixels: int) -> np.ndarray:
-    """The connected parts of a label map (H, W) that have fewer pixels.
+def without_segment_fragments(ids: np.ndarray, min_pixels: int) -> np.ndarray:
+    """A map of segment ids (H, W) with 0 in the connected parts of fewer pixels."""
+    cleaned = ids.copy()
+    for place, parts in _fragments(ids, min_pixels):
+        cleaned[place][parts > 0] = 0
+    return cleaned
 
-    Returns:
-        (H, W) int32: 0 elsewhere, from 1 the number of the fragment.
-    """
-    fragments = np.zeros(labels.shape, np.int32)
-    count = 0
-    for label in np.unique(labels).tolist():
-        mask = labels == label
-        _, components, stats, _ = cv2.connectedComponentsWithStats(
-            mask.view(np.uint8), connectivity=_CONNECTIVITY
-        )
-        is_small = stats[:, cv2.CC_STAT_AREA] < min_pixels
-        is_small[0] = False
-        numbers = np.where(is_small, count + is_small.cumsum(), 0).astype(np.int32)
-        fragments += numbers[components]
-        count += int(is_small.sum())
-    return fragments
+
+def _fragments(
+    labels: np.ndarray, min_pixels: int
+) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+    """Yield the box of each label from 1 on in a map (H, W), and its `small_components`."""
+    for label, place in enumerate(ndimage.find_objects(labels), start=1):
+        if place is not None:
+            yield place, small_components(labels[place] == label, min_pixels)
 
 
 def fill_fragments(labels: np.ndarray, min_pixels: int) -> np.ndarray:
@@ -131,7 +133,10 @@ def fill_fragments(labels: np.ndarray, min_pixels: int) -> np.ndarray:
     Returns:
         (H, W), of the same type.
     """
-    fragments = label_fragments(labels, min_pixels)
+    fragments, count = np.zeros(labels.shape, np.int32), 0
+    for place, parts in _fragments(labels.astype(np.int32) + 1, min_pixels):
+        fragments[place] += np.where(parts > 0, parts + count, 0)
+        count += int(parts.max(initial=0))
     labels = labels.copy()
     while fragments.any():
         numbers, votes = _neighbours(fragments, labels)

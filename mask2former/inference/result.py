@@ -51,7 +51,8 @@ class InstanceResult:
         return len(self.masks)
 
     def __getitem__(self, index: Any) -> "InstanceResult":
-        """The instances of a slice, or of an array of indices or booleans."""
+        """The instances of an index, a slice, or an array of indices or booleans."""
+        index = [index] if isinstance(index, int | np.integer) else index
         return InstanceResult(self.masks[index], self.scores[index], self.labels[index])
 
 

@@ -9,6 +9,8 @@ from typing import Any
 from detectron2.data import Metadata, MetadataCatalog
 
 from ..data.datasets.colours import class_colours
+from ..data.evaluator_types import CLASS_LISTS
+from ..inference.classes import class_names_of
 from .transformers_config import OURS, TASKS
 
 _logger = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ _KNOWN = (
 )
 
 
-def class_names_of(metadata: Metadata, num_classes: int) -> list[str]:
+def require_class_names(metadata: Metadata, num_classes: int) -> list[str]:
     """The names of the K classes of a model.
 
     Args:
@@ -32,15 +34,13 @@ def class_names_of(metadata: Metadata, num_classes: int) -> list[str]:
     Raises:
         ValueError: the metadata names other classes, or none.
     """
-    lists = [list(metadata.get(key, ())) for key in ("stuff_classes", "thing_classes")]
-    for names in lists:
-        if len(names) == num_classes:
-            return names
-    counts = " and ".join(str(len(names)) for names in lists if names) or "no"
+    if any(len(metadata.get(key, ())) == num_classes for key in CLASS_LISTS):
+        return list(class_names_of([metadata], num_classes))
+    counts = [str(len(metadata.get(key))) for key in CLASS_LISTS if metadata.get(key)]
     raise ValueError(
-        f"The data set {metadata.get('name', '')!r} names {counts} classes, but "
-        f"MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}: set DATASETS.TEST to the data of the "
-        "training."
+        f"The data set {metadata.get('name', '')!r} names {' and '.join(counts) or 'no'} classes, "
+        f"but MODEL.SEM_SEG_HEAD.NUM_CLASSES is {num_classes}: set DATASETS.TEST to the data of "
+        "the training."
     )
 
 
@@ -94,11 +94,18 @@ def tasks_of(content: Mapping[str, Any], things: Sequence[int] | None, folder: s
 
 
 def known_data(names: Sequence[str]) -> Metadata | None:
-    """The metadata of the public data set with these classes, to tell things from stuff."""
+    """The metadata of the public data set with these classes, to tell things from stuff.
+
+    A fifth of the names may differ: "window" is "windowpane" elsewhere.
+    """
     for data_set in _KNOWN:
         metadata = MetadataCatalog.get(data_set) if data_set in MetadataCatalog else None
         classes = metadata.get("stuff_classes", ()) if metadata else ()
-        if [_plain(name) for name in classes] == [_plain(name) for name in names]:
+        if not classes or len(classes) != len(names):
+            continue
+        pairs = zip(classes, names, strict=True)
+        num_equal = sum(_plain(one) == _plain(other) for one, other in pairs)
+        if num_equal >= 0.8 * len(names):
             return metadata
     return None
 

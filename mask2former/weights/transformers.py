@@ -23,11 +23,11 @@ from ..modeling.backbone.timm_models import on_meta
 from ..utils.files import atomic_write, explained_write_errors, make_folder
 from .folders import CONFIG, PROCESSOR, load_file, read_json, weights_file
 from .metadata import (
-    class_names_of,
     known_data,
     make_metadata,
     read_class_names,
     register,
+    require_class_names,
     tasks_of,
     thing_ids_of,
 )
@@ -206,7 +206,7 @@ def save_transformers_folder(
             raise ValueError("DATASETS.TEST is empty: name the data set with the class names.")
         metadata = MetadataCatalog.get(data_sets[0])
     num_classes = cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
-    names = class_names_of(metadata, num_classes)
+    names = require_class_names(metadata, num_classes)
     config = model_config(cfg, names, thing_ids_of(metadata, num_classes))
     processor = image_processor(cfg)
     tensors = to_transformers_weights(cfg, weights)

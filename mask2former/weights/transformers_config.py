@@ -258,6 +258,8 @@ def _mapped(content: Mapping[str, Any], keys: Mapping[str, tuple[str, Any]]) -> 
     result = {}
     for key, (ours, default) in keys.items():
         value = content.get(key, default)
+        if isinstance(default, int) and isinstance(value, list | tuple) and len(set(value)) == 1:
+            value = value[0]  # height and width
         # Numbers are floats where ours are.
         result[ours] = float(value) if isinstance(default, float) else value
     return result
@@ -363,12 +365,16 @@ def _resnet_values(backbone: Mapping[str, Any], path: str) -> dict[str, Any]:
 
 
 def input_values(processor: Mapping[str, Any]) -> dict[str, Any]:
-    """Image size and normalisation, in the units of our images: RGB, 0 to 255."""
+    """Image size and normalisation, in the units of our images: RGB, 0 to 255.
+
+    A fixed height and width, to which the package stretches images, becomes the shortest edge, with
+    the ratio of its default to the longest.
+    """
     size = processor.get("size", _SIZE)
     if isinstance(size, int):  # of the first versions
         size = {"shortest_edge": size, "longest_edge": processor.get("max_size", 1333)}
     shortest = size.get("shortest_edge") or min(size.get("height", 800), size.get("width", 800))
-    longest = size.get("longest_edge") or max(size.get("height", 1333), size.get("width", 1333))
+    longest = size.get("longest_edge") or round(shortest * 1333 / 800)
     scale = 1 / processor.get("rescale_factor", 1 / 255) if processor.get("do_rescale", True) else 1
     mean, std = processor.get("image_mean", _MEAN), processor.get("image_std", _STD)
     if not processor.get("do_normalize", True):

@@ -18,7 +18,16 @@ def official_rle(masks):
     return [coco_mask.encode(np.asfortranarray(mask.astype(np.uint8))) for mask in masks]
 
 
-@pytest.mark.parametrize("kind", [np.asarray, torch.from_numpy, lambda x: torch.tensor(x).float()])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        np.asarray,
+        torch.from_numpy,
+        lambda x: torch.tensor(x).float(),
+        # Cut as on a GPU.
+        lambda x: torch.tensor(x).bfloat16(),
+    ],
+)
 def test_crops_are_tight(kind):
     masks = InstanceMasks.from_full(kind(FULL))
     assert masks.image_size == (3, 4)

@@ -66,6 +66,7 @@ def test_of_outputs(result):
     assert result.labels.tolist() == [0, 1] and result.labels.dtype == np.int64
     assert result.names == ["cup", "plate"]
     assert result.boxes.tolist() == [[0, 0, 1, 1], [2, 1, 5, 3]]
+    assert result.instances[1].labels.tolist() == result.instances[-1:].labels.tolist() == [1]
     # Crops, not views of full-size masks.
     assert [crop.base for crop in result.masks.crops] == [None, None]
     assert result.panoptic.segments == [

@@ -5,12 +5,15 @@ import logging
 import pytest
 import torch
 import yaml
+from detectron2.data import MetadataCatalog
 from detectron2.modeling import build_model
 from load_script import load_script
+from safetensors.torch import load_file
 from small_models import randomise, small_config
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
+from mask2former.inference.model_file import save_model_folder
 from mask2former.weights.transformers import load_transformers_folder
 
 tool = load_script("tools/convert_weights.py")
@@ -27,8 +30,9 @@ def checkpoint(tmp_path_factory):
     model = build_model(cfg)
     randomise(model, 0)
     torch.save({"model": model.state_dict(), "iteration": 3}, folder / "model_final.pth")
-    (folder / "config.yaml").write_text(cfg.dump())
-    return folder / "model_final.pth", folder / "config.yaml", model
+    (folder / "model.yaml").write_text(cfg.dump())
+    save_model_folder(model, cfg, MetadataCatalog.get(COCO), str(folder / "model_best"))
+    return folder / "model_final.pth", folder / "model.yaml", model
 
 
 def test_to_transformers_and_back(checkpoint, tmp_path, capsys, caplog):
@@ -66,12 +70,25 @@ def test_to_transformers_and_back(checkpoint, tmp_path, capsys, caplog):
     assert (tmp_path / "file.yaml").is_file()
 
 
+def test_folder_of_a_training(checkpoint, tmp_path):
+    """Which needs no config file."""
+    source, config_file, model = checkpoint
+    to = ["--to", "transformers"]
+    tool.main([str(source.parent / "model_best"), str(tmp_path / "a"), *to])
+    tool.main([str(source), str(tmp_path / "b"), *to, "--config-file", str(config_file)])
+    for name in ("config.json", "preprocessor_config.json"):
+        assert (tmp_path / "a" / name).read_text() == (tmp_path / "b" / name).read_text()
+    one, other = (load_file(tmp_path / x / "model.safetensors") for x in "ab")
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], value) for name, value in other.items())
+
+
 def test_what_is_refused(checkpoint, tmp_path, capsys):
     source, config_file, _ = checkpoint
     to = ["--to", "transformers"]
     folder = tmp_path / "model"
     folder.mkdir()
-    with pytest.raises(SystemExit, match="needs --config-file: the config that the checkpoint was"):
+    with pytest.raises(SystemExit, match="no config.yaml beside it.*--config-file names the conf"):
         tool.main([str(source), str(folder), *to])
     with pytest.raises(SystemExit, match="model exists: name another, or set --overwrite"):
         tool.main([str(source), str(folder), *to, "--config-file", str(config_file)])

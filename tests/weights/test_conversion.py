@@ -211,3 +211,7 @@ def test_data_sets_known_by_their_classes():
     assert found is coco
     assert thing_ids_of(found, 133) == list(range(80))
     assert known_data(["cat", "dog"]) is None
+    ade = MetadataCatalog.get("ade20k_panoptic_val")
+    names = [name.partition(",")[0].replace("window ", "windowpane") for name in ade.stuff_classes]
+    assert known_data(names) is ade
+    assert known_data(names[::-1]) is None

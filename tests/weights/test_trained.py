@@ -9,6 +9,7 @@ from detectron2.structures import Instances
 from PIL import Image
 from small_models import small_config
 
+from mask2former.predictor import Predictor
 from mask2former.weights.transformers import load_transformers_folder, save_transformers_folder
 
 transformers = pytest.importorskip("transformers")
@@ -163,6 +164,10 @@ def test_results_are_the_same(trained, tmp_path, tasks):
         )
     if "panoptic" in tasks:
         assert agreement(back["panoptic_seg"][0], results["panoptic_seg"][0]) == 1
+        predictor = Predictor.from_pretrained(str(folder), device="cpu")
+        predicted = predictor.predict(scene()[0])
+        assert agreement(predicted.panoptic.segment_ids, results["panoptic_seg"][0]) == 1
+        assert predicted.class_names == ("box", "disc", "ground")
 
 
 def test_resnet_with_trained_norms(tmp_path):

@@ -20,6 +20,7 @@ from mask2former.weights.transformers import (
     load_transformers_folder,
     save_transformers_folder,
 )
+from mask2former.weights.transformers_config import input_values
 
 transformers = pytest.importorskip("transformers")
 
@@ -37,7 +38,6 @@ KINDS = {
     "swin": ("swin", False, {}),
     "resnet": ("resnet", True, {}),
     "stride in 1x1": ("resnet", False, {"MODEL__RESNETS__STRIDE_IN_1X1": True}),
-    "trained norms": ("resnet", False, {"MODEL__RESNETS__NORM": "BN"}),
     "bgr": (
         "swin",
         False,
@@ -66,10 +66,6 @@ def config(kind):
 def random_model(cfg, seed=0):
     model = build_model(cfg)
     randomise(model, seed)
-    for module in model.modules():
-        if isinstance(module, torch.nn.BatchNorm2d):
-            module.running_mean.normal_(0, 0.2)
-            module.running_var.uniform_(0.3, 0.7)
     return model.eval()
 
 
@@ -142,7 +138,7 @@ def test_we_load_what_we_wrote(written, kind):
     cfg, model, folder = written(kind)
     read, weights, metadata = load_transformers_folder(str(folder))
     other = build_model(read).eval()
-    assert not any(other.load_state_dict(weights, strict="norms" not in kind))
+    assert not any(other.load_state_dict(weights))
     # Images are RGB in both, whatever our format was.
     theirs = ours_on(other, image())
     assert_close(ours_on(model, image(), cfg.INPUT.FORMAT), theirs)
@@ -242,6 +238,8 @@ def hub_layout(source, folder):
         "stage_names": ["stem", "stage1", "stage2", "stage3", "stage4"],
         "feature_map": ["stage1"],
         "num_layers": 4,
+        "patch_size": [4, 4],
+        "mlp_ratio": 4,
         "chunk_size_feed_forward": 0,
     }
     processor = json.loads((source / "preprocessor_config.json").read_text())
@@ -262,7 +260,7 @@ def test_published_layout(written, tmp_path):
     assert not any(other.load_state_dict(weights))
     assert_close(ours_on(model, image()), ours_on(other, image()))
     assert cfg.MODEL.MASK_FORMER.TEST.PANOPTIC_ON  # by its name
-    assert cfg.INPUT.MIN_SIZE_TEST == 96
+    assert (cfg.INPUT.MIN_SIZE_TEST, cfg.INPUT.MAX_SIZE_TEST) == (96, 160)
 
     # The names of version 5 in memory, and those of the model without its head.
     tensors = torch.load(folder / "pytorch_model.bin")
@@ -374,7 +372,7 @@ def test_damaged_folders(written, tmp_path):
         ("resnet", {"MODEL__RESNETS__NUM_GROUPS": 2}, "bottlenecks of 2 groups"),
         ("resnet", {"MODEL__SEM_SEG_HEAD__PIXEL_DECODER_NAME": "BasePixelDecoder"}, "decoders are"),
         ("swin", {"INPUT__FORMAT": "BANDS", "INPUT__COLOR_AUG_SSD": False}, "INPUT.FORMAT is BAND"),
-        ("swin", {"MODEL__SEM_SEG_HEAD__NUM_CLASSES": 7}, "names 5 and 2 classes, but .* is 7"),
+        ("swin", {"MODEL__SEM_SEG_HEAD__NUM_CLASSES": 7}, "names 2 and 5 classes, but .* is 7"),
     ],
 )
 def test_models_that_the_package_cannot_be(tmp_path, backbone, others, message):
@@ -405,6 +403,34 @@ def test_folders_are_replaced_on_request_only(written, tmp_path):
     other.mkdir()
     with pytest.raises(FileExistsError, match="not a model of transformers: it is not replaced"):
         save_transformers_folder(weights, cfg, str(other), overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("processor", "expected"),
+    [
+        ({}, ("RGB", 800, 1333, [123.675, 116.28, 103.53], [58.395, 57.12, 57.375])),
+        (
+            {"size": 640, "max_size": 2560, "image_mean": [0, 0.5, 1], "image_std": [1, 1, 0.5]},
+            ("RGB", 640, 2560, [0, 127.5, 255], [255, 255, 127.5]),
+        ),
+        # Not resized, not scaled, not normalised.
+        (
+            {
+                "do_resize": False,
+                "do_rescale": False,
+                "image_mean": [9, 9, 9],
+                "image_std": [2] * 3,
+            },
+            ("RGB", 0, 1333, [9, 9, 9], [2, 2, 2]),
+        ),
+        (
+            {"do_normalize": False, "size": {"height": 384, "width": 480}},
+            ("RGB", 384, 640, [0, 0, 0], [255, 255, 255]),
+        ),
+    ],
+)
+def test_image_processors_by_hand(processor, expected):
+    assert tuple(input_values(processor).values()) == expected
 
 
 def test_number_of_classes():
