@@ -29,6 +29,7 @@ from pathlib import Path
 import cv2
 import numpy as np
 import torch
+from detectron2.config import CfgNode
 from PIL import Image
 
 from mask2former.inference.filters import PredictionFilter
@@ -84,31 +85,39 @@ def choose_tasks(requested: str | None, enabled: list[str], saved: Sequence[str]
     return enabled[:1] if requested is None else [requested]
 
 
-def load_predictor(args: argparse.Namespace) -> Predictor:
-    """
+def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
+    """Load the model; returns it and the tasks to draw.
+
     Raises:
         FileNotFoundError, ValueError: the config or the model is missing or wrong.
     """
-    if args.model is None:
-        return Predictor(load_and_check(args.config_file, args.opts, "predict"))
-    path = Path(args.model).expanduser()
-    device = dict(zip(args.opts[::2], args.opts[1::2], strict=False)).get("MODEL.DEVICE")
+    if args.model is not None:
+        predictor = load_model(args.model, args.opts)
+        _keep_memory_on_cpu(predictor.cfg)
+        return predictor, choose_tasks(args.task, enabled_tasks(predictor.cfg), args.save)
+    cfg = load_and_check(args.config_file, args.opts, "predict")
+    tasks = choose_tasks(args.task, enabled_tasks(cfg), args.save)
+    _keep_memory_on_cpu(cfg)
+    return Predictor(cfg), tasks
+
+
+def load_model(name: str, opts: list[str]) -> Predictor:
+    """Load a model folder or an exported file; see `load`."""
+    path = Path(name).expanduser()
+    device = dict(zip(opts[::2], opts[1::2], strict=False)).get("MODEL.DEVICE")
     if path.suffix.lower() not in _EXPORTED_SUFFIXES:
-        return Predictor.from_pretrained(path, device=device, opts=tuple(args.opts))
+        return Predictor.from_pretrained(path, device=device, opts=tuple(opts))
     # Its formats need packages of their own.
     from mask2former.export import load_exported
 
-    if set(args.opts[::2]) - {"MODEL.DEVICE"}:
+    if set(opts[::2]) - {"MODEL.DEVICE"}:
         raise ValueError(f"{path} is an exported model, of which --opts changes MODEL.DEVICE only")
     return load_exported(path, **({} if device is None else {"device": device}))
 
 
-def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
-    """Load the model; returns it and the tasks to draw."""
-    predictor = load_predictor(args)
-    if torch.device(predictor.cfg.MODEL.DEVICE).type == "cpu":
+def _keep_memory_on_cpu(cfg: CfgNode) -> None:
+    if torch.device(cfg.MODEL.DEVICE).type == "cpu":
         keep_freed_memory()
-    return predictor, choose_tasks(args.task, enabled_tasks(predictor.cfg), args.save)
 
 
 def read_filter(args: argparse.Namespace) -> PredictionFilter:
