@@ -75,14 +75,17 @@ def tasks_of(content: Mapping[str, Any], things: Sequence[int] | None, folder: s
     Args:
         content: config.json. Models that this project wrote say it; of others the name tells.
         things: ids of the thing classes if known.
-        folder: its name is that of the model on the hub, perhaps.
+        folder: its path; its name is that of the model on the hub, perhaps.
     """
     ours = content.get(OURS)
     stated = ours.get("tasks") if isinstance(ours, Mapping) else None
     if isinstance(stated, list) and stated and set(stated) <= set(TASKS):
         return stated
-    for name in (str(content.get("_name_or_path", "")), folder):
-        words = re.findall("|".join(TASKS), name.rpartition("/")[2])
+    parts = re.split(r"[\\/]", folder)
+    # In the cache of the hub the folder's name is a commit, and the model's further up.
+    in_cache = [part for part in parts if part.startswith("models--")]
+    for name in (str(content.get("_name_or_path", "")).rpartition("/")[2], parts[-1], *in_cache):
+        words = re.findall("|".join(TASKS), name)
         if words:
             return list(TASKS) if words[-1] == "panoptic" else [words[-1]]
     tasks = list(TASKS) if things is not None else ["instance", "semantic"]

@@ -95,7 +95,7 @@ def load_transformers_folder(path: str) -> tuple[CfgNode, dict[str, Tensor], dic
     known = known_data(names) if things is None else None
     if known is not None:
         things = thing_ids_of(known, num_classes)
-    tasks = tasks_of(content, things, os.path.basename(folder))
+    tasks = tasks_of(content, things, folder)
     cfg = our_config(content, processor, num_classes, tasks, config_path)
     cfg.MODEL.DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
     metadata = make_metadata(names, things, tasks)

@@ -12,7 +12,7 @@ from timm.models.swin_transformer import SwinTransformer
 from torch import nn
 
 from mask2former.checkpoint import Mask2FormerCheckpointer
-from mask2former.weights.metadata import known_data, thing_ids_of
+from mask2former.weights.metadata import known_data, tasks_of, thing_ids_of
 from mask2former.weights.timm_features import feature_indices, feature_names
 from mask2former.weights.transformers import load_transformers_folder, save_transformers_folder
 
@@ -215,3 +215,22 @@ def test_data_sets_known_by_their_classes():
     names = [name.partition(",")[0].replace("window ", "windowpane") for name in ade.stuff_classes]
     assert known_data(names) is ade
     assert known_data(names[::-1]) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "folder", "expected"),
+    [
+        ({"mask2former": {"tasks": ["semantic"]}}, "/x/coco-panoptic", ["semantic"]),
+        ({"_name_or_path": "facebook/mask2former-swin-tiny-coco-instance"}, "/x/y", ["instance"]),
+        ({}, "/x/semantic/mask2former-panoptic", ["panoptic", "instance", "semantic"]),
+        ({}, "/c/models--facebook--m2f-ade-semantic/snapshots/0a1b", ["semantic"]),
+        ({"mask2former": {"tasks": ["other"]}}, "/x/semantic/model", ["instance", "semantic"]),
+    ],
+)
+def test_tasks_by_hand(content, folder, expected):
+    assert tasks_of(content, None, folder) == expected
+
+
+def test_things_make_a_panoptic_model(caplog):
+    assert tasks_of({}, [0, 1], "/x/model") == ["panoptic", "instance", "semantic"]
+    assert "/x/model does not say for which task it was trained" in caplog.text
