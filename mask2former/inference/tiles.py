@@ -229,7 +229,7 @@ class TiledModel(nn.Module):
                 boxes = torch.from_numpy(one.masks.boxes())
             result["instances"] = Instances(
                 image.size,
-                pred_masks=one.masks,
+                pred_masks=_TensorMasks(one.masks.crops, one.masks.offsets, image.size),
                 pred_boxes=Boxes(boxes),
                 scores=torch.from_numpy(one.scores),
                 pred_classes=torch.from_numpy(one.labels),
@@ -243,6 +243,14 @@ class TiledModel(nn.Module):
             image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
             inputs.append({"image": image, "height": tile.shape[0], "width": tile.shape[1]})
         return self.model(inputs)
+
+
+class _TensorMasks(InstanceMasks):
+    """A single mask is a tensor (H, W) bool, as evaluators of other projects read it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return torch.from_numpy(found) if isinstance(found, np.ndarray) else found
 
 
 class LabelScores:
