@@ -306,6 +306,9 @@ class Predictor(DefaultPredictor):
         order: ChannelOrder,
         **options: Any,
     ) -> Result:
+        if filter is not None and not filter.min_score_per_class:
+            # Unsure instances of all tiles together may not fit into memory.
+            options["min_score"] = filter.min_score or 0.0
         if isinstance(source, str | os.PathLike):
             name = os.fspath(source)
             with open_image(name, self.image_format) as image:

@@ -184,11 +184,14 @@ class InstanceMerger:
         self._dropped |= {int(first.pieces[i]) for i, _ in matches.in_second}
         self._dropped |= {int(second.pieces[j]) for _, j in matches.in_first}
 
-    def finish(self, max_instances: int | None = None) -> list[ImageInstance]:
+    def finish(
+        self, max_instances: int | None = None, min_score: float = 0.0
+    ) -> list[ImageInstance]:
         """The objects in descending score order.
 
         Args:
             max_instances: keep those of the highest scores; None: all.
+            min_score: drop those of a lower score.
         """
         groups = group_of(len(self._pieces), self._pairs) if self._pieces else np.zeros(0, int)
         sizes = np.bincount(groups)
@@ -201,6 +204,8 @@ class InstanceMerger:
             (sum(p.score * p.area for p in pieces) / sum(p.area for p in pieces), pieces)
             for pieces in members.values()
         ]
+        # Scores of results are float32: one of 0.3 must reach a threshold of 0.3.
+        scored = [item for item in scored if np.float32(item[0]) >= np.float32(min_score)]
         scored.sort(key=lambda item: -item[0])
         return [_assembled(score, pieces) for score, pieces in scored[:max_instances]]
 

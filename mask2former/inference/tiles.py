@@ -25,7 +25,7 @@ from ..data.formats.windows import ImageWindows, open_image
 from ..utils.tile_grid import tile_grid
 from .masks import InstanceMasks
 from .result import InstanceResult, PanopticResult, Result, Segment
-from .tile_instances import InstanceMerger
+from .tile_instances import ImageInstance, InstanceMerger
 from .tile_merging import PanopticMerger, SemanticMerger
 
 # Tiles (H, W, C) uint8 of one size → the model's outputs for each, see `MaskFormer.forward`.
@@ -59,6 +59,7 @@ def predict_tiles(
     *,
     batch_size: int = 1,
     max_instances: int | None = None,
+    min_score: float = 0.0,
     progress: bool = False,
 ) -> TiledOutputs:
     """Predict for an image tile by tile.
@@ -71,6 +72,7 @@ def predict_tiles(
             see are joined by what both predict there, so it should be as large as small objects.
         batch_size: tiles that run together.
         max_instances: keep those of the highest scores; default: all of all tiles.
+        min_score: drop instances of a lower score.
         progress: show a progress bar.
 
     Raises:
@@ -102,16 +104,15 @@ def predict_tiles(
                     instances.add(tile, masks, labels.numpy(), scores.numpy())
             bar.update(len(batch))
     return TiledOutputs(
-        None if instances is None else _instance_result(instances, image.size, max_instances),
+        None
+        if instances is None
+        else _instance_result(instances.finish(max_instances, min_score), image.size),
         None if panoptic is None else (panoptic.segment_ids, panoptic.finish()),
         None if semantic is None else semantic.labels,
     )
 
 
-def _instance_result(
-    merger: InstanceMerger, size: tuple[int, int], max_instances: int | None
-) -> InstanceResult:
-    found = merger.finish(max_instances)
+def _instance_result(found: list[ImageInstance], size: tuple[int, int]) -> InstanceResult:
     masks = InstanceMasks([one.crop for one in found], [one.offset for one in found], size)
     scores = np.array([one.score for one in found], dtype=np.float32)
     return InstanceResult(masks, scores, np.array([one.label for one in found], dtype=np.int64))
@@ -125,6 +126,7 @@ def predict_tiled(
     overlap: int | None = None,
     batch_size: int = 1,
     max_instances: int | None = None,
+    min_score: float = 0.0,
     progress: bool = False,
     file_name: str | None = None,
     keep_image: bool = False,
@@ -146,6 +148,7 @@ def predict_tiled(
         overlap,
         batch_size=batch_size,
         max_instances=max_instances,
+        min_score=min_score,
         progress=progress,
     )
     panoptic = None
@@ -226,7 +229,7 @@ class TiledModel(nn.Module):
                 boxes = torch.from_numpy(one.masks.boxes())
             result["instances"] = Instances(
                 image.size,
-                pred_masks=one.masks,
+                pred_masks=_TensorMasks(one.masks.crops, one.masks.offsets, image.size),
                 pred_boxes=Boxes(boxes),
                 scores=torch.from_numpy(one.scores),
                 pred_classes=torch.from_numpy(one.labels),
@@ -240,6 +243,14 @@ class TiledModel(nn.Module):
             image = torch.from_numpy(np.ascontiguousarray(resized.transpose(2, 0, 1)))
             inputs.append({"image": image, "height": tile.shape[0], "width": tile.shape[1]})
         return self.model(inputs)
+
+
+class _TensorMasks(InstanceMasks):
+    """A single mask is a tensor (H, W) bool, as evaluators of other projects read it."""
+
+    def __getitem__(self, index: Any) -> Any:
+        found = super().__getitem__(index)
+        return torch.from_numpy(found) if isinstance(found, np.ndarray) else found
 
 
 class LabelScores:

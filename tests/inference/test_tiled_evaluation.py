@@ -8,7 +8,7 @@ from detectron2.config import get_cfg
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
 from pycocotools import mask as coco_mask
-from tile_scenes import GRASS, SIZE, SKY, ExactModel, make_scene
+from tile_scenes import GRASS, OBJECTS, SIZE, SKY, ExactModel, make_scene
 from torch import nn
 
 from mask2former.config import add_maskformer2_config
@@ -122,6 +122,19 @@ def test_image_of_another_size_than_its_record(cfg, root):
         ValueError, match=r"a.png has .* \(256, 256\), but its record has \(256, 25"
     ):
         TiledModel(ExactNetwork(), cfg)([record])
+
+
+@pytest.mark.parametrize("boxes_on", [False, True])
+def test_instances_are_what_other_evaluators_read(cfg, root, boxes_on):
+    cfg.TEST.BOXES = boxes_on
+    (output,) = TiledModel(ExactNetwork(), cfg)([{"file_name": str(root / "images" / "a.png")}])
+    found = output["instances"].to("cpu")
+    assert len(found) == len(OBJECTS)
+    areas = [(rows.stop - rows.start) * (x.stop - x.start) for _, rows, x in OBJECTS]
+    masks = [found.pred_masks[i].numpy().astype("uint8") for i in range(len(found))]
+    assert sorted(mask.sum() for mask in masks) == sorted(areas)
+    boxes = [[*map(float, box)] for box in found.pred_boxes.tensor.tolist()]
+    assert ([20.0, 100.0, 40.0, 160.0] in boxes) == boxes_on
 
 
 def test_predictor_with_tiles(cfg, root):

@@ -173,7 +173,9 @@ def test_scores_of_instances_are_means_over_their_pixels():
             return output
 
     found = run(numbers, classes, 160, 64, Unsure())
-    assert found.instances.scores.tolist() == pytest.approx([(60 * 0.9 + 100 * 0.1) / 160])
+    assert found.instances.scores.tolist() == pytest.approx([0.4])  # (60 * 0.9 + 100 * 0.1) / 160
+    assert len(run(numbers, classes, 160, 64, Unsure(), min_score=0.39).instances) == 1
+    assert len(run(numbers, classes, 160, 64, Unsure(), min_score=0.41).instances) == 0
 
 
 def test_semantic_scores_fade_into_each_other():
