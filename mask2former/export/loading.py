@@ -60,9 +60,7 @@ class ExportedMaskFormer(MaskFormer):
             metadata=metadata,
             size_divisibility=description.sizes.divisor,
             sem_seg_postprocess_before_inference=(
-                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE
-                or test.PANOPTIC_ON
-                or test.INSTANCE_ON
+                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
             ),
             pixel_mean=tuple(description.pixel_mean),
             pixel_std=tuple(description.pixel_std),
