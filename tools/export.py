@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained model to a file that runs elsewhere: torch.export, AOTInductor, ONNX, TorchScript.
+"""Export a trained model: torch.export, AOTInductor, ONNX, TorchScript.
 
     python tools/export.py --model output/model_final --format onnx --output model.onnx
     python tools/export.py --config-file configs/... --format torch --output model.pt2 \

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..fast.model import inference
 from ..maskformer_model import MaskFormer
 from ..predictor import Predictor
-from .metadata import ExportedDescription, read_description
+from .metadata import read_description
 from .network import LOGITS
 from .runtimes import Runtime
 
@@ -44,8 +44,8 @@ class ExportedMaskFormer(MaskFormer):
         if description.outputs != LOGITS:
             raise ValueError(
                 f"{runtime.path} returns {', '.join(description.outputs)}: post-processing at the "
-                "size of its input is a part of it, so that predictions cannot be made for images "
-                "of other sizes as the evaluators expect. Export with --postprocess none to predict "
+                "size of its input is a part of it, so that predictions cannot be made for "
+                "images of other sizes as the evaluators expect. Export with --postprocess none to predict "
                 "and evaluate here; call the runtime yourself for this file."
             )
         test = cfg.MODEL.MASK_FORMER.TEST

@@ -173,8 +173,8 @@ def exported_as(formulation: str) -> Iterator[None]:
     """What calls become in programs exported or traced in this context.
 
     Args:
-        formulation: "gridsample", also the default of torch.export; "gather", which runtimes without
-            a correct GridSample need; "custom", this project's op, without which the program then
+        formulation: "gridsample", also the default of torch.export; "gather", which runtimes
+            without a correct GridSample need; "custom", this project's op, without which the program then
             does not load.
 
     Raises:
