@@ -45,8 +45,8 @@ class ExportedMaskFormer(MaskFormer):
             raise ValueError(
                 f"{runtime.path} returns {', '.join(description.outputs)}: post-processing at the "
                 "size of its input is a part of it, so that predictions cannot be made for "
-                "images of other sizes as the evaluators expect. Export with --postprocess none to predict "
-                "and evaluate here; call the runtime yourself for this file."
+                "images of other sizes as the evaluators expect. Export with --postprocess none to "
+                "predict and evaluate here; call the runtime yourself for this file."
             )
         test = cfg.MODEL.MASK_FORMER.TEST
         # Its network has no parts of ours, and it is never trained.

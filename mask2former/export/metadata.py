@@ -191,7 +191,8 @@ def read_description(path: str) -> ExportedDescription:
         if not os.path.isfile(needed):
             raise FileNotFoundError(
                 f"{needed} does not exist: an exported model is a file "
-                f"({', '.join(FORMATS.values())}) and its description FILE.json beside it, as tools/export.py writes them"
+                f"({', '.join(FORMATS.values())}) and its description FILE.json beside it, as "
+                "tools/export.py writes them"
             )
     try:
         with open(beside, encoding="utf-8") as file:

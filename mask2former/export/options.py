@@ -80,8 +80,8 @@ class ExportOptions:
         if self.precision == "int8" and self.format != "onnx":
             raise ValueError(
                 f"precision is 'int8' with format {self.format!r}: the dynamically quantised "
-                "layers of torch.ao hold packed weights that torch.export does not trace, and the package "
-                "that replaces them (torchao) is not used here. int8 is for format onnx; choose "
+                "layers of torch.ao hold packed weights that torch.export does not trace, and the "
+                "package that replaces them (torchao) is not used here. int8 is for format onnx; choose "
                 "bf16 or fp16"
             )
 

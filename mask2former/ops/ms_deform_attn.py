@@ -174,8 +174,8 @@ def exported_as(formulation: str) -> Iterator[None]:
 
     Args:
         formulation: "gridsample", also the default of torch.export; "gather", which runtimes
-            without a correct GridSample need; "custom", this project's op, without which the program then
-            does not load.
+            without a correct GridSample need; "custom", this project's op, without which the
+            program then does not load.
 
     Raises:
         ValueError: no such formulation.
