@@ -81,8 +81,8 @@ class ExportOptions:
             raise ValueError(
                 f"precision is 'int8' with format {self.format!r}: the dynamically quantised "
                 "layers of torch.ao hold packed weights that torch.export does not trace, and the "
-                "package that replaces them (torchao) is not used here. int8 is for format onnx; choose "
-                "bf16 or fp16"
+                "package that replaces them (torchao) is not used here. int8 is for format onnx; "
+                "choose bf16 or fp16"
             )
 
     @property

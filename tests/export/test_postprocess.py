@@ -57,7 +57,8 @@ def test_instances_are_those_of_the_model(things):
         expected = postprocessing.instance_inference(
             logits[image], masks[image], 6, None if things is None else {0, 1}
         )
-        keep = scores[image] > 0
+        keep = torch.ones(6, dtype=torch.bool) if things is None else things[labels[image]]
+        assert not scores[image][~keep].any()
         order = scores[image][keep].argsort(descending=True)
         wanted = expected.scores.argsort(descending=True)
         torch.testing.assert_close(scores[image][keep][order], expected.scores[wanted])
