@@ -154,13 +154,13 @@ def main(args: argparse.Namespace) -> dict | None:
     compile_mode = getattr(args, "compile", None)
     if compile_mode and not args.eval_only:
         raise ValueError("--compile is for inference: give it together with --eval-only")
-    checked: _Checked | None = getattr(args, "checked", None)
-    # A second training must not replace config.yaml, and read no checkpoint being written.
     if getattr(args, "model", None) and (not args.eval_only or compile_mode or args.resume):
         raise ValueError(
             "--model is an exported file, which is only evaluated: give it with --eval-only, and "
             "without --compile and --resume"
         )
+    checked: _Checked | None = getattr(args, "checked", None)
+    # A second training must not replace config.yaml, and read no checkpoint being written.
     lock: Any = contextlib.nullcontext()
     if checked is not None and not args.eval_only:
         lock = lock_output(checked.cfg.OUTPUT_DIR)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Export a trained model to a file that runs elsewhere: torch.export, AOTInductor, ONNX, TorchScript.
+"""Export a trained model: torch.export, AOTInductor, ONNX, TorchScript.
 
     python tools/export.py --model output/model_final --format onnx --output model.onnx
     python tools/export.py --config-file configs/... --format torch --output model.pt2 \
@@ -36,7 +36,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Export a trained model to a file.")
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--model", metavar="FOLDER", help="model folder that training wrote")
-    source.add_argument("--config-file", metavar="FILE", help="config; with MODEL.WEIGHTS in --opts")
+    source.add_argument(
+        "--config-file", metavar="FILE", help="config; with MODEL.WEIGHTS in --opts"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help="file to write")
     parser.add_argument("--format", required=True, choices=tuple(FORMATS))
     parser.add_argument(

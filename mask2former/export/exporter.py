@@ -12,7 +12,7 @@ import torch
 from ..predictor import Predictor
 from ..utils.files import require_writable
 from .metadata import ExportedDescription, SizeRule, describe, write_description
-from .network import ExportNetwork, example_images, require_exportable, size_divisor
+from .network import ExportNetwork, convert, example_images, require_exportable, size_divisor
 from .options import FORMATS, PRECISIONS, ExportOptions
 from .parity import measure, parity_shapes, table
 from .postprocess import PostprocessedNetwork
@@ -60,7 +60,7 @@ def export_model(
     network = reference
     if dtype != torch.float32:
         # Converting is in place, and the reference stays in full precision.
-        network = _network(copy.deepcopy(model), options, dtype).to(dtype)
+        network = convert(_network(copy.deepcopy(model), options, dtype), dtype)
     batch = options.batch if rule.fixed is not None else 2
     example = example_images(channels, example_size, batch, model.device)
     if options.format == "torchscript":

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..fast.model import inference
 from ..maskformer_model import MaskFormer
 from ..predictor import Predictor
-from .metadata import ExportedDescription, read_description
+from .metadata import read_description
 from .network import LOGITS
 from .runtimes import Runtime
 
@@ -44,9 +44,9 @@ class ExportedMaskFormer(MaskFormer):
         if description.outputs != LOGITS:
             raise ValueError(
                 f"{runtime.path} returns {', '.join(description.outputs)}: post-processing at the "
-                "size of its input is a part of it, so that predictions cannot be made for images "
-                "of other sizes as the evaluators expect. Export with --postprocess none to predict "
-                "and evaluate here; call the runtime yourself for this file."
+                "size of its input is a part of it, so that predictions cannot be made for "
+                "images of other sizes as the evaluators expect. Export with --postprocess none to "
+                "predict and evaluate here; call the runtime yourself for this file."
             )
         test = cfg.MODEL.MASK_FORMER.TEST
         # Its network has no parts of ours, and it is never trained.
@@ -60,9 +60,7 @@ class ExportedMaskFormer(MaskFormer):
             metadata=metadata,
             size_divisibility=description.sizes.divisor,
             sem_seg_postprocess_before_inference=(
-                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE
-                or test.PANOPTIC_ON
-                or test.INSTANCE_ON
+                test.SEM_SEG_POSTPROCESSING_BEFORE_INFERENCE or test.PANOPTIC_ON or test.INSTANCE_ON
             ),
             pixel_mean=tuple(description.pixel_mean),
             pixel_std=tuple(description.pixel_std),

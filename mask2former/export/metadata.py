@@ -190,8 +190,9 @@ def read_description(path: str) -> ExportedDescription:
     for needed in (path, beside):
         if not os.path.isfile(needed):
             raise FileNotFoundError(
-                f"{needed} does not exist: an exported model is a file ({', '.join(FORMATS.values())}"
-                ") and its description FILE.json beside it, as tools/export.py writes them"
+                f"{needed} does not exist: an exported model is a file "
+                f"({', '.join(FORMATS.values())}) and its description FILE.json beside it, as "
+                "tools/export.py writes them"
             )
     try:
         with open(beside, encoding="utf-8") as file:

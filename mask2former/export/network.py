@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..maskformer_model import MaskFormer
+from ..modeling.layers import PositionEmbeddingSine
 
 INPUT = "images"
 LOGITS = ("pred_logits", "pred_masks")
@@ -31,9 +32,11 @@ class ExportNetwork(nn.Module):
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32):
         super().__init__()
         require_exportable(model)
+        assert isinstance(model, MaskFormer)
         self.backbone: Any = model.backbone
         self.sem_seg_head: Any = model.sem_seg_head
         self.dtype = dtype
+        self.divisor = size_divisor(model)
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Predict.
@@ -41,8 +44,33 @@ class ExportNetwork(nn.Module):
         Returns:
             class logits (B, Q, K+1), no-object last, and mask logits (B, Q, h, w).
         """
+        if torch.compiler.is_exporting():
+            # As products: the exporter then knows how sizes at each stride are related.
+            sizes = [length // self.divisor * self.divisor for length in images.shape[2:]]
+            images = images.view(images.shape[0], images.shape[1], *sizes)
         outputs = self.sem_seg_head(self.backbone(images.to(self.dtype)))
         return outputs["pred_logits"].float(), outputs["pred_masks"].float()
+
+
+class _CastEncoding(nn.Module):
+    """A position encoding in the precision of the features that it is added to."""
+
+    def __init__(self, encoding: nn.Module, dtype: torch.dtype):
+        super().__init__()
+        self.encoding, self.dtype = encoding, dtype
+
+    def forward(self, *args: Any) -> Tensor:
+        """The encoding (B, C, H, W) of what `PositionEmbeddingSine.forward` takes."""
+        return self.encoding(*args).to(self.dtype)
+
+
+def convert(network: ExportNetwork, dtype: torch.dtype) -> ExportNetwork:
+    """Convert a network, in place. Sampling locations and their sums stay in fp32."""
+    for module in list(network.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, PositionEmbeddingSine):
+                setattr(module, name, _CastEncoding(child, dtype))
+    return network.to(dtype)
 
 
 def require_exportable(model: nn.Module) -> None:

@@ -66,7 +66,7 @@ class ExportOptions:
             )
         if self.format == "torchscript" and self.size is None:
             raise ValueError(
-                "a TorchScript file is traced for one image size: give it, for example size 800x1216"
+                "a TorchScript file is traced for one image size: give a size such as 800x1216"
             )
         if self.opset < MIN_OPSET:
             raise ValueError(f"opset is {self.opset}; it must be at least {MIN_OPSET}")
@@ -79,10 +79,10 @@ class ExportOptions:
             )
         if self.precision == "int8" and self.format != "onnx":
             raise ValueError(
-                f"precision is 'int8' with format {self.format!r}: the dynamically quantised layers "
-                "of torch.ao hold packed weights that torch.export does not trace, and the package "
-                "that replaces them (torchao) is not used here. int8 is for format onnx; choose "
-                "bf16 or fp16"
+                f"precision is 'int8' with format {self.format!r}: the dynamically quantised "
+                "layers of torch.ao hold packed weights that torch.export does not trace, and the "
+                "package that replaces them (torchao) is not used here. int8 is for format onnx; "
+                "choose bf16 or fp16"
             )
 
     @property

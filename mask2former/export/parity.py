@@ -42,8 +42,8 @@ def parity_shapes(rule: SizeRule, example: tuple[int, int]) -> list[tuple[int, i
     other = (example[0] + step, max(rule.smallest, example[1] - step))
     sizes = (example, other, (rule.smallest, rule.smallest + 2 * step))
     return [
-        (batch, *(min(rule.largest, length) for length in size))
-        for batch, size in zip((1, 2, 3), sizes, strict=True)
+        (batch, min(rule.largest, height), min(rule.largest, width))
+        for batch, (height, width) in zip((1, 2, 3), sizes, strict=True)
     ]
 
 

@@ -51,9 +51,9 @@ def trace_program(
             lines = [line for line in str(error).splitlines() if line.strip()]
             raise ValueError(
                 f"torch.export cannot trace this model with free image sizes "
-                f"({type(error).__name__}: {' '.join(lines[:2])}). A part of it computes with sizes "
-                "in a way that only holds for one: export with format torchscript and a size, or "
-                "use another backbone or pixel decoder (docs/export.md lists those that work)."
+                f"({type(error).__name__}: {' '.join(lines[:2])}). A part of it computes with "
+                "sizes in a way that only holds for one: export with format torchscript and a "
+                "size, or use another backbone or pixel decoder (see docs/export.md)."
             ) from error
 
 

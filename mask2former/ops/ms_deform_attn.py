@@ -173,9 +173,9 @@ def exported_as(formulation: str) -> Iterator[None]:
     """What calls become in programs exported or traced in this context.
 
     Args:
-        formulation: "gridsample", also the default of torch.export; "gather", which runtimes without
-            a correct GridSample need; "custom", this project's op, without which the program then
-            does not load.
+        formulation: "gridsample", also the default of torch.export; "gather", which runtimes
+            without a correct GridSample need; "custom", this project's op, without which the
+            program then does not load.
 
     Raises:
         ValueError: no such formulation.
@@ -330,28 +330,31 @@ def _pytorch_formulation(
 def _gather_formulation(
     value: Tensor, shapes: list[tuple[int, int]], locations: Tensor, weights: Tensor
 ) -> Tensor:
-    """`ms_deform_attn` with one gather of rows per level and corner, for exported programs."""
+    """`ms_deform_attn` with one gather of rows per corner, for exported programs."""
     batch, num_values, num_heads, dim = value.shape
-    num_queries = locations.shape[1]
     rows = value.to(locations.dtype).reshape(-1, dim)  # (B·S·M, D)
-    image = torch.arange(batch, device=value.device)[:, None, None, None]
-    head = torch.arange(num_heads, device=value.device)[:, None]
+    image = torch.arange(batch, device=value.device)[:, None, None, None, None]
+    head = torch.arange(num_heads, device=value.device)[:, None, None]
+    sizes = sizes_tensor([shape[::-1] for shape in shapes], locations.dtype, value.device)
+    width, height = sizes[:, :1], sizes[:, 1:]  # (L, 1)
+    starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
+    first = image * num_values + sizes_tensor([starts], torch.int64, value.device).view(-1, 1)
     locations = locations.nan_to_num(2.0, 2.0, -1.0).clamp(-1.0, 2.0)
-    out = locations.new_zeros((batch, num_queries, num_heads, dim))
-    start = 0
-    for level, (height, width) in enumerate(shapes):
-        x = locations[:, :, :, level, :, 0] * width - 0.5  # (B, Q, M, P)
-        y = locations[:, :, :, level, :, 1] * height - 0.5
-        left, top = x.floor(), y.floor()
-        for column, row in ((left, top), (left + 1, top), (left, top + 1), (left + 1, top + 1)):
-            inside = (column >= 0) & (column <= width - 1) & (row >= 0) & (row <= height - 1)
-            weight = (1 - (x - column).abs()) * (1 - (y - row).abs()) * inside
-            position = row.clamp(0, height - 1) * width + column.clamp(0, width - 1)
-            index = (image * num_values + start + position.to(torch.int64)) * num_heads + head
+    x, y = (locations * sizes[:, None] - 0.5).unbind(-1)  # (B, Q, M, L, P)
+    left, top = x.floor(), y.floor()
+    right_share, bottom_share = x - left, y - top
+    columns = ((left, 1 - right_share), (left + 1, right_share))
+    out: Tensor | float = 0.0
+    for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
+        for column, column_share in columns:
+            inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
+            nearest = torch.minimum(row.clamp(min=0), height - 1) * width
+            nearest = nearest + torch.minimum(column.clamp(min=0), width - 1)
+            index = (first + nearest.to(torch.int64)) * num_heads + head
             corner = rows.index_select(0, index.flatten()).view(*index.shape, dim)
-            weight = weight * weights[:, :, :, level]
-            out = out + (corner * weight[..., None]).sum(3)
-        start = start + height * width
+            weight = weights * row_share * column_share * inside
+            out = out + (corner * weight[..., None]).sum((3, 4))
+    assert isinstance(out, Tensor)
     return out.flatten(2).to(value.dtype)
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from mask2former.ops import MSDeformAttn, backend, ms_deform_attn, ms_deform_attn_fused
+from mask2former.ops.ms_deform_attn import exported_as
 
 op_module = importlib.import_module("mask2former.ops.ms_deform_attn")
 
@@ -352,7 +353,7 @@ def test_original_pytorch_function(monkeypatch):
     functions = importlib.import_module(path)
     value, locations, weights = random_inputs()
     expected = naive(value, SHAPES, locations, weights)
-    monkeypatch.setattr(op_module, "_use_kernel", lambda device: pytest.fail("called a kernel"))
+    monkeypatch.setattr(op_module, "_formulation", lambda device: pytest.fail("called a kernel"))
     out = functions.ms_deform_attn_core_pytorch(value, torch.tensor(SHAPES), locations, weights)
     torch.testing.assert_close(out, expected)
     with pytest.raises(ValueError, match="hold 15 locations, but value has 14"):
@@ -469,6 +470,22 @@ def test_module_exports_with_dynamic_sizes():
     program = torch.export.export(network, (torch.randn(2, 8, 5, 6),), dynamic_shapes=(sizes,))
     other = torch.randn(2, 8, 9, 4)
     torch.testing.assert_close(program.module()(other), network(other))
+
+
+@pytest.mark.parametrize("formulation", ["gather", "gridsample"])
+def test_formulations_for_export_are_the_op(formulation):
+    value, locations, weights = random_inputs()
+    locations[0, 0, 0, 0, 0, 0] = float("nan")
+    expected = ms_deform_attn(value, SHAPES, locations, weights)
+    with exported_as(formulation):
+        out = ms_deform_attn(value, SHAPES, locations, weights)
+    torch.testing.assert_close(out, expected)
+
+
+def test_unknown_formulation():
+    text = "one of gather, gridsample, custom, not 'onnx'"
+    with pytest.raises(ValueError, match=text), exported_as("onnx"):
+        pass
 
 
 def test_module_gradients_reach_every_parameter():

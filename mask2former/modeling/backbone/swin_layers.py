@@ -46,6 +46,12 @@ def relative_position_index(height: int, width: int) -> Tensor:
     return row_offset * (2 * width - 1) + column_offset
 
 
+def padded_size(height: int, width: int, window_size: int) -> tuple[int, int]:
+    """The next multiples of the window size, in a form whose symbols an exporter can divide."""
+    rows, columns = ((length + window_size - 1) // window_size for length in (height, width))
+    return rows * window_size, columns * window_size
+
+
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """Split maps into windows, in row-major order within each image.
 
@@ -287,8 +293,10 @@ class SwinTransformerBlock(nn.Module):
 
         shortcut = x
         x = self.norm1(x).view(batch, height, width, channels)
-        pad_bottom, pad_right = -height % self.window_size, -width % self.window_size
-        if pad_bottom or pad_right:
+        padded = padded_size(height, width, self.window_size)
+        pad_bottom, pad_right = padded[0] - height, padded[1] - width
+        # Whether a free size needs padding is not known while a program is exported.
+        if torch.compiler.is_exporting() or pad_bottom or pad_right:
             x = F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom))
         if self.shift_size:
             x = x.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
@@ -296,7 +304,7 @@ class SwinTransformerBlock(nn.Module):
         windows = window_partition(x, self.window_size)  # (B·V, M, M, C)
         mask = mask_matrix if self.shift_size else None
         attended = self.attn(windows.flatten(1, 2), mask=mask).view_as(windows)
-        x = window_reverse(attended, self.window_size, height + pad_bottom, width + pad_right)
+        x = window_reverse(attended, self.window_size, *padded)
 
         if self.shift_size:
             x = x.roll((self.shift_size, self.shift_size), dims=(1, 2))
@@ -399,7 +407,7 @@ class BasicLayer(nn.Module):
         """
         mask = None
         if self.shift_size and self.depth > 1:
-            padded = H + -H % self.window_size, W + -W % self.window_size
+            padded = padded_size(H, W, self.window_size)
             mask = _shifted_window_mask(*padded, self.window_size, self.shift_size, x.device)
         blocks: Any = self.blocks
         for block in blocks:

@@ -1,0 +1,169 @@
+"""Export to a file, and the file as a model: the same numbers, or an error in words."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+from mask2former.export import ExportOptions, build_exported_model, export_model, load_exported
+from mask2former.export.exporter import ParityError
+from mask2former.export.metadata import SizeRule, read_description
+from mask2former.export.parity import Difference
+
+
+def traced(predictor, tmp_path, size=(64, 96), **options):
+    path = str(tmp_path / "model.ts")
+    export_model(predictor, path, ExportOptions(format="torchscript", size=size, **options))
+    return path
+
+
+def assert_same_predictions(predictor, path, sizes=((48, 60), (64, 90))):
+    exported = load_exported(path)
+    assert exported.class_names == predictor.class_names
+    generator = np.random.default_rng(0)
+    images = [generator.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+    for image in images:
+        live, own = predictor(image), exported(image)
+        torch.testing.assert_close(own["sem_seg"], live["sem_seg"], atol=1e-3, rtol=1e-3)
+        assert torch.equal(own["panoptic_seg"][0], live["panoptic_seg"][0])
+        assert own["panoptic_seg"][1] == live["panoptic_seg"][1]
+        torch.testing.assert_close(
+            own["instances"].scores.sort().values,
+            live["instances"].scores.sort().values,
+            atol=1e-3,
+            rtol=1e-3,
+        )
+    results = exported.predict(images, batch_size=2)
+    assert [x.image_size for x in results] == [image.shape[:2] for image in images]
+
+
+def test_program_of_any_size(predictor, tmp_path):
+    path = str(tmp_path / "model.pt2")
+    description = export_model(predictor, path, ExportOptions(max_size=256))
+    shapes = {tuple(row["shape"]) for row in description.parity["rows"]}
+    assert shapes == {(1, 128, 192), (2, 160, 160), (3, 64, 128)}
+    assert description.parity["within"]
+    assert_same_predictions(predictor, path)
+
+    program = torch.export.load(path)
+    targets = {str(node.target) for node in program.graph.nodes}
+    assert not any("mask2former" in target for target in targets)
+    logits, masks = program.module()(torch.zeros(5, 3, 256, 64))
+    assert logits.shape == (5, 7, 4) and masks.shape == (5, 7, 64, 16)
+
+
+def test_traced_file(predictor, tmp_path):
+    path = traced(predictor, tmp_path)
+    assert_same_predictions(predictor, path, sizes=((64, 96), (64, 90)))
+    with pytest.raises(ValueError, match="traced for 64 x 96: lower INPUT.MIN_SIZE_TEST"):
+        load_exported(path)(np.zeros((96, 64, 3), np.uint8))
+
+
+@pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])
+def test_postprocessing_in_the_file(predictor, tmp_path, task):
+    path = traced(predictor, tmp_path, postprocess=task)
+    content = json.loads((tmp_path / "model.ts.json").read_text())
+    assert content["parity"]["within"]
+    assert content["inputs"][0]["shape"] == [1, 3, 64, 96]
+    with pytest.raises(ValueError, match="--postprocess none to predict and evaluate"):
+        load_exported(path)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_reduced_precision(predictor, tmp_path, precision):
+    path = traced(predictor, tmp_path, precision=precision)
+    rows = read_description(path).parity["rows"]
+    assert 0 < max(row["difference"] for row in rows) < 0.5
+    # The model itself is as it was.
+    assert all(x.dtype == torch.float32 for x in predictor.model.parameters())
+
+
+def test_too_large_a_difference_is_an_error(predictor, tmp_path):
+    with pytest.raises(ParityError, match="NOT 1e-09"):
+        traced(predictor, tmp_path, precision="bf16", tolerance=1e-9)
+
+
+def test_description_is_enough(predictor, tmp_path):
+    path = traced(predictor, tmp_path)
+    content = json.loads((tmp_path / "model.ts.json").read_text())
+    assert content["class_names"] == ["a", "b", "c"]
+    assert content["pixel_mean"] == predictor.cfg.MODEL.PIXEL_MEAN
+    assert [output["name"] for output in content["outputs"]] == ["pred_logits", "pred_masks"]
+    (tmp_path / "model.ts.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"model.ts.json cannot be read"):
+        load_exported(path)
+    (tmp_path / "model.ts.json").unlink()
+    with pytest.raises(FileNotFoundError, match=r"model.ts.json does not exist"):
+        load_exported(path)
+
+
+def test_damaged_file(predictor, tmp_path):
+    path = traced(predictor, tmp_path)
+    (tmp_path / "model.ts").write_bytes(b"no archive")
+    with pytest.raises(ValueError, match="cannot be loaded as torchscript"):
+        load_exported(path)
+
+
+def test_model_for_evaluation(predictor, tmp_path):
+    path = traced(predictor, tmp_path)
+    cfg = predictor.cfg.clone()
+    image = torch.randint(0, 256, (3, 64, 96)).float()
+    exported = build_exported_model(path, cfg)
+    with torch.no_grad():
+        own, live = exported([{"image": image}])[0], predictor.model([{"image": image}])[0]
+    assert torch.equal(own["panoptic_seg"][0], live["panoptic_seg"][0])
+    with pytest.raises(ValueError, match="cannot be trained"):
+        exported.train()
+    cfg.INPUT.FORMAT = "BGR"
+    with pytest.raises(ValueError, match="INPUT.FORMAT RGB, but the config has BGR"):
+        build_exported_model(path, cfg)
+    cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES = 4
+    with pytest.raises(ValueError, match="predicts 3 classes, but"):
+        build_exported_model(path, cfg)
+
+
+@pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"format": "tflite"}, "format is 'tflite'; allowed: torch, aoti, onnx, torchscript"),
+        ({"format": "onnx", "op": "custom"}, "do not have this project's op"),
+        ({"format": "onnx", "opset": 16}, "opset is 16; it must be at least 17"),
+        ({"format": "onnx", "precision": "bf16"}, "onnxruntime lacks"),
+        ({"format": "torch", "precision": "int8"}, "int8 is for format onnx"),
+        ({"format": "torchscript"}, "traced for one image size: give a size"),
+        ({"batch": 0}, "batch is 0"),
+    ],
+)
+def test_options_are_checked(options, text):
+    with pytest.raises(ValueError, match=text):
+        ExportOptions(**options)
+
+
+def test_what_cannot_be_exported(predictor, tmp_path):
+    options = ExportOptions(format="torchscript", size=(64, 100))
+    with pytest.raises(ValueError, match=r"size is 64x100, but .* multiples of 32"):
+        export_model(predictor, tmp_path / "model.ts", options)
+    with pytest.raises(ValueError, match=r"does not end in .onnx"):
+        export_model(predictor, tmp_path / "model.ts", ExportOptions(format="onnx"))
+    predictor.model = torch.nn.Identity()
+    with pytest.raises(ValueError, match="a Identity cannot be exported: only"):
+        export_model(predictor, tmp_path / "model.pt2", ExportOptions())
+
+
+def test_size_rule():
+    rule = SizeRule(divisor=32, smallest=64, largest=256)
+    rule.check((7, 3, 64, 256))
+    with pytest.raises(ValueError, match="height is 65, but .* multiples of 32 from 64 to 256"):
+        rule.check((1, 3, 65, 64))
+    with pytest.raises(ValueError, match="width is 288"):
+        rule.check((1, 3, 64, 288))
+    fixed = SizeRule(32, 32, 256, (64, 96), 2)
+    with pytest.raises(ValueError, match="traced for batches of 2 and 64 x 96 pixels only"):
+        fixed.check((1, 3, 64, 96))
+
+
+def test_differences_of_large_logits_are_relative():
+    assert Difference((1, 64, 64), "pred_masks", 9e-5, 0.5).is_within(1e-4)
+    assert not Difference((1, 64, 64), "pred_masks", 2e-4, 0.5).is_within(1e-4)
+    assert Difference((1, 64, 64), "pred_masks", 2e-4, 50.0).is_within(1e-4)
