@@ -21,6 +21,7 @@ from torch import nn
 
 from .checkpoint import Mask2FormerCheckpointer
 from .data.evaluator_types import builders_of
+from .earlier_files import earlier_files_of, is_of_this_run
 from .ema import EMA, uses_ema
 from .evaluation.expected_results import RESULT_NAMES
 from .utils.files import atomic_write, explained_read_errors, load_torch
@@ -104,7 +105,7 @@ class BestModel(hooks.BestCheckpointer):
         The run was killed after writing it, and the iterations since the checkpoint run again.
         """
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
-        if not os.path.isfile(path):
+        if not is_of_this_run(path, earlier_files_of(self.trainer)):
             return
         with explained_read_errors(path):
             file = load_torch(path)
@@ -196,7 +197,7 @@ class BestModel(hooks.BestCheckpointer):
             json.dump({"metric": self._val_metric, "values": self._values}, file, indent=1)
 
     def _read_record(self) -> None:
-        if not os.path.isfile(self._record_path):
+        if not is_of_this_run(self._record_path, earlier_files_of(self.trainer)):
             return
         with open(self._record_path) as file:
             try:
