@@ -20,6 +20,7 @@ from detectron2.utils import comm
 from torch import nn
 
 from .data.evaluator_types import builders_of
+from .earlier_files import earlier_files_of, is_of_this_run
 from .ema import EMA, uses_ema
 from .evaluation.expected_results import RESULT_NAMES
 from .inference.saving import ModelFolderCheckpointer
@@ -105,7 +106,7 @@ class BestModel(hooks.BestCheckpointer):
         The run was killed after writing it, and the iterations since the checkpoint run again.
         """
         path = os.path.join(self._checkpointer.save_dir, f"{self._file_prefix}.pth")
-        if not os.path.isfile(path):
+        if not is_of_this_run(path, earlier_files_of(self.trainer)):
             return
         with explained_read_errors(path):
             file = load_torch(path)
@@ -197,7 +198,7 @@ class BestModel(hooks.BestCheckpointer):
             json.dump({"metric": self._val_metric, "values": self._values}, file, indent=1)
 
     def _read_record(self) -> None:
-        if not os.path.isfile(self._record_path):
+        if not is_of_this_run(self._record_path, earlier_files_of(self.trainer)):
             return
         with open(self._record_path) as file:
             try:

@@ -12,6 +12,7 @@ from detectron2.engine.train_loop import HookBase, TrainerBase
 from detectron2.utils import comm
 
 from .best_checkpoint import BestModel, EarlyStop
+from .earlier_files import METRICS, earlier_files_of, first_byte_of_this_run
 from .ema import WeightAverage
 from .fast.checkpointing import has_room, set_checkpointing
 from .non_finite import NonFiniteWatch
@@ -87,7 +88,7 @@ def finish_iteration(trainer: TrainerBase) -> None:
         trainer: with `start_iter` from 1 to `max_iter`.
     """
     done = trainer.start_iter - 1
-    is_written = comm.is_main_process() and _last_written(trainer.cfg.OUTPUT_DIR) >= done
+    is_written = comm.is_main_process() and _last_written(trainer) >= done
     is_written = any(comm.all_gather(is_written))
     trainer.iter = trainer.storage.iter = done
     for hook in trainer._hooks:
@@ -116,7 +117,7 @@ def _restore(
         smoothing_hint: whether writers smooth them.
     """
     storage = trainer.storage
-    last_written = _last_written(trainer.cfg.OUTPUT_DIR) if metrics else -1
+    last_written = _last_written(trainer) if metrics else -1
     for name, values in metrics.items():
         for value, iteration in values:
             storage.put_scalar(name, value, smoothing_hint, cur_iter=iteration)
@@ -125,12 +126,13 @@ def _restore(
             del storage.latest()[name]
 
 
-def _last_written(output_dir: str) -> int:
-    """The last iteration in metrics.json, or -1. A writer has written all until then."""
-    path = os.path.join(output_dir, "metrics.json")
-    if not output_dir or not os.path.exists(path):
+def _last_written(trainer: TrainerBase) -> int:
+    """This run's last iteration in metrics.json, or -1. A writer has written all until then."""
+    path = os.path.join(trainer.cfg.OUTPUT_DIR, METRICS)
+    if not trainer.cfg.OUTPUT_DIR or not os.path.exists(path):
         return -1
     with open(path) as file:
+        file.seek(first_byte_of_this_run(path, earlier_files_of(trainer)))
         return max(_iterations(file), default=-1)
 
 

@@ -43,6 +43,7 @@ from .data.loader import (
     evaluates_tiles,
     has_fixed_size,
 )
+from .earlier_files import EarlierFiles, check_earlier_files, find_earlier_files
 from .ema import WeightAverage
 from .evaluation import build_evaluator, write_results
 from .evaluation.expected_results import check_expected_results
@@ -91,9 +92,11 @@ class Trainer(DefaultTrainer, StopsEarly):
         seed: of the run: the config's SEED, or drawn once, logged and saved in checkpoints.
         evaluated_iter: `iter` at the last evaluation in this process, if SOLVER.EMA or
             TEST.BEST_METRIC is on; -1: none yet.
+        earlier_files: what this run has found in OUTPUT_DIR and must not take for its own.
     """
 
     evaluated_iter = -1
+    earlier_files: EarlierFiles = {}
 
     def __init__(self, cfg: CfgNode, *, delay_metrics: bool | None = None) -> None:
         """
@@ -241,6 +244,8 @@ class Trainer(DefaultTrainer, StopsEarly):
             )
 
     def before_train(self) -> None:
+        if self.start_iter == 0:
+            self.earlier_files = find_earlier_files(self.cfg.OUTPUT_DIR)
         super().before_train()
         if 0 < self.max_iter <= self.start_iter:
             self._save_final()
@@ -375,7 +380,7 @@ class Trainer(DefaultTrainer, StopsEarly):
     def state_dict(self) -> dict[str, Any]:
         self._flush()
         own = {"seed": self.seed, "solver": solver_settings(self.cfg)}
-        return super().state_dict() | own
+        return super().state_dict() | own | {"earlier_files": self.earlier_files}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         check_trainer_state(self, state_dict)
@@ -384,6 +389,7 @@ class Trainer(DefaultTrainer, StopsEarly):
         super().load_state_dict(state_dict)
         # Checkpoints of other trainers have no settings.
         configured.use(state_dict.get("solver"))
+        self.earlier_files = check_earlier_files(state_dict.get("earlier_files", {}))
         if hasattr(self.scheduler, "max_iters"):
             # WarmupPolyLR restores its end as well, and fails beyond it.
             self.scheduler.max_iters = self.max_iter

@@ -16,6 +16,7 @@ from detectron2.solver.lr_scheduler import LRMultiplier
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from .earlier_files import check_earlier_files
 from .optimizer import IMPLEMENTATION
 from .utils.plain_values import describe
 
@@ -63,6 +64,7 @@ def check_trainer_state(trainer: DefaultTrainer, state: Any) -> None:
     for name, value in solver.items():
         if not isinstance(name, str) or not all(map(_is_plain, _as_list(value))):
             raise ValueError(f"trainer.solver.{name!s:.80} is {describe(value)}, not a setting.")
+    check_earlier_files(state.get("earlier_files", {}))
     hooks = state.get("hooks", {})
     _require_dict(hooks, "trainer.hooks")
     for name, value in hooks.items():

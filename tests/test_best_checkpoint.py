@@ -21,6 +21,7 @@ from mask2former.hooks import READING_PERIODS
 NAN = math.nan
 OPTIONS = ("DATASETS.TEST", "('toy_train',)", "TEST.EVAL_PERIOD", "5", "SEED", "3")
 OPTIONS += ("TEST.BEST_METRIC", "sem_seg/mIoU", "SOLVER.MAX_ITER", "30")
+PATIENCE = ("TEST.EARLY_STOPPING_PATIENCE", "2")
 # By the iteration of the evaluation; the one after training is stored under the number behind.
 VALUES = {4: 1.0, 9: 3.0, 14: 3.0, 19: NAN, 24: 2.0, 30: 2.5}
 
@@ -232,6 +233,23 @@ def test_file_of_another_run_is_replaced(tmp_path, plan, resume):
     assert (file["iteration"], file["value"]) == ((14, 0.0) if resume else (4, 1.0))
 
 
+@pytest.mark.parametrize(("kill", "period"), [("first evaluation", "5"), ("before it", "3")])
+def test_resumed_run_takes_up_nothing_of_an_earlier_one(tmp_path, plan, kill, period):
+    """Which has the same folder, and has finished: neither its rows, nor its best."""
+    plan({4: 50.0, 9: 60.0, 14: 40.0, 19: 30.0, 24: 20.0, 30: 10.0})
+    train(tmp_path)
+    values = {4: 1.0, 9: 2.0, 14: 3.0, 19: 4.0, 24: 5.0, 30: 6.0}
+    options = ("SOLVER.CHECKPOINT_PERIOD", period, *PATIENCE)
+    plan(values, kill_at=4 if kill == "first evaluation" else None)
+    train(tmp_path, *options, kill=Kill(before=4 if kill == "before it" else -1))
+    plan(values)
+    trainer = train(tmp_path, *options, resume=True)
+    assert trainer.iter == 30 and best_of(trainer).best_iter == 29
+    assert torch.load(tmp_path / "model_best.pth")["value"] == 6.0
+    record = json.loads((tmp_path / "model_best.json").read_text())
+    assert record["values"] == {"4": 1.0, "9": 2.0, "14": 3.0, "19": 4.0, "24": 5.0, "29": 6.0}
+
+
 def test_unknown_metric(tmp_path):
     options = ("TEST.BEST_METRIC", "sem_seg/mIoO")
     with pytest.raises(ValueError, match=r"'sem_seg/mIoO', .* 'sem_seg/fwIoU', 'sem_seg/mIoU'"):
@@ -260,8 +278,6 @@ def test_weights_of_the_average(tmp_path):
 
 
 # ---- early stopping ----
-
-PATIENCE = ("TEST.EARLY_STOPPING_PATIENCE", "2")
 
 
 def evaluation(output_dir):

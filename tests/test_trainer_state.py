@@ -66,6 +66,8 @@ BAD = [
     (("solver",), {"SOLVER.BASE_LR": LAUGHS}, r"trainer\.solver\.SOLVER\.BASE_LR is a list"),
     (("seed",), "x", r"trainer\.seed is 'x'"),
     (("seed",), -3, r"trainer\.seed is -3"),
+    (("earlier_files",), {"log.txt": (1, 2)}, r"trainer\.earlier_files has 'log.txt'"),
+    (("earlier_files",), {"metrics.json": (-1, 2)}, r"allowed: size and time of metrics.json,"),
     (("_trainer",), Remove, r"trainer\._trainer is a NoneType, not a dict"),
     (("_trainer",), [1], r"trainer\._trainer is a list"),
     (("_trainer", "iteration"), None, r"trainer\._trainer\.iteration is None"),

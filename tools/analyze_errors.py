@@ -5,8 +5,8 @@
 
 RUN is an OUTPUT_DIR with the files that an evaluation writes to its folder inference. Writes to
 --output (default: RUN's error_analysis): error_analysis.md and .png; of instances also the ranked
-label_errors.json and .csv, objects that confident predictions contradict, and a picture of the
-first ones.
+label_errors_DATASET_segm.json and .csv, objects that confident predictions contradict, and a
+picture of the first ones.
 
 Instances: TIDE, average precision gained at IoU 0.5 if a kind of error were fixed. Segments of
 panoptic segmentation: this project's own analogue, PQ gained if the errors of a kind did not count.
@@ -66,7 +66,7 @@ def mask_part(
     args: argparse.Namespace, folder: str, evaluated: dict[str, Any]
 ) -> tuple[list[str], list[tuple[str, float]]]:
     """Analyse instances; return Markdown and the bars of the plot."""
-    gt, results = read_masks(folder, evaluated, args.gt)
+    gt, results, _ = read_masks(folder, evaluated, args.gt)
     errors = analyze_masks(gt, results, args.min_score)
     parts = [
         f"AP50 is {errors.ap50:.2f}. Errors by TIDE, and the AP50 gained if a kind were fixed:",
@@ -76,9 +76,10 @@ def mask_part(
         f"Most confused classes (scores from {args.min_score}, IoU > 0.5):",
         table(errors.confusions[:_NUM_CONFUSIONS]),
     ]
-    write_candidates(args.output, gt, errors.candidates)
+    name = result_file("label_errors", evaluated["dataset"], "segm")
+    write_candidates(os.path.join(args.output, name), gt, errors.candidates)
     parts.append(
-        f"Label-error candidates: {len(errors.candidates)}, ranked in label_errors.csv. A "
+        f"Label-error candidates: {len(errors.candidates)}, ranked in {name}.csv. A "
         "prediction with a high score contradicts them: check before changing anything."
     )
     shown = errors.candidates[: args.num_pictures]
@@ -86,8 +87,8 @@ def mask_part(
         image_root = args.images or evaluated.get("image_root") or ""
         first = os.path.join(image_root, gt.imgs[shown[0]["image_id"]].get("file_name", ""))
         if args.images or os.path.isfile(first):
-            draw_candidates(os.path.join(args.output, "label_errors.png"), gt, shown, image_root)
-            parts.append("![Ground truth in green, prediction in red](label_errors.png)")
+            draw_candidates(os.path.join(args.output, f"{name}.png"), gt, shown, image_root)
+            parts.append(f"![Ground truth in green, prediction in red]({name}.png)")
         else:
             print(f"note: label errors are not drawn: {first} is missing, see --images")
     return parts, [(row["kind"], row["dAP"]) for row in errors.kinds]

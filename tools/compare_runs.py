@@ -68,20 +68,28 @@ def compare_folders(args: argparse.Namespace) -> dict[tuple[str, str], Compariso
         FileNotFoundError, ValueError: naming the folder or file.
     """
     names = [folders(args.a), folders(args.b)]
-    runs = [[run_statistics(name, args.gt) for name in side] for side in names]
     flat_names = [name for side in names for name in side]
-    flat = [run for side in runs for run in side]
+    flat = []
+    problems: dict[tuple[str, str], str] = {}
+    for name in flat_names:
+        statistics, wrong = run_statistics(name, args.gt)
+        flat.append(statistics)
+        problems = wrong | problems
+    runs = [flat[: len(names[0])], flat[len(names[0]) :]]
     shared = [key for key in flat[0] if all(key in run for run in flat)]
-    every = list(dict.fromkeys(key for run in flat for key in run))
+    every = list(dict.fromkeys([*(key for run in flat for key in run), *problems]))
     if not shared:
         lines = [
             f"  {name}: {', '.join(f'{task} on {dataset}' for dataset, task in run) or 'nothing'}"
             for name, run in zip(flat_names, flat, strict=True)
         ]
-        raise ValueError("The runs have no evaluation in common:\n" + "\n".join(lines))
+        raise ValueError(
+            "\n".join(["The runs have no evaluation in common:", *lines, *problems.values()])
+        )
     for dataset, task in every:
         if (dataset, task) not in shared:
-            print(f"note: {task} on {dataset} is left out: not all runs evaluated it")
+            reason = problems.get((dataset, task), "not all runs evaluated it")
+            print(f"note: {task} on {dataset} is left out: {reason}")
     for key in shared:
         check_same_test_set([run[key] for run in flat], flat_names)
     results = {}

@@ -36,7 +36,7 @@ def result_file(kind: str, dataset: str, task: str) -> str:
     """Return the name, without extension, of a file of an evaluation.
 
     Args:
-        kind: "per_class" or "per_image".
+        kind: such as "per_class" or "per_image".
         dataset: registered name; several test sets may share a folder.
         task: "panoptic_seg", "segm" or "sem_seg".
     """
@@ -128,6 +128,7 @@ def write_class_table(
     *,
     gt_file: str | None = None,
     image_root: str | None = None,
+    results_file: str | None = None,
 ) -> None:
     """Write per_class_DATASET_TASK.{json,md} atomically and log the table, or its extremes.
 
@@ -136,8 +137,8 @@ def write_class_table(
         dataset: registered name.
         task: "panoptic_seg", "segm" or "sem_seg".
         rows: "id", "class", metrics in percent and counts; the first metric ranks them in the log.
-        gt_file, image_root: the annotation file and the folder of the images, noted in the JSON for
-            tools that read them later.
+        gt_file, image_root, results_file: the annotation file, the folder of the images and the
+            name of the file of predictions, noted in the JSON for tools that read them later.
 
     Raises:
         WriteError: a file cannot be written.
@@ -150,6 +151,7 @@ def write_class_table(
             "task": task,
             "gt_file": gt_file,
             "image_root": image_root,
+            "results_file": results_file,
             "classes": [
                 {
                     key: None if isinstance(value, float) and math.isnan(value) else value

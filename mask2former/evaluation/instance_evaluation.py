@@ -9,7 +9,7 @@ from detectron2.evaluation import COCOEvaluator, coco_evaluation
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
-from .class_tables import mask_rows, write_class_table
+from .class_tables import mask_rows, result_file, write_class_table
 from .ground_truth import read_coco
 from .mask_ap import evaluate_masks
 from .mask_encoding import EncodesMasks
@@ -65,11 +65,17 @@ class InstanceSegEvaluator(EncodesMasks, WritesPredictions, COCOEvaluator):
                 for result in prediction["instances"]:
                     result["category_id"] = self._dataset_id(result["category_id"])
         results = list(itertools.chain(*(prediction["instances"] for prediction in predictions)))
-        self.write_predictions("coco_instances_results.json", results)
+        # Several test sets share the folder; other programs know Detectron2's name.
+        self.write_predictions(self._results_file, results)
+        self.link_predictions(self._results_file, "coco_instances_results.json")
         if self._evaluates_compiled and self._tasks is not None and set(self._tasks) == {"segm"}:
             self._eval_masks(results, img_ids)
         else:
             super()._eval_predictions(predictions, img_ids)
+
+    @property
+    def _results_file(self) -> str:
+        return f"{result_file('results', self._metadata.name, 'segm')}.json"
 
     def _eval_masks(self, results: list[dict], img_ids: list[int] | None) -> None:
         """Do what the base class does for masks, with `evaluate_masks`."""
@@ -96,8 +102,15 @@ class InstanceSegEvaluator(EncodesMasks, WritesPredictions, COCOEvaluator):
             rows = mask_rows(self._coco_api, coco_eval, self._metadata.thing_classes, images)
             name = self._metadata.name
             metadata = MetadataCatalog.get(name)
-            files = {"gt_file": metadata.json_file, "image_root": metadata.get("image_root")}
-            write_class_table(self._folder, name, "segm", rows, **files)
+            write_class_table(
+                self._folder,
+                name,
+                "segm",
+                rows,
+                gt_file=metadata.json_file,
+                image_root=metadata.get("image_root"),
+                results_file=self._results_file,
+            )
         names = [*(f"AR{limit}" for limit in self._max_dets_per_image), "ARs", "ARm", "ARl"]
         stats = [-1.0] * len(names) if coco_eval is None else coco_eval.stats[6:12]
         recalls = {

@@ -37,11 +37,11 @@ _CROP_SIZE, _MARGIN, _CAPTION = 300, 0.4, 40
 _COLUMNS_OF_SHEET = 4
 
 
-def write_candidates(folder: str, gt: COCO, candidates: Sequence[dict[str, Any]]) -> None:
-    """Write label_errors.json and label_errors.csv atomically.
+def write_candidates(stem: str, gt: COCO, candidates: Sequence[dict[str, Any]]) -> None:
+    """Write a JSON and a CSV file atomically.
 
     Args:
-        folder: an existing folder.
+        stem: their path without extension.
         gt: with the file names of the images.
         candidates: of `analyze_masks`.
 
@@ -55,9 +55,9 @@ def write_candidates(folder: str, gt: COCO, candidates: Sequence[dict[str, Any]]
         }
         for c in candidates
     ]
-    with atomic_write(os.path.join(folder, "label_errors.json")) as file:
+    with atomic_write(f"{stem}.json") as file:
         json.dump(rows, file, indent=1)
-    with atomic_write(os.path.join(folder, "label_errors.csv")) as file:
+    with atomic_write(f"{stem}.csv") as file:
         writer = csv.DictWriter(file, _COLUMNS)
         writer.writeheader()
         writer.writerows(rows)

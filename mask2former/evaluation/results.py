@@ -15,7 +15,7 @@ import torch
 from detectron2.evaluation import DatasetEvaluator
 from tabulate import tabulate
 
-from ..utils.files import atomic_write, explained_write_errors, make_folder
+from ..utils.files import atomic_link, atomic_write, explained_write_errors, make_folder
 
 # Per-class metrics such as "AP-cat". One metric has a hyphen in its own name.
 _CLASS_METRIC = re.compile(r"(min\(IoU, B-Iou\)|[^-]+)-(.+)")
@@ -81,6 +81,15 @@ class WritesPredictions(DatasetEvaluator):
                 file.write(json.dumps(content).encode())
             else:
                 torch.save(content, file)
+
+    def link_predictions(self, name: str, alias: str) -> None:
+        """Give a file that `write_predictions` has written a second name, which needs no space.
+
+        Raises:
+            WriteError: the file cannot be written.
+        """
+        if self._folder:
+            atomic_link(os.path.join(self._folder, name), os.path.join(self._folder, alias))
 
     def _eval_box_proposals(self, predictions: list[dict]) -> None:
         """Of Detectron2's classes for instances."""

@@ -13,7 +13,7 @@ from .ground_truth import read_coco
 from .image_statistics import ImageStatistics, read_statistics
 from .mask_statistics import match_masks, read_results
 
-RESULTS_FILE = "coco_instances_results.json"
+_RESULTS_FILE = "coco_instances_results.json"
 # Folders of a run that evaluations write to.
 _FOLDERS = ("", "inference", "inference_TTA")
 # Percent points by which AP, recomputed, may differ from the evaluation.
@@ -62,43 +62,56 @@ def class_tables(folder: str) -> dict[tuple[str, str], dict[str, Any]]:
     return {(table["dataset"], table["task"]): table for table in tables}
 
 
-def run_statistics(run: str, gt_file: str | None = None) -> dict[tuple[str, str], ImageStatistics]:
+def run_statistics(
+    run: str, gt_file: str | None = None
+) -> tuple[dict[tuple[str, str], ImageStatistics], dict[tuple[str, str], str]]:
     """Read what each image contributes to the metrics of a run, by data set and task.
 
     Args:
         run: OUTPUT_DIR of a run, or a folder in it.
         gt_file: COCO JSON of the instances; default: the one that the evaluation read.
 
+    Returns:
+        Statistics, and what is wrong with the files of instances that cannot be used.
+
     Raises:
-        FileNotFoundError: a file is missing.
-        ValueError: a file is damaged, or belongs to another evaluation.
+        FileNotFoundError: another file is missing.
+        ValueError: another file is damaged, or belongs to another evaluation.
     """
     folder = evaluation_folder(run)
     found: dict[tuple[str, str], ImageStatistics] = {}
+    problems: dict[tuple[str, str], str] = {}
     for path in sorted(glob.glob(os.path.join(glob.escape(folder), "per_image_*.json"))):
         dataset, task, statistics = read_statistics(path)
         found[dataset, task] = statistics
-    for (dataset, task), table in class_tables(folder).items():
-        if task == "segm":
-            found[dataset, task] = _mask_statistics(folder, table, gt_file)
-    return found
+    for key, table in class_tables(folder).items():
+        if table["task"] == "segm":
+            try:
+                _, _, found[key] = read_masks(folder, table, gt_file)
+            except (FileNotFoundError, ValueError) as error:
+                problems[key] = str(error)
+    return found, problems
 
 
 def read_masks(
     folder: str, table: dict[str, Any], gt_file: str | None
-) -> tuple[Any, list[dict[str, Any]]]:
-    """Read ground truth and predicted instances of an evaluation.
+) -> tuple[Any, list[dict[str, Any]], ImageStatistics]:
+    """Read ground truth and predicted instances of an evaluation, and check them by its table.
 
     Args:
         folder: of the evaluation.
         table: content of its per_class file.
         gt_file: replaces the annotation file noted there.
 
+    Returns:
+        `COCO`, results, and what each image contributes to the metrics.
+
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file is damaged.
+        ValueError: a file is damaged, or belongs to another evaluation.
     """
-    results_file = os.path.join(folder, RESULTS_FILE)
+    # Evaluations of earlier versions noted no name.
+    results_file = os.path.join(folder, table.get("results_file") or _RESULTS_FILE)
     if not os.path.isfile(results_file):
         raise FileNotFoundError(f"{results_file} is missing: evaluate again.")
     gt_file = gt_file or table["gt_file"]
@@ -107,12 +120,7 @@ def read_masks(
             f"{gt_file}, the annotations that {folder} was evaluated with, is missing: name it "
             "with --gt."
         )
-    return read_coco(gt_file), read_results(results_file)
-
-
-def _mask_statistics(folder: str, table: dict[str, Any], gt_file: str | None) -> ImageStatistics:
-    gt, results = read_masks(folder, table, gt_file)
-    results_file = os.path.join(folder, RESULTS_FILE)
+    gt, results = read_coco(gt_file), read_results(results_file)
     try:
         statistics = match_masks(gt, results)
     except ValueError as error:
@@ -120,8 +128,8 @@ def _mask_statistics(folder: str, table: dict[str, Any], gt_file: str | None) ->
     recorded = [row["gt"] for row in table["classes"]]
     if statistics.gt_counts().sum(0).tolist() != recorded:
         raise ValueError(
-            f"{gt_file or table['gt_file']} does not have the {sum(recorded)} objects that "
-            f"{folder} was evaluated with: name the right annotations with --gt."
+            f"{gt_file} does not have the {sum(recorded)} objects that {folder} was evaluated "
+            f"with for {table['dataset']}: name the right annotations with --gt."
         )
     once = np.ones((1, len(statistics.image_ids)), dtype=np.int64)
     ap = float(statistics.scores(once)[0]["AP"][0])
@@ -130,6 +138,6 @@ def _mask_statistics(folder: str, table: dict[str, Any], gt_file: str | None) ->
     if abs(ap - evaluated) > _TOLERANCE:
         raise ValueError(
             f"{results_file} has AP {ap:.2f}, but its evaluation had {evaluated:.2f}: the file is "
-            "of another evaluation, such as that of another test set. Evaluate again."
+            "of another evaluation. Evaluate again."
         )
-    return statistics
+    return gt, results, statistics

@@ -8,6 +8,7 @@ import errno
 import os
 import pickle
 import re
+import shutil
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -141,6 +142,32 @@ def atomic_write(path: str, mode: str = "w") -> Iterator[IO]:
             with suppress(OSError):
                 os.unlink(temporary)
             raise
+
+
+def atomic_link(source: str, path: str) -> None:
+    """Give a file a second name, as a hard link, or a copy where the file system has none.
+
+    Args:
+        source: an existing file.
+        path: its second name; an existing file is replaced.
+
+    Raises:
+        WriteError: the file cannot be written. An existing one is as it was.
+    """
+    temporary = _temporary(path)
+    with explained_write_errors(path):
+        try:
+            with suppress(FileNotFoundError):
+                os.unlink(temporary)
+            try:
+                os.link(source, temporary)
+            except OSError:
+                shutil.copyfile(source, temporary)
+            os.replace(temporary, path)
+        finally:
+            # Left after an error, and if `path` was a link to the same file already.
+            with suppress(OSError):
+                os.unlink(temporary)
 
 
 def make_folder(path: str) -> None:

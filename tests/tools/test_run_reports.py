@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from detectron2.config import CfgNode
-from detectron2.data import MetadataCatalog
+from detectron2.data import DatasetCatalog, MetadataCatalog
 from evaluation import random_scenes as scenes
 from load_script import load_script
 from PIL import Image
@@ -21,11 +21,17 @@ analyze_errors = load_script("tools/analyze_errors.py")
 compare_runs = load_script("tools/compare_runs.py")
 
 
-def evaluate(records, predictions, output_dir):
+LABELS = f"label_errors_{NAME}_segm"
+RESULTS = f"results_{NAME}_segm.json"
+OTHER = "scenes/other"
+LAST, FIXED = "results_scenes_other_segm.json", "coco_instances_results.json"
+
+
+def evaluate(records, predictions, output_dir, name=NAME):
     cfg = CfgNode({"OUTPUT_DIR": str(output_dir), "MODEL": {"MASK_FORMER": {"TEST": {}}}})
     for task in ("PANOPTIC_ON", "INSTANCE_ON", "SEMANTIC_ON"):
         cfg.MODEL.MASK_FORMER.TEST[task] = True
-    evaluator = build_evaluator(cfg, NAME)
+    evaluator = build_evaluator(cfg, name)
     evaluator.reset()
     for record in records:
         outputs = scenes.outputs_of(predictions[record["image_id"]], NAME)
@@ -129,7 +135,7 @@ def _moved_gt(run):
 
 
 def _other_results(run):
-    path = run / "inference" / "coco_instances_results.json"
+    path = run / "inference" / RESULTS
     path.write_text(json.dumps(json.loads(path.read_text())[::3]))
 
 
@@ -144,9 +150,6 @@ def _one_image_less(run):
     [
         (shutil.rmtree, "is not a folder"),
         (lambda run: shutil.rmtree(run / "inference"), "has no per_class_"),
-        (_without("coco_instances_results.json"), "coco_instances_results.json is missing"),
-        (_moved_gt, "/nowhere/gt.json"),
-        (_other_results, "is of another evaluation"),
         (_one_image_less, "7 images and"),
     ],
 )
@@ -156,6 +159,61 @@ def test_incomplete_runs_are_refused(folder, tmp_path, change, message):
     change(tmp_path / "b")
     with pytest.raises(SystemExit, match=message):
         compare_runs.main([str(folder / "a"), str(tmp_path / "b"), "--resamples", "100"])
+
+
+BROKEN_MASKS = [
+    (_without(RESULTS), f"{RESULTS} is missing"),
+    (_moved_gt, "/nowhere/gt.json"),
+    (_other_results, "is of another evaluation"),
+]
+
+
+@pytest.mark.parametrize("change, message", BROKEN_MASKS)
+def test_task_with_broken_files_is_left_out(folder, tmp_path, change, message, capsys):
+    folder, _ = folder
+    shutil.copytree(folder / "b", tmp_path / "b")
+    change(tmp_path / "b")
+    compare_runs.main([str(folder / "a"), str(tmp_path / "b"), "--resamples", "100"])
+    printed = capsys.readouterr().out
+    (note,) = [line for line in printed.splitlines() if line.startswith("note: ")]
+    assert f"segm on {NAME} is left out: " in note and message in note
+    assert "PQ by" in printed and "mIoU shown" in printed and "in AP" not in printed
+    # Nor are errors counted of other results than those of the table.
+    with pytest.raises(SystemExit, match=message):
+        analyze_errors.main([str(tmp_path / "b"), "--output", str(tmp_path / "report")])
+
+
+@pytest.fixture
+def two_test_sets(folder, tmp_path):
+    """A run with two test sets of instances, of which the second one has one prediction each."""
+    folder, _ = folder
+    metadata = {k: v for k, v in MetadataCatalog.get(NAME).as_dict().items() if k != "name"}
+    MetadataCatalog.get(OTHER).set(**metadata)
+    predictions = torch.load(folder / "predictions.pt")
+    records = DatasetCatalog.get(NAME)
+    DatasetCatalog.register(OTHER, lambda: records)
+    results = {NAME: evaluate(records, predictions, tmp_path / "run")}
+    for prediction in predictions.values():
+        for key in ("scores", "classes", "masks"):
+            prediction[key] = prediction[key][:1]
+    results[OTHER] = evaluate(records, predictions, tmp_path / "run", OTHER)
+    yield tmp_path / "run", results
+    for catalog in (DatasetCatalog, MetadataCatalog):
+        catalog.remove(OTHER)
+
+
+def test_two_test_sets_keep_their_instances(two_test_sets, tmp_path, capsys):
+    run, results = two_test_sets
+    contents = [(run / "inference" / name).read_bytes() for name in (RESULTS, LAST, FIXED)]
+    assert contents[0] != contents[1] == contents[2]
+    analyze_errors.main([str(run), "--output", str(tmp_path / "report")])
+    page = (tmp_path / "report" / "error_analysis.md").read_text()
+    for name in (NAME, OTHER):
+        part = page.partition(f"## {name}, segm")[2].partition("\n## ")[0]
+        assert f"AP50 is {results[name]['segm']['AP50']:.2f}." in part
+        assert (tmp_path / "report" / f"label_errors_{name.replace('/', '_')}_segm.csv").is_file()
+    compare_runs.main([str(run), str(shutil.copytree(run, tmp_path / "b")), "--resamples", "100"])
+    assert "note" not in capsys.readouterr().out.partition("report")[2].partition("# Comp")[0]
 
 
 def test_run_named_twice(folder):
@@ -169,15 +227,15 @@ def test_error_analysis(folder, tmp_path):
     output = tmp_path / "report"
     analyze_errors.main([str(folder / "b"), "--output", str(output)])
     page = (output / "error_analysis.md").read_text()
-    for text in ("by TIDE", "this project", "by pixels", "label_errors.png", "wrong class"):
+    for text in ("by TIDE", "this project", "by pixels", f"{LABELS}.png", "wrong class"):
         assert text in page
-    with (output / "label_errors.csv").open() as file:
+    with (output / f"{LABELS}.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert rows == sorted(rows, key=lambda row: -float(row["rank"]))
     wrong = [row for row in rows if row["kind"] == "wrong class"]
     # Classes of even images were changed.
     assert wrong and {int(row["image_id"]) % 2 for row in wrong[:2]} == {0}
-    for name in ("label_errors.png", "error_analysis.png"):
+    for name in (f"{LABELS}.png", "error_analysis.png"):
         assert Image.open(output / name).size[0] > 200
     missing = tmp_path / "none"
     with pytest.raises(SystemExit, match="--images"):

@@ -15,6 +15,7 @@ from torch import nn
 
 from mask2former.utils.files import (
     WriteError,
+    atomic_link,
     atomic_write,
     explained_read_errors,
     explained_write_errors,
@@ -283,3 +284,21 @@ def test_files_of_a_big_endian_machine(tmp_path):
             )
             file.writestr(name, swapped or content)
     assert load_torch(str(path))["w"].tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_second_name_of_a_file(tmp_path, monkeypatch, has_links):
+    def refuse(source, path):
+        raise PermissionError(1, "Operation not permitted", path)
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    source, path = tmp_path / "source", tmp_path / "path"
+    path.write_text("old")
+    source.write_text("new")
+    for _ in range(2):
+        atomic_link(str(source), str(path))
+        assert path.read_text() == "new" and os.path.samefile(source, path) == has_links
+    assert sorted(tmp_path.iterdir()) == [path, source]
+    with pytest.raises(WriteError, match="nowhere"):
+        atomic_link(str(source), str(tmp_path / "nowhere" / "path"))

@@ -10,8 +10,11 @@ from torch import Tensor
 
 from mask2former.utils.files import load_torch
 
-# Metrics that measure the machine.
-_MACHINE = frozenset({"time", "data_time", "rank_data_time", "eta_seconds", "max_mem"})
+# Metrics that measure the machine, and what stood in the folder before: a run that is killed before
+# its first checkpoint starts anew beside its own files.
+_MACHINE = frozenset(
+    {"time", "data_time", "rank_data_time", "eta_seconds", "max_mem", "earlier_files"}
+)
 _MAX_SHOWN = 5
 
 
