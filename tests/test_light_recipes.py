@@ -15,11 +15,20 @@ from mask2former.train_step import Step
 ROOT = Path(__file__).parents[1]
 CONFIGS = ROOT / "configs"
 FOLDER = "coco/panoptic-segmentation/light"
-# Recipe → depth of the ResNet, pixel decoder and its encoder layers.
+# Recipe → depth of the ResNet, pixel decoder and its encoder layers, size of training images.
 RECIPES = {
-    "maskformer2_R50_fpn_bs16_50ep.yaml": (50, "BasePixelDecoder", 0),
-    "maskformer2_R50_msdeformattn_bs16_50ep.yaml": (50, "MSDeformAttnPixelDecoder", 3),
-    "maskformer2_R18_fpn_bs16_50ep.yaml": (18, "BasePixelDecoder", 0),
+    "maskformer2_R50_fpn_bs16_50ep.yaml": (50, "BasePixelDecoder", 0, 1024),
+    "maskformer2_R50_msdeformattn_bs16_50ep.yaml": (50, "MSDeformAttnPixelDecoder", 3, 1024),
+    "maskformer2_R18_fpn_bs16_50ep.yaml": (18, "BasePixelDecoder", 0, 1024),
+    "maskformer2_R18_fpn_640_bs16_50ep.yaml": (18, "BasePixelDecoder", 0, 640),
+}
+SHAPES = CONFIGS / "shapes/panoptic-segmentation"
+# Of the quickstart recipe: decoder layers and queries, pixel decoder, image size.
+SHAPES_RECIPES = {
+    "maskformer2_R18_9layers.yaml": (9, 30, "MSDeformAttnPixelDecoder", 128),
+    "maskformer2_R18_quickstart.yaml": (3, 30, "MSDeformAttnPixelDecoder", 128),
+    "light/maskformer2_R18_fpn.yaml": (3, 15, "BasePixelDecoder", 128),
+    "light/maskformer2_R18_fpn_96.yaml": (1, 15, "BasePixelDecoder", 96),
 }
 SMALL = {
     "MODEL.DEVICE": "cpu",
@@ -53,13 +62,36 @@ def test_differences_from_the_full_recipe(recipe, caplog):
     cfg = load_config(str(CONFIGS / FOLDER / recipe))
     assert "not read" not in caplog.text
     full = load_config(str(CONFIGS / FOLDER / "../maskformer2_R50_bs16_50ep.yaml"))
-    depth, pixel_decoder, num_layers = RECIPES[recipe]
+    depth, pixel_decoder, num_layers, size = RECIPES[recipe]
     head, decoder = full.MODEL.SEM_SEG_HEAD, full.MODEL.MASK_FORMER
     head.PIXEL_DECODER_NAME, head.TRANSFORMER_ENC_LAYERS = pixel_decoder, num_layers
     decoder.NUM_OBJECT_QUERIES, decoder.DEC_LAYERS, decoder.DIM_FEEDFORWARD = 50, 4, 1024
     if depth == 18:
         full.MODEL.WEIGHTS = "R-18.pkl"
         full.MODEL.RESNETS.DEPTH, full.MODEL.RESNETS.RES2_OUT_CHANNELS = 18, 64
+    if size == 640:
+        full.INPUT.IMAGE_SIZE, full.INPUT.MIN_SIZE_TEST, full.INPUT.MAX_SIZE_TEST = 640, 512, 853
+    assert leaves(cfg) == leaves(full)
+
+
+def test_every_recipe_of_shapes_is_known():
+    files = {str(path.relative_to(SHAPES)) for path in SHAPES.rglob("*.yaml")}
+    assert files == {*SHAPES_RECIPES}
+
+
+@pytest.mark.parametrize("recipe", SHAPES_RECIPES)
+def test_differences_from_the_quickstart(recipe):
+    opts = ["MODEL.DEVICE", "cpu"]
+    cfg = load_config(str(SHAPES / recipe), opts)
+    full = load_config(str(SHAPES / "maskformer2_R18_quickstart.yaml"), opts)
+    num_layers, num_queries, pixel_decoder, size = SHAPES_RECIPES[recipe]
+    full.MODEL.MASK_FORMER.DEC_LAYERS = num_layers + 1
+    full.MODEL.MASK_FORMER.NUM_OBJECT_QUERIES = num_queries
+    if pixel_decoder == "BasePixelDecoder":
+        full.MODEL.SEM_SEG_HEAD.PIXEL_DECODER_NAME = pixel_decoder
+        full.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 0
+    if size == 96:
+        full.INPUT.IMAGE_SIZE, full.INPUT.MIN_SIZE_TEST, full.INPUT.MAX_SIZE_TEST = 96, 96, 144
     assert leaves(cfg) == leaves(full)
 
 

@@ -367,7 +367,7 @@ def test_every_program_has_a_command() -> None:
     programs = load_script("mask2former_command.py").PROGRAMS.values()
     named = {Path(arguments[0]).name for arguments, _ in programs}
     # Of the development of this project, what `env` runs, and what the original release has.
-    others = {"ablation_page.py", "gpu_check.py", "setup_env.py"}
+    others = {"ablation_page.py", "ablation_speed.py", "gpu_check.py", "setup_env.py"}
     others |= {"evaluate_pq_for_semantic_segmentation.py"}
     assert {path.name for path in (ROOT / "tools").glob("*.py")} - named == others
 

@@ -40,7 +40,8 @@ parentheses. Parameters and multiply-adds are those of the row's own config, for
 COCO images resized to its test size, with the masks of every layer and without the sampling of
 deformable attention, as the paper counts them.
 Latency is that of one image, post-processing included: the mean over the first images of the test
-set, each the fastest of several rounds in which the rows took turns.
+set, each the fastest of several rounds in which the rows took turns; on a CPU, CPU time on one
+thread.
 Memory is the peak of the training process: of the GPU, or on a CPU all of its memory."""
 _ABLATION_NOTE = """\
 The paper's scores in tables 4 and 5 are AP of instance models and PQ of panoptic models on COCO,

@@ -65,7 +65,8 @@ def measure(trained: list[tuple[Row, Run]]) -> list[dict[str, float]]:
     """Latency of inference on the first images of the test set, one at a time.
 
     Rows take turns, so that a machine that is busy for a while slows down all of them, and the
-    fastest of the rounds counts for each image.
+    fastest of the rounds counts for each image. On a CPU it is the CPU time on one thread, which
+    does not include waiting for other programs.
 
     Args:
         trained: rows and their finished trainings; timed in this process, on the MODEL.DEVICE of
@@ -83,10 +84,13 @@ def measure(trained: list[tuple[Row, Run]]) -> list[dict[str, float]]:
         models.append(model)
         inputs.append(_first_images(cfg))
     best = [[float("inf")] * len(images) for images in inputs]
+    num_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     for _ in range(NUM_ROUNDS):
         for model, images, times in zip(models, inputs, best, strict=True):
             for i, image in enumerate(images):
                 times[i] = min(times[i], _seconds(model, image))
+    torch.set_num_threads(num_threads)
     results = []
     for model, images, times in zip(models, inputs, best, strict=True):
         latency = 1000 * statistics.mean(times)
@@ -104,13 +108,14 @@ def _first_images(cfg: CfgNode) -> list[list[dict[str, Any]]]:
 
 @torch.inference_mode()
 def _seconds(model: Any, batch: list[dict[str, Any]]) -> float:
-    is_gpu = model.device.type == "cuda"
-    if is_gpu:
-        torch.cuda.synchronize(model.device)
+    if model.device.type != "cuda":
+        start = time.thread_time()
+        model(batch)
+        return time.thread_time() - start
+    torch.cuda.synchronize(model.device)
     start = time.perf_counter()
     model(batch)
-    if is_gpu:
-        torch.cuda.synchronize(model.device)
+    torch.cuda.synchronize(model.device)
     return time.perf_counter() - start
 
 

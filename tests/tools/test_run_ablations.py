@@ -41,6 +41,7 @@ BASES = {
 
 tool = load_script("tools/run_ablations.py")
 page = sys.modules["ablation_page"]
+speed = sys.modules["ablation_speed"]
 TABLES = tool.read_tables(CONFIGS / "ablations/paper.yaml")
 
 
@@ -294,10 +295,75 @@ def test_two_tables_of_one_training(tmp_path, monkeypatch, capsys):
 
     programs.Popen = programs.run = lambda *_, **__: pytest.fail("started a program")
     call()
+    # Latency, with settings of inference: thresholds that keep one query and all.
+    (run,) = tool.plan(
+        tool.choose(TABLES, ["4a"], ["Mask2Former"]), tool.parse_args(["4a", *common])
+    ).values()
+    key = "MODEL.MASK_FORMER.TEST.PRUNE_QUERIES"
+    rows = [
+        page.Row("row", "", "", None, {}, {f"{key}_AFTER": 1, f"{key}_THRESHOLD": x})
+        for x in (1.0, 0.0)
+    ]
+    whole, pruned = tool.measure([(row, run) for row in rows])
+    assert whole["queries"] == 30 >= pruned["queries"] >= 1
+    assert whole["relative"] == 1 and whole["latency"] > 0
+    assert pruned["relative"] == pytest.approx(pruned["latency"] / whole["latency"])
     # Another table with a row without differences reuses the run.
     tool.main(["4b", "--rows", "Mask2Former", *common])
     with pytest.raises(SystemExit, match="different SOLVER.BASE_LR: delete that folder"):
         call("SOLVER.BASE_LR", "0.1")
+
+
+def test_speed_rows_share_a_training(tmp_path):
+    """Settings of inference are no training of their own; `--base` is not read."""
+    rows = ["nine layers", "nine layers, pruned after 3 above 0.9", "three layers"]
+    args = tool.parse_args(["speed", "--output", str(tmp_path), "--base", "missing.yaml"])
+    runs = tool.plan(tool.choose(TABLES, ["speed"], rows), args)
+    whole, pruned, three = runs.values()
+    assert whole == pruned != three
+    layers = [
+        load_config(str(r.config), r.opts).MODEL.MASK_FORMER.DEC_LAYERS for r in runs.values()
+    ]
+    assert layers == [10, 10, 4]
+    row = {row.name: row for row in TABLES["speed"].rows}[rows[1]]
+    test = load_config(str(pruned.config), tool.test_opts(row, pruned)).MODEL.MASK_FORMER.TEST
+    assert (test.PRUNE_QUERIES_AFTER, test.PRUNE_QUERIES_THRESHOLD) == (3, 0.9)
+
+
+def test_speed_rows_on_the_page(tmp_path):
+    """Settings of inference change the latency, not the parameters of the row without them."""
+    whole = page.Row("whole", "a.yaml", "", None, {})
+    table = page.Table(
+        "speed", "speed", "Title", [whole, whole._replace(name="cut", test={"A": 1})]
+    )
+    sizes = {
+        "a.yaml": {"params": 2.0, "queries": 30.0, "latency": 40.0, "relative": 1.0},
+        "a.yaml cut": {"queries": 12.25, "latency": 34.0, "relative": 0.85},
+    }
+    text = page.write_page(tmp_path, [table], {}, sizes, "base.yaml").read_text()
+    cells = [
+        [x.strip() for x in line.split("|")[1:-1]] for line in text.splitlines() if "|" in line
+    ]
+    assert cells[0] == ["row", "params (M)", "queries left", "latency (ms)", "latency, relative"]
+    assert cells[2:] == [
+        ["whole", "2.0", "30.0", "40.0", "1.00"],
+        ["cut", "", "12.2", "34.0", "0.85"],
+    ]
+
+
+def test_evaluation_with_settings_is_not_repeated(tmp_path, monkeypatch):
+    commands = []
+    monkeypatch.setattr(speed.subprocess, "run", lambda command, **_: commands.append(command))
+    run = tool.Run("name", tmp_path / "a.yaml", tmp_path, ["SEED", "1"])
+    row = page.Row("cut after 1", "a.yaml", "", None, {}, {"KEY": 1})
+    folder = tmp_path / "test/cut_after_1"
+    folder.mkdir(parents=True)
+    assert tool.evaluate(row, run, 0) == tool.evaluate(row, run, 0) == folder
+    assert len(commands) == 1 and "--eval-only" in commands[0]
+    opts = ["SEED", "1", "KEY", "1", "OUTPUT_DIR", str(folder), "MODEL.WEIGHTS"]
+    assert commands[0][-8:] == [*opts, str(tmp_path / "model_final.pth")]
+    tool.evaluate(row._replace(test={"KEY": 2}), run, 0)
+    assert len(commands) == 2
 
 
 def test_an_interrupt_starts_no_further_training(tmp_path, monkeypatch):
