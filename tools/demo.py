@@ -173,6 +173,8 @@ def predict_images(args: argparse.Namespace) -> None:
         tasks[0],
         read_filter(args),
         batch_size=args.batch_size,
+        tile_size=args.tile_size,
+        overlap=args.overlap,
         confidence_threshold=args.confidence_threshold,
     )
     folders = {target.parent for target in planned.values()}
@@ -286,6 +288,8 @@ def predict_frames(
         show=lambda title, drawing: show(title, drawing, wait=False),
         kept=read_filter(args),
         max_frames=args.max_frames,
+        tile_size=args.tile_size,
+        overlap=args.overlap,
     )
     for task, number in numbers.items():
         print(f"wrote {number} frames to {targets[task]}")
@@ -326,6 +330,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="minimum score of the instances drawn (default: 0.5); --min-score is for all outputs",
     )
     parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument(
+        "--tile-size", type=int, metavar="N", help="predict in tiles of N x N pixels: large images"
+    )
+    parser.add_argument(
+        "--overlap", type=int, metavar="N", help="of tiles (default: a quarter of them)"
+    )
     parser.add_argument(
         "--max-frames", type=int, metavar="N", help="stop a video or camera after N frames"
     )
@@ -375,9 +385,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 def _wrong_combination(args: argparse.Namespace) -> str | None:
     if not 0 <= args.confidence_threshold <= 1:
         return f"--confidence-threshold is {args.confidence_threshold}, not in 0 to 1"
-    for name in ("batch_size", "max_frames"):
+    for name in ("batch_size", "max_frames", "tile_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             return f"--{name.replace('_', '-')} is {getattr(args, name)}, not 1 or more"
+    if args.overlap is not None:
+        if args.tile_size is None:
+            return "--overlap is of tiles: add --tile-size"
+        if not 0 <= args.overlap <= args.tile_size // 2:
+            return f"--overlap is {args.overlap}, not 0 to half of --tile-size"
     is_folder = args.output is not None and args.output.suffix.lower() != ".png"
     if args.input is None and (args.save or args.html is not None):
         return "--save and --html are for --input"

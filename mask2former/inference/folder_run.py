@@ -38,6 +38,8 @@ class FolderRun:
         kept: PredictionFilter,
         *,
         batch_size: int = 1,
+        tile_size: int | None = None,
+        overlap: int | None = None,
         confidence_threshold: float = 0.5,
     ) -> None:
         """
@@ -45,12 +47,14 @@ class FolderRun:
             predictor: of the model.
             task: of the report.
             kept: what to keep of each result.
-            batch_size: images to predict at once.
+            batch_size: images, or tiles, to predict at once.
+            tile_size, overlap: of `Predictor.predict`.
             confidence_threshold: of instances, where the report's score filter stands at first.
         """
         self.failed: dict[Path, str] = {}
         self._predictor, self._task, self._filter = predictor, task, kept
         self._batch_size, self._threshold = batch_size, confidence_threshold
+        self._tile_size, self._overlap = tile_size, overlap
         # Before the first image: a class that is not one of the model's is an error.
         kept.apply(Result((1, 1), predictor.class_names))
         self._gt: GroundTruth | None = None
@@ -159,7 +163,8 @@ class FolderRun:
             WriteError: a file cannot be written.
         """
         counts = Counter(image.path.name for image in images)
-        size = self._batch_size
+        # Batches are of the tiles of one image, if there are tiles.
+        size = self._batch_size if self._tile_size is None else 1
         with tqdm(total=len(images), desc="images", unit="image") as progress:
             for start in range(0, len(images), size):
                 batch = images[start : start + size]
@@ -177,7 +182,12 @@ class FolderRun:
     def _predict(self, batch: Sequence[ImageFile]) -> list[Result | str]:
         try:
             return self._predictor.predict(
-                [str(image.path) for image in batch], batch_size=len(batch), filter=self._filter
+                [str(image.path) for image in batch],
+                batch_size=self._batch_size,
+                filter=self._filter,
+                tile_size=self._tile_size,
+                overlap=self._overlap,
+                progress=self._tile_size is not None,
             )
         # Such as a damaged file, or too little memory for this image; the others may fit.
         except (OSError, ValueError, RuntimeError, MemoryError) as error:

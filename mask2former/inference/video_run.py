@@ -25,6 +25,8 @@ def predict_video(
     show: Callable[[str, np.ndarray], bool],
     kept: PredictionFilter | None = None,
     max_frames: int | None = None,
+    tile_size: int | None = None,
+    overlap: int | None = None,
 ) -> dict[str, int]:
     """Predict frame by frame.
 
@@ -39,6 +41,7 @@ def predict_video(
         show: (title, drawing) → whether to go on.
         kept: what to keep of each result.
         max_frames: stop after so many frames.
+        tile_size, overlap: of `Predictor.predict`.
 
     Returns:
         Task → number of frames written.
@@ -58,7 +61,7 @@ def predict_video(
         clock = _recording_clock(reader.fps) if is_camera else itertools.repeat(1)
         try:
             for frame in tqdm(frames, total=total, desc=Path(reader.name).name, unit="frame"):
-                result = predictor.predict(frame, filter=kept)
+                result = predictor.predict(frame, filter=kept, tile_size=tile_size, overlap=overlap)
                 repeats = next(clock)
                 for task in tasks:
                     drawing = draw(result, task)

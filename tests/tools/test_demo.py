@@ -301,6 +301,25 @@ def test_wrong_values(opts, images, tmp_path, monkeypatch, arguments, message):
     assert not list(tmp_path.glob("*.html")) and not list(tmp_path.glob("out/*"))
 
 
+def test_tiles(opts, images, clip, tmp_path, monkeypatch):
+    """Of images and videos; one of 60 x 40 pixels in four tiles of 32."""
+    model = demo.Predictor.outputs
+    seen = []
+    monkeypatch.setattr(
+        demo.Predictor,
+        "outputs",
+        lambda self, batch, *a, **k: (
+            seen.append([x.shape for x in batch]) or model(self, batch, *a, **k)
+        ),
+    )
+    tiles = ["--tile-size", 32, "--overlap", 4, "--batch-size", 4]
+    run(opts, "--input", images / "a.jpg", "--output", tmp_path / "a.png", *tiles)
+    assert size(tmp_path / "a.png") == (60, 40)
+    assert seen == [[(32, 32, 3)] * 4]
+    run(opts, "--video-input", clip, "--output", tmp_path / "b.mp4", "--max-frames", 1, *tiles)
+    assert (tmp_path / "b.mp4").is_file() and len(seen) > 1
+
+
 def test_windows_need_an_opencv_with_windows(opts, images, capsys):
     if can_show_windows():
         pytest.skip("this OpenCV has windows, and may not have a display")
