@@ -23,7 +23,7 @@ from .data.evaluator_types import builders_of
 from .earlier_files import earlier_files_of, is_of_this_run
 from .ema import EMA, uses_ema
 from .evaluation.expected_results import RESULT_NAMES
-from .inference.saving import ModelFolderCheckpointer
+from .model_folder_checkpoint import ModelFolderCheckpointer
 from .utils.files import atomic_write, explained_read_errors, load_torch
 from .utils.plain_values import describe
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from .inference.model_file import save_model_folder
-from .inference.saving import training_metadata
+from .model_folder_checkpoint import training_metadata
 from .utils.files import atomic_write
 from .utils.misc import unwrapped
 from .utils.plain_values import describe

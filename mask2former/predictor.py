@@ -27,16 +27,16 @@ from .checkpoint import Mask2FormerCheckpointer
 from .config import ExtendConfig
 from .config_checks import check_config, check_once, check_parts
 from .data.augmentations import ResizeShortestEdge
+from .data.class_labels import class_names_of
 from .data.formats.bands import as_colours, image_format_of
 from .data.formats.images import read_image
 from .data.formats.windows import from_array, open_image
 from .fast.setup import apply_config
-from .inference.classes import class_names_of
 from .inference.filters import PredictionFilter
-from .inference.images import KINDS, ChannelOrder, InputImage, is_single, read_input
+from .inference.input_images import KINDS, ChannelOrder, InputImage, is_single, read_input
 from .inference.pretrained import find_pretrained
 from .inference.result import Result
-from .inference.tiles import predict_tiled
+from .inference.tiles import predict_in_tiles
 from .preflight import check_device
 
 # Batches after which an image no longer waits for others of its size.
@@ -111,7 +111,8 @@ class Predictor(DefaultPredictor):
             path: a folder that training wrote, OUTPUT_DIR/model_final or model_best; OUTPUT_DIR
                 itself, for the best of them; a checkpoint with its config.yaml beside it; or a
                 Mask2Former of the transformers package. See `inference/pretrained.py`.
-            device: such as "cuda" or "cpu"; default: the GPU if there is one.
+            device: such as "cuda" or "cpu"; default: MODEL.DEVICE of `opts`, else a GPU if there
+                is one.
             opts: overrides of the config, `KEY1 VALUE1 KEY2 VALUE2 ...`, such as
                 `("INPUT.MIN_SIZE_TEST", 640)`.
             extend_config: adds config keys of another project in place, see `load_config`.
@@ -123,7 +124,8 @@ class Predictor(DefaultPredictor):
         """
         saved = find_pretrained(os.path.expanduser(os.fspath(path)), opts, extend_config)
         cfg = saved.cfg
-        cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
+        if device is not None or "MODEL.DEVICE" not in opts[::2]:
+            cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_once(cfg, "config", check_config)
         check_once(cfg, "device", check_device)
         check_once(cfg, "parts", check_parts)
@@ -218,6 +220,7 @@ class Predictor(DefaultPredictor):
         Raises:
             FileNotFoundError, ValueError: an image cannot be read; names the image.
         """
+        _check_batch_size(batch_size)
         if filter is not None:
             filter.check(self.class_names)  # before the first image
         options: dict[str, Any] = {"filter": filter, "keep_image": keep_image, "order": order}
@@ -249,8 +252,7 @@ class Predictor(DefaultPredictor):
             sources = [sources]
         if not isinstance(sources, Iterable):
             raise ValueError(f"{type(sources).__name__} is no image; allowed: {KINDS}, or several")
-        if not isinstance(batch_size, int) or batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
+        _check_batch_size(batch_size)
         if filter is not None:
             filter.check(self.class_names)  # before the first image
         return self._stream(sources, batch_size, filter, keep_image, order)
@@ -306,24 +308,24 @@ class Predictor(DefaultPredictor):
         order: ChannelOrder,
         **options: Any,
     ) -> Result:
-        if filter is not None and not filter.min_score_per_class:
+        if filter is not None:
             # Unsure instances of all tiles together may not fit into memory.
-            options["min_score"] = filter.min_score or 0.0
+            options["min_score"] = filter.least_score(self.class_names)
         if isinstance(source, str | os.PathLike):
             name = os.fspath(source)
             with open_image(name, self.image_format) as image:
-                result = predict_tiled(
+                result = predict_in_tiles(
                     self, image, file_name=name, keep_image=keep_image, **options
                 )
         else:
             pixels, name = read_input(source, self.image_format, order)
             image = from_array(pixels)
-            result = predict_tiled(self, image, file_name=name, keep_image=keep_image, **options)
+            result = predict_in_tiles(self, image, file_name=name, keep_image=keep_image, **options)
         return result if filter is None else result.filter(filter)
 
     def outputs(self, images: list[np.ndarray]) -> list[dict[str, Any]]:
-        """The model's outputs for images (H, W, C) of `read`, of one size."""
-        with torch.inference_mode():
+        """The model's outputs for images (H, W, C) of `read`, of one size; segments have scores."""
+        with torch.inference_mode(), _segment_scores(self.model):
             return self.model([self._inputs(image) for image in images])
 
     def _inputs(self, image: np.ndarray) -> dict[str, Any]:
@@ -348,6 +350,11 @@ class Predictor(DefaultPredictor):
                 file_name=image.file_name,
                 image=np.ascontiguousarray(self.colours(image.pixels)) if keep_image else None,
             )
+
+
+def _check_batch_size(batch_size: int) -> None:
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
 
 
 @contextmanager

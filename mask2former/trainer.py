@@ -58,9 +58,9 @@ from .hooks import (
     UnwrittenMetrics,
     finish_iteration,
 )
-from .inference.saving import ModelFolderCheckpointer
-from .inference.tiles import TiledModel
+from .inference.tiled_model import TiledModel
 from .maskformer_model import MaskFormer
+from .model_folder_checkpoint import ModelFolderCheckpointer
 from .modeling.accumulation import check_accumulation, warn_of_batch_statistics
 from .non_finite import NonFiniteWatch, max_skipped
 from .optimizer import build_optimizer, scale_learning_rate

@@ -13,7 +13,7 @@ from mask2former.best_checkpoint import WeightsWriter
 from mask2former.config import without_added_defaults
 from mask2former.inference import InstanceMasks, PredictionFilter
 from mask2former.inference.model_file import save_model_folder
-from mask2former.inference.saving import ModelFolderCheckpointer
+from mask2former.model_folder_checkpoint import ModelFolderCheckpointer
 from mask2former.predictor import Predictor
 from mask2former.weights.transformers import save_transformers_folder
 
@@ -150,6 +150,22 @@ def test_filter_and_scores_of_segments(predictor):
     assert all(segment.keys() == {"id", "isthing", "category_id"} for segment in segments)
 
 
+def test_filter_of_tiles(predictor):
+    """Segments of tiles have scores too."""
+    image = rgb(60, 80)
+    everything = predictor.predict(image, tile_size=32, overlap=8)
+    scores = sorted(segment.score for segment in everything.panoptic.segments)
+    least = PredictionFilter(min_score=(scores[0] + scores[-1]) / 2)
+    result = predictor.predict(image, tile_size=32, overlap=8, filter=least)
+    kept = [s for s in everything.panoptic.segments if s.score >= least.min_score]
+    assert 0 < len(result.panoptic.segments) == len(kept) < len(scores)
+    per_class = PredictionFilter(min_score=1.0, min_score_per_class={"cup": 0.25})
+    assert per_class.least_score(predictor.class_names) == 0.25
+    for source in (image, [image]):
+        with pytest.raises(ValueError, match="batch_size is 0; allowed: whole numbers from 1"):
+            predictor.predict(source, tile_size=32, batch_size=0)
+
+
 def test_boxes_of_instances(predictor, cfg):
     image = rgb()
     assert not predictor(image)["instances"].pred_boxes.tensor.any()
@@ -255,6 +271,16 @@ def test_from_pretrained_finds_what_a_training_wrote(predictor, cfg, tmp_path, c
     coverage = re.findall(r"backbone (\d+) of (\d+), pixel decoder (\d+) of (\d+), ", printed)
     assert len(coverage) == 4
     assert all(x[0] == x[1] and x[2] == x[3] for x in coverage)
+
+
+def test_device_of_the_overrides(predictor, cfg, tmp_path):
+    save_model_folder(predictor.model, cfg, METADATA, tmp_path / "model")
+    with pytest.raises(ValueError, match="MODEL.DEVICE .*cuda:99"):
+        Predictor.from_pretrained(tmp_path / "model", opts=("MODEL.DEVICE", "cuda:99"))
+    cpu = Predictor.from_pretrained(
+        tmp_path / "model", device="cpu", opts=("MODEL.DEVICE", "cuda:99")
+    )
+    assert cpu.cfg.MODEL.DEVICE == "cpu"
 
 
 def test_from_pretrained_without_a_model(tmp_path):

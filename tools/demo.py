@@ -30,14 +30,14 @@ import cv2
 import numpy as np
 import torch
 from detectron2.config import CfgNode
-from PIL import Image
 
+from mask2former.inference.drawing_files import plan_drawings, plan_videos
 from mask2former.inference.filters import PredictionFilter
 from mask2former.inference.folder_results import KINDS, TASK_OF_KIND
 from mask2former.inference.folder_run import FolderRun
-from mask2former.inference.inputs import find_images, stems_of
-from mask2former.inference.outputs import plan_drawings, plan_videos
+from mask2former.inference.image_files import find_images, stems_of
 from mask2former.inference.result import Result
+from mask2former.inference.result_files import write_png
 from mask2former.inference.video import (
     CODECS,
     VideoReader,
@@ -47,7 +47,7 @@ from mask2former.inference.video import (
 from mask2former.inference.video_run import predict_video
 from mask2former.predictor import Predictor
 from mask2former.preflight import load_and_check
-from mask2former.utils.files import WriteError, atomic_write, make_folder, require_writable
+from mask2former.utils.files import WriteError, require_writable
 from mask2former.utils.interrupts import run_program
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import TASKS, enabled_tasks
@@ -104,15 +104,14 @@ def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
 def load_model(name: str, opts: list[str]) -> Predictor:
     """Load a model folder or an exported file; see `load`."""
     path = Path(name).expanduser()
-    device = dict(zip(opts[::2], opts[1::2], strict=False)).get("MODEL.DEVICE")
     if path.suffix.lower() not in _EXPORTED_SUFFIXES:
-        return Predictor.from_pretrained(path, device=device, opts=tuple(opts))
+        return Predictor.from_pretrained(path, opts=opts)
     # Its formats need packages of their own.
     from mask2former.export import load_exported
 
     if set(opts[::2]) - {"MODEL.DEVICE"}:
         raise ValueError(f"{path} is an exported model, of which --opts changes MODEL.DEVICE only")
-    return load_exported(path, **({} if device is None else {"device": device}))
+    return load_exported(path, **({"device": opts[1]} if opts else {}))
 
 
 def _keep_memory_on_cpu(cfg: CfgNode) -> None:
@@ -198,9 +197,7 @@ def predict_images(args: argparse.Namespace) -> None:
                 drawing = draw(result, task, args)
                 target = planned.get((image.path, task))
                 if target is not None:
-                    make_folder(str(target.parent))
-                    with atomic_write(str(target), "wb") as file:
-                        Image.fromarray(drawing).save(file, format="PNG")
+                    write_png(target, drawing)
                     num_drawn += 1
                 elif args.html is None and not show(str(image.name), drawing, wait=True):
                     return
@@ -286,8 +283,9 @@ def predict_frames(
         targets,
         draw=lambda result, task: draw(result, task, args),
         show=lambda title, drawing: show(title, drawing, wait=False),
-        kept=read_filter(args),
+        filter=read_filter(args),
         max_frames=args.max_frames,
+        batch_size=args.batch_size,
         tile_size=args.tile_size,
         overlap=args.overlap,
     )
@@ -306,7 +304,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--config-file", metavar="FILE", help="config of the model")
-    model.add_argument("--model", metavar="PATH", help="model folder or exported file")
+    model.add_argument(
+        "--model",
+        metavar="PATH",
+        help="folder of a training or model, checkpoint, model of transformers, exported file",
+    )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--input", nargs="+", metavar="IMAGE", help="images, folders or globs")
     source.add_argument("--video-input", nargs="+", metavar="VIDEO", help="video files")
@@ -329,7 +331,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.5,
         help="minimum score of the instances drawn (default: 0.5); --min-score is for all outputs",
     )
-    parser.add_argument("--batch-size", type=int, default=1, help="images at once (default: 1)")
+    parser.add_argument(
+        "--batch-size", type=int, default=1, help="images, or tiles, at once (default: 1)"
+    )
     parser.add_argument(
         "--tile-size", type=int, metavar="N", help="predict in tiles of N x N pixels: large images"
     )
@@ -394,6 +398,12 @@ def _wrong_combination(args: argparse.Namespace) -> str | None:
         if not 0 <= args.overlap <= args.tile_size // 2:
             return f"--overlap is {args.overlap}, not 0 to half of --tile-size"
     is_folder = args.output is not None and args.output.suffix.lower() != ".png"
+    if args.input is None and args.tile_size is None and args.batch_size > 1:
+        return "--batch-size is for --input, or of tiles: add --tile-size"
+    if args.input is None and not args.recursive:
+        return "--no-recursive is for the folders of --input"
+    if args.input is not None and args.max_frames is not None:
+        return "--max-frames is for --video-input and --webcam"
     if args.input is None and (args.save or args.html is not None):
         return "--save and --html are for --input"
     if args.save and not is_folder:

@@ -563,7 +563,7 @@ def _without_pixels(record: dict) -> dict:
 def build_test_loader(cfg: CfgNode, dataset_name: str) -> DataLoader:
     """Build the inference loader of this worker, which yields each image once.
 
-    With TEST.TILES its records have no `image`: `inference.tiles.TiledModel` reads them.
+    With TEST.TILES its records have no `image`: `inference.tiled_model.TiledModel` reads them.
 
     Raises:
         ValueError: the data set is unknown or has no images.

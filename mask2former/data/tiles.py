@@ -3,7 +3,7 @@
     records → split_records → one record a tile, with `tile` → mapper reads the tile's window
 
 A record of a tile has the size of the tile. Annotations stay in pixels of the image until a mapper
-cuts them (`tile_annotations`); label maps are read by windows, too.
+cuts them (`record_annotations`); label maps are read by windows, too.
 
 H W pixels of an image, h w pixels of a tile.
 """
@@ -17,6 +17,7 @@ import pycocotools.mask as mask_util
 from detectron2.data import transforms as T
 from detectron2.structures import BoxMode
 
+from ..utils.instance_masks import InstanceMasks
 from ..utils.tile_grid import check_tile_size, tile_grid
 from .formats.images import check_panoptic_mode, read_header, read_image, read_panoptic_png
 from .formats.windows import more_pixels, open_image
@@ -25,7 +26,7 @@ from .lazy_augmentation import apply_polygons
 TILE = "tile"
 
 
-class TileOf(NamedTuple):
+class TileWindow(NamedTuple):
     """The part of an image that a record is about, in pixels."""
 
     y: int
@@ -50,7 +51,7 @@ def split_records(
     Args:
         records: in Detectron2's format, checked.
         tile_size, overlap: see `tile_grid`.
-        drop_empty: drop tiles of records with `annotations` in which no object is. What is in
+        drop_empty: drop tiles without object of records with `annotations`. What is in
             a tile of a label map or panoptic PNG is not known before it is read.
 
     Returns:
@@ -76,7 +77,9 @@ def split_records(
         boxes = _boxes(record.get("annotations", ()))
         for tile in itertools.chain(*grid):
             height, width = tile.size
-            part = TileOf(tile.y.start, tile.x.start, height, width, (int(size[0]), int(size[1])))
+            part = TileWindow(
+                tile.y.start, tile.x.start, height, width, (int(size[0]), int(size[1]))
+            )
             new = record | {TILE: part, "height": height, "width": width}
             if "annotations" in record:
                 inside = _overlapping(boxes, part)
@@ -106,7 +109,7 @@ def _boxes(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
     return boxes
 
 
-def _overlapping(boxes: np.ndarray, tile: TileOf) -> list[int]:
+def _overlapping(boxes: np.ndarray, tile: TileWindow) -> list[int]:
     x0, y0, x1, y1 = boxes.T
     inside = (x0 < tile.x + tile.width) & (x1 > tile.x)
     inside &= (y0 < tile.y + tile.height) & (y1 > tile.y)
@@ -123,7 +126,7 @@ def read_pixels(record: dict[str, Any], file_name: str, image_format: str | None
         FileNotFoundError, ValueError: see `read_image`.
         ValueError: the file has another size than the image that was split.
     """
-    tile: TileOf | None = record.get(TILE)
+    tile: TileWindow | None = record.get(TILE)
     if tile is None:
         return read_image(file_name, image_format)
     with open_image(file_name, image_format) as image:
@@ -150,7 +153,7 @@ def record_annotations(record: dict[str, Any]) -> list[dict[str, Any]]:
     Polygons and masks are cut at the borders of the tile, and those without pixels in it are left
     out. What is malformed stays as it is, for `read_annotations` to refuse.
     """
-    tile: TileOf | None = record.get(TILE)
+    tile: TileWindow | None = record.get(TILE)
     if tile is None:
         return record["annotations"]
     cut = []
@@ -163,16 +166,13 @@ def record_annotations(record: dict[str, Any]) -> list[dict[str, Any]]:
     return cut
 
 
-def _cut(shape: Any, tile: TileOf) -> Any:
+def _cut(shape: Any, tile: TileWindow) -> Any:
     """A segmentation in the tile; None if it has no pixel there."""
     rows, columns = tile.window
     if isinstance(shape, np.ndarray) and shape.shape == tile.image_size:
         mask = shape[rows, columns]
         return mask if mask.any() else None
     if isinstance(shape, dict) and tuple(shape["size"]) == tile.image_size:
-        # Here, because the inference package imports this one.
-        from ..inference.masks import InstanceMasks
-
         masks = InstanceMasks.from_rle([shape])
         (crop,), (x, y) = masks.crops, masks.offsets[0].tolist()
         mask = np.zeros((tile.height, tile.width), dtype=np.uint8)

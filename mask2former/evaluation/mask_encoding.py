@@ -15,7 +15,7 @@ from detectron2.structures import Instances
 from hotcoco import mask as hotcoco_mask
 from torch import Tensor
 
-from ..inference.masks import InstanceMasks
+from ..utils.instance_masks import InstanceMasks
 
 
 def encode_masks(masks: Tensor) -> list[dict[str, Any]]:

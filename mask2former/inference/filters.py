@@ -96,6 +96,11 @@ class PredictionFilter:
             changes["semantic"] = fill_fragments(result.semantic, self.min_fragment)
         return replace(result, **changes)
 
+    def least_score(self, class_names: tuple[str, ...]) -> float:
+        """The lowest score that an instance of any class may have."""
+        thresholds = self._thresholds(class_names)
+        return 0.0 if thresholds is None else float(thresholds.min(initial=1.0))
+
     def _thresholds(self, class_names: tuple[str, ...]) -> np.ndarray | None:
         """The lowest score of each class, (K,) float32."""
         if self.min_score is None and not self.min_score_per_class:

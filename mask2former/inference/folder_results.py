@@ -16,11 +16,10 @@ from typing import Any
 
 import cv2
 import numpy as np
-from panopticapi.utils import id2rgb
-from PIL import Image
 
 from ..utils.files import atomic_write, make_folder
 from .result import Result
+from .result_files import panoptic_png, semantic_png, write_png
 
 KINDS = ("json", "panoptic", "semantic")
 # The task whose predictions each kind has.
@@ -47,7 +46,7 @@ class FolderResults:
             class_names: K names, by label.
             things: labels of things.
             category_ids: label → category id of the files; default: the label itself. Classes
-                without an id are left out.
+                without an id, which the model must not predict, are not listed.
             known_image_ids: of the data set, which no other image gets.
         """
         self._folder = Path(folder)
@@ -56,9 +55,6 @@ class FolderResults:
         self._category_ids = (
             {i: i for i in range(len(class_names))} if category_ids is None else dict(category_ids)
         )
-        # Labels without category id, which no prediction should have, become 0.
-        ids = [self._category_ids.get(label, 0) for label in range(len(class_names))]
-        self._lookup = np.array(ids, np.uint8 if max(ids, default=0) < 2**8 else np.uint16)
         is_thing = set(things)
         self._categories = [
             {"id": self._category_ids[label], "name": name, "isthing": int(label in is_thing)}
@@ -81,6 +77,7 @@ class FolderResults:
             image_id: in the data set; default: a number that is not taken.
 
         Raises:
+            ValueError: a predicted class has no category id.
             WriteError: a PNG cannot be written.
         """
         if image_id is None:
@@ -96,7 +93,7 @@ class FolderResults:
         if "panoptic" in self._kinds:
             assert result.panoptic is not None
             segment_ids = result.panoptic.segment_ids
-            _write_png(self._folder / "panoptic" / png, id2rgb(segment_ids))
+            write_png(self._folder / "panoptic" / png, panoptic_png(result.panoptic))
             # What ground truth has, too: tools that edit panoptic files need it.
             segments = [
                 {"bbox": list(cv2.boundingRect((segment_ids == one["id"]).astype(np.uint8)))}
@@ -108,7 +105,7 @@ class FolderResults:
             self._panoptic.append(content["panoptic"] | annotation)
         if "semantic" in self._kinds:
             assert result.semantic is not None
-            _write_png(self._folder / "semantic" / png, self._lookup[result.semantic])
+            write_png(self._folder / "semantic" / png, semantic_png(result))
 
     def finish(self) -> list[Path]:
         """Write the JSON.
@@ -140,9 +137,3 @@ class FolderResults:
             # `dumps` is much faster than `dump`.
             file.write(json.dumps(content))
         return path
-
-
-def _write_png(path: Path, pixels: np.ndarray) -> None:
-    make_folder(str(path.parent))
-    with atomic_write(str(path), "wb") as file:
-        Image.fromarray(pixels).save(file, format="PNG")

@@ -10,13 +10,13 @@ import numpy as np
 from tqdm import tqdm
 
 from ..data.class_counts import class_names
+from ..data.class_labels import category_ids, colours_of
 from ..data.datasets.colours import class_colours
 from ..predictor import Predictor
-from .classes import category_ids
 from .filters import PredictionFilter
 from .folder_results import FolderResults
 from .html_report import HtmlReport
-from .inputs import ImageFile
+from .image_files import ImageFile
 from .report_objects import UNITS, GroundTruth, predicted_objects
 from .result import Result
 
@@ -35,7 +35,7 @@ class FolderRun:
         self,
         predictor: Predictor,
         task: str,
-        kept: PredictionFilter,
+        filter: PredictionFilter,
         *,
         batch_size: int = 1,
         tile_size: int | None = None,
@@ -46,17 +46,16 @@ class FolderRun:
         Args:
             predictor: of the model.
             task: of the report.
-            kept: what to keep of each result.
+            filter: what to remove of each result.
             batch_size: images, or tiles, to predict at once.
             tile_size, overlap: of `Predictor.predict`.
             confidence_threshold: of instances, where the report's score filter stands at first.
         """
         self.failed: dict[Path, str] = {}
-        self._predictor, self._task, self._filter = predictor, task, kept
+        self._predictor, self._task, self._filter = predictor, task, filter
         self._batch_size, self._threshold = batch_size, confidence_threshold
         self._tile_size, self._overlap = tile_size, overlap
-        # Before the first image: a class that is not one of the model's is an error.
-        kept.apply(Result((1, 1), predictor.class_names))
+        filter.check(predictor.class_names)  # before the first image
         self._gt: GroundTruth | None = None
         self._results: FolderResults | None = None
         self._report: HtmlReport | None = None
@@ -141,11 +140,7 @@ class FolderRun:
 
     def _colours(self) -> Sequence[Sequence[int]]:
         number = len(self._predictor.class_names)
-        for key in ("stuff_colors", "thing_colors"):
-            colours = self._predictor.metadata.get(key) or ()
-            if len(colours) == number:
-                return colours
-        return class_colours(number)
+        return colours_of(self._predictor.metadata, number) or class_colours(number)
 
     def results(
         self, images: Sequence[ImageFile], stems: Sequence[Path]

@@ -82,7 +82,7 @@ class HtmlReport:
         self._classes = list(classes)
         self._colours = [[int(value) for value in colour] for colour in colours]
         self._notes = list(notes)
-        self._longest = next((size for most, size in _SIZES if num_images <= most), _SIZE_OF_MANY)
+        self._longest = next((size for limit, size in _SIZES if num_images <= limit), _SIZE_OF_MANY)
         self._images: list[dict[str, Any]] = []
         self._broken: list[tuple[str, str]] = []
         self._stack = ExitStack()

@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from ..checkpoint_weights import CLASS_WEIGHTS
 from ..config import ExtendConfig, add_maskformer2_config
+from ..data.class_labels import class_names_of
 from ..utils.files import atomic_write, make_folder
 from ..utils.visualization import enabled_tasks
-from .classes import class_names_of
 
 WEIGHTS_FILE, JSON_FILE = "model.safetensors", "model.json"
 # The entry of the header of a safetensors file.

@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from scipy import ndimage
 
-from .masks import InstanceMasks
+from ..utils.instance_masks import InstanceMasks
 
 # Diagonal neighbours belong to the same component.
 _CONNECTIVITY = 8
@@ -45,8 +45,8 @@ def mask_nms(
         sides = np.minimum(boxes[i, 2:], boxes[others, 2:]) - np.maximum(
             boxes[i, :2], boxes[others, :2]
         )
-        most = np.minimum(sides.clip(min=0).prod(1), np.minimum(areas[i], areas[others]))
-        possible = most > max_iou * (areas[i] + areas[others] - most)
+        max_shared = np.minimum(sides.clip(min=0).prod(1), np.minimum(areas[i], areas[others]))
+        possible = max_shared > max_iou * (areas[i] + areas[others] - max_shared)
         for j in others[possible].tolist():
             shared = _intersection(masks, i, j)
             if shared > max_iou * (areas[i] + areas[j] - shared):
@@ -165,10 +165,10 @@ def _neighbours(fragments: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     labels = np.pad(labels.astype(np.int64), 1)
     rows, columns = np.nonzero(fragments > 0)
     numbers = fragments[rows, columns].astype(np.int64)
-    found, votes = [], []
+    free_numbers, votes = [], []
     for down in (0, 1, 2):
         for right in (0, 1, 2):
             is_free = padded[rows + down, columns + right] == 0
-            found.append(numbers[is_free])
+            free_numbers.append(numbers[is_free])
             votes.append(labels[rows[is_free] + down, columns[is_free] + right])
-    return np.concatenate(found), np.concatenate(votes)
+    return np.concatenate(free_numbers), np.concatenate(votes)

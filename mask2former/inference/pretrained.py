@@ -17,8 +17,8 @@ from detectron2.data import Metadata, MetadataCatalog
 from torch import Tensor
 
 from ..config import ExtendConfig, load_config
+from ..data.class_labels import class_names_of
 from ..weights.transformers import is_transformers_folder, load_transformers_folder
-from .classes import class_names_of
 from .model_file import (
     WEIGHTS_FILE,
     is_model_file,

@@ -102,8 +102,8 @@ class GroundTruth:
             path: of the image.
             by_name: False: of the same file only.
         """
-        found = self._by_path.get(os.path.realpath(path))
-        return self._by_name.get(path.name) if found is None and by_name else found
+        record = self._by_path.get(os.path.realpath(path))
+        return self._by_name.get(path.name) if record is None and by_name else record
 
     def image_ids(self) -> list[Any]:
         """Ids of all images that have one."""
@@ -198,10 +198,10 @@ def _classes_of_map(
     return [ReportObject(value, text, shares[value]) for value, text in masks.items()]
 
 
-def _require_size(found: np.ndarray, size: tuple[int, int], file_name: str) -> None:
-    if found.shape[:2] != size:
+def _require_size(array: np.ndarray, size: tuple[int, int], file_name: str) -> None:
+    if array.shape[:2] != size:
         raise ValueError(
-            f"{file_name} has (height, width) {found.shape[:2]}, but its image has {size}"
+            f"{file_name} has (height, width) {array.shape[:2]}, but its image has {size}"
         )
 
 
@@ -212,13 +212,13 @@ def _map_masks(ids: np.ndarray, values: Sequence[int], target: tuple[int, int]) 
     columns, _ = _sampled(0, size[1], size[1], target[1])
     small = cv2.transpose(ids[rows[:, None], columns].astype(np.int32))  # (w, h)
     sampled = set(np.unique(small).tolist())
-    found = {}
+    masks = {}
     for value in values:
         if value in sampled:
-            found[value] = encode_transposed((small == value).view(np.uint8))["counts"]
+            masks[value] = encode_transposed((small == value).view(np.uint8))["counts"]
         elif (mask := ids == value).any():
-            found[value] = report_mask(mask, (0, 0), size, target)
-    return found
+            masks[value] = report_mask(mask, (0, 0), size, target)
+    return masks
 
 
 def report_mask(

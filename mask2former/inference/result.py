@@ -16,10 +16,10 @@ from detectron2.data import Metadata
 from scipy import ndimage
 from torch import Tensor
 
+from ..data.class_labels import class_names_of
+from ..utils.instance_masks import InstanceMasks
 from ..utils.visualization import TASKS, draw_prediction
-from .classes import class_names_of
 from .filters import PredictionFilter
-from .masks import InstanceMasks
 from .overlaps import count_ids
 from .result_files import drawing_metadata, save, to_coco, to_outputs, to_supervision
 
@@ -310,8 +310,8 @@ class Result:
     @property
     def tasks(self) -> list[str]:
         """The tasks of this result, in the order of `TASKS`."""
-        found = zip(TASKS, (self.panoptic, self.instances, self.semantic), strict=True)
-        return [task for task, value in found if value is not None]
+        values = zip(TASKS, (self.panoptic, self.instances, self.semantic), strict=True)
+        return [task for task, value in values if value is not None]
 
     def __repr__(self) -> str:
         parts = [f"{self.image_size[0]} x {self.image_size[1]} pixels"]

@@ -5,9 +5,8 @@ N instances, H W pixels of the image.
 
 import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,11 +15,11 @@ from detectron2.structures import Instances
 from panopticapi.utils import id2rgb
 from PIL import Image
 
+from ..data.class_labels import category_ids, colours_of
 from ..utils.files import atomic_write, make_folder
-from .classes import category_ids
 
 if TYPE_CHECKING:
-    from .result import Result
+    from .result import PanopticResult, Result
 
 # The ids that three bytes of a panoptic PNG hold.
 _MAX_ID = 256**3
@@ -75,37 +74,46 @@ def save(result: "Result", path: str | os.PathLike, image_id: int | str = 0) -> 
     content = to_coco(result, image_id)
     written: list[Path] = []
 
-    def write(name: str, mode: str, fill: Callable[[IO], None]) -> None:
-        with atomic_write(str(folder / name), mode) as file:
-            fill(file)
-        written.append(folder / name)
-
-    def write_png(name: str, pixels: np.ndarray) -> None:
-        write(name, "wb", lambda file: Image.fromarray(pixels).save(file, format="PNG"))
-
     def write_json(name: str, value: Any) -> None:
-        write(name, "w", lambda file: json.dump(value, file))
+        with atomic_write(str(folder / name)) as file:
+            json.dump(value, file)
+        written.append(folder / name)
 
     if "instances" in content:
         write_json(f"{stem}_instances.json", content["instances"])
-    if "panoptic" in content:
-        ids = result.panoptic.segment_ids
-        if ids.max(initial=0) >= _MAX_ID:
-            raise ValueError(f"segment id {ids.max()} does not fit a panoptic PNG, below {_MAX_ID}")
-        png = f"{stem}_panoptic.png"
-        write_png(png, id2rgb(ids))
-        annotation = content["panoptic"] | {"file_name": png}
+    if result.panoptic is not None:
+        png = folder / f"{stem}_panoptic.png"
+        write_png(png, panoptic_png(result.panoptic))
+        written.append(png)
+        annotation = content["panoptic"] | {"file_name": png.name}
         write_json(f"{stem}_panoptic.json", {"annotations": [annotation]})
     if result.semantic is not None:
-        write_png(f"{stem}_semantic.png", _semantic_png(result))
+        png = folder / f"{stem}_semantic.png"
+        write_png(png, semantic_png(result))
+        written.append(png)
     return written
+
+
+def write_png(path: Path, pixels: np.ndarray) -> None:
+    """Write an image (H, W) or (H, W, 3) atomically, and its folder if missing."""
+    make_folder(str(path.parent))
+    with atomic_write(str(path), "wb") as file:
+        Image.fromarray(pixels).save(file, format="PNG")
+
+
+def panoptic_png(panoptic: "PanopticResult") -> np.ndarray:
+    """The segment ids as colours, uint8 (H, W, 3)."""
+    ids = panoptic.segment_ids
+    if ids.max(initial=0) >= _MAX_ID:
+        raise ValueError(f"segment id {ids.max()} does not fit a panoptic PNG, below {_MAX_ID}")
+    return id2rgb(ids)
 
 
 def _stem(result: "Result") -> str:
     return Path(result.file_name).stem if result.file_name else "prediction"
 
 
-def _semantic_png(result: "Result") -> np.ndarray:
+def semantic_png(result: "Result") -> np.ndarray:
     """(H, W) category ids, uint8 or uint16."""
     ids = _CategoryIds(result)
     labels = np.unique(result.semantic)
@@ -184,8 +192,7 @@ def drawing_metadata(result: "Result") -> Metadata:
     """Metadata for Detectron2's visualizer: names and colours of all classes, by label."""
     names = list(result.class_names)
     known = result.metadata or Metadata()
-    lists = (known.get("stuff_colors"), known.get("thing_colors"))
-    colours = next((x for x in lists if x is not None and len(x) == len(names)), None)
+    colours = colours_of(known, len(names))
     drawn = {"thing_classes": names, "stuff_classes": names}
     if colours is not None:
         drawn |= {"thing_colors": colours, "stuff_colors": colours}

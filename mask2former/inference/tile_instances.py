@@ -195,14 +195,14 @@ class InstanceMerger:
         """
         groups = group_of(len(self._pieces), self._pairs) if self._pieces else np.zeros(0, int)
         sizes = np.bincount(groups)
-        members: dict[int, list[_Piece]] = {}
+        pieces_per_object: dict[int, list[_Piece]] = {}
         for i, (piece, group) in enumerate(zip(self._pieces, groups.tolist(), strict=True)):
             # What was joined with another tile's instance is a part of an object after all.
             if i not in self._dropped or sizes[group] > 1:
-                members.setdefault(group, []).append(piece)
+                pieces_per_object.setdefault(group, []).append(piece)
         scored = [
             (sum(p.score * p.area for p in pieces) / sum(p.area for p in pieces), pieces)
-            for pieces in members.values()
+            for pieces in pieces_per_object.values()
         ]
         # Scores of results are float32: one of 0.3 must reach a threshold of 0.3.
         scored = [item for item in scored if np.float32(item[0]) >= np.float32(min_score)]

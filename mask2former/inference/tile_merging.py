@@ -49,11 +49,13 @@ class _Axis:
     """
 
     def __init__(self, spans: list[Span], overlap: int) -> None:
-        self.half = min(overlap, *(span.last - span.first for span in spans)) // 2
+        self.half = min(overlap, *(span.core_stop - span.core_start for span in spans)) // 2
 
     def used(self, span: Span, is_first: bool, is_last: bool) -> slice:
         """What is used of a tile, in pixels of the image."""
-        return slice(span.first - self.half * (not is_first), span.last + self.half * (not is_last))
+        return slice(
+            span.core_start - self.half * (not is_first), span.core_stop + self.half * (not is_last)
+        )
 
     def weights(self, device: torch.device) -> Tensor:
         """Rising weights within the fade, (2 * half,)."""
@@ -199,8 +201,8 @@ class PanopticMerger:
         np.copyto(covered, ids, where=covered == 0)
         core = self.segment_ids[tile.core]
         own = ids[
-            tile.y.first - tile.y.start : tile.y.last - tile.y.start,
-            tile.x.first - tile.x.start : tile.x.last - tile.x.start,
+            tile.y.core_start - tile.y.start : tile.y.core_stop - tile.y.start,
+            tile.x.core_start - tile.x.start : tile.x.core_stop - tile.x.start,
         ]
         np.copyto(core, own, where=own != 0)
 
@@ -221,8 +223,8 @@ class PanopticMerger:
             np.array([self._segments[i].get("isthing", False) for i in present]) for present in ids
         ]
         overlaps[~is_thing[0]] = overlaps[:, ~is_thing[1]] = 0
-        for found in match_sides(sides[0], sides[1], overlaps):
-            self._pairs += [(int(ids[0][i]), int(ids[1][j])) for i, j in found]
+        for matches in match_sides(sides[0], sides[1], overlaps):
+            self._pairs += [(int(ids[0][i]), int(ids[1][j])) for i, j in matches]
 
     def _side(self, strip: _Strip, ids: np.ndarray, areas: np.ndarray) -> Side:
         classes = [self._segments[i].get("category_id", -1) for i in ids]
@@ -236,7 +238,8 @@ class PanopticMerger:
         """Give joined segments one id, from 1, in `segment_ids`.
 
         Returns:
-            The segments, with `id`, `category_id`, `isthing` and `area` in pixels.
+            The segments, with `id`, `category_id`, `isthing`, `area` in pixels, and `score` if all
+            their parts have one: its mean, for things over pixels.
         """
         groups = group_of(len(self._segments), self._pairs)
         counts = np.zeros(len(groups), dtype=np.int64)
@@ -248,12 +251,12 @@ class PanopticMerger:
         # A group has many ids, which += would count once.
         np.add.at(areas, groups, counts)
         new_ids = np.zeros(len(areas), dtype=np.int32)
-        members: dict[int, list[int]] = {}
+        ids_per_group: dict[int, list[int]] = {}
         for i, group in enumerate(groups.tolist()):
             if i and areas[group]:
-                members.setdefault(group, []).append(i)
+                ids_per_group.setdefault(group, []).append(i)
         segments: list[dict[str, Any]] = []
-        for group, ids in members.items():
+        for group, ids in ids_per_group.items():
             new_ids[group] = len(segments) + 1
             merged = {**self._segments[ids[0]], "id": len(segments) + 1, "area": int(areas[group])}
             scores = [self._segments[i].get("score") for i in ids]

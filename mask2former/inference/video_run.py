@@ -23,8 +23,9 @@ def predict_video(
     *,
     draw: Callable[[Result, str], np.ndarray],
     show: Callable[[str, np.ndarray], bool],
-    kept: PredictionFilter | None = None,
+    filter: PredictionFilter | None = None,
     max_frames: int | None = None,
+    batch_size: int = 1,
     tile_size: int | None = None,
     overlap: int | None = None,
 ) -> dict[str, int]:
@@ -39,9 +40,9 @@ def predict_video(
         targets: task → video to write; without any, frames are shown.
         draw: (result, task) → RGB uint8 (H, W, 3) of the size of the frame.
         show: (title, drawing) → whether to go on.
-        kept: what to keep of each result.
+        filter: what to remove of each result.
         max_frames: stop after so many frames.
-        tile_size, overlap: of `Predictor.predict`.
+        batch_size, tile_size, overlap: of `Predictor.predict`, which batches tiles of a frame.
 
     Returns:
         Task → number of frames written.
@@ -56,12 +57,18 @@ def predict_video(
             task: stack.enter_context(VideoWriter(path, reader.size, reader.fps, audio_from=audio))
             for task, path in targets.items()
         }
-        total = min(filter(None, (reader.num_frames, max_frames)), default=None)
+        total = min((n for n in (reader.num_frames, max_frames) if n), default=None)
         frames = itertools.islice(reader, max_frames)
         clock = _recording_clock(reader.fps) if is_camera else itertools.repeat(1)
         try:
             for frame in tqdm(frames, total=total, desc=Path(reader.name).name, unit="frame"):
-                result = predictor.predict(frame, filter=kept, tile_size=tile_size, overlap=overlap)
+                result = predictor.predict(
+                    frame,
+                    filter=filter,
+                    batch_size=batch_size,
+                    tile_size=tile_size,
+                    overlap=overlap,
+                )
                 repeats = next(clock)
                 for task in tasks:
                     drawing = draw(result, task)

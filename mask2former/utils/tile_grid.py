@@ -18,13 +18,13 @@ class Span(NamedTuple):
 
     Attributes:
         start, stop: what the tile covers.
-        first, last: its core.
+        core_start, core_stop: its core.
     """
 
     start: int
     stop: int
-    first: int
-    last: int
+    core_start: int
+    core_stop: int
 
     @property
     def window(self) -> slice:
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
     @property
     def core(self) -> slice:
-        return slice(self.first, self.last)
+        return slice(self.core_start, self.core_stop)
 
 
 class Tile(NamedTuple):

@@ -1,4 +1,4 @@
-"""Weights from and to other libraries: read under any published name, written for `transformers`.
+"""Weights from and to other libraries: read under the names of each, written for `transformers`.
 
 conversion.py           recognises what a file holds and gives it our names
 coverage.py             how much of each module a file fills

@@ -63,4 +63,4 @@ def coverage_by_module(
 
 def describe_coverage(coverage: dict[str, Coverage]) -> str:
     """One line, such as "backbone 265 of 265, pixel decoder 92 of 92"."""
-    return ", ".join(f"{module} {of_module}" for module, of_module in coverage.items())
+    return ", ".join(f"{module} {counts}" for module, counts in coverage.items())

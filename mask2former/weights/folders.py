@@ -39,8 +39,7 @@ def weights_file(folder: str) -> str:
         if (Path(folder) / name).is_file():
             return str(Path(folder) / name)
     raise ValueError(
-        f"MODEL.WEIGHTS is the folder {folder}, which has none of {', '.join(_FILES)}: name the "
-        "file."
+        f"MODEL.WEIGHTS is the folder {folder}, without any of {', '.join(_FILES)}: name the file."
     )
 
 

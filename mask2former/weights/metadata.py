@@ -8,9 +8,9 @@ from typing import Any
 
 from detectron2.data import Metadata, MetadataCatalog
 
+from ..data.class_labels import class_names_of
 from ..data.datasets.colours import class_colours
 from ..data.evaluator_types import CLASS_LISTS
-from ..inference.classes import class_names_of
 from .transformers_config import OURS, TASKS
 
 _logger = logging.getLogger(__name__)

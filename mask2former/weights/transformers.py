@@ -228,7 +228,7 @@ def save_transformers_folder(
 
 
 def _rename(source: str, target: str) -> None:
-    """Move a folder to its name, aside what is there, which is then deleted."""
+    """Rename a folder; an existing target is moved aside, then deleted."""
     if not os.path.lexists(target):
         os.rename(source, target)
         return

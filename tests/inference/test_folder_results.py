@@ -12,9 +12,9 @@ from panopticapi.utils import rgb2id
 from PIL import Image
 from pycocotools.coco import COCO
 
+from mask2former.data.class_labels import category_ids
 from mask2former.data.datasets.custom_entries import register_entries
 from mask2former.inference import InstanceMasks, InstanceResult, PanopticResult, Result, Segment
-from mask2former.inference.classes import category_ids
 from mask2former.inference.folder_results import FolderResults
 from mask2former.inference.report_objects import GroundTruth, ReportObject, predicted_objects
 

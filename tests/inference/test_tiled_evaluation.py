@@ -13,7 +13,7 @@ from torch import nn
 
 from mask2former.config import add_maskformer2_config
 from mask2former.data import register_panoptic
-from mask2former.inference.tiles import TiledModel
+from mask2former.inference.tiled_model import TiledModel
 from mask2former.predictor import Predictor
 from mask2former.trainer import Trainer
 

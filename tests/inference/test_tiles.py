@@ -6,7 +6,8 @@ import torch
 from tile_scenes import GRASS, SIZE, SKY, ExactModel, make_scene
 
 from mask2former.data.formats.windows import from_array
-from mask2former.inference.tiles import LabelScores, predict_tiles
+from mask2former.inference.tiled_model import LabelScores
+from mask2former.inference.tiles import predict_tiles
 
 
 def run(numbers, classes, tile_size, overlap, model=None, **options):

@@ -277,6 +277,9 @@ def test_not_recursive(opts, tree, tmp_path):
         (["--save", "json"], "--save writes to the folder --output"),
         (["--dataset", "shapes_val", "--output", "out"], "--dataset is for --html and --save"),
         (["--output", "out", "--batch-size", "0"], "--batch-size is 0"),
+        (["--output", "out", "--overlap", "8"], "--overlap is of tiles: add --tile-size"),
+        (["--output", "out", "--tile-size", "32", "--overlap", "17"], "--overlap is 17, not 0 to"),
+        (["--output", "out", "--max-frames", "2"], "--max-frames is for --video-input and"),
     ],
 )
 def test_wrong_combinations(opts, images, capsys, arguments, message):

@@ -26,10 +26,12 @@ def test_one_pixel_left_over():
 @pytest.mark.parametrize("length", [65, 127, 128, 129, 1000])
 def test_cores_cover_the_axis_once_and_neighbours_overlap_enough(length, overlap):
     spans = tile_spans(length, 64, overlap)
-    assert [x for span in spans for x in range(span.first, span.last)] == list(range(length))
+    assert [x for span in spans for x in range(span.core_start, span.core_stop)] == list(
+        range(length)
+    )
     for before, after in zip(spans, spans[1:], strict=False):
         assert before.stop - after.start >= overlap
-    assert all(span.start <= span.first < span.last <= span.stop for span in spans)
+    assert all(span.start <= span.core_start < span.core_stop <= span.stop for span in spans)
 
 
 def test_grid_in_row_order():

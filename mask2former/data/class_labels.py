@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from detectron2.data import Metadata
 
-from ..data.evaluator_types import EVALUATOR_TYPES
+from .evaluator_types import EVALUATOR_TYPES
 
 
 def class_names_of(candidates: Sequence[Metadata], num_classes: int | None) -> tuple[str, ...]:
@@ -32,8 +32,17 @@ def class_names_of(candidates: Sequence[Metadata], num_classes: int | None) -> t
 
 def category_ids(metadata: Metadata | None) -> dict[int, int] | None:
     """Label → category id; None if the data set's category ids are the labels."""
-    found: dict[int, int] = {}
+    ids: dict[int, int] = {}
     for kind in ("stuff", "thing"):
         mapping = metadata and metadata.get(f"{kind}_dataset_id_to_contiguous_id")
-        found |= {label: category for category, label in (mapping or {}).items()}
-    return found or None
+        ids |= {label: category for category, label in (mapping or {}).items()}
+    return ids or None
+
+
+def colours_of(metadata: Metadata, num_classes: int) -> Sequence[Sequence[int]] | None:
+    """RGB of the K classes, by label; None if the metadata has no K colours."""
+    for key in ("stuff_colors", "thing_colors"):
+        colours = metadata.get(key)
+        if colours is not None and len(colours) == num_classes:
+            return colours
+    return None

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .inputs import ImageFile
+from .image_files import ImageFile
 from .video import CODECS, require_container
 
 

@@ -7,8 +7,8 @@ from detectron2.config import CfgNode
 from detectron2.data import Metadata, MetadataCatalog
 from torch import nn
 
-from ..checkpoint import Mask2FormerCheckpointer
-from .model_file import save_model_folder
+from .checkpoint import Mask2FormerCheckpointer
+from .inference.model_file import save_model_folder
 
 
 def training_metadata(cfg: CfgNode) -> Metadata:

@@ -46,16 +46,16 @@ def find_images(
         if path.is_dir():
             # The folder itself may be the one of the outputs.
             others = excluded - {os.path.realpath(path)}
-            found = list(_walk(path, recursive, others))
+            files = list(_walk(path, recursive, others))
         elif path.is_file():
-            found = [ImageFile(path, Path(path.name))]
+            files = [ImageFile(path, Path(path.name))]
         else:
             matches = map(Path, sorted(glob.glob(str(path), recursive=True)))
-            found = [ImageFile(match, Path(match.name)) for match in matches if match.is_file()]
-            found = _with_folders(found)
-        if not found:
+            files = [ImageFile(match, Path(match.name)) for match in matches if match.is_file()]
+            files = _with_folders(files)
+        if not files:
             raise FileNotFoundError(f"--input {pattern}: no image file there")
-        for image in found:
+        for image in files:
             images.setdefault(os.path.abspath(image.path), image)
     return list(images.values())
 

@@ -197,7 +197,7 @@ def _cut(masks: Any) -> Iterator[tuple[np.ndarray, int, int]]:
 
 
 def _extents(rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """Boxes (N, 4) x0 y0 x1 y1 of what `_used` found; all 0 where it found nothing."""
+    """Boxes (N, 4) x0 y0 x1 y1, from the rows and columns that have a pixel; 0 without."""
     if not rows.size or not columns.size:
         return np.zeros((len(rows), 4), np.int64)
     x0, y0 = columns.argmax(1), rows.argmax(1)

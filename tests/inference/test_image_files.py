@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from mask2former.inference.inputs import ImageFile, find_images, stems_of
-from mask2former.inference.outputs import plan_drawings, plan_videos
+from mask2former.inference.drawing_files import plan_drawings, plan_videos
+from mask2former.inference.image_files import ImageFile, find_images, stems_of
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from mask2former.data.formats.images import read_image
-from mask2former.inference.images import is_single, read_input
+from mask2former.inference.input_images import is_single, read_input
 
 # Red, green, blue; black, grey, white.
 RGB = np.array(
