@@ -87,9 +87,9 @@ def measure(trained: list[tuple[Row, Run]]) -> list[dict[str, float]]:
     num_threads = torch.get_num_threads()
     torch.set_num_threads(1)
     for _ in range(NUM_ROUNDS):
-        for model, images, times in zip(models, inputs, best, strict=True):
-            for i, image in enumerate(images):
-                times[i] = min(times[i], _seconds(model, image))
+        for i in range(len(inputs[0])):  # the same image in all rows
+            for model, images, times in zip(models, inputs, best, strict=True):
+                times[i] = min(times[i], _seconds(model, images[i]))
     torch.set_num_threads(num_threads)
     results = []
     for model, images, times in zip(models, inputs, best, strict=True):

@@ -5,6 +5,7 @@ set's files, such as 1 to 90 of COCO.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from detectron2.data import Metadata
 
@@ -39,10 +40,10 @@ def category_ids(metadata: Metadata | None) -> dict[int, int] | None:
     return ids or None
 
 
-def colours_of(metadata: Metadata, num_classes: int) -> Sequence[Sequence[int]] | None:
+def colours_of(metadata: Metadata, num_classes: int) -> list[Any] | None:
     """RGB of the K classes, by label; None if the metadata has no K colours."""
     for key in ("stuff_colors", "thing_colors"):
         colours = metadata.get(key)
         if colours is not None and len(colours) == num_classes:
-            return colours
+            return list(colours)
     return None

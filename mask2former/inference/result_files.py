@@ -193,7 +193,7 @@ def drawing_metadata(result: "Result") -> Metadata:
     names = list(result.class_names)
     known = result.metadata or Metadata()
     colours = colours_of(known, len(names))
-    drawn = {"thing_classes": names, "stuff_classes": names}
+    drawn: dict[str, list] = {"thing_classes": names, "stuff_classes": names}
     if colours is not None:
         drawn |= {"thing_colors": colours, "stuff_colors": colours}
     return Metadata(name="drawn", **drawn)

@@ -8,10 +8,10 @@ Shape letters: B batch, Q queries, N queries that are left, C hidden channels, M
 L locations.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 KEY = "MODEL.MASK_FORMER.TEST.PRUNE_QUERIES"
 
@@ -60,7 +60,7 @@ class QueryPruning(NamedTuple):
         return rank.argsort(dim=1, stable=True)[:, :number].sort(1).values
 
 
-def set_query_pruning(decoder: nn.Module, after: int, threshold: float) -> None:
+def set_query_pruning(decoder: Any, after: int, threshold: float) -> None:
     """Turn on query pruning of a decoder.
 
     Args:
@@ -78,10 +78,10 @@ def set_query_pruning(decoder: nn.Module, after: int, threshold: float) -> None:
             "which does not drop queries: set it to 0, or choose "
             "MODEL.MASK_FORMER.TRANSFORMER_DECODER_NAME MultiScaleMaskedTransformerDecoder"
         )
-    check_after(after, int(decoder.num_layers))
+    check_after(after, decoder.num_layers)
     if not 0 <= threshold <= 1:
         raise ValueError(f"{KEY}_THRESHOLD is {threshold!r}; allowed: 0 to 1.")
-    decoder.query_pruning = QueryPruning(after, threshold)  # type: ignore[assignment]
+    decoder.query_pruning = QueryPruning(after, threshold)
 
 
 def check_after(after: int, num_layers: int) -> None:
