@@ -12,7 +12,7 @@ H W pixels, C channels.
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
@@ -36,7 +36,7 @@ from .inference.filters import PredictionFilter
 from .inference.input_images import KINDS, ChannelOrder, InputImage, is_single, read_input
 from .inference.pretrained import find_pretrained
 from .inference.result import Result
-from .inference.tiles import predict_in_tiles
+from .inference.tiles import predict_in_tiles, tile_overlap
 from .preflight import check_device
 
 # Batches after which an image no longer waits for others of its size.
@@ -220,16 +220,17 @@ class Predictor(DefaultPredictor):
         Raises:
             FileNotFoundError, ValueError: an image cannot be read; names the image.
         """
-        _check_batch_size(batch_size)
-        if filter is not None:
-            filter.check(self.class_names)  # before the first image
         options: dict[str, Any] = {"filter": filter, "keep_image": keep_image, "order": order}
         if tile_size is not None:
+            overlap = tile_overlap(tile_size, overlap)
             options |= {"batch_size": batch_size, "progress": progress}
             options |= {"tile_size": tile_size, "overlap": overlap}
+            self._check(source, batch_size, filter)
             if is_single(source):
                 return self._predict_tiled(source, **options)
-            return [self._predict_tiled(one, **options) for one in source]
+            return [self._predict_tiled(one, i, **options) for i, one in enumerate(source)]
+        if overlap is not None or progress:
+            raise ValueError("overlap and progress are of tiles: set tile_size too")
         if is_single(source):
             (result,) = self.stream([source], batch_size=batch_size, **options)
             return result
@@ -248,14 +249,25 @@ class Predictor(DefaultPredictor):
 
         Args, Raises: as of `predict`, which returns them as a list.
         """
+        self._check(sources, batch_size, filter)
         if is_single(sources):
             sources = [sources]
-        if not isinstance(sources, Iterable):
-            raise ValueError(f"{type(sources).__name__} is no image; allowed: {KINDS}, or several")
-        _check_batch_size(batch_size)
-        if filter is not None:
-            filter.check(self.class_names)  # before the first image
         return self._stream(sources, batch_size, filter, keep_image, order)
+
+    def _check(self, source: Any, batch_size: int, filter: PredictionFilter | None) -> None:
+        """Check what does not depend on the images, before the first.
+
+        Raises:
+            ValueError: it is wrong.
+        """
+        if not is_single(source) and not isinstance(source, Iterable):
+            raise ValueError(f"{type(source).__name__} is no image; allowed: {KINDS}, or several")
+        if not isinstance(batch_size, int) or batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
+        if filter is not None:
+            if not isinstance(filter, PredictionFilter):
+                raise ValueError(f"filter is {filter!r}; allowed: a PredictionFilter")
+            filter.check(self.class_names)
 
     def _stream(
         self,
@@ -277,12 +289,8 @@ class Predictor(DefaultPredictor):
                 done[i] = result if filter is None else result.filter(filter)
 
         for i, source in enumerate(sources):
-            try:
+            with _naming(i, source):
                 image = read_input(source, self.image_format, order)
-            except FileNotFoundError as error:
-                raise FileNotFoundError(f"Image {i}: {error}") from error
-            except ValueError as error:
-                raise ValueError(f"Image {i}{_named(source)}: {error}") from error
             inputs = self._inputs(image.pixels)
             size = tuple(inputs["image"].shape)
             waiting.setdefault(size, []).append((i, image, inputs))
@@ -302,6 +310,7 @@ class Predictor(DefaultPredictor):
     def _predict_tiled(
         self,
         source: Any,
+        number: int = 0,
         *,
         filter: PredictionFilter | None,
         keep_image: bool,
@@ -311,15 +320,14 @@ class Predictor(DefaultPredictor):
         if filter is not None:
             # Unsure instances of all tiles together may not fit into memory.
             options["min_score"] = filter.least_score(self.class_names)
-        if isinstance(source, str | os.PathLike):
-            name = os.fspath(source)
-            with open_image(name, self.image_format) as image:
-                result = predict_in_tiles(
-                    self, image, file_name=name, keep_image=keep_image, **options
-                )
-        else:
-            pixels, name = read_input(source, self.image_format, order)
-            image = from_array(pixels)
+        with ExitStack() as stack:
+            with _naming(number, source):
+                if isinstance(source, str | os.PathLike):
+                    name: str | None = os.fspath(source)
+                    image = stack.enter_context(open_image(os.fspath(source), self.image_format))
+                else:
+                    pixels, name = read_input(source, self.image_format, order)
+                    image = from_array(pixels)
             result = predict_in_tiles(self, image, file_name=name, keep_image=keep_image, **options)
         return result if filter is None else result.filter(filter)
 
@@ -352,9 +360,15 @@ class Predictor(DefaultPredictor):
             )
 
 
-def _check_batch_size(batch_size: int) -> None:
-    if not isinstance(batch_size, int) or batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size!r}; allowed: whole numbers from 1 on")
+@contextmanager
+def _naming(number: int, source: Any) -> Iterator[None]:
+    """In this context errors of reading name the image by its number too."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"Image {number}: {error}") from error
+    except ValueError as error:
+        raise ValueError(f"Image {number}{_named(source)}: {error}") from error
 
 
 @contextmanager

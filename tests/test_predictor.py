@@ -161,9 +161,25 @@ def test_filter_of_tiles(predictor):
     assert 0 < len(result.panoptic.segments) == len(kept) < len(scores)
     per_class = PredictionFilter(min_score=1.0, min_score_per_class={"cup": 0.25})
     assert per_class.least_score(predictor.class_names) == 0.25
-    for source in (image, [image]):
-        with pytest.raises(ValueError, match="batch_size is 0; allowed: whole numbers from 1"):
-            predictor.predict(source, tile_size=32, batch_size=0)
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        (rgb(), {"batch_size": 0}, "batch_size is 0; allowed: whole numbers from 1"),
+        ([rgb()], {"tile_size": 32, "batch_size": 0}, "batch_size is 0"),
+        (rgb(), {"overlap": 4}, "overlap and progress are of tiles: set tile_size too"),
+        (rgb(), {"tile_size": 32.0}, "are 32.0 and .*; allowed: whole numbers"),
+        (rgb(), {"tile_size": True}, "are True and .*; allowed: whole numbers"),
+        (rgb(), {"tile_size": 32, "overlap": 17}, "the overlap from 0 to half of the size"),
+        (5, {"tile_size": 32}, "int is no image"),
+        ([rgb(), "missing.png"], {"tile_size": 32}, "Image 1: .*missing.png"),
+        (rgb(), {"filter": {"min_score": 0.5}}, "allowed: a PredictionFilter"),
+    ],
+)
+def test_wrong_arguments(predictor, source, options, message):
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        predictor.predict(source, **options)
 
 
 def test_boxes_of_instances(predictor, cfg):
@@ -271,6 +287,29 @@ def test_from_pretrained_finds_what_a_training_wrote(predictor, cfg, tmp_path, c
     coverage = re.findall(r"backbone (\d+) of (\d+), pixel decoder (\d+) of (\d+), ", printed)
     assert len(coverage) == 4
     assert all(x[0] == x[1] and x[2] == x[3] for x in coverage)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("a.onnx", r"a\.onnx is an exported model: load it by mask2former\.export\.load_exported"),
+        ("model.json", r"model\.json describes a model: name its folder"),
+    ],
+)
+def test_files_that_are_no_checkpoint(tmp_path, name, message):
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(ValueError, match=message):
+        Predictor.from_pretrained(tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [('{"model_type": "bert"}', "model_type 'bert', not mask2former"), ("{", "cannot be read as")],
+)
+def test_other_folders_of_transformers(tmp_path, text, message):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"config\.json .*{message}"):
+        Predictor.from_pretrained(tmp_path)
 
 
 def test_device_of_the_overrides(predictor, cfg, tmp_path):

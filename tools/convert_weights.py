@@ -93,6 +93,12 @@ def convert(source: str, target: str) -> tuple[str, int, list[str]]:
             "for an EfficientNet or a model of transformers; for a folder of transformers add "
             "--to transformers."
         )
+    if Path(source).is_dir():
+        raise ValueError(
+            f"{source} is a folder without config.json of transformers: MODEL.WEIGHTS and "
+            "Predictor.from_pretrained read a model folder of this project as it is, and --to "
+            "transformers converts it."
+        )
     if not Path(source).is_file():
         raise FileNotFoundError(f"{source} does not exist.")
     if Path(source).suffix == ".pkl":

@@ -109,6 +109,8 @@ def load_model(name: str, opts: list[str]) -> Predictor:
     # Its formats need packages of their own.
     from mask2former.export import load_exported
 
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} does not exist.")
     if set(opts[::2]) - {"MODEL.DEVICE"}:
         raise ValueError(f"{path} is an exported model, of which --opts changes MODEL.DEVICE only")
     return load_exported(path, **({"device": opts[1]} if opts else {}))
@@ -296,6 +298,10 @@ def predict_frames(
 # ---- command line ----
 
 
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description="Predict images, videos or a camera.",
@@ -315,7 +321,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     source.add_argument(
         "--webcam", nargs="?", const=0, type=int, metavar="INDEX", help="camera (default: 0)"
     )
-    parser.add_argument("--output", type=Path, help="folder, or a file; default: show windows")
+    parser.add_argument("--output", type=_path, help="folder, or a file; default: show windows")
     parser.add_argument(
         "--recursive",
         action=argparse.BooleanOptionalAction,
@@ -351,7 +357,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         default=[],
         help=f"write to OUTPUT/{RESULTS}: COCO result JSON, COCO panoptic files, label maps",
     )
-    results.add_argument("--html", type=Path, metavar="FILE", help="write a report for a browser")
+    results.add_argument("--html", type=_path, metavar="FILE", help="write a report for a browser")
     results.add_argument(
         "--dataset",
         metavar="NAME",

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .image_files import ImageFile
+from .image_files import IMAGE_SUFFIXES, ImageFile
 from .video import CODECS, require_container
 
 
@@ -24,6 +24,8 @@ def plan_drawings(
     else:
         if output.exists() and not output.is_dir():
             raise ValueError(f"--output {output} is a file, but neither a folder nor a .png")
+        if output.suffix.lower() in IMAGE_SUFFIXES and not output.is_dir():
+            raise ValueError(f"--output {output}: drawings are PNG, name a folder or a .png")
         planned = {
             (image.path, task): output / f"{stem}{_ending(task, tasks)}.png"
             for image, stem in zip(images, stems, strict=True)

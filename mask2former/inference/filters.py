@@ -57,6 +57,11 @@ class PredictionFilter:
         Raises:
             ValueError: a value is out of range.
         """
+        if not isinstance(self.min_score_per_class or {}, Mapping):
+            raise ValueError(
+                f"min_score_per_class is {self.min_score_per_class!r}; allowed: a mapping such as "
+                '{"person": 0.7}'
+            )
         fractions = {"min_score": self.min_score, "mask_nms": self.mask_nms}
         for key, score in (self.min_score_per_class or {}).items():
             fractions[f"min_score_per_class[{key!r}]"] = score

@@ -213,7 +213,12 @@ def load_model_folder(
     stored = description["metadata"]
     for key in _MAPPINGS:
         if key in stored:
-            stored[key] = {int(category): label for category, label in stored[key].items()}
+            try:
+                stored[key] = {int(category): label for category, label in stored[key].items()}
+            except (AttributeError, ValueError) as error:
+                raise ValueError(
+                    f"{file_name}: {key} in the description in its header is damaged."
+                ) from error
     name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else "unknown"
     return ModelFile(file_name, cfg, names, Metadata(name=name, **stored))
 

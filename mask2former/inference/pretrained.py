@@ -10,6 +10,7 @@ a file NAME.pth, NAME.pkl      a checkpoint with its config.yaml beside it
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from detectron2.config import CfgNode
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from ..config import ExtendConfig, load_config
 from ..data.class_labels import class_names_of
+from ..weights.folders import CONFIG, read_json
 from ..weights.transformers import is_transformers_folder, load_transformers_folder
 from .model_file import (
     WEIGHTS_FILE,
@@ -82,6 +84,13 @@ def find_pretrained(
 def _of_file(path: str, opts: Sequence[Any], extend_config: ExtendConfig | None) -> Pretrained:
     if is_model_file(path):
         return _of_model_file(path, opts, extend_config)
+    suffix = os.path.splitext(path)[1].lower()
+    if suffix in (".onnx", ".pt2", ".ts"):
+        raise ValueError(
+            f"{path} is an exported model: load it by mask2former.export.load_exported."
+        )
+    if suffix in (".json", ".yaml", ".yml"):
+        raise ValueError(f"{path} describes a model: name its folder, or the file of its weights.")
     if not path.endswith((".pth", ".pkl")) and is_transformers_folder(os.path.dirname(path)):
         return _of_transformers(path, opts)
     return _of_checkpoint(path, opts, extend_config)
@@ -125,6 +134,9 @@ def _last_checkpoint(folder: str) -> str:
     """The checkpoint that a training names as its last."""
     marker = os.path.join(folder, "last_checkpoint")
     if not os.path.isfile(marker):
+        if os.path.isfile(os.path.join(folder, CONFIG)):
+            kind = read_json(Path(folder) / CONFIG).get("model_type")  # or it is damaged
+            raise ValueError(f"{folder}/{CONFIG} is of the model_type {kind!r}, not mask2former.")
         raise FileNotFoundError(
             f"Folder {folder} holds no model: neither {WEIGHTS_FILE}, config.json of "
             f"transformers, {' or '.join(_FOLDERS)} nor last_checkpoint of a training."

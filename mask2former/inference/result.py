@@ -294,6 +294,8 @@ class Result:
             raise ValueError("the image was not kept: predict with keep_image=True, or give image=")
         if image.shape != (*self.image_size, 3):
             raise ValueError(f"image has shape {image.shape}; allowed: {(*self.image_size, 3)}")
+        if not scale > 0:
+            raise ValueError(f"scale is {scale!r}; allowed: numbers above 0")
         tasks = self.tasks
         task = tasks[0] if task is None and tasks else task
         if task not in tasks:

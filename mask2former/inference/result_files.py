@@ -152,7 +152,10 @@ def to_supervision(result: "Result", task: str | None = None) -> Any:
             name="supervision",
         ) from error
     if task is None:
-        task = "panoptic" if result.instances is None else "instance"
+        tasks = [t for t in ("instance", "panoptic") if t in result.tasks]
+        if not tasks:
+            raise ValueError("this result has neither instances nor panoptic segments")
+        task = tasks[0]
     if task == "instance":
         masks, labels = result.masks.full(), result.labels
         scores, boxes = result.scores, result.boxes

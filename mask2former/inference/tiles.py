@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from ..data.formats.windows import ImageWindows
 from ..utils.instance_masks import InstanceMasks
-from ..utils.tile_grid import tile_grid
+from ..utils.tile_grid import check_tile_size, tile_grid
 from .result import InstanceResult, PanopticResult, Result, Segment
 from .tile_instances import ImageInstance, InstanceMerger
 from .tile_merging import PanopticMerger, SemanticMerger
@@ -39,6 +39,19 @@ class TiledOutputs(NamedTuple):
     instances: InstanceResult | None
     panoptic: tuple[np.ndarray, list[dict[str, Any]]] | None
     semantic: np.ndarray | None
+
+
+def tile_overlap(tile_size: int, overlap: int | None) -> int:
+    """The overlap of tiles in pixels: a quarter of their size if it is None.
+
+    Raises:
+        ValueError: see `check_tile_size`.
+    """
+    if overlap is None and isinstance(tile_size, int):
+        overlap = tile_size // 4
+    check_tile_size(tile_size, 0 if overlap is None else overlap)
+    assert overlap is not None
+    return overlap
 
 
 def predict_tiles(
@@ -130,7 +143,7 @@ def predict_in_tiles(
         file_name: of the image, for the result.
         keep_image: whether the result keeps the image, as a whole.
     """
-    overlap = tile_size // 4 if overlap is None else overlap
+    overlap = tile_overlap(tile_size, overlap)
     outputs = predict_tiles(
         predictor.outputs,
         image,

@@ -67,8 +67,11 @@ def check_tile_size(tile_size: int, overlap: int, names: str = "tile_size and ov
     """Check the size of tiles.
 
     Raises:
-        ValueError: a tile is empty, or so is what the overlaps leave of it.
+        ValueError: a value is no whole number, a tile is empty, or so is what the overlaps leave.
     """
+    for value in (tile_size, overlap):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise ValueError(f"{names} are {tile_size!r} and {overlap!r}; allowed: whole numbers")
     if tile_size < 1 or overlap < 0 or 2 * overlap > tile_size:
         raise ValueError(
             f"{names} are {tile_size} and {overlap}: the size must be at least 1, and the overlap "
