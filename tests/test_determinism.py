@@ -4,11 +4,11 @@
 """
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import repeated_training
 import torch
@@ -38,7 +38,7 @@ def use_swin(cfg: CfgNode) -> None:
 def run_program(name: str, *arguments: Path) -> Any:
     """The JSON that a program of this folder prints in its last line."""
     command = [sys.executable, "-W", "ignore", HERE / name, *arguments]
-    result = subprocess.run(command, capture_output=True, text=True)
+    result = forked.run(command)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout.splitlines()[-1])
 

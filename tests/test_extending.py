@@ -3,10 +3,10 @@
 import json
 import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 
+import forked
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -63,7 +63,7 @@ def folder(tmp_path_factory):
     }
     prepare = [sys.executable, str(ROOT / "datasets" / "prepare_shapes.py"), "--size", "64"]
     prepare += ["--output", str(folder / "shapes"), "--num-train", "8", "--num-val", "2"]
-    subprocess.run(prepare, check=True, capture_output=True)
+    forked.run(prepare, check=True)
     jobs = []
     for title, blocks in SECTIONS.items():
         own = folder / slug(title)
@@ -74,14 +74,8 @@ def folder(tmp_path_factory):
         options = SMALL | {"OUTPUT_DIR": own / "output"}
         pairs = [str(item) for pair in options.items() for item in pair]
         jobs.append((slug(title), ["train.py", "--config-file", f"{own}/own.yaml", *pairs]))
-    program = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", DRIVER],
-        input=json.dumps(jobs),
-        env=environment,
-        cwd=folder,
-        capture_output=True,
-        text=True,
-    )
+    command = [sys.executable, "-W", "ignore", "-c", DRIVER]
+    program = forked.run(command, input=json.dumps(jobs), env=environment, cwd=folder)
     assert program.returncode == 0, program.stderr[-3000:]
     return folder
 

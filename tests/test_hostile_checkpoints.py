@@ -12,11 +12,11 @@ import random
 import resource
 import signal
 import struct
-import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -464,10 +464,8 @@ def test_hostile_files_end_in_named_errors(tmp_path):
 
 
 def run_apart(program):
-    result = subprocess.run(
+    result = forked.run(
         [sys.executable, "-W", "ignore", "-c", program],
-        capture_output=True,
-        text=True,
         timeout=600,
         env=os.environ | {"PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))},
     )

@@ -18,6 +18,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torchvision.ops import DeformConv2d
+from uninitialised import build_uninitialised
 
 from mask2former.config import load_config
 from mask2former.ops import MSDeformAttn, ms_deform_attn
@@ -74,6 +75,7 @@ def small_model():
     ],
 )
 def test_numbers_of_the_paper(recipe, params, giga, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "build_model", build_uninitialised)
     is_first = "_R50_" in recipe
     if not is_first:  # one size is quicker
         monkeypatch.setattr(tool, "COCO_SIZES", MEAN_SIZE)
@@ -104,7 +106,7 @@ def test_numbers_of_the_paper(recipe, params, giga, capsys, monkeypatch):
 def test_numbers_of_maskformer(recipe, params, giga):
     """Table 1 of the paper. The masks of all layers are one product, so none is left out."""
     cfg = load_config(str(MASKFORMER / "coco-panoptic" / recipe), ["MODEL.DEVICE", "cpu"])
-    model = build_model(cfg).eval()
+    model = build_uninitialised(cfg).eval()
     number = sum(parameter.numel() for parameter in model.parameters())
     assert number / 1e6 == pytest.approx(params, abs=0.5)
     images = tool.count_all(cfg, model, MEAN_SIZE, resize=True)
@@ -114,7 +116,8 @@ def test_numbers_of_maskformer(recipe, params, giga):
 
 
 @pytest.mark.parametrize(("head", "params"), [("baseline", 31.03), ("baseline_plus", 41.23)])
-def test_per_pixel_heads(head, params, capsys):
+def test_per_pixel_heads(head, params, capsys, monkeypatch):
+    monkeypatch.setattr(tool, "build_model", build_uninitialised)
     recipe = MASKFORMER / f"ade20k-150/per_pixel_{head}_R50_bs16_160k.yaml"
     tasks = ["--tasks", "parameter", "flop", "--use-fixed-input-size"]
     tool.main([*tasks, "--config-file", str(recipe)])

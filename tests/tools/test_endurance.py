@@ -1,4 +1,4 @@
-"""tools/endurance: ten real SIGKILLs of a small training, and the judgement of both subcommands."""
+"""tools/endurance: six real SIGKILLs of a small training, and the judgement of both subcommands."""
 
 import contextlib
 import copy
@@ -10,7 +10,9 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import numpy as np
 import pytest
 import torch
@@ -26,7 +28,16 @@ KILL_OPTIONS = (
     "SOLVER.MAX_ITER 22 SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 10 "
     "MODEL.MASK_FORMER.TEST.INSTANCE_ON False MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
 ).split()
-NUM_KILLS = 10
+NUM_KILLS = 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forks():
+    """Programs are forked, which saves the time of their imports."""
+    programs = SimpleNamespace(**vars(subprocess) | {"run": forked.run, "Popen": forked.Popen})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_runs, "subprocess", programs)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +56,7 @@ def test_kills_change_no_bit(killed):
     assert status == 0
     log = (output / "killed.txt").read_text()
     # The trainings were real, and several did some of the iterations.
-    assert len(set(re.findall(r"Starting training from iteration (\d+)", log))) >= 4
+    assert len(set(re.findall(r"Starting training from iteration (\d+)", log))) >= 3
     assert (output / "killed/model_final.pth").is_file()
 
 
