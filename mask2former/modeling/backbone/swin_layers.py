@@ -20,8 +20,8 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import StochasticDepth
 
 from ...utils.shape_cache import cached_by_shape
-from .swin_export import window_indices
 from ...utils.twins import has_fast_twin
+from .swin_export import window_indices
 
 # Added to the logits of token pairs that only the cyclic shift brought together. Finite, because
 # the released weights were trained with this value.
