@@ -16,7 +16,10 @@ from pathlib import Path
 # Name → arguments of Python, `{tools}` is the folder of the programs; and what it does.
 PROGRAMS = {
     "train": (["{tools}/train_net.py"], "train, also on several GPUs; --resume continues"),
-    "eval": (["{tools}/train_net.py", "--eval-only"], "evaluate a checkpoint"),
+    "eval": (
+        ["{tools}/train_net.py", "--eval-only"],
+        "evaluate a checkpoint or an exported file (also: evaluate)",
+    ),
     "predict": (["{tools}/demo.py"], "predict images and videos: drawings, results, a report"),
     "check": (["{tools}/check_dataset.py"], "read data sets and report broken annotations"),
     "convert": (["{tools}/convert_dataset.py"], "convert annotations to COCO or label images"),
@@ -37,6 +40,8 @@ PROGRAMS = {
     "ops": (["-m", "mask2former.ops"], "the compiled op and its self-test"),
     "quickstart": (["{tools}/quickstart.py"], "train, evaluate and draw on the Shapes data"),
 }
+# Other names of programs.
+ALIASES = {"evaluate": "eval"}
 # Options whose value is a config file.
 _CONFIG_OPTIONS = ("--config-file", "--base")
 
@@ -105,6 +110,7 @@ def main() -> None:
         print(usage())
         return
     name, *rest = arguments
+    name = ALIASES.get(name, name)
     root = find_root()
     if name == "configs":
         show_configs(rest, root)

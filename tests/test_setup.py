@@ -363,6 +363,17 @@ def test_programs_of_the_command_exist() -> None:
             assert Path(arguments[0].format(tools=ROOT / "tools")).is_file(), name
 
 
+def test_other_name_of_a_program(monkeypatch) -> None:
+    command = load_script("mask2former_command.py")
+    calls = []
+    monkeypatch.setattr(command.os, "execv", lambda program, arguments: calls.append(arguments))
+    for name in ("evaluate", "eval"):
+        monkeypatch.setattr(sys, "argv", ["mask2former", name, "--model", "model.onnx"])
+        command.main()
+    assert calls[0] == calls[1]
+    assert calls[0][2:] == ["--eval-only", "--model", "model.onnx"]
+
+
 def test_every_program_has_a_command() -> None:
     programs = load_script("mask2former_command.py").PROGRAMS.values()
     named = {Path(arguments[0]).name for arguments, _ in programs}

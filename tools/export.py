@@ -8,14 +8,15 @@
         --output model.ts
 
 FILE.json beside the file holds config, classes, pixel values, sizes and the table of differences to
-the model in PyTorch, which is also printed; too large a difference ends with status 1. See
-docs/export.md.
+the model in PyTorch, which is also printed; too large a difference ends with status 1. `--evaluate`
+adds the metrics of model and file on DATASETS.TEST. See docs/export.md.
 """
 
 import argparse
 import re
 import sys
 
+from mask2former.export.accuracy import add_accuracy, check_evaluation
 from mask2former.export.exporter import export_model
 from mask2former.export.options import FORMATS, POSTPROCESSING, PRECISIONS, ExportOptions
 from mask2former.ops.ms_deform_attn import EXPORTED_FORMULATIONS
@@ -68,6 +69,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         help="largest difference (default: 1e-4, ONNX 1e-3, any in reduced precision)",
     )
     parser.add_argument(
+        "--evaluate",
+        action="store_true",
+        help="evaluate the model and the file on DATASETS.TEST, and print PQ, AP and mIoU",
+    )
+    parser.add_argument(
         "--opts", nargs=argparse.REMAINDER, default=[], metavar="KEY VALUE", help="config overrides"
     )
     return parser.parse_args(argv)
@@ -87,11 +93,20 @@ def main(argv: list[str] | None = None) -> None:
         options = ExportOptions(
             **{name: getattr(args, name) for name in names}, tolerance=args.tolerance
         )
-        description = export_model(load(args), args.output, options)
+        if args.evaluate and args.postprocess != "none":
+            raise ValueError(
+                "--evaluate takes the post-processing of the evaluators: leave out --postprocess"
+            )
+        predictor = load(args)
+        if args.evaluate:
+            check_evaluation(predictor.cfg)
+        description = export_model(predictor, args.output, options)
+        print(f"wrote {args.output} and {args.output}.json")
+        print(description.parity["table"], flush=True)
+        if args.evaluate:
+            print(f"\n{add_accuracy(predictor, args.output, description)}")
     except (ValueError, FileNotFoundError, WriteError) as error:
         sys.exit(f"error: {error}")
-    print(f"wrote {args.output} and {args.output}.json")
-    print(description.parity["table"])
 
 
 if __name__ == "__main__":

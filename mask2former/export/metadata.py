@@ -12,7 +12,12 @@ import torch
 from detectron2.config import CfgNode
 from detectron2.data import Metadata
 
-from ..inference.model_file import _MAPPINGS, _config, _plain_metadata, _portable_config
+from ..inference.model_file import (
+    plain_metadata,
+    portable_config,
+    stored_config,
+    stored_metadata,
+)
 from ..utils.files import atomic_write
 from .network import INPUT
 from .options import FORMATS, ExportOptions
@@ -94,6 +99,7 @@ class ExportedDescription:
         outputs: names, in order.
         versions: of the packages that wrote it.
         parity: differences to the model, see `parity.py`.
+        accuracy: metrics of the model and the file, if they were evaluated, see `accuracy.py`.
     """
 
     options: ExportOptions
@@ -108,19 +114,16 @@ class ExportedDescription:
     outputs: tuple[str, ...]
     versions: dict[str, str] = field(default_factory=dict)
     parity: dict[str, Any] = field(default_factory=dict)
+    accuracy: dict[str, Any] = field(default_factory=dict)
 
     def cfg(self, path: str) -> CfgNode:
         """The config of the model; `path` names the file in errors."""
         stored = {"config": self.config, "mask2former": self.versions.get("mask2former", "?")}
-        return _config(path, stored, (), None)
+        return stored_config(path, stored)
 
     def detectron2_metadata(self) -> Metadata:
         """The metadata of the data set, as Detectron2 and the model use it."""
-        values = dict(self.metadata)
-        for key in _MAPPINGS:
-            if key in values:
-                values[key] = {int(category): label for category, label in values[key].items()}
-        return Metadata(name="exported", **values)
+        return stored_metadata("exported", self.metadata)
 
 
 def describe(
@@ -128,9 +131,9 @@ def describe(
 ) -> ExportedDescription:
     """Describe a file from the config and metadata of its model; `parts` are the other fields."""
     return ExportedDescription(
-        config=_portable_config(cfg),
+        config=portable_config(cfg),
         class_names=tuple(class_names),
-        metadata=_plain_metadata(metadata),
+        metadata=plain_metadata(metadata),
         channels=len(cfg.MODEL.PIXEL_MEAN),
         pixel_mean=list(cfg.MODEL.PIXEL_MEAN),
         pixel_std=list(cfg.MODEL.PIXEL_STD),

@@ -117,11 +117,11 @@ def _description(cfg: CfgNode, metadata: Metadata, tensors: dict[str, Tensor]) -
         "mask2former": __version__,
         "tasks": enabled_tasks(cfg),
         "class_names": list(class_names_of([metadata], cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES)),
-        "metadata": _plain_metadata(metadata),
+        "metadata": plain_metadata(metadata),
         "input": {key: cfg.INPUT[key] for key in ("FORMAT", "MIN_SIZE_TEST", "MAX_SIZE_TEST")},
         "thresholds": {key: test[key] for key in ("OBJECT_MASK_THRESHOLD", "OVERLAP_THRESHOLD")},
         "sha256": _checksum(tensors),
-        "config": _portable_config(cfg),
+        "config": portable_config(cfg),
     }
 
 
@@ -132,11 +132,21 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} cannot be saved with a model: {value!r:.80}")
 
 
-def _plain_metadata(metadata: Metadata) -> dict[str, Any]:
+def plain_metadata(metadata: Metadata) -> dict[str, Any]:
+    """What inference needs of a data set's metadata, for JSON."""
     return {name: metadata.get(name) for name in _METADATA if metadata.get(name) is not None}
 
 
-def _portable_config(cfg: CfgNode) -> CfgNode:
+def stored_metadata(name: str, stored: dict[str, Any]) -> Metadata:
+    """The metadata that `plain_metadata` returned, read from JSON, whose keys are strings."""
+    values = dict(stored)
+    for key in _MAPPINGS:
+        if key in values:
+            values[key] = {int(category): label for category, label in values[key].items()}
+    return Metadata(name=name, **values)
+
+
+def portable_config(cfg: CfgNode) -> CfgNode:
     """The config without paths of this machine."""
     cfg, defaults = cfg.clone(), get_cfg()
     cfg.defrost()
@@ -203,24 +213,21 @@ def load_model_folder(
     description = _checked(file_name, text)
     _require_checksum(file_name, description["sha256"])
     _warn_of_other_json(file_name, text)
-    cfg = _config(file_name, description, opts, extend_config)
+    cfg = stored_config(file_name, description, opts, extend_config)
     names, num_classes = tuple(description["class_names"]), cfg.MODEL.SEM_SEG_HEAD.NUM_CLASSES
     if len(names) != num_classes:
         raise ValueError(
             f"{file_name} names {len(names)} classes, but MODEL.SEM_SEG_HEAD.NUM_CLASSES is "
             f"{num_classes}."
         )
-    stored = description["metadata"]
-    for key in _MAPPINGS:
-        if key in stored:
-            try:
-                stored[key] = {int(category): label for category, label in stored[key].items()}
-            except (AttributeError, ValueError) as error:
-                raise ValueError(
-                    f"{file_name}: {key} in the description in its header is damaged."
-                ) from error
     name = cfg.DATASETS.TRAIN[0] if cfg.DATASETS.TRAIN else "unknown"
-    return ModelFile(file_name, cfg, names, Metadata(name=name, **stored))
+    try:
+        metadata = stored_metadata(name, description["metadata"])
+    except (AttributeError, ValueError) as error:
+        raise ValueError(
+            f"{file_name}: the metadata in the description in its header is damaged ({error})."
+        ) from error
+    return ModelFile(file_name, cfg, names, metadata)
 
 
 def _checked(file_name: str, text: str) -> dict[str, Any]:
@@ -265,12 +272,22 @@ def _warn_of_other_json(file_name: str, text: str) -> None:
             )
 
 
-def _config(
+def stored_config(
     file_name: str,
     description: dict[str, Any],
-    opts: Sequence[Any],
-    extend_config: ExtendConfig | None,
+    opts: Sequence[Any] = (),
+    extend_config: ExtendConfig | None = None,
 ) -> CfgNode:
+    """The config that `portable_config` returned, read from JSON.
+
+    Args:
+        file_name: named in errors.
+        description: its entry `config`, and `mask2former`, the version that wrote it.
+        opts, extend_config: see `load_model_folder`.
+
+    Raises:
+        ValueError: it does not fit this version, or an override is wrong.
+    """
     cfg = get_cfg()
     add_deeplab_config(cfg)
     add_maskformer2_config(cfg)

@@ -335,14 +335,17 @@ def _gather_formulation(
     rows = value.to(locations.dtype).reshape(-1, dim)  # (B·S·M, D)
     image = torch.arange(batch, device=value.device)[:, None, None, None, None]
     head = torch.arange(num_heads, device=value.device)[:, None, None]
-    sizes = sizes_tensor([shape[::-1] for shape in shapes], locations.dtype, value.device)
+    # Integers: positions in a map of over 2048 values would be rounded in half precision, which
+    # runtimes may choose for all floating-point numbers of a program.
+    sizes = sizes_tensor([shape[::-1] for shape in shapes], torch.int64, value.device)
     width, height = sizes[:, :1], sizes[:, 1:]  # (L, 1)
     starts = [sum(h * w for h, w in shapes[:level]) for level in range(len(shapes))]
     first = image * num_values + sizes_tensor([starts], torch.int64, value.device).view(-1, 1)
     locations = locations.nan_to_num(2.0, 2.0, -1.0).clamp(-1.0, 2.0)
-    x, y = (locations * sizes[:, None] - 0.5).unbind(-1)  # (B, Q, M, L, P)
+    x, y = (locations * sizes[:, None].to(locations.dtype) - 0.5).unbind(-1)  # (B, Q, M, L, P)
     left, top = x.floor(), y.floor()
     right_share, bottom_share = x - left, y - top
+    left, top = left.to(torch.int64), top.to(torch.int64)
     columns = ((left, 1 - right_share), (left + 1, right_share))
     out: Tensor | float = 0.0
     for row, row_share in ((top, 1 - bottom_share), (top + 1, bottom_share)):
@@ -350,7 +353,7 @@ def _gather_formulation(
             inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
             nearest = torch.minimum(row.clamp(min=0), height - 1) * width
             nearest = nearest + torch.minimum(column.clamp(min=0), width - 1)
-            index = (first + nearest.to(torch.int64)) * num_heads + head
+            index = (first + nearest) * num_heads + head
             corner = rows.index_select(0, index.flatten()).view(*index.shape, dim)
             weight = weights * row_share * column_share * inside
             out = out + (corner * weight[..., None]).sum((3, 4))

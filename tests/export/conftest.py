@@ -1,11 +1,18 @@
-"""A model of four small convolutions as backbone: exporters take seconds for it, not minutes."""
+"""A model of four small convolutions as backbone: exporters take seconds for it, not minutes.
 
+Its weights are the same in each test, so that what was exported once serves several.
+"""
+
+import shutil
+
+import numpy as np
 import pytest
 import torch
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone, build_model
 from torch import nn
 
+from mask2former.export import ExportOptions, export_model, load_exported
 from mask2former.predictor import Predictor
 
 STRIDES = {"res2": 4, "res3": 8, "res4": 16, "res5": 32}
@@ -62,3 +69,45 @@ def predictor(tiny_cfg) -> Predictor:
     return Predictor.from_model(
         model, cfg, MetadataCatalog.get(cfg.DATASETS.TRAIN[0]), ("a", "b", "c")
     )
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exported")
+
+
+@pytest.fixture
+def traced_file(predictor, shared_folder, tmp_path) -> str:
+    """A TorchScript file and its description, of 64 x 96 pixels, which the test may change."""
+    path = shared_folder / "model.ts"
+    if not path.exists():
+        export_model(predictor, path, ExportOptions(format="torchscript", size=(64, 96)))
+    for name in ("model.ts", "model.ts.json"):
+        shutil.copy(shared_folder / name, tmp_path)
+    return str(tmp_path / "model.ts")
+
+
+@pytest.fixture
+def assert_same_predictions(predictor):
+    """Whether a file predicts for images of two sizes what the model does."""
+
+    def check(path, sizes=((48, 60), (64, 90))):
+        exported = load_exported(path)
+        assert exported.class_names == predictor.class_names
+        generator = np.random.default_rng(0)
+        images = [generator.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
+        for image in images:
+            live, own = predictor(image), exported(image)
+            torch.testing.assert_close(own["sem_seg"], live["sem_seg"], atol=1e-3, rtol=1e-3)
+            assert torch.equal(own["panoptic_seg"][0], live["panoptic_seg"][0])
+            assert own["panoptic_seg"][1] == live["panoptic_seg"][1]
+            torch.testing.assert_close(
+                own["instances"].scores.sort().values,
+                live["instances"].scores.sort().values,
+                atol=1e-3,
+                rtol=1e-3,
+            )
+        results = exported.predict(images, batch_size=2)
+        assert [x.image_size for x in results] == [image.shape[:2] for image in images]
+
+    return check

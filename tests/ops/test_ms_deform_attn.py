@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from mask2former.ops import MSDeformAttn, backend, ms_deform_attn, ms_deform_attn_fused
-from mask2former.ops.ms_deform_attn import exported_as
+from mask2former.ops.ms_deform_attn import _gather_formulation, exported_as
 
 op_module = importlib.import_module("mask2former.ops.ms_deform_attn")
 
@@ -480,6 +480,19 @@ def test_formulations_for_export_are_the_op(formulation):
     with exported_as(formulation):
         out = ms_deform_attn(value, SHAPES, locations, weights)
     torch.testing.assert_close(out, expected)
+
+
+def test_gathers_of_large_maps_in_half_precision():
+    """131,072 positions, twice the largest number of fp16: corners of exact sampling points."""
+    height, width = 512, 256
+    value = torch.randn(1, height * width, 1, 2, dtype=torch.float16)
+    pixels = [(0, 0), (300, 0), (511, 255), (510, 3), (256, 129)]
+    points = torch.tensor([((x + 0.5) / width, (y + 0.5) / height) for y, x in pixels])
+    locations = points.half().view(1, -1, 1, 1, 1, 2)
+    weights = torch.ones(1, len(pixels), 1, 1, 1, dtype=torch.float16)
+    output = _gather_formulation(value, [(height, width)], locations, weights)
+    expected = value[0, [y * width + x for y, x in pixels], 0]
+    assert torch.equal(output[0], expected)
 
 
 def test_unknown_formulation():

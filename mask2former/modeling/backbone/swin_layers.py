@@ -21,6 +21,7 @@ from torchvision.ops import StochasticDepth
 
 from ...utils.shape_cache import cached_by_shape
 from ...utils.twins import has_fast_twin
+from .swin_export import window_indices
 
 # Added to the logits of token pairs that only the cyclic shift brought together. Finite, because
 # the released weights were trained with this value.
@@ -47,7 +48,7 @@ def relative_position_index(height: int, width: int) -> Tensor:
 
 
 def padded_size(height: int, width: int, window_size: int) -> tuple[int, int]:
-    """The next multiples of the window size, in a form whose symbols an exporter can divide."""
+    """The next multiples of the window size."""
     rows, columns = ((length + window_size - 1) // window_size for length in (height, width))
     return rows * window_size, columns * window_size
 
@@ -106,7 +107,11 @@ def _shifted_window_mask(
         return (index >= length - window_size).int() + (index >= length - shift).int()
 
     region = 3 * regions(height)[:, None] + regions(width)  # (H, W)
-    region = window_partition(region[None, :, :, None], window_size).flatten(1)  # (V, N)
+    return region_mask(window_partition(region[None, :, :, None], window_size).flatten(1))
+
+
+def region_mask(region: Tensor) -> Tensor:
+    """The mask (V, N, N) of the regions (V, N) of tokens."""
     differs = region[:, None, :] != region[:, :, None]  # (V, N, N)
     return differs.float() * _MASKED_LOGIT
 
@@ -291,12 +296,19 @@ class SwinTransformerBlock(nn.Module):
         height, width = self.H, self.W
         assert num_tokens == height * width, f"{num_tokens} tokens are not {height} × {width}"
 
+        if torch.compiler.is_exporting():
+            indices = window_indices(height, width, self.window_size, self.shift_size, x.device)
+            windows = indices.partition(self.norm1(x))
+            mask = region_mask(indices.regions) if self.shift_size else None
+            attended = indices.reverse(self.attn(windows, mask=mask), batch)
+            x = x + self.drop_path(attended)
+            return x + self.drop_path(self.mlp(self.norm2(x)))
+
         shortcut = x
         x = self.norm1(x).view(batch, height, width, channels)
         padded = padded_size(height, width, self.window_size)
         pad_bottom, pad_right = padded[0] - height, padded[1] - width
-        # Whether a free size needs padding is not known while a program is exported.
-        if torch.compiler.is_exporting() or pad_bottom or pad_right:
+        if pad_bottom or pad_right:
             x = F.pad(x, (0, 0, 0, pad_right, 0, pad_bottom))
         if self.shift_size:
             x = x.roll((-self.shift_size, -self.shift_size), dims=(1, 2))
@@ -406,7 +418,8 @@ class BasicLayer(nn.Module):
             (B, ⌈H/2⌉·⌈W/2⌉, 2·C), its height and its width (without downsampling, the same again).
         """
         mask = None
-        if self.shift_size and self.depth > 1:
+        # Programs are exported with windows of another form, see `swin_export.py`.
+        if self.shift_size and self.depth > 1 and not torch.compiler.is_exporting():
             padded = padded_size(H, W, self.window_size)
             mask = _shifted_window_mask(*padded, self.window_size, self.shift_size, x.device)
         blocks: Any = self.blocks
@@ -418,7 +431,7 @@ class BasicLayer(nn.Module):
                 x = block(x, mask)
         if self.downsample is None:
             return x, H, W, x, H, W
-        return x, H, W, self.downsample(x, H, W), (H + 1) // 2, (W + 1) // 2
+        return x, H, W, self.downsample(x, H, W), (H + H % 2) // 2, (W + W % 2) // 2
 
 
 def _run_block(
