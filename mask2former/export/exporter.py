@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ..modeling.backbone.swin import SwinTransformer
 from ..predictor import Predictor
 from ..utils.files import require_writable
 from .metadata import ExportedDescription, SizeRule, describe, write_description
@@ -53,7 +54,7 @@ def export_model(
     model: Any = predictor.model
     require_exportable(model)
     rule = _size_rule(model, options)
-    example_size = _example_size(rule, options)
+    example_size = _example_size(rule, options, model)
     channels = len(predictor.cfg.MODEL.PIXEL_MEAN)
     reference = _network(model, options, torch.float32)
     dtype = PRECISIONS[options.precision]
@@ -126,8 +127,21 @@ def _size_rule(model: Any, options: ExportOptions) -> SizeRule:
     return SizeRule(divisor, smallest, largest)
 
 
-def _example_size(rule: SizeRule, options: ExportOptions) -> tuple[int, int]:
-    """Height and width to trace with: different, so that the exporter sees two sizes."""
+def _example_size(rule: SizeRule, options: ExportOptions, model: Any) -> tuple[int, int]:
+    """Height and width to trace with: different, so that the exporter sees two sizes.
+
+    Raises:
+        ValueError: the model has windows, and the largest size is too small for two of them.
+    """
     if options.size is not None:
         return options.size
-    return 4 * rule.divisor, min(6 * rule.divisor, rule.largest)
+    if not isinstance(model.backbone, SwinTransformer):
+        return 4 * rule.divisor, min(6 * rule.divisor, rule.largest)
+    # With one window on the coarsest map the exporter would take that number as a constant.
+    steps = 1 + max(layer.window_size for layer in model.backbone.layers)
+    if rule.largest < (steps + 2) * rule.divisor:
+        raise ValueError(
+            f"max_size is {options.max_size}; for the windows of this Swin backbone it must be at "
+            f"least {(steps + 2) * rule.divisor} pixels"
+        )
+    return steps * rule.divisor, (steps + 2) * rule.divisor
