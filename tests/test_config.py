@@ -332,7 +332,7 @@ REJECTED = [
     ("MODEL.MASK_FORMER.NO_OBJECT_WEIGHT", -0.1, "at least 0"),
     (f"{TEST}.OBJECT_MASK_THRESHOLD", 1.1, "0 to 1"),
     (f"{TEST}.OVERLAP_THRESHOLD", -0.1, "0 to 1"),
-    (f"{TEST}.PRUNE_QUERIES_AFTER", -1, "0 to 1000"),
+    (f"{TEST}.PRUNE_QUERIES_AFTER", -1, "at least 0 and at most 1000"),
     (f"{TEST}.PRUNE_QUERIES_AFTER", 9, "0 .off. or 1 to 8, because the decoder has 9 layers"),
     (f"{TEST}.PRUNE_QUERIES_THRESHOLD", 1.1, "0 to 1"),
     ("MODEL.MASK_FORMER.DROPOUT", 1.5, "0 to 1"),

@@ -25,11 +25,14 @@ class Runtime:
 
     Raises:
         MissingPackageError: onnxruntime is not installed.
-        ValueError: the file cannot be loaded.
+        ValueError: the file cannot be loaded, or the device does not exist.
     """
 
     def __init__(self, path: str, description: ExportedDescription, device: str = "cpu"):
-        self.path, self.description, self.device = path, description, torch.device(device)
+        try:
+            self.path, self.description, self.device = path, description, torch.device(device)
+        except RuntimeError as error:
+            raise ValueError(f"device is {device!r}; allowed: such as 'cpu' or 'cuda'") from error
         try:
             self._run = _LOADERS[description.options.format](path, self.device)
         except MissingPackageError:
