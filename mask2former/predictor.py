@@ -124,6 +124,7 @@ class Predictor(DefaultPredictor):
         """
         saved = find_pretrained(os.path.expanduser(os.fspath(path)), opts, extend_config)
         cfg = saved.cfg
+        cfg.MODEL.WEIGHTS = saved.path
         if device is not None or "MODEL.DEVICE" not in opts[::2]:
             cfg.MODEL.DEVICE = device or ("cuda" if torch.cuda.is_available() else "cpu")
         check_once(cfg, "config", check_config)

@@ -27,6 +27,9 @@ from torch import Tensor
 
 from ..augmentations import build_resize_crop_gen
 from ..formats.bands import image_format_of
+
+# Not used here, but other code imports it from this module.
+from ..formats.images import read_image as read_image
 from ..label_maps import check_whole, layers_to_boxes, pack_layers, transform_layers
 from ..lazy_augmentation import augment
 from ..records import with_whole_numbers
