@@ -26,6 +26,9 @@ PREFIX = "timm://"
 _FILE = "model.safetensors"
 # Detectron2's layout: not a state dict of timm.
 _DETECTRON = ("backbone.", "sem_seg_head.", "criterion.")
+_WRAPPERS = ("module", "model")
+# In the names of transformers' vision models.
+_TRANSFORMERS = "attention.attention.query"
 _UNSAVED = "num_batches_tracked"
 # What the functions raise that read weights of other programs, for weights that are not theirs.
 _FILTER_ERRORS = (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError)
@@ -135,7 +138,7 @@ def backbone_weights(
     name, model = backbone.timm_name, backbone.timm_model
     _check_architecture(path, name)
     whole = on_meta(name)
-    weights = _filtered(weights, whole, name, path)
+    weights = _filtered(_unwrapped(weights, whole), whole, name, path)
     target = {k: v for k, v in model.state_dict().items() if not k.endswith(_UNSAVED)}
     _adapt_stem(weights, target, whole)
     missing = target.keys() - weights.keys()
@@ -160,6 +163,11 @@ def backbone_weights(
         )
         if names
     ]
+    if problems and any(_TRANSFORMERS in k for k in weights):
+        raise ValueError(
+            f"Checkpoint {path} has the names of the transformers package. Name timm's file of "
+            f"{name!r} instead, or {PREFIX}{name}."
+        )
     if problems:
         raise ValueError(
             f"Checkpoint {path} does not fit timm's {name!r}: {'; '.join(problems)}. Set "
@@ -170,6 +178,16 @@ def backbone_weights(
         f"{_first(left_out, 20) if left_out else 'nothing'}."
     )
     return {f"{backbone.timm_prefix}{k}": weights[k] for k in target}
+
+
+def _unwrapped(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """Without the names of wrappers, such as DataParallel and Lightning, before those of a model."""
+    names = {name for name, _ in model.named_children()}
+    while True:
+        (first, *others) = {key.partition(".")[0] for key in weights} or {""}
+        if others or first not in _WRAPPERS or first in names:
+            return weights
+        weights = {key.partition(".")[2]: value for key, value in weights.items()}
 
 
 def check_pixels(backbone: TimmParts, mean: Tensor, std: Tensor) -> None:

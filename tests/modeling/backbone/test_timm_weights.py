@@ -77,7 +77,7 @@ def test_a_file_of_timm_fills_the_backbone(tmp_path, caplog, name, file):
     assert "were trained with MODEL.PIXEL_MEAN" not in caplog.text
 
 
-@pytest.mark.parametrize("wrap", ["state_dict", "model", "module."])
+@pytest.mark.parametrize("wrap", ["state_dict", "model", "module.", "model.module."])
 def test_wrapped_files(tmp_path, wrap):
     weights = whole_model("test_convnext").state_dict()
     wrapped = {wrap: weights}
@@ -234,3 +234,10 @@ def test_names_to_download(tmp_path, monkeypatch):
 def test_other_paths_stay(tmp_path):
     for path in ("detectron2://a.pkl", "model.pth?matching_heuristics=True", str(tmp_path)):
         assert local_file(path) == path
+
+
+def test_files_with_names_of_transformers(tmp_path):
+    weights = {"vit.encoder.layer.0.attention.attention.query.weight": torch.zeros(1, 1)}
+    path = save(weights, tmp_path / "a.safetensors")
+    with pytest.raises(ValueError, match="names of the transformers package. Name timm's file"):
+        load(Model("test_vit"), path)
