@@ -181,7 +181,7 @@ def backbone_weights(
 
 
 def _unwrapped(weights: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
-    """Without the names of wrappers, such as DataParallel and Lightning, before those of a model."""
+    """Without the names of wrappers (DataParallel, Lightning) before those of a model."""
     names = {name for name, _ in model.named_children()}
     while True:
         (first, *others) = {key.partition(".")[0] for key in weights} or {""}

@@ -198,7 +198,7 @@ def test_a_folder_of_another_model(tmp_path):
 
 def test_a_folder_without_weights(tmp_path):
     folder = folder_of(tmp_path, "test_convnext", weights="")
-    with pytest.raises(ValueError, match=r"which has none of model\.safetensors, .*pytorch_model"):
+    with pytest.raises(ValueError, match=r"without any of model\.safetensors, .*pytorch_model"):
         load(Model("test_convnext"), folder)
     (tmp_path / "config.json").unlink()
     with pytest.raises(FileNotFoundError, match="is not a file"):
