@@ -138,7 +138,8 @@ def _example_size(rule: SizeRule, options: ExportOptions, model: Any) -> tuple[i
     if not isinstance(model.backbone, SwinTransformer):
         return 4 * rule.divisor, min(6 * rule.divisor, rule.largest)
     # With one window on the coarsest map the exporter would take that number as a constant.
-    steps = 1 + max(layer.window_size for layer in model.backbone.layers)
+    layers: Any = model.backbone.layers
+    steps = 1 + max(layer.window_size for layer in layers)
     if rule.largest < (steps + 2) * rule.divisor:
         raise ValueError(
             f"max_size is {options.max_size}; for the windows of this Swin backbone it must be at "
