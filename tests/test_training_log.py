@@ -69,10 +69,11 @@ def test_norm_is_not_computed_unasked(tmp_path):
     assert "grad_norm" not in storage.histories()
 
 
-def test_norm_that_is_not_finite_is_left_out(tmp_path):
+def test_norm_that_is_not_finite_ends_the_run(tmp_path):
     step = step_of(tmp_path)
     step.model.weight.register_hook(lambda grad: grad * float("inf"))
-    assert "grad_norm" not in run_steps(step, 1, True).histories()
+    with pytest.raises(FloatingPointError, match="Norm of gradients became infinite or NaN"):
+        run_steps(step, 1, True)
 
 
 def test_norm_of_a_skipped_step(tmp_path):
