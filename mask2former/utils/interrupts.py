@@ -357,9 +357,13 @@ class _Guard:
         try:
             self._line = self._message(signum)
             if self._parent is not None:
-                # Spawned processes get SIGINT when the first thread of their parent ends.
-                time.sleep(_PERIOD / 4)
-                self._line = self._orphaned() or self._line
+                # Spawned processes get SIGINT when the first thread of their parent ends, a while
+                # before the parent has ended on a busy machine.
+                for _ in range(3):
+                    time.sleep(_PERIOD / 4)
+                    if orphaned := self._orphaned():
+                        self._line = orphaned
+                        break
         finally:
             self._noticed.set()
         if not self._done.wait(self._grace):

@@ -275,7 +275,7 @@ def test_use_fast_impl_false(folder, results, predictions, tmp_path, kind):
     for file in tmp_path.glob("*.json"):
         assert file.read_text() == (folder / "output" / "inference" / file.name).read_text()
     # Predictions, a table per class and, of segments, counts per image.
-    number = {InstanceSegEvaluator: 2, PanopticEvaluator: 3, ProposalEvaluator: 0}[kind]
+    number = {InstanceSegEvaluator: 3, PanopticEvaluator: 3, ProposalEvaluator: 0}[kind]
     assert len(list(tmp_path.glob("*.json"))) == number
 
 
