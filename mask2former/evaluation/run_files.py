@@ -96,7 +96,7 @@ def run_statistics(
 def read_masks(
     folder: str, table: dict[str, Any], gt_file: str | None
 ) -> tuple[Any, list[dict[str, Any]], ImageStatistics]:
-    """Read ground truth and predicted instances of an evaluation, and check them by its table.
+    """Read gt and predicted instances of an evaluation, and compare their counts with its table.
 
     Args:
         folder: of the evaluation.

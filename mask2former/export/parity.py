@@ -35,11 +35,12 @@ class Difference:
 
 
 def parity_shapes(rule: SizeRule, example: tuple[int, int]) -> list[tuple[int, int, int]]:
-    """Three (B, H, W) that a file takes; one for a traced file."""
+    """Three (B, H, W) that a file takes, smaller and larger than the example; one if traced."""
     if rule.fixed is not None:
         return [(rule.batch or 1, *rule.fixed)]
     step = rule.divisor
-    other = (example[0] + step, max(rule.smallest, example[1] - step))
+    # Clearly larger: a size that the exporter took as a constant may hold for the next step.
+    other = (example[0] + 3 * step, max(rule.smallest, example[1] - step))
     sizes = (example, other, (rule.smallest, rule.smallest + 2 * step))
     return [
         (batch, min(rule.largest, height), min(rule.largest, width))
@@ -63,23 +64,34 @@ def measure(
         shapes: (B, H, W) of the batches.
         channels: C.
         device: of the model.
+
+    Raises:
+        ValueError: the file does not run for a size, or returns other shapes.
     """
     rows = []
     for seed, (batch, *size) in enumerate(shapes):
         images = example_images(channels, (size[0], size[1]), batch, device, seed)
-        expected = model(images)
-        for (name, got), wanted in zip(exported(images).items(), expected, strict=True):
-            got = got.to(wanted.device)
-            if got.shape != wanted.shape:
+        targets = model(images)
+        try:
+            preds = exported(images)
+        except RuntimeError as error:
+            raise ValueError(
+                f"the file does not run for {batch} images of {size[0]} x {size[1]} pixels: "
+                f"{str(error).splitlines()[0]}"
+            ) from error
+        for (name, pred), target in zip(preds.items(), targets, strict=True):
+            pred = pred.to(target.device)
+            if pred.shape != target.shape:
                 raise ValueError(
-                    f"output {name} of the file is {tuple(got.shape)}, the model's is "
-                    f"{tuple(wanted.shape)}"
+                    f"output {name} of the file is {tuple(pred.shape)}, the model's is "
+                    f"{tuple(target.shape)}"
                 )
-            if wanted.is_floating_point():
-                difference = (got.float() - wanted).abs().max().item()
+            magnitude = 1.0
+            if target.is_floating_point():
+                difference = (pred.float() - target).abs().max().item()
+                magnitude = target.float().abs().max().item()
             else:
-                difference = (got != wanted).float().mean().item()
-            magnitude = wanted.float().abs().max().item() if wanted.is_floating_point() else 1.0
+                difference = (pred != target).float().mean().item()
             rows.append(Difference((batch, size[0], size[1]), name, difference, magnitude))
     return rows
 

@@ -159,7 +159,7 @@ def _quantised(file: str, target: str) -> str:
 def save_traced(network: ExportNetwork, example: Tensor, path: str, options: ExportOptions) -> None:
     """Trace a network for the size and batch of the example, and write it as TorchScript."""
     with torch.no_grad(), exported_as(options.op), warnings.catch_warnings():
-        # Of each size that becomes a constant, which is what is wanted; and of its deprecation.
+        # Of each size that becomes a constant, as intended; and of its deprecation.
         warnings.simplefilter("ignore")
         traced = torch.jit.trace(network, example, check_trace=False)
     with atomic_write(path, "wb") as file:

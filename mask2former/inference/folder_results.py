@@ -94,7 +94,7 @@ class FolderResults:
             assert result.panoptic is not None
             segment_ids = result.panoptic.segment_ids
             write_png(self._folder / "panoptic" / png, panoptic_png(result.panoptic))
-            # What ground truth has, too: tools that edit panoptic files need it.
+            # As gt files have it: tools that edit panoptic files need it.
             segments = [
                 {"bbox": list(cv2.boundingRect((segment_ids == one["id"]).astype(np.uint8)))}
                 | {"iscrowd": 0}

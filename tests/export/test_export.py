@@ -9,7 +9,7 @@ import torch
 from mask2former.export import ExportOptions, build_exported_model, export_model, load_exported
 from mask2former.export.exporter import ParityError
 from mask2former.export.metadata import SizeRule, read_description
-from mask2former.export.parity import Difference
+from mask2former.export.parity import Difference, measure, parity_shapes
 
 
 def traced(predictor, tmp_path, size=(64, 96), **options):
@@ -133,3 +133,27 @@ def test_differences_of_large_logits_are_relative():
     assert Difference((1, 64, 64), "pred_masks", 9e-5, 0.5).is_within(1e-4)
     assert not Difference((1, 64, 64), "pred_masks", 2e-4, 0.5).is_within(1e-4)
     assert Difference((1, 64, 64), "pred_masks", 2e-4, 50.0).is_within(1e-4)
+
+
+def test_parity_sizes_are_smaller_and_larger_than_the_example():
+    assert parity_shapes(SizeRule(32, 64, 4096), (128, 192)) == [
+        (1, 128, 192),
+        (2, 224, 160),
+        (3, 64, 128),
+    ]
+    assert parity_shapes(SizeRule(32, 64, 160), (128, 160))[1] == (2, 160, 128)
+    assert parity_shapes(SizeRule(32, 32, 256, (64, 96), 2), (64, 96)) == [(2, 64, 96)]
+
+
+def test_a_file_that_does_not_run_for_a_size_is_named():
+    def exported(images):
+        if images.shape[-1] > 64:
+            raise RuntimeError("view size is not compatible\nmore")
+        return {"pred_masks": images}
+
+    def model(images):
+        return [images]
+
+    measure(model, exported, [(1, 64, 64)], 3, torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"not run for 2 images of 64 x 96 pixels: view size is"):
+        measure(model, exported, [(2, 64, 96)], 3, torch.device("cpu"))
