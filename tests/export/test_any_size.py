@@ -32,7 +32,7 @@ def test_program(predictor, tmp_path, assert_same_predictions):
     path = str(tmp_path / "model.pt2")
     description = export_model(predictor, path, ExportOptions(max_size=256))
     shapes = {tuple(row["shape"]) for row in description.parity["rows"]}
-    assert shapes == {(1, 128, 192), (2, 160, 160), (3, 64, 128)}
+    assert shapes == {(1, 128, 192), (2, 224, 160), (3, 64, 128)}
     assert description.parity["within"]
     assert_same_predictions(path)
 
