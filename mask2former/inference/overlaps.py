@@ -160,7 +160,6 @@ def _neighbours(fragments: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         The number of the fragment and the label of the other pixel, int64.
     """
-    height, width = labels.shape
     padded = np.pad(fragments, 1, constant_values=-1)  # outside of the image
     labels = np.pad(labels.astype(np.int64), 1)
     rows, columns = np.nonzero(fragments > 0)
