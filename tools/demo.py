@@ -37,6 +37,7 @@ from mask2former.inference.filters import PredictionFilter
 from mask2former.inference.folder_results import TASK_OF_KIND
 from mask2former.inference.folder_run import FolderRun
 from mask2former.inference.image_files import find_images, stems_of
+from mask2former.inference.pretrained import EXPORTED_SUFFIXES
 from mask2former.inference.result import Result
 from mask2former.inference.result_files import write_png
 from mask2former.inference.video import VideoReader, require_container
@@ -48,7 +49,6 @@ from mask2former.utils.interrupts import run_program
 from mask2former.utils.memory import keep_freed_memory
 from mask2former.utils.visualization import enabled_tasks
 
-_EXPORTED_SUFFIXES = (".onnx", ".pt2", ".ts")
 _ESCAPE = 27
 
 
@@ -98,16 +98,12 @@ def load(args: argparse.Namespace) -> tuple[Predictor, list[str]]:
 def load_model(name: str, opts: list[str]) -> Predictor:
     """Load a model folder or an exported file; see `load`."""
     path = Path(name).expanduser()
-    if path.suffix.lower() not in _EXPORTED_SUFFIXES:
+    if path.suffix.lower() not in EXPORTED_SUFFIXES:
         return Predictor.from_pretrained(path, opts=opts)
     # Its formats need packages of their own.
     from mask2former.export import load_exported
 
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist.")
-    if set(opts[::2]) - {"MODEL.DEVICE"}:
-        raise ValueError(f"{path} is an exported model, of which --opts changes MODEL.DEVICE only")
-    return load_exported(path, **({"device": opts[1]} if opts else {}))
+    return load_exported(path, opts=opts)
 
 
 def _keep_memory_on_cpu(cfg: CfgNode) -> None:
