@@ -130,7 +130,7 @@ def predict_images(args: argparse.Namespace) -> None:
     planned = {}
     if args.output is not None:
         planned = plan_drawings(images, stems, tasks, args.output)
-        if args.save and any(stem.parts[0] == RESULTS for stem in stems):
+        if args.save and any(len(x.parts) > 1 and x.parts[0] == RESULTS for x in stems):
             raise ValueError(
                 f"a folder of the input is named {RESULTS}, as that of --save: rename it"
             )
