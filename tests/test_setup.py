@@ -377,9 +377,10 @@ def test_other_name_of_a_program(monkeypatch) -> None:
 def test_every_program_has_a_command() -> None:
     programs = load_script("mask2former_command.py").PROGRAMS.values()
     named = {Path(arguments[0]).name for arguments, _ in programs}
-    # Of the development of this project, what `env` runs, and what the original release has.
+    # Of the development of this project, what `env` runs, parts of programs, and what the original
+    # release has.
     others = {"ablation_page.py", "ablation_speed.py", "gpu_check.py", "setup_env.py"}
-    others |= {"evaluate_pq_for_semantic_segmentation.py"}
+    others |= {"demo_options.py", "evaluate_pq_for_semantic_segmentation.py"}
     assert {path.name for path in (ROOT / "tools").glob("*.py")} - named == others
 
 

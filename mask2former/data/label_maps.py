@@ -18,6 +18,8 @@ from detectron2.structures import Boxes
 from .lazy_augmentation import apply_labels
 from .packed_masks import LABELS_PER_PLANE, PackedMasks
 
+_COUNTED_PIXELS = 2**22
+
 
 def present_values(labels: np.ndarray) -> np.ndarray:
     """The distinct values of a label map, ascending; faster than `np.unique` on all pixels."""
@@ -50,6 +52,16 @@ def count_values(labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The distinct values of a label map, ascending, and how many pixels each has."""
     runs = Runs(labels)
     return runs.values, runs.counts()
+
+
+def count_ids(ids: np.ndarray, max_id: int) -> np.ndarray:
+    """Pixels of each id, (at least max_id + 1,) int64, in an (H, W) map of ids from 0 on."""
+    counts = np.zeros(max(int(ids.max(initial=0)), max_id) + 1, np.int64)
+    # NumPy counts in 64-bit copies, of a few rows at a time.
+    step = max(1, _COUNTED_PIXELS // max(1, ids.shape[1]))
+    for start in range(0, len(ids), step):
+        counts += np.bincount(ids[start : start + step].reshape(-1), minlength=len(counts))
+    return counts
 
 
 class Runs:

@@ -20,7 +20,7 @@ from detectron2.data import transforms as T
 from detectron2.structures import BitMasks, Boxes, polygons_to_bitmask
 from torch import Tensor
 
-from .formats.masks import farthest, rle_problems
+from .formats.masks import farthest, is_polygon, rle_problems
 from .label_maps import Runs, pack_layers, present_values
 from .lazy_augmentation import apply_labels, apply_polygons
 from .packed_masks import BITS_PER_PLANE, PackedMasks, TargetInstances
@@ -264,7 +264,7 @@ def _read_shape(
                 raise ValueError(
                     f"{where} has a polygon that is not a list of numbers: {error}."
                 ) from error
-            if polygon.ndim != 1 or polygon.size < 6 or polygon.size % 2:
+            if polygon.ndim != 1 or not is_polygon(polygon):
                 raise ValueError(
                     f"{where} has a polygon of {polygon.size} coordinates, shape {polygon.shape}; "
                     "a polygon is x1, y1, x2, y2, ... of at least 3 points."

@@ -19,7 +19,9 @@ from detectron2.structures import BoxMode
 
 from ..utils.instance_masks import InstanceMasks
 from ..utils.tile_grid import check_tile_size, tile_grid
+from ..utils.windows import Window, intersection, shifted
 from .formats.images import check_panoptic_mode, read_header, read_image, read_panoptic_png
+from .formats.masks import is_polygon
 from .formats.windows import more_pixels, open_image
 from .lazy_augmentation import apply_polygons
 
@@ -36,7 +38,7 @@ class TileWindow(NamedTuple):
     image_size: tuple[int, int]
 
     @property
-    def window(self) -> tuple[slice, slice]:
+    def window(self) -> Window:
         return slice(self.y, self.y + self.height), slice(self.x, self.x + self.width)
 
 
@@ -99,7 +101,7 @@ def _boxes(annotations: Sequence[dict[str, Any]]) -> np.ndarray:
             box[:] = BoxMode.convert(
                 mask_util.toBbox(shape).tolist(), BoxMode.XYWH_ABS, BoxMode.XYXY_ABS
             )
-        elif isinstance(shape, list) and shape and all(map(_is_polygon, shape)):
+        elif isinstance(shape, list) and shape and all(map(_is_finite_polygon, shape)):
             points = np.concatenate([np.asarray(part, dtype=np.float64) for part in shape])
             box[:2], box[2:] = points.reshape(-1, 2).min(0), points.reshape(-1, 2).max(0)
         elif "bbox" in annotation:
@@ -168,24 +170,19 @@ def record_annotations(record: dict[str, Any]) -> list[dict[str, Any]]:
 
 def _cut(shape: Any, tile: TileWindow) -> Any:
     """A segmentation in the tile; None if it has no pixel there."""
-    rows, columns = tile.window
     if isinstance(shape, np.ndarray) and shape.shape == tile.image_size:
-        mask = shape[rows, columns]
+        mask = shape[tile.window]
         return mask if mask.any() else None
     if isinstance(shape, dict) and tuple(shape["size"]) == tile.image_size:
         masks = InstanceMasks.from_rle([shape])
-        (crop,), (x, y) = masks.crops, masks.offsets[0].tolist()
-        mask = np.zeros((tile.height, tile.width), dtype=np.uint8)
-        top, left = max(y, tile.y), max(x, tile.x)
-        bottom = min(y + crop.shape[0], tile.y + tile.height)
-        right = min(x + crop.shape[1], tile.x + tile.width)
-        if top >= bottom or left >= right:
+        shared = intersection(masks.window(0), tile.window)
+        inside = masks.crops[0][shifted(shared, masks.window(0))]
+        if not inside.any():
             return None
-        mask[top - tile.y : bottom - tile.y, left - tile.x : right - tile.x] = crop[
-            top - y : bottom - y, left - x : right - x
-        ]
-        return mask if mask.any() else None
-    if isinstance(shape, list) and shape and all(map(_is_polygon, shape)):
+        mask = np.zeros((tile.height, tile.width), dtype=np.uint8)
+        mask[shifted(shared, tile.window)] = inside
+        return mask
+    if isinstance(shape, list) and shape and all(map(_is_finite_polygon, shape)):
         crop = T.CropTransform(tile.x, tile.y, tile.width, tile.height)
         points = [np.array(part, dtype=np.float64).reshape(-1, 2) for part in shape]
         parts = apply_polygons(T.TransformList([crop]), points)
@@ -193,10 +190,9 @@ def _cut(shape: Any, tile: TileWindow) -> Any:
     return shape
 
 
-def _is_polygon(part: Any) -> bool:
+def _is_finite_polygon(part: Any) -> bool:
     try:
         points = np.asarray(part, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
         return False
-    is_complete = points.ndim == 1 and points.size >= 6 and points.size % 2 == 0
-    return is_complete and bool(np.isfinite(points).all())
+    return points.ndim == 1 and is_polygon(points) and bool(np.isfinite(points).all())

@@ -2,7 +2,6 @@
 
 import copy
 import gc
-import logging
 import os
 from dataclasses import asdict
 from typing import Any
@@ -19,8 +18,6 @@ from .parity import measure, parity_shapes, table
 from .postprocess import PostprocessedNetwork
 from .programs import compile_program, save_onnx, save_program, save_traced, trace_program
 from .runtimes import Runtime
-
-_logger = logging.getLogger(__name__)
 
 
 class ParityError(ValueError):

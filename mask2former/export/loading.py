@@ -4,6 +4,7 @@ Shape letters: B batch, C channels, H W image size in pixels, h w that of mask l
 """
 
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from detectron2.data import Metadata, MetadataCatalog
 from detectron2.structures import ImageList
 from torch import Tensor, nn
 
+from ..config_schema import check_values
 from ..fast.model import inference
+from ..inference.model_file import merge_overrides
 from ..maskformer_model import MaskFormer
 from ..predictor import Predictor
-from .metadata import read_description
+from .metadata import SizeRule, read_description
 from .network import LOGITS
 from .runtimes import Runtime
 
@@ -25,6 +28,8 @@ _MUST_AGREE = (
     ("MODEL.PIXEL_STD", "pixel_std"),
     ("INPUT.FORMAT", "input_format"),
 )
+# How images are resized before they are padded to what the file takes.
+_SIZES = ("INPUT.MIN_SIZE_TEST", "INPUT.MAX_SIZE_TEST")
 
 
 class ExportedMaskFormer(MaskFormer):
@@ -117,24 +122,59 @@ class ExportedMaskFormer(MaskFormer):
         return inference(self, outputs, batched_inputs, images)
 
 
-def load_exported(path: str | os.PathLike, *, device: str = "cpu") -> Predictor:
+def load_exported(
+    path: str | os.PathLike, *, device: str | None = None, opts: Sequence[Any] = ()
+) -> Predictor:
     """Load an exported file as a predictor.
 
     Args:
         path: the file; its description is beside it. Load only files that you trust.
-        device: where to run.
+        device: where to run; default: MODEL.DEVICE of `opts`, else "cpu".
+        opts: overrides `KEY1 VALUE1 KEY2 VALUE2 ...` of MODEL.DEVICE, INPUT.MIN_SIZE_TEST and
+            INPUT.MAX_SIZE_TEST. The rest of the config is part of the file.
 
     Raises:
         FileNotFoundError: the file or its description does not exist.
-        ValueError: it cannot be loaded, or has post-processing of its own.
+        ValueError: it cannot be loaded, has post-processing of its own, or does not take an
+            override.
     """
     path = os.path.expanduser(os.fspath(path))
     description = read_description(path)
     cfg = description.cfg(path)
-    cfg.MODEL.DEVICE = device
+    cfg.MODEL.DEVICE = "cpu"
+    _override(cfg, opts, path, description.sizes)
+    device = cfg.MODEL.DEVICE = device or cfg.MODEL.DEVICE
     metadata = description.detectron2_metadata()
     model = ExportedMaskFormer(Runtime(path, description, device), cfg, metadata)
     return Predictor.from_model(model, cfg, metadata, description.class_names)
+
+
+def _override(cfg: CfgNode, opts: Sequence[Any], path: str, rule: SizeRule) -> None:
+    """Change the config in place.
+
+    Raises:
+        ValueError: a key is part of the file, or images would be larger than the file takes.
+    """
+    others = sorted({*map(str, opts[::2])} - {"MODEL.DEVICE", *_SIZES})
+    if others:
+        raise ValueError(
+            f"{path} is an exported model, of which MODEL.DEVICE, {' and '.join(_SIZES)} can be "
+            f"changed, but not {', '.join(others)}: export again with the config changed"
+        )
+    merge_overrides(cfg, opts)
+    check_values(cfg)
+    sides = rule.fixed or (rule.largest, rule.largest)
+    for key, limit in zip(_SIZES, (min(sides), max(sides)), strict=True):
+        value = cfg.INPUT[key.partition(".")[2]]
+        if key in opts[::2] and value > limit:
+            what = (
+                f"takes up to {limit} pixels: choose at most that, or export with a larger "
+                "--max-size"
+                if rule.fixed is None
+                else f"was traced for {sides[0]} x {sides[1]} pixels only: choose {limit} or less, "
+                "or export for a larger size, or with format torch or onnx, which take any size"
+            )
+            raise ValueError(f"{key} is {value}, but {path} {what}")
 
 
 def build_exported_model(path: str | os.PathLike, cfg: CfgNode) -> ExportedMaskFormer:

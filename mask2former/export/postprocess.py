@@ -7,7 +7,7 @@ results have an entry for each query or each of the N best pairs, with a flag or
 Shape letters: B batch, Q queries, K classes, N instances, h w size of mask logits, H W image size.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 import torch
 import torch.nn.functional as F
@@ -139,8 +139,3 @@ class PostprocessedNetwork(ExportNetwork):
 
 def _thing_mask(thing_ids: Collection[int], num_classes: int) -> Tensor:
     return torch.tensor([label in thing_ids for label in range(num_classes)])
-
-
-def names_of(task: str, logits: Sequence[str]) -> tuple[str, ...]:
-    """Names of the outputs of a file with this post-processing."""
-    return OUTPUTS.get(task, tuple(logits))

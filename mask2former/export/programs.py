@@ -3,7 +3,6 @@
 Shape letters: B batch, C channels, H W image size in pixels.
 """
 
-import logging
 import os
 import shutil
 import tempfile
@@ -18,8 +17,6 @@ from ..utils.files import MissingPackageError, atomic_write
 from .metadata import SizeRule
 from .network import INPUT, ExportNetwork
 from .options import ExportOptions
-
-_logger = logging.getLogger(__name__)
 
 
 def trace_program(

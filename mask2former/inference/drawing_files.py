@@ -66,7 +66,7 @@ def _container(video: Path) -> str:
 def _require_apart(planned: dict[tuple[Path, str], Path], inputs: list[Path]) -> None:
     """
     Raises:
-        ValueError: a planned file is an input, or planned twice.
+        ValueError: a planned file is an input, or planned twice, or in the place of a folder.
     """
     read = {path.resolve() for path in inputs}
     sources: dict[Path, Path] = {}
@@ -76,3 +76,10 @@ def _require_apart(planned: dict[tuple[Path, str], Path], inputs: list[Path]) ->
         if path in sources:
             raise ValueError(f"{sources[path]} and {source} would both be drawn to {path}")
         sources[path] = source
+    for path, source in sources.items():
+        for folder in path.parents:
+            if folder in sources:
+                raise ValueError(
+                    f"{sources[folder]} would be drawn to {folder}, but that is the folder of the "
+                    f"drawing of {source}: start twice with two outputs"
+                )

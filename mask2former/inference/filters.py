@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..data.label_maps import count_ids
 from .overlaps import (
-    count_ids,
     fill_fragments,
     mask_nms,
     without_fragments,

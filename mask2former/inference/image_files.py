@@ -5,6 +5,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import chain, count
 from pathlib import Path
 
 IMAGE_SUFFIXES = (".bmp", ".jpeg", ".jpg", ".npy", ".png", ".ppm", ".tif", ".tiff", ".webp")
@@ -90,22 +91,48 @@ def _with_folders(images: list[ImageFile]) -> list[ImageFile]:
 
 
 def stems_of(images: Sequence[ImageFile]) -> list[Path]:
-    """The names of images without suffix, or with it where two would be the same.
+    """The names of images without suffix, or with it where two outputs would be the same.
+
+    Names that differ in upper and lower case only count as the same, as some file systems have it;
+    so does `a` beside a folder a.png, in whose place a.png would be written. Where the suffix does
+    not tell them apart, a number follows.
 
     Raises:
         ValueError: two images have the same name, because they are of different folders.
     """
-    counts = Counter(image.name.with_suffix("") for image in images)
-    stems = [
-        image.name if counts[image.name.with_suffix("")] > 1 else image.name.with_suffix("")
-        for image in images
-    ]
+    names = [image.name for image in images]
     sources: dict[Path, Path] = {}
-    for stem, image in zip(stems, images, strict=True):
-        if stem in sources:
+    for name, image in zip(names, images, strict=True):
+        if name in sources:
             raise ValueError(
-                f"{sources[stem]} and {image.path} would both be written as {stem}: name a folder "
+                f"{sources[name]} and {image.path} would both be written as {name}: name a folder "
                 "that holds both, whose subfolders are kept, or start twice with two outputs"
             )
-        sources[stem] = image.path
+        sources[name] = image.path
+    folders = {_key(parent) for name in names for parent in name.parents}
+    in_place_of_folders = {x.removesuffix(".png") for x in folders if x.endswith(".png")}
+    stems = [name.with_suffix("") for name in names]
+    while True:
+        counts = Counter(map(_key, stems))
+        clashing = [
+            i
+            for i, stem in enumerate(stems)
+            if counts[_key(stem)] > 1 or _key(stem) in in_place_of_folders
+        ]
+        # A name with suffix may be that of another image without it.
+        without_suffix = [i for i in clashing if stems[i] != names[i]]
+        if not without_suffix:
+            break
+        for i in without_suffix:
+            stems[i] = names[i]
+    taken = in_place_of_folders | {_key(s) for i, s in enumerate(stems) if i not in clashing}
+    for i in clashing:
+        numbered = (names[i].with_name(f"{names[i].name}_{number}") for number in count(2))
+        stems[i] = next(x for x in chain([names[i]], numbered) if _key(x) not in taken)
+        taken.add(_key(stems[i]))
     return stems
+
+
+def _key(path: Path) -> str:
+    """The same for paths that a file system may take for the same."""
+    return path.as_posix().casefold()

@@ -10,10 +10,10 @@ import numpy as np
 from scipy import ndimage
 
 from ..utils.instance_masks import InstanceMasks
+from ..utils.windows import Window, intersection, shifted
 
 # Diagonal neighbours belong to the same component.
 _CONNECTIVITY = 8
-_COUNTED_PIXELS = 2**22
 
 
 def mask_nms(
@@ -48,34 +48,20 @@ def mask_nms(
         max_shared = np.minimum(sides.clip(min=0).prod(1), np.minimum(areas[i], areas[others]))
         possible = max_shared > max_iou * (areas[i] + areas[others] - max_shared)
         for j in others[possible].tolist():
-            shared = _intersection(masks, i, j)
+            shared = _shared_pixels(masks, i, j)
             if shared > max_iou * (areas[i] + areas[j] - shared):
                 is_kept[j] = False
     return np.flatnonzero(is_kept)
 
 
-def _intersection(masks: InstanceMasks, i: int, j: int) -> int:
+def _shared_pixels(masks: InstanceMasks, i: int, j: int) -> int:
     """Pixels that two masks share."""
-    start = np.maximum(masks.offsets[i], masks.offsets[j])
-    parts = []
-    sizes = [np.array(masks.crops[k].shape[::-1]) for k in (i, j)]
-    stop = np.minimum(masks.offsets[i] + sizes[0], masks.offsets[j] + sizes[1])
-    if (stop <= start).any():
-        return 0
-    for k in (i, j):
-        (x0, y0), (x1, y1) = start - masks.offsets[k], stop - masks.offsets[k]
-        parts.append(masks.crops[k][y0:y1, x0:x1])
-    return int(np.count_nonzero(parts[0] & parts[1]))
-
-
-def count_ids(ids: np.ndarray, max_id: int) -> np.ndarray:
-    """Pixels of each id, (at least max_id + 1,) int64, in an (H, W) map of ids from 0 on."""
-    counts = np.zeros(max(int(ids.max(initial=0)), max_id) + 1, np.int64)
-    # NumPy counts in 64-bit copies, of a few rows at a time.
-    step = max(1, _COUNTED_PIXELS // max(1, ids.shape[1]))
-    for start in range(0, len(ids), step):
-        counts += np.bincount(ids[start : start + step].reshape(-1), minlength=len(counts))
-    return counts
+    windows = masks.window(i), masks.window(j)
+    shared = intersection(*windows)
+    first, second = (
+        masks.crops[k][shifted(shared, window)] for k, window in zip((i, j), windows, strict=True)
+    )
+    return int(np.count_nonzero(first & second))
 
 
 def small_components(mask: np.ndarray, min_pixels: int) -> np.ndarray:
@@ -110,9 +96,7 @@ def without_segment_fragments(ids: np.ndarray, min_pixels: int) -> np.ndarray:
     return cleaned
 
 
-def _fragments(
-    labels: np.ndarray, min_pixels: int
-) -> Iterator[tuple[tuple[slice, slice], np.ndarray]]:
+def _fragments(labels: np.ndarray, min_pixels: int) -> Iterator[tuple[Window, np.ndarray]]:
     """Yield the box of each label from 1 on in a map (H, W), and its `small_components`."""
     for label, place in enumerate(ndimage.find_objects(labels), start=1):
         if place is not None:
@@ -160,7 +144,6 @@ def _neighbours(fragments: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, 
     Returns:
         The number of the fragment and the label of the other pixel, int64.
     """
-    height, width = labels.shape
     padded = np.pad(fragments, 1, constant_values=-1)  # outside of the image
     labels = np.pad(labels.astype(np.int64), 1)
     rows, columns = np.nonzero(fragments > 0)

@@ -28,6 +28,8 @@ from .model_file import (
     merge_overrides,
 )
 
+# Of the files that tools/export.py writes.
+EXPORTED_SUFFIXES = (".onnx", ".pt2", ".ts")
 _CONFIG_YAML = "config.yaml"
 # The folders that a training writes, the first that exists counts.
 _FOLDERS = ("model_best", "model_final")
@@ -85,7 +87,7 @@ def _of_file(path: str, opts: Sequence[Any], extend_config: ExtendConfig | None)
     if is_model_file(path):
         return _of_model_file(path, opts, extend_config)
     suffix = os.path.splitext(path)[1].lower()
-    if suffix in (".onnx", ".pt2", ".ts"):
+    if suffix in EXPORTED_SUFFIXES:
         raise ValueError(
             f"{path} is an exported model: load it by mask2former.export.load_exported."
         )

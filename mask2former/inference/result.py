@@ -17,10 +17,10 @@ from scipy import ndimage
 from torch import Tensor
 
 from ..data.class_labels import class_names_of
+from ..data.label_maps import count_ids
 from ..utils.instance_masks import InstanceMasks
 from ..utils.visualization import TASKS, draw_prediction
 from .filters import PredictionFilter
-from .overlaps import count_ids
 from .result_files import drawing_metadata, save, to_coco, to_outputs, to_supervision
 
 

@@ -13,10 +13,9 @@ import cv2
 import numpy as np
 
 from ..utils.tile_grid import Tile
+from ..utils.windows import Window, intersection, shifted
 from .tile_matching import Side, match_sides
 from .tile_merging import Grid, group_of
-
-Window = tuple[slice, slice]
 
 
 class ImageInstance(NamedTuple):
@@ -221,28 +220,12 @@ def _assembled(score: float, pieces: list[_Piece]) -> ImageInstance:
     crop = np.zeros((bottom - top, right - left), dtype=bool)
     tiles: dict[Tile, np.ndarray] = {}
     for piece in pieces:
-        box = _shifted(piece.window, piece.tile.window)
+        box = shifted(piece.window, piece.tile.window)
         tiles.setdefault(piece.tile, np.zeros(piece.tile.size, dtype=bool))[box] |= piece.mask()
-        crop[_shifted(piece.window, whole)] |= piece.mask()
+        crop[shifted(piece.window, whole)] |= piece.mask()
     for tile, mask in tiles.items():
-        decided = _intersection(tile.core, whole)
-        crop[_shifted(decided, whole)] = mask[_shifted(decided, tile.window)]
+        decided = intersection(tile.core, whole)
+        crop[shifted(decided, whole)] = mask[shifted(decided, tile.window)]
     x, y, width, height = cv2.boundingRect(crop.view(np.uint8))
     tight = crop[y : y + height, x : x + width].copy()
     return ImageInstance(label, score, (left + x, top + y), tight)
-
-
-def _intersection(first: Window, second: Window) -> Window:
-    rows, columns = (
-        slice(max(a.start, b.start), max(a.start, b.start, min(a.stop, b.stop)))
-        for a, b in zip(first, second, strict=True)
-    )
-    return rows, columns
-
-
-def _shifted(window: Window, origin: Window) -> Window:
-    """A window of the image as one of its part `origin`."""
-    rows, columns = (
-        slice(a.start - b.start, a.stop - b.start) for a, b in zip(window, origin, strict=True)
-    )
-    return rows, columns

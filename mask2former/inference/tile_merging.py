@@ -18,9 +18,10 @@ from scipy.sparse import coo_array
 from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
-from ..data.label_maps import count_values
+from ..data.label_maps import count_ids, count_values
 from ..evaluation.semantic_evaluation import best_labels
 from ..utils.tile_grid import Span, Tile
+from ..utils.windows import shifted
 from .tile_matching import Side, match_sides
 
 Grid = list[list[Tile]]
@@ -103,11 +104,8 @@ class SemanticMerger:
         """The scores of the columns that no later tile of the row changes, and these columns."""
         is_first, is_last = tile.column == 0, tile.column == len(self._grid[0]) - 1
         columns = self._across.used(tile.x, is_first, is_last)
-        scores = scores[
-            :,
-            rows.start - tile.y.start : rows.stop - tile.y.start,
-            columns.start - tile.x.start : columns.stop - tile.x.start,
-        ].clone()
+        in_tile = shifted((rows, columns), tile.window)
+        scores = scores[:, in_tile[0], in_tile[1]].clone()
         fade = 2 * self._across.half
         weights = self._across.weights(scores.device)
         if not is_first and fade:
@@ -200,10 +198,7 @@ class PanopticMerger:
         covered = self.segment_ids[tile.window]
         np.copyto(covered, ids, where=covered == 0)
         core = self.segment_ids[tile.core]
-        own = ids[
-            tile.y.core_start - tile.y.start : tile.y.core_stop - tile.y.start,
-            tile.x.core_start - tile.x.start : tile.x.core_stop - tile.x.start,
-        ]
+        own = ids[shifted(tile.core, tile.window)]
         np.copyto(core, own, where=own != 0)
 
     def _join(self, first: _Strip, second: _Strip) -> None:
@@ -242,11 +237,7 @@ class PanopticMerger:
             their parts have one: its mean, for things over pixels.
         """
         groups = group_of(len(self._segments), self._pairs)
-        counts = np.zeros(len(groups), dtype=np.int64)
-        flat = self.segment_ids.reshape(-1)
-        chunks = [slice(start, start + _CHUNK) for start in range(0, flat.size, _CHUNK)]
-        for chunk in chunks:
-            counts += np.bincount(flat[chunk], minlength=len(groups))
+        counts = count_ids(self.segment_ids, len(groups) - 1)
         areas = np.zeros(groups.max() + 1, dtype=np.int64)
         # A group has many ids, which += would count once.
         np.add.at(areas, groups, counts)
@@ -265,6 +256,8 @@ class PanopticMerger:
                 merged["score"] = float(np.average(scores, weights=weights))
             segments.append(merged)
         lookup = new_ids[groups]
-        for chunk in chunks:
+        flat = self.segment_ids.reshape(-1)
+        for start in range(0, flat.size, _CHUNK):
+            chunk = slice(start, start + _CHUNK)
             flat[chunk] = lookup[flat[chunk]]
         return segments

@@ -15,6 +15,8 @@ import torch
 from pycocotools import mask as coco_mask
 from torch import Tensor
 
+from .windows import Window
+
 
 class InstanceMasks:
     """N masks of one image.
@@ -83,6 +85,11 @@ class InstanceMasks:
     def __len__(self) -> int:
         return len(self.crops)
 
+    def window(self, i: int) -> Window:
+        """The rows and columns of the image that a crop covers."""
+        (x, y), (height, width) = self.offsets[i].tolist(), self.crops[i].shape
+        return slice(y, y + height), slice(x, x + width)
+
     def __getitem__(self, index: Any) -> Any:
         if isinstance(index, int | np.integer):
             return self._full(int(index))
@@ -95,16 +102,16 @@ class InstanceMasks:
         return f"InstanceMasks({len(self)} masks of {height} x {width} pixels)"
 
     def _full(self, i: int) -> np.ndarray:
-        crop, (x, y) = self.crops[i], self.offsets[i].tolist()  # IndexError ends iterations
+        crop, window = self.crops[i], self.window(i)  # IndexError ends iterations
         mask = np.zeros(self.image_size, bool)
-        mask[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        mask[window] = crop
         return mask
 
     def full(self) -> np.ndarray:
         """(N, H, W) bool. It takes N · H · W bytes."""
         masks = np.zeros((len(self), *self.image_size), bool)
-        for mask, crop, (x, y) in zip(masks, self.crops, self.offsets.tolist(), strict=True):
-            mask[y : y + crop.shape[0], x : x + crop.shape[1]] = crop
+        for i, mask in enumerate(masks):
+            mask[self.window(i)] = self.crops[i]
         return masks
 
     def areas(self) -> np.ndarray:

@@ -12,6 +12,8 @@ H W pixels of the image.
 from itertools import pairwise
 from typing import NamedTuple
 
+from .windows import Window
+
 
 class Span(NamedTuple):
     """A tile along one axis, in pixels.
@@ -49,12 +51,12 @@ class Tile(NamedTuple):
     x: Span
 
     @property
-    def window(self) -> tuple[slice, slice]:
+    def window(self) -> Window:
         """Rows and columns of the image that the tile covers."""
         return self.y.window, self.x.window
 
     @property
-    def core(self) -> tuple[slice, slice]:
+    def core(self) -> Window:
         """Rows and columns of the image that the tile decides."""
         return self.y.core, self.x.core
 

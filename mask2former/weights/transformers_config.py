@@ -28,7 +28,6 @@ _RESNET_BLOCKS = {
     152: (3, 8, 36, 3),
 }
 _BASIC = (18, 34)  # depths of ResNets without bottleneck
-_NUM_LEVELS = 3
 _FFN_OF_ENCODER = 1024  # in both, of the pixel decoder
 
 # Key of config.json → ours, with the package's default.

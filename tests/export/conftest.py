@@ -91,13 +91,18 @@ def traced_file(predictor, shared_folder, tmp_path) -> str:
 def assert_same_predictions(predictor):
     """Whether a file predicts for images of two sizes what the model does."""
 
-    def check(path, sizes=((48, 60), (64, 90))):
-        exported = load_exported(path)
+    def check(path, sizes=((48, 60), (64, 90)), opts=()):
+        exported = load_exported(path, opts=opts)
+        cfg = predictor.cfg.clone()
+        cfg.merge_from_list([*opts])
+        live_predictor = Predictor.from_model(
+            predictor.model, cfg, predictor.metadata, predictor.class_names
+        )
         assert exported.class_names == predictor.class_names
         generator = np.random.default_rng(0)
         images = [generator.integers(0, 256, (*size, 3), np.uint8) for size in sizes]
         for image in images:
-            live, own = predictor(image), exported(image)
+            live, own = live_predictor(image), exported(image)
             torch.testing.assert_close(own["sem_seg"], live["sem_seg"], atol=1e-3, rtol=1e-3)
             assert torch.equal(own["panoptic_seg"][0], live["panoptic_seg"][0])
             assert own["panoptic_seg"][1] == live["panoptic_seg"][1]

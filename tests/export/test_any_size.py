@@ -36,6 +36,12 @@ def test_program(predictor, tmp_path, assert_same_predictions):
     assert description.parity["within"]
     assert_same_predictions(path)
 
+    # Sizes are free, so images may be resized otherwise than in the config of the model.
+    larger = ("INPUT.MIN_SIZE_TEST", "128", "INPUT.MAX_SIZE_TEST", "192")
+    assert_same_predictions(path, opts=larger)
+    with pytest.raises(ValueError, match=r"MAX_SIZE_TEST is 300, but \S*model.pt2 takes up to 256"):
+        load_exported(path, opts=["INPUT.MAX_SIZE_TEST", "300"])
+
     targets = {str(node.target) for node in _programs[0].graph.nodes}
     assert not any("mask2former" in target for target in targets)
     outputs = load_exported(path).model.forward_network(torch.zeros(5, 3, 256, 64))

@@ -5,6 +5,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from load_script import load_script
+from PIL import Image
 
 from mask2former.export import ExportOptions, build_exported_model, export_model, load_exported
 from mask2former.export.exporter import ParityError
@@ -23,6 +25,55 @@ def test_traced_file(predictor, traced_file, assert_same_predictions):
     assert_same_predictions(path, sizes=((64, 96), (64, 90)))
     with pytest.raises(ValueError, match="traced for 64 x 96: lower INPUT.MIN_SIZE_TEST"):
         load_exported(path)(np.zeros((96, 64, 3), np.uint8))
+
+
+def test_image_sizes_of_a_traced_file(traced_file, monkeypatch):
+    """Traced for 64 x 96 pixels: smaller images are padded, larger ones do not fit."""
+    smaller = ("INPUT.MIN_SIZE_TEST", "32", "INPUT.MAX_SIZE_TEST", "64")
+    exported = load_exported(traced_file, opts=smaller)
+    network, seen = exported.model.forward_network, []
+    monkeypatch.setattr(
+        exported.model, "forward_network", lambda x: seen.append(x.shape[2:]) or network(x)
+    )
+    results = exported.predict([np.zeros((96, 64, 3), np.uint8), np.zeros((64, 128, 3), np.uint8)])
+    assert seen == [(64, 32), (32, 64)]  # 48 x 32 and 32 x 64, in multiples of 32
+    assert [result.image_size for result in results] == [(96, 64), (64, 128)]
+    for key, value, limit in (("MIN", "65", 64), ("MAX", "97", 96)):
+        what = rf"{key}_SIZE_TEST is {value}, but \S*model.ts was traced for 64 x 96 pixels only: "
+        with pytest.raises(ValueError, match=f"{what}choose {limit} or less, or export"):
+            load_exported(traced_file, opts=[f"INPUT.{key}_SIZE_TEST", value])
+
+
+@pytest.mark.parametrize(
+    ("opts", "message"),
+    [
+        (["INPUT.MIN_SIZE_TEST"], "Overrides come in pairs"),
+        (["INPUT.MIN_SIZE_TEST", "-1"], "INPUT.MIN_SIZE_TEST is -1"),
+        (["INPUT.MIN_SIZE_TEST", "small"], "INPUT.MIN_SIZE_TEST='small'"),
+        (["MODEL.MASK_FORMER.HIDDEN_DIM", "8"], "can be changed, but not MODEL.MASK_FORMER.HIDDEN"),
+        (["INPUT.MIN_SIZE_TEST", "800"], "INPUT.MIN_SIZE_TEST is 800, .* for 64 x 96 pixels only"),
+    ],
+)
+def test_options_of_demo_that_a_file_does_not_take(traced_file, tmp_path, opts, message):
+    (tmp_path / "a.png").touch()
+    demo = load_script("tools/demo.py")
+    arguments = ["--model", traced_file, "--input", tmp_path / "a.png"]
+    arguments += ["--output", tmp_path / "out"]
+    with pytest.raises(SystemExit, match=message):
+        demo.main([*map(str, arguments), "--opts", *opts])
+    assert not (tmp_path / "out").exists()
+
+
+def test_options_of_demo_with_a_file(traced_file, tmp_path):
+    """A portrait image, which would not fit with the sizes of the config."""
+    Image.new("RGB", (64, 96)).save(tmp_path / "a.png")
+    demo = load_script("tools/demo.py")
+    arguments = ["--model", traced_file, "--input", tmp_path / "a.png"]
+    arguments += ["--output", tmp_path / "out", "--task", "panoptic", "--opts"]
+    with pytest.raises(SystemExit, match="traced for 64 x 96: lower INPUT.MIN_SIZE_TEST"):
+        demo.main([*map(str, arguments), "MODEL.DEVICE", "cpu"])
+    demo.main([*map(str, arguments), "INPUT.MIN_SIZE_TEST", "40", "INPUT.MAX_SIZE_TEST", "64"])
+    assert Image.open(tmp_path / "out/a.png").size == (64, 96)
 
 
 @pytest.mark.parametrize("task", ["instance", "panoptic", "semantic"])

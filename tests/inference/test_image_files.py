@@ -1,6 +1,7 @@
 """Finding images, and naming what is written for them."""
 
 import os
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -68,6 +69,46 @@ def test_stems_tell_images_apart():
     same = [ImageFile(Path(folder, "a.png"), Path("a.png")) for folder in ("x", "y")]
     with pytest.raises(ValueError, match=r"x/a.png and y/a.png would both be written as a.png"):
         stems_of(same)
+
+
+# Names whose outputs could be taken for those of others: by suffix, case, folder or number.
+NASTY = ["a.jpg", "a.jpeg", "a.png", "a.jpg.png", "a.png.jpg", "a_png.jpg", "a.jpg_2.png", "A.jpg"]
+NASTY += ["A.png", "a.png/c.jpg", "a.jpg.png/c.jpg", "a.b/c.jpg", "a.b.jpg", "a_semantic.jpg"]
+
+
+@pytest.mark.parametrize("tasks", [["panoptic"], ["panoptic", "semantic"]])
+def test_no_output_takes_the_place_of_another(tasks):
+    for names in permutations(NASTY, 3):
+        inputs = images(*names)
+        outputs = plan_drawings(inputs, stems_of(inputs), tasks, Path("out"))
+        # As a file system that does not tell upper and lower case apart has them.
+        files = {str(path).casefold() for path in outputs.values()}
+        assert len(outputs) == len(files) == 3 * len(tasks), names
+        folders = {str(folder).casefold() for path in outputs.values() for folder in path.parents}
+        assert not files & folders, names
+
+
+def test_all_nasty_names_at_once():
+    for names in (NASTY, NASTY[::-1]):
+        stems = {
+            name: str(stem) for name, stem in zip(names, stems_of(images(*names)), strict=True)
+        }
+        assert len({stem.casefold() for stem in stems.values()}) == len(NASTY)
+        assert stems["a_png.jpg"] == "a_png" and stems["a.b/c.jpg"] == "a.b/c"
+        assert stems["a.jpeg"] == "a.jpeg" and stems["a.png.jpg"] == "a.png.jpg"
+    # Numbered in the order of the images, where suffixes do not tell them apart.
+    assert [str(stem) for stem in stems_of(images("a.jpg", "A.jpg", "a.jpg_2.png"))] == [
+        "a.jpg",
+        "A.jpg_3",
+        "a.jpg_2",
+    ]
+
+
+def test_a_drawing_in_the_place_of_a_folder():
+    inputs = images("a.jpg", "a_semantic.png/c.jpg")
+    assert planned(plan_drawings(inputs, stems_of(inputs), ["panoptic"], Path("out")))
+    with pytest.raises(ValueError, match=r"in/a.jpg would be drawn to out/a_semantic.png, but"):
+        plan_drawings(inputs, stems_of(inputs), ["panoptic", "semantic"], Path("out"))
 
 
 def planned(plan: dict) -> list[str]:

@@ -16,7 +16,7 @@ from torch import nn
 from mask2former.checkpoint import Mask2FormerCheckpointer
 from mask2former.config import load_config
 from mask2former.utils.files import load_pickle
-from mask2former.weights.backbones import RESNET_KEYS
+from mask2former.weights.backbones import RESNET_KEYS, convert_resnet
 
 ROOT = Path(__file__).resolve().parents[2]
 COCO = ROOT / "configs/coco/panoptic-segmentation"
@@ -97,7 +97,7 @@ def test_resnet_names_by_hand():
         "layer4.0.downsample.0.weight": "res5.0.shortcut.weight",
         "layer4.0.downsample.1.running_var": "res5.0.shortcut.norm.running_var",
     }
-    renamed, left_out = tool.convert_resnet(dict.fromkeys([*names, "fc.bias"], torch.zeros(1)))
+    renamed, left_out = convert_resnet(dict.fromkeys([*names, "fc.bias"], torch.zeros(1)))
     assert list(renamed) == list(names.values())
     assert left_out == ["fc.bias"]
 
@@ -222,7 +222,7 @@ def test_existing_output_is_replaced_only_when_complete(tmp_path, monkeypatch):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(tool.pickle, "dump", interrupted)
+        patched.setattr(pickle, "dump", interrupted)
         with pytest.raises(KeyboardInterrupt):
             tool.main([str(source), str(target)])
     assert target.read_text() == "before"

@@ -217,6 +217,22 @@ def tree(images) -> Path:
     return images
 
 
+def test_names_that_differ_in_little(opts, tmp_path):
+    """Each image, of a width of its own, has its drawing and its result file."""
+    names = ["a.jpg", "a.png", "a.jpeg", "a.jpg.png", "a_png.jpg", "a.jpeg.png/c.jpg"]
+    names += ["results.jpg"]  # as the folder of --save
+    for i, name in enumerate(names):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32 + i, 32)).save(path)
+    arguments = ["--input", tmp_path / "in", "--output", tmp_path / "out", "--task", "panoptic"]
+    run(opts, *arguments, "--save", "panoptic")
+    files = {p for p in (tmp_path / "out").rglob("*.png") if p.is_file()}
+    results = {p for p in files if tmp_path / "out/results" in p.parents}
+    for written in (results, files - results):
+        assert sorted(size(path)[0] for path in written) == [32 + i for i in range(len(names))]
+
+
 def report_data(path: Path) -> dict:
     (data,) = re.findall(r'id="data">(.*?)</script>', path.read_text(), re.S)
     return json.loads(data)

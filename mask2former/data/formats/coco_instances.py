@@ -42,7 +42,7 @@ from .coco_tools import has_head_of_cvat
 from .findings import Findings
 from .images import read_size
 from .json_files import decode_list, read_sections, without_gc
-from .masks import farthest, polygon_extents, reach_outside, rle_problems
+from .masks import farthest, is_polygon, polygon_extents, reach_outside, rle_problems
 
 # Pixels that polygons may end outside the image without a warning.
 _TOLERANCE = 2.0
@@ -374,9 +374,9 @@ def _check_masks(data: Instances, findings: Findings, schema: InstanceSchema) ->
         elif not shape:
             unusable(annotation, "has no segmentation; it must be a list of polygons or an RLE")
         else:
-            kept = [polygon for polygon in shape if _is_polygon(polygon)]
+            kept = [polygon for polygon in shape if is_polygon(polygon)]
             if len(kept) < len(shape):
-                why = _wrong_length(next(p for p in shape if not _is_polygon(p)))
+                why = _wrong_length(next(p for p in shape if not is_polygon(p)))
                 if not kept:
                     unusable(annotation, why)
                     continue
@@ -424,10 +424,6 @@ def _number_problem(annotation: Annotation) -> str | None:
     if annotation.area is not None and annotation.area < 0:
         return f"has area {annotation.area}"
     return None
-
-
-def _is_polygon(numbers: Sequence[Number]) -> bool:
-    return len(numbers) >= 6 and len(numbers) % 2 == 0
 
 
 def _wrong_length(numbers: Sequence[Number]) -> str:

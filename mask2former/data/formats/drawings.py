@@ -32,7 +32,7 @@ from .annotated_images import (
 )
 from .findings import Findings
 from .images import read_header
-from .masks import farthest, polygon_extents, reach_outside
+from .masks import farthest, is_polygon, polygon_extents, reach_outside
 
 # Pixels that polygons may end outside the image without a warning.
 _TOLERANCE = 2.0
@@ -126,7 +126,7 @@ class Drawings:
             order: the larger, the nearer to the viewer.
             is_box: whether it is a rectangle.
         """
-        if len(coordinates) < 6 or len(coordinates) % 2:
+        if not is_polygon(coordinates):
             why = f"a polygon of {len(coordinates) / 2:g} points; it needs at least 3"
             self.findings.problem(file, entry, why)
             return

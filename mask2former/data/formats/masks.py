@@ -6,7 +6,7 @@ no run of an RLE covers.
 N shapes, P points or numbers of all shapes together, h w pixels of an image.
 """
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from itertools import chain
 from numbers import Integral
 from typing import Any
@@ -27,6 +27,11 @@ _CHUNK = 20_000
 def farthest(image_size: tuple[int, int]) -> int:
     """How far outside an image of size (h, w) polygons may end, in pixels: one side of it."""
     return max(*image_size, _MIN_REACH)
+
+
+def is_polygon(coordinates: Sized) -> bool:
+    """Whether numbers x1, y1, x2, y2, ... are as many as those of a polygon: 3 points or more."""
+    return len(coordinates) >= 6 and len(coordinates) % 2 == 0
 
 
 def polygon_extents(polygons: Sequence[Sequence[float]]) -> np.ndarray:

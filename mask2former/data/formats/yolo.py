@@ -27,6 +27,7 @@ from typing import Any
 from ...config_file import load_plain_yaml
 from .annotated_images import AnnotatedImage, AnnotatedImages, AnnotationFormat, ReadOptions
 from .drawings import Drawings, rectangle
+from .masks import is_polygon
 from .other_formats import is_yolo_label
 from .semantic_folders import IMAGE_EXTENSIONS
 from .splits import choose_split, files_below, images_below
@@ -383,7 +384,7 @@ def _read_labels(
             if len(values) == 4:
                 why += ". If each box is to be the mask of its object, set BOXES_AS_MASKS: True"
             drawings.findings.problem(name, where, why)
-        elif len(values) < 6 or len(values) % 2:
+        elif not is_polygon(values):
             why = f"{len(values)} numbers after the class; a polygon is x1 y1 x2 y2 x3 y3 ..."
             drawings.findings.problem(name, where, why)
         else:
