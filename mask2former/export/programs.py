@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ..ops.ms_deform_attn import exported_as
 from ..utils.files import MissingPackageError, atomic_write
@@ -97,7 +98,9 @@ def save_onnx(
         ValueError: an operator cannot be translated, or the model is over 2 GB.
     """
     onnx = _onnx_package()
-    with warnings.catch_warnings():
+    # It decomposes the program twice. With fused attention, whose outputs are laid out otherwise,
+    # the first pass would write views that the second one cannot take.
+    with warnings.catch_warnings(), sdpa_kernel(SDPBackend.MATH):
         warnings.simplefilter("ignore")
         try:
             translated = torch.onnx.export(
@@ -110,8 +113,9 @@ def save_onnx(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ValueError(
-                f"the ONNX exporter cannot translate this program: {str(error).splitlines()[0]}"
+                f"the ONNX exporter cannot translate this program: {reason}"
             ) from error
     assert translated is not None
     with tempfile.TemporaryDirectory() as folder:

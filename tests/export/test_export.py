@@ -7,11 +7,14 @@ import pytest
 import torch
 from load_script import load_script
 from PIL import Image
+from torch import nn
 
 from mask2former.export import ExportOptions, build_exported_model, export_model, load_exported
 from mask2former.export.exporter import ParityError
 from mask2former.export.metadata import SizeRule, read_description
 from mask2former.export.parity import Difference, measure, parity_shapes
+from mask2former.export.programs import save_onnx
+from mask2former.modeling.backbone.swin_layers import WindowAttention
 
 
 def traced(predictor, tmp_path, size=(64, 96), **options):
@@ -208,3 +211,20 @@ def test_a_file_that_does_not_run_for_a_size_is_named():
     measure(model, exported, [(1, 64, 64)], 3, torch.device("cpu"))
     with pytest.raises(ValueError, match=r"not run for 2 images of 64 x 96 pixels: view size is"):
         measure(model, exported, [(2, 64, 96)], 3, torch.device("cpu"))
+
+
+def test_fused_attention_as_onnx(tmp_path):
+    """Its outputs are laid out otherwise than those of the products that take its place."""
+    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    attention = nn.Sequential(nn.Flatten(1, 2), WindowAttention(24, (3, 3), num_heads=3)).eval()
+    windows, others = torch.randn(5, 1, 9, 24), torch.randn(12, 1, 9, 24)
+    free = ({0: torch.export.Dim("windows", min=1, max=64)},)
+    with torch.no_grad():
+        program = torch.export.export(attention, (windows,), dynamic_shapes=free)
+        expected = attention(others)
+    path = str(tmp_path / "attention.onnx")
+    save_onnx(program, path, ("attended",), ExportOptions(format="onnx"))
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    (attended,) = session.run(None, {"images": others.numpy()})
+    torch.testing.assert_close(torch.from_numpy(attended), expected, rtol=0, atol=1e-5)
