@@ -61,6 +61,8 @@ class Popen:
             arguments.
         env, cwd, stdin, stdout, stderr, start_new_session: as there.
         text: as there; must be true, the default here.
+        context: the way of `multiprocessing` to start it; "fork" makes it a child of this process,
+            which must have imported the packages.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class Popen:
         stderr: int | io.IOBase | None = None,
         text: bool = True,
         start_new_session: bool = False,
+        context: multiprocessing.context.BaseContext = _CONTEXT,
     ) -> None:
         assert command[0] == sys.executable and text
         self.args = command
@@ -101,7 +104,7 @@ class Popen:
                     descriptor = stream if isinstance(stream, int) else stream.fileno()
                 streams.append(_Stream(descriptor))
             arguments = list(map(str, command[1:])), dict(env or os.environ), str(cwd or Path.cwd())
-            self._process = _CONTEXT.Process(
+            self._process = context.Process(
                 target=_become, args=(*arguments, streams, start_new_session)
             )
             self._process.start()
@@ -239,7 +242,8 @@ def _become(
     multiprocessing.set_start_method(None, force=True)
     for target, stream in enumerate(streams):
         os.dup2(stream.descriptor, target)
-        os.close(stream.descriptor)
+        if stream.descriptor > 2:
+            os.close(stream.descriptor)
     sys.stdin = open(0, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
@@ -247,6 +251,7 @@ def _become(
     if "OMP_NUM_THREADS" in environment:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     path = [x for x in environment.get("PYTHONPATH", "").split(os.pathsep) if x]
+    sys.orig_argv = [sys.executable, *arguments]
     while arguments[0] in ("-u", "-W"):
         if arguments.pop(0) == "-W":
             warnings.simplefilter(arguments.pop(0))
