@@ -60,7 +60,7 @@ class Popen:
         command: sys.executable, options (-W, -u), and a program, `-m MODULE` or `-c CODE` with its
             arguments.
         env, cwd, stdin, stdout, stderr, start_new_session: as there.
-        text: as there; must be true, the default here.
+        text, bufsize: as there; text must be true, the default here.
         context: the way of `multiprocessing` to start it; "fork" makes it a child of this process,
             which must have imported the packages.
     """
@@ -75,6 +75,7 @@ class Popen:
         stdout: int | io.IOBase | None = None,
         stderr: int | io.IOBase | None = None,
         text: bool = True,
+        bufsize: int = -1,
         start_new_session: bool = False,
         context: multiprocessing.context.BaseContext = _CONTEXT,
     ) -> None:
@@ -92,7 +93,7 @@ class Popen:
                     pipe = os.pipe()
                     ours, descriptor = pipe[::-1] if name == "stdin" else pipe
                     childs.callback(os.close, descriptor)
-                    setattr(self, name, open(ours, "w" if name == "stdin" else "r"))
+                    setattr(self, name, open(ours, "w" if name == "stdin" else "r", bufsize))
                 elif stream is None:
                     descriptor = default
                 elif stream == subprocess.STDOUT:
