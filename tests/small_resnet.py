@@ -1,6 +1,6 @@
 """A ResNet-50 with few channels, for tests to which the backbone does not matter.
 
-It has a fiftieth of the parameters of a ResNet-18, the smallest of Detectron2's: less to
+It has a hundredth of the parameters of a ResNet-18, the smallest of Detectron2's: less to
 initialise, to update and to write.
 """
 
