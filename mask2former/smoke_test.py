@@ -25,7 +25,7 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine import hooks
 from detectron2.utils import comm
 from detectron2.utils.file_io import PathManager
-from detectron2.utils.visualizer import ColorMode, Visualizer
+from detectron2.utils.visualizer import ColorMode
 from tabulate import tabulate
 
 from .best_checkpoint import BestModel, unknown_metric
@@ -39,6 +39,7 @@ from .utils.memory import peak_resident_bytes
 from .utils.misc import unwrapped
 from .utils.seeding import isolated_rng
 from .utils.visualization import (
+    FastVisualizer,
     contact_sheet,
     draw_panoptic_gt,
     draw_prediction,
@@ -406,5 +407,5 @@ def _draw_gt(image: Any, record: dict, metadata: Metadata, task: str, scale: flo
         return draw_panoptic_gt(image, record, metadata, scale=scale)
     key = "annotations" if task == "instance" else "sem_seg_file_name"
     with isolated_rng(0):
-        visualizer = Visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+        visualizer = FastVisualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
         return visualizer.draw_dataset_dict({key: record[key]}).get_image()

@@ -60,7 +60,9 @@ class Popen:
         command: sys.executable, options (-W, -u), and a program, `-m MODULE` or `-c CODE` with its
             arguments.
         env, cwd, stdin, stdout, stderr, start_new_session: as there.
-        text: as there; must be true, the default here.
+        text, bufsize: as there; text must be true, the default here.
+        context: the way of `multiprocessing` to start it; "fork" makes it a child of this process,
+            which must have imported the packages.
     """
 
     def __init__(
@@ -73,7 +75,9 @@ class Popen:
         stdout: int | io.IOBase | None = None,
         stderr: int | io.IOBase | None = None,
         text: bool = True,
+        bufsize: int = -1,
         start_new_session: bool = False,
+        context: multiprocessing.context.BaseContext = _CONTEXT,
     ) -> None:
         assert command[0] == sys.executable and text
         self.args = command
@@ -89,7 +93,7 @@ class Popen:
                     pipe = os.pipe()
                     ours, descriptor = pipe[::-1] if name == "stdin" else pipe
                     childs.callback(os.close, descriptor)
-                    setattr(self, name, open(ours, "w" if name == "stdin" else "r"))
+                    setattr(self, name, open(ours, "w" if name == "stdin" else "r", bufsize))
                 elif stream is None:
                     descriptor = default
                 elif stream == subprocess.STDOUT:
@@ -101,7 +105,7 @@ class Popen:
                     descriptor = stream if isinstance(stream, int) else stream.fileno()
                 streams.append(_Stream(descriptor))
             arguments = list(map(str, command[1:])), dict(env or os.environ), str(cwd or Path.cwd())
-            self._process = _CONTEXT.Process(
+            self._process = context.Process(
                 target=_become, args=(*arguments, streams, start_new_session)
             )
             self._process.start()
@@ -239,7 +243,8 @@ def _become(
     multiprocessing.set_start_method(None, force=True)
     for target, stream in enumerate(streams):
         os.dup2(stream.descriptor, target)
-        os.close(stream.descriptor)
+        if stream.descriptor > 2:
+            os.close(stream.descriptor)
     sys.stdin = open(0, closefd=False)
     os.environ.clear()
     os.environ.update(environment)
@@ -247,6 +252,7 @@ def _become(
     if "OMP_NUM_THREADS" in environment:
         torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))
     path = [x for x in environment.get("PYTHONPATH", "").split(os.pathsep) if x]
+    sys.orig_argv = [sys.executable, *arguments]
     while arguments[0] in ("-u", "-W"):
         if arguments.pop(0) == "-W":
             warnings.simplefilter(arguments.pop(0))

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import forked
 import pytest
+from small_resnet import SMALL_RESNET
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = (ROOT / "docs" / "extending.md").read_text()
@@ -15,7 +16,7 @@ SECTIONS = {
     title: dict(re.findall(r"```(python|yaml)\n(.*?)```", text, re.DOTALL))
     for title, text in re.findall(r"^## (.*?)\n(.*?)(?=^## |\Z)", PAGE, re.DOTALL | re.MULTILINE)
 }
-SMALL = {
+SMALL = SMALL_RESNET | {
     "MODEL.DEVICE": "cpu",
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
     "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
@@ -28,6 +29,8 @@ SMALL = {
     "INPUT.MIN_SIZE_TEST": 64,
     "DATALOADER.NUM_WORKERS": 0,
     "SOLVER.IMS_PER_BATCH": 2,
+    "LOGGING.PICTURES": 0,
+    "LOGGING.HARD_EXAMPLES": 0,
     "SOLVER.MAX_ITER": 1,
     "SEED": 1,
 }

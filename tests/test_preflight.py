@@ -4,11 +4,11 @@ import json
 import logging
 import os
 import pickle
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
 
+import forked
 import own_data
 import pytest
 import torch
@@ -276,14 +276,13 @@ DATASETS:
 """
     (tmp_path / "own.yaml").write_text(config)
     (tmp_path / "program.py").write_text(PROGRAM.format(checks=CHECKS))
-    command = [sys.executable, "program.py", "--config-file", "own.yaml", "--num-gpus", "2"]
+    # The processes that it spawns find the program by its whole path.
+    command = [sys.executable, tmp_path / "program.py", "--config-file", "own.yaml"]
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    program = subprocess.run(
-        [*command, "--dist-url", "auto", "MODEL.OF_MINE", "2"],
+    program = forked.run(
+        [*command, "--num-gpus", "2", "--dist-url", "auto", "MODEL.OF_MINE", "2"],
         env=environment,
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
     )
     assert program.returncode == 0, program.stderr[-3000:]
     for rank in (0, 1):

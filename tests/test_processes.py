@@ -8,13 +8,15 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 # Toy training that writes the ids of its processes in iteration 5, and goes on slowly.
 PROGRAM = """
-import multiprocessing, os, time
+import multiprocessing, os, signal, time
+import torch.multiprocessing
 import toy_training as toy
 from detectron2.engine import default_argument_parser
 from detectron2.engine.train_loop import HookBase
@@ -41,11 +43,37 @@ def main(args):
     trainer.register_hooks([Announce()])
     trainer.train()
 
+start_processes = torch.multiprocessing.start_processes
+
+def fork_processes(function, args, **options):
+    def run(*args):
+        # Processes forked from one that is interruptible ignore it.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        function(*args)
+    start_processes(run, args, start_method="fork", **options)
+
 if __name__ == "__main__":
+    # Tests may run in the background, where shells ignore it.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    if os.environ.get("FORKS"):
+        torch.multiprocessing.start_processes = fork_processes
     launch(main, default_argument_parser().parse_args())
 """
+# torchrun whose ranks are its children as ever, but forked.
+FORKING_TORCHRUN = """
+import multiprocessing
+import forked
+from torch.distributed import run
+from torch.distributed.elastic.multiprocessing.subprocess_handler import subprocess_handler
+
+def start(args, **options):
+    return forked.Popen(args, context=multiprocessing.get_context("fork"), **options)
+
+subprocess_handler.Popen = start
+run.main()
+"""
 SPAWNED = ("--num-gpus", "2", "--dist-url", "auto")
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+TORCHRUN = ("--standalone", "--nproc-per-node", "2")
 # Of everything that should happen in a second or so, on a machine that does other things too.
 LIMIT = 300.0
 
@@ -70,32 +98,41 @@ def is_running(pid):
 
 
 class Job:
-    """The program with two ranks, in a process group of its own."""
+    """The program with two ranks, in a process group of its own.
 
-    def __init__(self, folder, launcher, *options, **environment):
+    Args:
+        folder: of its output.
+        launcher: SPAWNED or TORCHRUN.
+        options: of the config.
+        forks: whether to fork the processes, which saves the time of their imports, most of it all.
+        environment: added to that of this process.
+    """
+
+    def __init__(self, folder, launcher, *options, forks=True, **environment):
         self.folder = folder
         (folder / "program.py").write_text(PROGRAM)
         (folder / "config.yml").write_text(
             "MODEL: {DEVICE: cpu, META_ARCHITECTURE: ToyArchitecture}\nVERSION: 2\n"
         )
         by_torchrun = launcher is TORCHRUN
+        torchrun = ("-c", FORKING_TORCHRUN) if forks else ("-m", "torch.distributed.run")
         self.command = [
-            *(sys.executable, *(launcher if by_torchrun else ()), str(folder / "program.py")),
-            *("--config-file", str(folder / "config.yml"), *(() if by_torchrun else launcher)),
+            *(sys.executable, *((*torchrun, *launcher) if by_torchrun else ())),
+            *(str(folder / "program.py"), "--config-file", str(folder / "config.yml")),
+            *(() if by_torchrun else launcher),
         ]
         self.options = [
             *("OUTPUT_DIR", str(folder), "DATALOADER.NUM_WORKERS", "1", "SOLVER.MAX_ITER", "9999"),
             *("SOLVER.CHECKPOINT_PERIOD", "3", *options),
         ]
         path = f"{ROOT}{os.pathsep}{ROOT / 'tests'}"
-        self.process = subprocess.Popen(
+        environment |= {"PYTHONPATH": path, "OMP_NUM_THREADS": "1", "FORKS": "1" if forks else ""}
+        self.process = (forked if forks else subprocess).Popen(
             [*self.command, *self.options],
-            env=os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | environment,
+            env=os.environ | environment,
             stdout=(folder / "stdout").open("w"),
             stderr=(folder / "stderr").open("w"),
             start_new_session=True,
-            # Tests may run in the background, where shells ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         self.ranks = []
 
@@ -128,12 +165,12 @@ class Job:
 
 
 @pytest.mark.parametrize(
-    ("signum", "whole_group", "status"),
-    [(signal.SIGINT, True, 130), (signal.SIGTERM, False, 143)],
+    ("signum", "whole_group", "status", "forks"),
+    [(signal.SIGINT, True, 130, False), (signal.SIGTERM, False, 143, True)],
 )
-def test_interrupting_spawned_ranks(tmp_path, signum, whole_group, status):
+def test_interrupting_spawned_ranks(tmp_path, signum, whole_group, status, forks):
     """Ctrl-C reaches all processes, `kill` only the one that started them."""
-    with Job(tmp_path, SPAWNED) as job:
+    with Job(tmp_path, SPAWNED, forks=forks) as job:
         job.wait_until_it_trains()
         (os.killpg if whole_group else os.kill)(job.process.pid, signum)
         assert job.process.wait(LIMIT) == status
@@ -150,9 +187,11 @@ def test_interrupting_spawned_ranks(tmp_path, signum, whole_group, status):
         wait_until(job.has_ended)
 
 
-@pytest.mark.parametrize("launcher", [SPAWNED, TORCHRUN], ids=["spawned", "torchrun"])
-def test_ranks_end_when_their_launcher_is_killed(tmp_path, launcher):
-    with Job(tmp_path, launcher) as job:
+@pytest.mark.parametrize(
+    ("launcher", "forks"), [(SPAWNED, True), (TORCHRUN, False)], ids=["spawned", "torchrun"]
+)
+def test_ranks_end_when_their_launcher_is_killed(tmp_path, launcher, forks):
+    with Job(tmp_path, launcher, forks=forks) as job:
         job.wait_until_it_trains()
         job.process.kill()
         wait_until(job.has_ended)

@@ -26,7 +26,8 @@ compare_states = kill_test.differences.__globals__["compare_states"]
 # Checkpoints, evaluations and rows of metrics fall on the same and on different iterations.
 KILL_OPTIONS = (
     "SOLVER.MAX_ITER 22 SOLVER.CHECKPOINT_PERIOD 4 TEST.EVAL_PERIOD 10 "
-    "MODEL.MASK_FORMER.TEST.INSTANCE_ON False MODEL.MASK_FORMER.TEST.PANOPTIC_ON False"
+    "MODEL.MASK_FORMER.TEST.INSTANCE_ON False MODEL.MASK_FORMER.TEST.PANOPTIC_ON False "
+    "LOGGING.PICTURES 1 LOGGING.HARD_EXAMPLES 1"
 ).split()
 NUM_KILLS = 6
 
@@ -36,7 +37,8 @@ def forks():
     """Programs are forked, which saves the time of their imports."""
     programs = SimpleNamespace(**vars(subprocess) | {"run": forked.run, "Popen": forked.Popen})
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training_runs, "subprocess", programs)
+        for module in (training_runs, sys.modules["fork_server"]):
+            patch.setattr(module, "subprocess", programs)
         yield
 
 

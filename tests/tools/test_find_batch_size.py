@@ -4,9 +4,11 @@ import re
 from pathlib import Path
 from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 from load_script import load_script
+from small_resnet import SMALL_RESNET
 
 from mask2former.config import load_config
 from mask2former.trainer import Trainer
@@ -15,6 +17,7 @@ ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 SHAPES = CONFIGS / "shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
 TINY = [
+    *(str(item) for pair in SMALL_RESNET.items() for item in pair),
     *("MODEL.DEVICE", "cpu", "MODEL.RESNETS.NORM", "FrozenBN"),
     *("MODEL.SEM_SEG_HEAD.CONVS_DIM", "32", "MODEL.SEM_SEG_HEAD.MASK_DIM", "32"),
     *("MODEL.MASK_FORMER.HIDDEN_DIM", "32", "MODEL.MASK_FORMER.NHEADS", "4"),
@@ -22,6 +25,12 @@ TINY = [
 ]
 
 tool = load_script("tools/find_batch_size.py")
+
+
+@pytest.fixture(autouse=True)
+def forks(monkeypatch) -> None:
+    """Programs are forked, which saves the time of their imports."""
+    monkeypatch.setattr(tool, "subprocess", forked)
 
 
 @pytest.mark.parametrize("largest", [0, 1, 2, 3, 5, 6, 7, 8, 100])

@@ -12,6 +12,7 @@ import pytest
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from load_script import load_script
+from small_resnet import SMALL_RESNET
 from uninitialised import build_uninitialised
 
 from mask2former.config import load_config
@@ -20,7 +21,7 @@ from mask2former.data.datasets.register_shapes import register_all_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
-TINY = {
+TINY = SMALL_RESNET | {
     "MODEL.RESNETS.NORM": "FrozenBN",
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
     "MODEL.SEM_SEG_HEAD.MASK_DIM": 32,
@@ -31,6 +32,8 @@ TINY = {
     "INPUT.IMAGE_SIZE": 64,
     "INPUT.MIN_SIZE_TEST": 64,
     "SOLVER.IMS_PER_BATCH": 2,
+    "LOGGING.PICTURES": 0,
+    "LOGGING.HARD_EXAMPLES": 0,
     "SOLVER.MAX_ITER": 2,
 }
 

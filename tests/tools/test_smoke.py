@@ -11,6 +11,7 @@ import torch
 import yaml
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from PIL import Image
+from small_resnet import SMALL_RESNET
 
 from mask2former import launch, smoke_test
 from mask2former.config import load_config
@@ -19,7 +20,7 @@ from mask2former.modeling.criterion import LOSS_REGISTRY
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs/shapes"
-TINY = {
+TINY = SMALL_RESNET | {
     "MODEL.DEVICE": "cpu",
     "MODEL.RESNETS.NORM": "FrozenBN",
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,

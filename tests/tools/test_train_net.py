@@ -16,13 +16,14 @@ import torch
 from detectron2.data import DatasetCatalog, MetadataCatalog
 from detectron2.engine import default_argument_parser
 from load_script import load_script
+from small_resnet import SMALL_RESNET
 
 from mask2former.data.datasets.register_shapes import register_all_shapes
 
 ROOT = Path(__file__).resolve().parents[2]
 PROGRAM = ROOT / "tools" / "train_net.py"
 CONFIG = ROOT / "configs/shapes/panoptic-segmentation/maskformer2_R18_quickstart.yaml"
-OPTIONS = {
+OPTIONS = SMALL_RESNET | {
     "MODEL.DEVICE": "cpu",
     "MODEL.RESNETS.NORM": "FrozenBN",
     "MODEL.SEM_SEG_HEAD.CONVS_DIM": 32,
@@ -35,6 +36,8 @@ OPTIONS = {
     "INPUT.MIN_SIZE_TEST": 64,
     "DATALOADER.NUM_WORKERS": 1,
     "SOLVER.IMS_PER_BATCH": 4,
+    "LOGGING.PICTURES": 1,
+    "LOGGING.HARD_EXAMPLES": 1,
     "SOLVER.BASE_LR": 0.001,
     "SOLVER.WARMUP_ITERS": 0,
     "SOLVER.MAX_ITER": 8,
