@@ -21,7 +21,6 @@ from detectron2.data import DatasetCatalog, Metadata, MetadataCatalog
 from detectron2.engine.hooks import EvalHook
 from detectron2.engine.train_loop import HookBase
 from detectron2.utils import comm
-from detectron2.utils.visualizer import Visualizer
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -40,6 +39,7 @@ from .utils.visualization import (
     draw_gt,
     draw_prediction,
     enabled_tasks,
+    make_visualizer,
     shrink,
 )
 
@@ -335,7 +335,7 @@ def sample_cell(sample: dict, metadata: Metadata, image_format: str) -> np.ndarr
     columns = torch.arange(width) * masks.shape[2] // width
     masks = masks[:, rows[:, None], columns] > 0  # (T, h, w)
     seen = masks.flatten(1).any(1).nonzero()[:, 0].tolist()
-    visualizer = Visualizer(image, metadata)
+    visualizer = make_visualizer(image, metadata)
     if seen:
         labels, classes = instances.gt_classes.tolist(), metadata.model_classes
         names = [classes[labels[i]] if labels[i] < len(classes) else str(labels[i]) for i in seen]
