@@ -35,11 +35,11 @@ from .utils.files import WriteError, make_folder
 from .utils.seeding import isolated_rng
 from .utils.visualization import (
     TASKS,
-    FastVisualizer,
     contact_sheet,
     draw_gt,
     draw_prediction,
     enabled_tasks,
+    make_visualizer,
     shrink,
 )
 
@@ -335,7 +335,7 @@ def sample_cell(sample: dict, metadata: Metadata, image_format: str) -> np.ndarr
     columns = torch.arange(width) * masks.shape[2] // width
     masks = masks[:, rows[:, None], columns] > 0  # (T, h, w)
     seen = masks.flatten(1).any(1).nonzero()[:, 0].tolist()
-    visualizer = FastVisualizer(image, metadata)
+    visualizer = make_visualizer(image, metadata)
     if seen:
         labels, classes = instances.gt_classes.tolist(), metadata.model_classes
         names = [classes[labels[i]] if labels[i] < len(classes) else str(labels[i]) for i in seen]

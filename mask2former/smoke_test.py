@@ -39,12 +39,12 @@ from .utils.memory import peak_resident_bytes
 from .utils.misc import unwrapped
 from .utils.seeding import isolated_rng
 from .utils.visualization import (
-    FastVisualizer,
     contact_sheet,
     draw_panoptic_gt,
     draw_prediction,
     enabled_tasks,
     magnify,
+    make_visualizer,
 )
 
 FOLDER = "smoke"
@@ -407,5 +407,5 @@ def _draw_gt(image: Any, record: dict, metadata: Metadata, task: str, scale: flo
         return draw_panoptic_gt(image, record, metadata, scale=scale)
     key = "annotations" if task == "instance" else "sem_seg_file_name"
     with isolated_rng(0):
-        visualizer = FastVisualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
+        visualizer = make_visualizer(image, metadata, scale=scale, instance_mode=ColorMode.IMAGE)
         return visualizer.draw_dataset_dict({key: record[key]}).get_image()

@@ -65,6 +65,9 @@ SMALL = {
     "SOLVER.IMS_PER_BATCH": 2,
     "SOLVER.MAX_ITER": 1,
     "DATALOADER.NUM_WORKERS": 0,
+    # Slow; an error in them would not end a run.
+    "LOGGING.PICTURES": 0,
+    "LOGGING.HARD_EXAMPLES": 0,
     "SEED": 0,
 }
 

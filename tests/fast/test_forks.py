@@ -43,6 +43,9 @@ def models(tiny_cfg, same_points) -> list[MaskFormer]:
     """The same small model, fast and plain; all random points are drawn alike."""
     tiny_cfg.MODEL.SEM_SEG_HEAD.TRANSFORMER_ENC_LAYERS = 1
     tiny_cfg.MODEL.MASK_FORMER.DEC_LAYERS = 2
+    resnet = tiny_cfg.MODEL.RESNETS
+    resnet.DEPTH, resnet.STEM_OUT_CHANNELS = 50, 8
+    resnet.RES2_OUT_CHANNELS, resnet.WIDTH_PER_GROUP = 16, 4
     built = []
     for fast in (True, False):
         tiny_cfg.MODEL.FAST = fast

@@ -11,6 +11,10 @@
 
 #pragma once
 
+// Its longjmp refuses to switch stacks.
+#undef _FORTIFY_SOURCE
+
+#include <setjmp.h>
 #include <ucontext.h>
 
 #include <algorithm>
@@ -18,6 +22,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <functional>
 #include <vector>
 
@@ -134,8 +139,10 @@ struct Warp {
   bool present[2][kWarpSize];
 };
 
+// Runs one thread of each block, forever. A context only starts it: switching by longjmp makes no system call.
 struct Fiber {
   ucontext_t context;
+  jmp_buf position;
   std::vector<char> stack = std::vector<char>(256 * 1024);
   bool finished;
 };
@@ -144,15 +151,21 @@ struct Block {
   unsigned threads = 0, arrived = 0, meeting = 0;
 };
 
-inline std::vector<Fiber> fibers;
+inline std::deque<Fiber> fibers;  // a context must not move
 inline Block block;
 inline std::vector<Warp> warps;
-inline ucontext_t scheduler;
+inline jmp_buf scheduler;
 inline unsigned current;
 inline std::function<void()> body;
 
 // Lets the other threads run.
-inline void yield() { swapcontext(&fibers[current].context, &scheduler); }
+__attribute__((noinline)) inline void yield() {
+  if (_setjmp(fibers[current].position) == 0) _longjmp(scheduler, 1);
+}
+
+__attribute__((noinline)) inline void resume(Fiber& fiber) {
+  if (_setjmp(scheduler) == 0) _longjmp(fiber.position, 1);
+}
 
 inline void open_next_meeting(Warp& warp) {
   warp.arrived = 0;
@@ -161,11 +174,23 @@ inline void open_next_meeting(Warp& warp) {
 }
 
 inline void run_fiber() {
-  body();
-  Warp& warp = warps[current / kWarpSize];
-  fibers[current].finished = true;
-  --warp.running;
-  if (warp.running > 0 && warp.arrived == warp.running) open_next_meeting(warp);
+  for (;;) {
+    yield();
+    body();
+    Warp& warp = warps[current / kWarpSize];
+    fibers[current].finished = true;
+    --warp.running;
+    if (warp.running > 0 && warp.arrived == warp.running) open_next_meeting(warp);
+  }
+}
+
+// Runs a new fiber up to its first yield.
+__attribute__((noinline)) inline void start(Fiber& fiber) {
+  getcontext(&fiber.context);
+  fiber.context.uc_stack.ss_sp = fiber.stack.data();
+  fiber.context.uc_stack.ss_size = fiber.stack.size();
+  makecontext(&fiber.context, run_fiber, 0);
+  if (_setjmp(scheduler) == 0) setcontext(&fiber.context);
 }
 
 // Publishes `value` to the warp and waits for the others. Returns the index of the barrier, for reading their values.
@@ -202,17 +227,11 @@ inline void meet_block() {
 
 inline void run_block(unsigned threads) {
   block = {threads};
-  fibers.resize(std::max<size_t>(fibers.size(), threads));
+  for (current = fibers.size(); current < threads; ++current) start(fibers.emplace_back());
   warps.assign((threads + kWarpSize - 1) / kWarpSize, Warp());
   for (unsigned i = 0; i < threads; ++i) {
-    Fiber& fiber = fibers[i];
-    fiber.finished = false;
+    fibers[i].finished = false;
     ++warps[i / kWarpSize].running;
-    getcontext(&fiber.context);
-    fiber.context.uc_stack.ss_sp = fiber.stack.data();
-    fiber.context.uc_stack.ss_size = fiber.stack.size();
-    fiber.context.uc_link = &scheduler;
-    makecontext(&fiber.context, run_fiber, 0);
   }
   for (bool any = true; any;) {
     any = false;
@@ -220,7 +239,7 @@ inline void run_block(unsigned threads) {
       if (fibers[current].finished) continue;
       any = true;
       threadIdx = dim3(current);
-      swapcontext(&scheduler, &fibers[current].context);
+      resume(fibers[current]);
     }
   }
 }

@@ -5,6 +5,7 @@ import pytest
 import torch
 from detectron2.data import Metadata
 from detectron2.structures import Boxes, Instances
+from detectron2.utils.visualizer import Visualizer
 from PIL import Image
 
 from mask2former.utils.visualization import (
@@ -12,6 +13,7 @@ from mask2former.utils.visualization import (
     draw_panoptic_gt,
     draw_prediction,
     magnify,
+    make_visualizer,
 )
 
 GREY = np.full((40, 60, 3), 128, np.uint8)
@@ -40,6 +42,23 @@ def test_semantic_colours(metadata):
     assert drawing.shape == (80, 120, 3)
     red, green, blue = drawing[10, 10].tolist()
     assert blue > 200 and red < 60 and green < 60
+
+
+def test_same_pixels_as_detectron2(metadata):
+    generator = np.random.default_rng(0)
+    masks = generator.random((3, 20, 30)).repeat(2, 1).repeat(2, 2) > 0.5  # parts reach the border
+    drawings = []
+    for make in (Visualizer, make_visualizer):
+        visualizer = make(GREY, metadata, scale=2)
+        colors = [(1, 0, 0), (0, 1, 0), (0, 0, 1)]
+        boxes = np.array([[-5, -5, 20, 20], [30, 10, 70, 50], [0, 0, 60, 40]])
+        labels = ["a", "b", "c"]
+        visualizer.overlay_instances(
+            masks=masks, boxes=boxes, labels=labels, assigned_colors=colors
+        )
+        drawings.append(visualizer.output.get_image())
+    assert changed(drawings[0]).any()
+    np.testing.assert_array_equal(*drawings)
 
 
 def test_instances_below_the_threshold_are_not_drawn(metadata):
