@@ -3,6 +3,7 @@
 Shape letters: B batch, C channels, H W image size in pixels.
 """
 
+import logging
 import os
 import shutil
 import tempfile
@@ -136,6 +137,8 @@ def _onnx_package() -> Any:
         raise MissingPackageError(
             f"format onnx needs the package {error.name}: pip install onnx onnxscript onnxruntime"
         ) from error
+    # It warns of every Split that it leaves as it is.
+    logging.getLogger("onnxscript.optimizer").setLevel(logging.ERROR)
     return onnx
 
 
