@@ -8,6 +8,7 @@ needs only the standard library, because it also runs where nothing else is inst
 """
 
 import argparse
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -35,11 +36,12 @@ def version(module: str) -> str:
     """Version of a module, or "missing"."""
     if importlib.util.find_spec(module) is None:
         return "missing"
-    # Detectron2 and OpenCV come under several names.
-    names = _distributions().get(module, [REQUIRED.get(module, module)])
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        return importlib.metadata.version(REQUIRED.get(module, module))
+    # Detectron2 and OpenCV come under several names; reading all distributions takes a while.
     try:
-        return importlib.metadata.version(names[0])
-    except importlib.metadata.PackageNotFoundError:
+        return importlib.metadata.version(_distributions()[module][0])
+    except (KeyError, importlib.metadata.PackageNotFoundError):
         return "installed, version unknown"
 
 

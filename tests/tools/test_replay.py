@@ -11,6 +11,7 @@ from detectron2.engine.train_loop import HookBase
 from detectron2.modeling import META_ARCH_REGISTRY
 from detectron2.structures import Instances
 from load_script import load_script
+from small_resnet import SMALL_RESNET
 from torch import nn
 
 from mask2former.capture import read_capture
@@ -77,6 +78,7 @@ class ContrastMaskFormer(MaskFormer):
 
 @pytest.fixture
 def cfg(tiny_cfg, tmp_path) -> CfgNode:
+    tiny_cfg.merge_from_list([part for pair in SMALL_RESNET.items() for part in pair])
     tiny_cfg.DATASETS.TRAIN, tiny_cfg.DATASETS.TEST = (DATASET,), ()
     tiny_cfg.DATALOADER.NUM_WORKERS = 0
     tiny_cfg.SEED = 3

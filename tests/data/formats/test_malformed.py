@@ -8,9 +8,11 @@ only what the check reports, in the same way.
 """
 
 import copy
+import functools
 import itertools
 import json
 import math
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -204,6 +206,16 @@ def file_cases(folder: str, is_label: bool) -> Iterator[tuple[str, Callable[[Pat
 # ---- what is compared ----
 
 
+@functools.cache
+def mapper_of(kind: str) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """The mapper of training for a kind of data, or that of "inference"; they keep no state."""
+    if kind != "inference":
+        return MAPPERS[kind]()
+    cfg = get_cfg()
+    cfg.INPUT.MIN_SIZE_TEST = 16  # images are 8 pixels high
+    return InferenceMapper(cfg)
+
+
 def train(kind: str, root: Path) -> str | None:
     """None if training accepts the data, else why it refuses; other errors are raised."""
     file, name = FILES.get(kind, str(root)), NAMES[kind]
@@ -214,7 +226,7 @@ def train(kind: str, root: Path) -> str | None:
         drop_unusable_objects([name], records)
         _check_targets([name], records)
         check_ground_truth(CONFIG, name)
-        mapper = MAPPERS[kind]()
+        mapper = mapper_of(kind)
         for record in records:
             mapper(copy.deepcopy(record))
     except (ValueError, FileNotFoundError) as error:
@@ -233,7 +245,7 @@ def evaluate(kind: str, root: Path) -> str | None:
     try:
         REGISTER[kind](root)
         check_ground_truth(CONFIG, name)
-        mapper = InferenceMapper(get_cfg())
+        mapper = mapper_of("inference")
         for record in DatasetCatalog.get(name):
             mapper(record)
             if "pan_seg_file_name" in record:
@@ -362,6 +374,7 @@ def run_json(kind: str, root: Path) -> tuple[int, list[str]]:
         cases += mask_cases(content)
     wrong = []
     for name, data in cases:
+        file.unlink()  # a file system may wait for the disk when a file is truncated
         file.write_bytes(data)
         result = outcome(kind, root)
         if result is not None:
@@ -377,10 +390,13 @@ def run_files(kind: str, root: Path) -> tuple[int, list[str]]:
         for name, change in file_cases(folder, folder == "labels")
     ]
     wrong = []
+    sound, damaged = root / "sound", root / "damaged"
+    WRITERS[kind](sound)
     for folder, name, change in cases:
-        WRITERS[kind](root)
-        change(root)
-        result = outcome(kind, root)
+        shutil.copytree(sound, damaged)
+        change(damaged)
+        result = outcome(kind, damaged)
+        shutil.rmtree(damaged)
         if result is not None:
             wrong.append(f"{folder}, {name}: {result}")
     return len(cases), wrong

@@ -31,13 +31,13 @@ processes = sys.modules["processes"]
 SMALL_MODEL = f"""
 _BASE_: {CONFIGS / "coco/panoptic-segmentation/maskformer2_R50_bs16_50ep.yaml"}
 MODEL:
-  RESNETS: {{STEM_OUT_CHANNELS: 16, RES2_OUT_CHANNELS: 32, WIDTH_PER_GROUP: 8}}
-  SEM_SEG_HEAD: {{CONVS_DIM: 64, MASK_DIM: 32, TRANSFORMER_ENC_LAYERS: 1}}
+  RESNETS: {{STEM_OUT_CHANNELS: 8, RES2_OUT_CHANNELS: 16, WIDTH_PER_GROUP: 4}}
+  SEM_SEG_HEAD: {{CONVS_DIM: 32, MASK_DIM: 32, TRANSFORMER_ENC_LAYERS: 1}}
   MASK_FORMER:
-    HIDDEN_DIM: 64
+    HIDDEN_DIM: 32
     NUM_OBJECT_QUERIES: 30
     NHEADS: 4
-    DIM_FEEDFORWARD: 64
+    DIM_FEEDFORWARD: 256
     DEC_LAYERS: 4
 """
 SMALL = {
@@ -77,7 +77,7 @@ def kept(monkeypatch) -> list[bool]:
 
 
 @pytest.fixture
-def run(tmp_path, small, kept):
+def run_with_chart(tmp_path, small, kept):
     """A function (name, *arguments) → exit status and report of a tiny run of a subcommand."""
 
     def run_small(name: str, *arguments: str) -> tuple[int, dict]:
@@ -86,6 +86,13 @@ def run(tmp_path, small, kept):
         return status, json.loads((tmp_path / "out" / f"{name}.json").read_text())
 
     return run_small
+
+
+@pytest.fixture
+def run(run_with_chart, monkeypatch):
+    """`run_with_chart` without drawing the chart, which takes longer than many of the runs."""
+    monkeypatch.setattr(sys.modules["report"], "bar_chart", lambda title, bars: b"")
+    return run_with_chart
 
 
 def table_of(markdown: str) -> list[list[str]]:
@@ -117,10 +124,10 @@ def names_of(report: dict, *keys: str) -> list[tuple]:
     return [tuple(row[key] for key in (*keys, "contender")) for row in report["results"]]
 
 
-def test_model(run, tmp_path, capsys):
+def test_model(run_with_chart, tmp_path, capsys):
     pytest.importorskip("transformers")
     threads = torch.get_num_threads()
-    status, report = run("model", "--precisions", "fp32,bf16", "--threads", "1")
+    status, report = run_with_chart("model", "--precisions", "fp32,bf16", "--threads", "1")
     assert status == 0 and torch.get_num_threads() == threads
     check_files(tmp_path, "model", report, capsys.readouterr().out)
     expected = []
@@ -290,9 +297,9 @@ def test_train_with_other_checkpointing(run):
     ]
 
 
-def test_train(run, tmp_path, capsys):
+def test_train(run_with_chart, tmp_path, capsys):
     pytest.importorskip("transformers")
-    status, report = run("train", "--contenders", f"{OURS},{UPSTREAM},{PEER}")
+    status, report = run_with_chart("train", "--contenders", f"{OURS},{UPSTREAM},{PEER}")
     assert status == 0
     check_files(tmp_path, "train", report, capsys.readouterr().out)
     parts = modules["train"].PARTS
@@ -388,8 +395,8 @@ def rows_of(report: dict, name: str) -> list[dict]:
     return [row for row in report["results"] if row["contender"] == name]
 
 
-def test_postprocess(run, tmp_path, capsys):
-    status, report = run("postprocess", "--tasks", "panoptic,all")
+def test_postprocess(run_with_chart, tmp_path, capsys):
+    status, report = run_with_chart("postprocess", "--tasks", "panoptic,all")
     assert status == 0
     check_files(tmp_path, "postprocess", report, capsys.readouterr().out)
     assert names_of(report, "output", "part") == [
@@ -424,8 +431,8 @@ def test_postprocess_has_segments():
     assert postprocess.check(calls) == 0
 
 
-def test_data(run, tmp_path, capsys):
-    status, report = run("data")
+def test_data(run_with_chart, tmp_path, capsys):
+    status, report = run_with_chart("data")
     assert status == 0
     check_files(tmp_path, "data", report, capsys.readouterr().out)
     assert names_of(report, "part") == [
@@ -435,8 +442,8 @@ def test_data(run, tmp_path, capsys):
     ]
 
 
-def test_evaluate(run, tmp_path, capsys):
-    status, report = run("evaluate")
+def test_evaluate(run_with_chart, tmp_path, capsys):
+    status, report = run_with_chart("evaluate")
     assert status == 0
     check_files(tmp_path, "evaluate", report, capsys.readouterr().out)
     assert names_of(report, "task", "part") == [
@@ -459,9 +466,9 @@ def scaled(monkeypatch, cls: type, method: str, factor: float) -> None:
 
 
 @pytest.mark.parametrize("name", ["model", "train"])
-def test_wrong_model_is_not_timed(name, run, monkeypatch, tmp_path):
+def test_wrong_model_is_not_timed(name, run_with_chart, monkeypatch, tmp_path):
     scaled(monkeypatch, upstream_steps.UpstreamAttention, "forward", 1.1)
-    status, report = run(name, "--contenders", f"{OURS},{UPSTREAM}")
+    status, report = run_with_chart(name, "--contenders", f"{OURS},{UPSTREAM}")
     assert status == 1
     assert all("error" not in row for row in rows_of(report, OURS))
     (row,) = rows_of(report, UPSTREAM)
@@ -560,9 +567,11 @@ def test_wrong_digits_are_not_timed(run, monkeypatch):
     assert "1 of 9 results differ from the official ones: PQ is " in row["error"]
 
 
-def test_missing_peer_is_named(run, monkeypatch):
+def test_missing_peer_is_named(run_with_chart, monkeypatch):
     monkeypatch.setitem(sys.modules, "transformers", None)
-    status, report = run("model", "--stages", "forward", "--contenders", f"{OURS},{PEER}")
+    status, report = run_with_chart(
+        "model", "--stages", "forward", "--contenders", f"{OURS},{PEER}"
+    )
     assert status == 0
     assert [row["contender"] for row in report["results"]] == [OURS]
     assert "transformers" in report["absent"]["cpu"][PEER]
