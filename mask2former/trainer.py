@@ -243,9 +243,19 @@ class Trainer(DefaultTrainer, StopsEarly):
                 "iteration 0 and will replace them."
             )
 
+    def _warn_of_an_earlier_best_model(self) -> None:
+        folder = Path(self.cfg.OUTPUT_DIR) / "model_best"
+        if self.cfg.OUTPUT_DIR and folder.is_dir():
+            _logger.warning(
+                f"{folder} is the best model of an earlier run. Until this run writes its own, "
+                "which needs TEST.BEST_METRIC, Predictor.from_pretrained and --model take that one "
+                f"when they are given {self.cfg.OUTPUT_DIR}: remove it, or name model_final."
+            )
+
     def before_train(self) -> None:
         if self.start_iter == 0:
             self.earlier_files = find_earlier_files(self.cfg.OUTPUT_DIR)
+            self._warn_of_an_earlier_best_model()
         super().before_train()
         if 0 < self.max_iter <= self.start_iter:
             self._save_final()

@@ -250,6 +250,16 @@ def test_resumed_run_takes_up_nothing_of_an_earlier_one(tmp_path, plan, kill, pe
     assert record["values"] == {"4": 1.0, "9": 2.0, "14": 3.0, "19": 4.0, "24": 5.0, "29": 6.0}
 
 
+def test_a_new_run_names_the_best_model_of_an_earlier_one(tmp_path, caplog):
+    said = f"{tmp_path / 'model_best'} is the best model of an earlier run"
+    train(tmp_path, kill=Kill(before=16))
+    (tmp_path / "model_best").mkdir(exist_ok=True)  # toy models have no folder
+    train(tmp_path, resume=True)
+    assert said not in caplog.text
+    train(tmp_path, "TEST.BEST_METRIC", "")
+    assert said in caplog.text
+
+
 def test_unknown_metric(tmp_path):
     options = ("TEST.BEST_METRIC", "sem_seg/mIoO")
     with pytest.raises(ValueError, match=r"'sem_seg/mIoO', .* 'sem_seg/fwIoU', 'sem_seg/mIoU'"):

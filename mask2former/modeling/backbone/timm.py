@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from detectron2.config import CfgNode, configurable
 from detectron2.layers import ShapeSpec
 from detectron2.modeling import BACKBONE_REGISTRY, Backbone
@@ -93,7 +94,7 @@ class TimmBackbone(TimmParts, Backbone):
         stages = [last_depth_within(body, depths, module) for module in modules]
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
         self.has_frozen_norms = has_norms and norm == "FrozenBN"
-        self.body: Any = _with_norm(body, norm)
+        self.body: Any = _with_constant_padding(_with_norm(body, norm))
         self._set_up(name, "body.", depths, [0, *stages])
         self.freeze(freeze_at)
 
@@ -206,3 +207,42 @@ def _with_norm(body: nn.Module, norm: str) -> nn.Module:
     if norm == "FrozenBN":
         return freeze_batch_norm_2d(body)
     return convert_sync_batchnorm(body) if norm == "SyncBN" else body
+
+
+class _SamePaddedConv2d(nn.Conv2d):
+    """TensorFlow's "SAME" padding, for maps whose sizes are multiples of the stride.
+
+    The padding is then constant. timm computes it from the sizes of each map, for which
+    `torch.export` takes many minutes if they are free.
+    """
+
+    @classmethod
+    def of(cls, conv: nn.Conv2d) -> "_SamePaddedConv2d":
+        """With the parameters of `conv`."""
+        kernel_size: Any = conv.kernel_size
+        padded = cls(conv.in_channels, conv.out_channels, kernel_size, device="meta")
+        padded.stride, padded.dilation, padded.groups = conv.stride, conv.dilation, conv.groups
+        padded.weight, padded.bias = conv.weight, conv.bias
+        return padded
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, C', H/stride, W/stride)."""
+        rows, columns = (
+            max((kernel - 1) * dilation + 1 - stride, 0)
+            for kernel, dilation, stride in zip(
+                self.kernel_size, self.dilation, self.stride, strict=True
+            )
+        )
+        x = F.pad(x, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+        return super().forward(x)
+
+
+def _with_constant_padding(body: nn.Module) -> nn.Module:
+    """Replace convolutions with "SAME" padding; `TimmBackbone` pads images to whole strides."""
+    from timm.layers import Conv2dSame
+
+    for parent in list(body.modules()):
+        for name, child in list(parent.named_children()):
+            if type(child) is Conv2dSame:
+                setattr(parent, name, _SamePaddedConv2d.of(child))
+    return body

@@ -77,10 +77,12 @@ def test_number_of_channels(name, in_channels):
     assert [tuple(x.shape[1:]) for x in features.values()] == odd_shapes(backbone)
 
 
-def test_maps_are_those_of_timm():
+# The second pads its convolutions as TensorFlow does, with kernels of 3 at strides of 2.
+@pytest.mark.parametrize("name", ["test_efficientnet", "tf_mobilenetv3_small_minimal_100"])
+def test_maps_are_those_of_timm(name):
     """Of an image that needs no padding."""
-    backbone = build("test_efficientnet").eval()
-    peer = timm.create_model("test_efficientnet", features_only=True, out_indices=(1, 2, 3, 4))
+    backbone = build(name).eval()
+    peer = timm.create_model(name, features_only=True, out_indices=(1, 2, 3, 4))
     peer.load_state_dict(backbone.body.state_dict(), strict=False)
     images = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
