@@ -161,6 +161,8 @@ def _override(cfg: CfgNode, opts: Sequence[Any], path: str, rule: SizeRule) -> N
             f"{path} is an exported model, of which MODEL.DEVICE, {' and '.join(_SIZES)} can be "
             f"changed, but not {', '.join(others)}: export again with the config changed"
         )
+    if not opts:
+        return
     merge_overrides(cfg, opts)
     check_values(cfg)
     sides = rule.fixed or (rule.largest, rule.largest)

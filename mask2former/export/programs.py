@@ -114,7 +114,8 @@ def save_onnx(
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
-            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            # A bare assertion has no text.
+            reason = (str(error.__cause__ or "").strip() or str(error)).splitlines()[0]
             raise ValueError(
                 f"the ONNX exporter cannot translate this program: {reason}"
             ) from error

@@ -228,3 +228,18 @@ def test_fused_attention_as_onnx(tmp_path):
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     (attended,) = session.run(None, {"images": others.numpy()})
     torch.testing.assert_close(torch.from_numpy(attended), expected, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("cause", [AssertionError(), AssertionError("no view\nof that")])
+def test_translation_fails(monkeypatch, tmp_path, cause):
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+
+    def fail(*args, **options):
+        raise torch.onnx.errors.OnnxExporterError("step 2/3") from cause
+
+    monkeypatch.setattr(torch.onnx, "export", fail)
+    message = f"cannot translate this program: {'no view' if str(cause) else 'step 2/3'}$"
+    with pytest.raises(ValueError, match=message):
+        save_onnx(None, str(tmp_path / "a.onnx"), ("x",), ExportOptions(format="onnx"))
+    assert not list(tmp_path.iterdir())

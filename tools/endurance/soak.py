@@ -102,7 +102,9 @@ def sample(training: Training, iterations: int, every: float) -> tuple[list[dict
             if "train" in kinds and "end" not in kinds:
                 seconds = time.time() - run.started
                 held = measure(run.process.pid)
-                samples.append({"seconds": seconds, "iteration": run.iteration} | held)
+                # A run that has just ended holds nothing.
+                if run.poll() is None and any(held.get(name) for name in MEMORY):
+                    samples.append({"seconds": seconds, "iteration": run.iteration} | held)
             progress.update(run.iteration - progress.n)
             time.sleep(every)
         progress.update(iterations - progress.n if status == 0 else 0)

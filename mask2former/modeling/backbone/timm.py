@@ -80,6 +80,9 @@ class TimmBackbone(TimmParts, Backbone):
         self._out_feature_channels = {feature: infos[i]["num_chs"] for feature, i in levels.items()}
         indices = [levels[feature] for feature in self._out_features]
         self._divisor = self._smallest_divisor(name, outline, indices, in_channels)
+        sizes = (self._divisor, 2 * self._divisor), (3 * self._divisor, self._divisor)
+        images = [torch.empty(1, in_channels, *size, device="meta") for size in sizes]
+        constant = _with_whole_strides(outline, indices, images)
         body = import_timm().create_model(name, **options)
         # Without what lies behind the last map, which nothing would train.
         self._indices = body.prune_intermediate_layers(indices, prune_norm=True)
@@ -94,7 +97,7 @@ class TimmBackbone(TimmParts, Backbone):
         stages = [last_depth_within(body, depths, module) for module in modules]
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
         self.has_frozen_norms = has_norms and norm == "FrozenBN"
-        self.body: Any = _with_constant_padding(_with_norm(body, norm))
+        self.body: Any = _with_constant_padding(_with_norm(body, norm), constant)
         self._set_up(name, "body.", depths, [0, *stages])
         self.freeze(freeze_at)
 
@@ -217,7 +220,7 @@ class _SamePaddedConv2d(nn.Conv2d):
     """
 
     @classmethod
-    def of(cls, conv: nn.Conv2d) -> "_SamePaddedConv2d":
+    def of(cls, conv: Any) -> "_SamePaddedConv2d":
         """With the parameters of `conv`."""
         kernel_size: Any = conv.kernel_size
         padded = cls(conv.in_channels, conv.out_channels, kernel_size, device="meta")
@@ -237,12 +240,33 @@ class _SamePaddedConv2d(nn.Conv2d):
         return super().forward(x)
 
 
-def _with_constant_padding(body: nn.Module) -> nn.Module:
-    """Replace convolutions with "SAME" padding; `TimmBackbone` pads images to whole strides."""
+def _with_whole_strides(model: Any, indices: Sequence[int], images: Sequence[Tensor]) -> set[str]:
+    """Names of the convolutions with "SAME" padding whose inputs are multiples of their stride.
+
+    Not so behind a convolution without padding, as in NASNet.
+    """
     from timm.layers import Conv2dSame
 
-    for parent in list(body.modules()):
-        for name, child in list(parent.named_children()):
-            if type(child) is Conv2dSame:
-                setattr(parent, name, _SamePaddedConv2d.of(child))
+    names = {module: name for name, module in model.named_modules() if type(module) is Conv2dSame}
+    others: set[str] = set()
+
+    def check(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        sizes = zip(inputs[0].shape[-2:], module.stride, strict=True)
+        if any(size % stride for size, stride in sizes):
+            others.add(names[module])
+
+    handles = [module.register_forward_pre_hook(check) for module in names]
+    for batch in images:
+        _maps(model, indices, batch)
+    for handle in handles:
+        handle.remove()
+    return set(names.values()) - others
+
+
+def _with_constant_padding(body: nn.Module, names: set[str]) -> nn.Module:
+    """Replace the convolutions of these names."""
+    modules = dict(body.named_modules())
+    for name in names & modules.keys():
+        parent, _, child = name.rpartition(".")
+        setattr(modules[parent], child, _SamePaddedConv2d.of(modules[name]))
     return body

@@ -14,8 +14,11 @@ from torch import nn
 
 from mask2former.config import load_config
 from mask2former.modeling.backbone import TimmBackbone
+from mask2former.modeling.backbone.timm import _with_whole_strides
+from mask2former.modeling.backbone.timm_models import on_meta
 
 timm = pytest.importorskip("timm")
+from timm.layers import Conv2dSame  # noqa: E402
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted((CONFIGS / "coco/panoptic-segmentation/timm").glob("*.yaml"))
@@ -89,6 +92,17 @@ def test_maps_are_those_of_timm(name):
         expected, features = peer.eval()(images), backbone(images)
     for ours, theirs in zip(features.values(), expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_padding_behind_a_stem_without():
+    """Sides of 15, of which constant padding would make a map that is one smaller."""
+    images = [torch.empty(1, 3, 32, 64, device="meta")]
+    model = on_meta("pnasnet5large")
+    padded = {name for name, module in model.named_modules() if type(module) is Conv2dSame}
+    indices = [i for i, info in enumerate(model.feature_info) if info["reduction"] >= 4]
+    constant = _with_whole_strides(model, indices, images)
+    assert constant and padded - constant
+    assert all(name.startswith("cell_stem_0") for name in padded - constant)
 
 
 def test_padding_leaves_what_it_does_not_reach():
