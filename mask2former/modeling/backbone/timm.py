@@ -81,7 +81,8 @@ class TimmBackbone(TimmParts, Backbone):
         indices = [levels[feature] for feature in self._out_features]
         self._divisor = self._smallest_divisor(name, outline, indices, in_channels)
         sizes = (self._divisor, 2 * self._divisor), (3 * self._divisor, self._divisor)
-        images = [torch.empty(1, in_channels, *size, device="meta") for size in sizes]
+        # Two, because a norm in training takes no single value.
+        images = [torch.empty(2, in_channels, *size, device="meta") for size in sizes]
         constant = _with_whole_strides(outline, indices, images)
         body = import_timm().create_model(name, **options)
         # Without what lies behind the last map, which nothing would train.
