@@ -88,14 +88,15 @@ class TimmBackbone(TimmParts, Backbone):
         # Without what lies behind the last map, which nothing would train.
         self._indices = body.prune_intermediate_layers(indices, prune_norm=True)
         depths = layer_depths(body)
-        # A few models name modules that they do not have; their stages are then called so.
-        known = {module for module, _ in body.named_modules()}
+        # A few models name modules that they do not have; their stages are then called so. Of those
+        # that they have, some are pruned although their map is returned.
+        known = {module for module, _ in outline.named_modules()}
         modules = [
             infos[i]["module"] if infos[i]["module"] in known else f"stages.{i}"
             for i in levels.values()
             if i <= max(indices)
         ]
-        stages = [last_depth_within(body, depths, module) for module in modules]
+        stages = [last_depth_within(outline, depths, module) for module in modules]
         has_norms = any(isinstance(module, nn.BatchNorm2d) for module in body.modules())
         self.has_frozen_norms = has_norms and norm == "FrozenBN"
         self.body: Any = _with_constant_padding(_with_norm(body, norm), constant)
@@ -250,6 +251,8 @@ def _with_whole_strides(model: Any, indices: Sequence[int], images: Sequence[Ten
 
     names = {module: name for name, module in model.named_modules() if type(module) is Conv2dSame}
     others: set[str] = set()
+    if not names:
+        return others
 
     def check(module: Any, inputs: tuple[Tensor, ...]) -> None:
         sizes = zip(inputs[0].shape[-2:], module.stride, strict=True)

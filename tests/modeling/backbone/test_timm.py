@@ -18,7 +18,6 @@ from mask2former.modeling.backbone.timm import _with_whole_strides
 from mask2former.modeling.backbone.timm_models import on_meta
 
 timm = pytest.importorskip("timm")
-from timm.layers import Conv2dSame  # noqa: E402
 
 CONFIGS = Path(__file__).parents[3] / "configs"
 RECIPES = sorted((CONFIGS / "coco/panoptic-segmentation/timm").glob("*.yaml"))
@@ -98,11 +97,16 @@ def test_padding_behind_a_stem_without():
     """Sides of 15, of which constant padding would make a map that is one smaller."""
     images = [torch.empty(1, 3, 32, 64, device="meta")]
     model = on_meta("pnasnet5large")
-    padded = {name for name, module in model.named_modules() if type(module) is Conv2dSame}
+    same = timm.layers.Conv2dSame
+    padded = {name for name, module in model.named_modules() if type(module) is same}
     indices = [i for i, info in enumerate(model.feature_info) if info["reduction"] >= 4]
     constant = _with_whole_strides(model, indices, images)
     assert constant and padded - constant
     assert all(name.startswith("cell_stem_0") for name in padded - constant)
+    with torch.device("meta"):
+        backbone = TimmBackbone(name="pnasnet5large", norm="BN", out_features=["res2", "res3"])
+    features = backbone(images[0])
+    assert [tuple(x.shape[2:]) for x in features.values()] == [(8, 16), (4, 8)]
 
 
 def test_padding_leaves_what_it_does_not_reach():
